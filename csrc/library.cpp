@@ -1,0 +1,46 @@
+// The schemas of all operators, and the module dwa_fast._C. Implementations register themselves: csrc/cpu, csrc/cuda.
+#include <torch/extension.h>
+#include <torch/library.h>
+#include <torch/version.h>
+#ifdef DWA_FAST_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include <string>
+
+TORCH_LIBRARY(dwa_fast, m) {
+  m.def("ascend_(Tensor(a!) weights, Tensor gradients, float radius, bool normalize=True, Tensor(b!)? compute=None) -> Tensor");
+}
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "g++ " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+pybind11::dict built_with() {
+  pybind11::dict facts;
+  facts["torch"] = TORCH_VERSION;
+  facts["compiler"] = compiler();
+#ifdef DWA_FAST_CUDA
+  facts["has_cuda"] = true;
+  facts["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#else
+  facts["has_cuda"] = false;
+  facts["cuda"] = pybind11::none();
+#endif
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled operators of dwa_fast; importing it registers torch.ops.dwa_fast.*";
+  m.def("built_with", &built_with, "What this file was built with: torch, compiler, has_cuda, cuda (None without).");
+}

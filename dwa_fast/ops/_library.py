@@ -1,0 +1,70 @@
+"""Loads the compiled operators, and says in one sentence why they cannot be used where they cannot."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+_NAME = "dwa_fast._C"
+_fakes: dict[str, Callable[..., object]] = {}  # operator: its fake, registered once the library that defines its schema is loaded
+_loaded = False
+
+
+def fake(operator: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Decorator: the shapes that torch.ops.dwa_fast.<operator> returns, for torch.compile and meta tensors."""
+
+    def keep(function: Callable[..., object]) -> Callable[..., object]:
+        _fakes[operator] = function
+        return function
+
+    return keep
+
+
+def load() -> None:
+    """Registers torch.ops.dwa_fast.*; the second call does nothing.
+
+    Raises:
+        ImportError: the extension cannot be used; the message says why, and the original error is its cause.
+    """
+    global _loaded
+    if _loaded:
+        return
+    try:
+        importlib.import_module(_NAME)
+    except ImportError as error:
+        raise ImportError(f"the compiled operators of dwa_fast cannot be used: {_explain(error)}", name=_NAME) from error
+    for operator, function in _fakes.items():
+        torch.library.register_fake(f"dwa_fast::{operator}", function)
+    _loaded = True
+
+
+def cause() -> str | None:
+    """Why the compiled operators cannot be used, in one sentence; None where they can."""
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def built_with() -> dict[str, object]:
+    """What the extension was built with: torch, compiler, has_cuda, cuda (None without).
+
+    Raises:
+        ImportError: the extension cannot be used.
+    """
+    load()
+    return dict(importlib.import_module(_NAME).built_with())
+
+
+def _explain(error: ImportError) -> str:
+    running = f"this is PyTorch {torch.__version__} with CUDA {torch.version.cuda or 'none'}"
+    if importlib.util.find_spec(_NAME) is None:
+        return "dwa_fast._C is not built for this Python (`pip install --no-build-isolation -e .` in the repository builds it)"
+    said = str(error).splitlines()[0] if str(error) else repr(error)
+    if "undefined symbol" in said or "cannot open shared object" in said:
+        return f"dwa_fast._C was built for another PyTorch, {running}; build it again ({said})"
+    return f"{said}; {running}"
