@@ -90,7 +90,9 @@ def required_standard() -> int:
 def check_compiler(compiler: list[str]) -> None:
     """Ends with one sentence where the compiler is missing, too old for PyTorch's headers, or without OpenMP."""
     standard = required_standard()
-    needs = f"dwa_fast needs a C++ compiler with C++{standard} and OpenMP, as PyTorch {torch.__version__} demands (g++ 11 or later has both)"
+    needs = (
+        f"dwa_fast needs a C++ compiler with C++{standard} and OpenMP, as PyTorch {torch.__version__} demands (g++ 11 or later has both)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <omp.h>\n#include <vector>\nint main() { return omp_get_max_threads() < 1; }\n")
@@ -103,7 +105,8 @@ def check_compiler(compiler: list[str]) -> None:
         sys.exit(f"{needs}; {compiler[0]} could not compile a short program with them:\n{probe.stderr.strip()}")
 
 
-# Set before torch.utils.cpp_extension is imported: without the first it would ask the GPUs present, without the second it may take a wrapper's folder.
+# Both are set before torch.utils.cpp_extension is imported: without the first it would ask the GPUs that are present, without the
+# second it may take a folder that holds a wrapper of nvcc for the toolkit.
 os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
 CUDA_HOME, CHOICE = choose_cuda()
 if CUDA_HOME is not None:

@@ -70,7 +70,5 @@ def ascend_(
     if programs:
         copy = weights if compute is None else compute
         has_compute = compute is not None
-        _update_kernel[(programs,)](
-            weights, gradients, copy, norm, scale, count, HAS_COMPUTE=has_compute, BLOCK=_BLOCK, num_warps=_WARPS
-        )
+        _update_kernel[(programs,)](weights, gradients, copy, norm, scale, count, HAS_COMPUTE=has_compute, BLOCK=_BLOCK, num_warps=_WARPS)
     return norm

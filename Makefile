@@ -1,0 +1,92 @@
+# Everything from a bare clone: `make demo` and `make test` make their own environment first and are quick the second time.
+
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+OUT ?= gpu-results
+NATIVE := setup.py $(shell find csrc -type f)
+PACKAGE := $(shell find dwa_fast kernels -name '*.py')
+PIP := -m pip install --disable-pip-version-check --quiet
+BUILD_TOOLS := setuptools wheel ninja pybind11
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest check bench gpu clean prerequisites build
+
+help:
+	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
+	@echo 'make test         environment, build, checks, then every test that needs no GPU'
+	@echo 'make test-oldest  the same tests against the oldest supported PyTorch, on an installed wheel'
+	@echo 'make check        ruff, mypy and clang-format'
+	@echo 'make bench        the benchmark of the whole loop'
+	@echo 'make gpu          build in the current Python ($(PYTHON)) and run every test that needs a GPU; summary in $(OUT)/'
+	@echo 'make clean        remove what was built and both environments'
+
+# One sentence about what is missing, before anything is downloaded.
+prerequisites:
+	@command -v '$(PYTHON)' >/dev/null || { echo "dwa_fast needs Python 3.10 or later, and there is no '$(PYTHON)': install it, or say make PYTHON=/path/to/python3." >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "dwa_fast needs Python 3.10 or later, and '$(PYTHON)' is $$('$(PYTHON)' -V): say make PYTHON=/path/to/a/newer/python3." >&2; exit 1; }
+	@'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null || { echo "dwa_fast needs Python's venv module, and '$(PYTHON)' has none: install it (Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@'$(PYTHON)' -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "dwa_fast needs Python's headers to build its extension, and '$(PYTHON)' has none: install them (Debian and Ubuntu: apt install python3-dev)." >&2; exit 1; }
+	@command -v $(firstword $(if $(filter default,$(origin CXX)),c++,$(CXX))) >/dev/null || { echo "dwa_fast needs a C++ compiler: install one (Debian and Ubuntu: apt install g++)." >&2; exit 1; }
+
+$(VENV)/.stamp-tools: constraints.txt | prerequisites
+	@echo 'environment: PyTorch and the build tools into $(VENV) (minutes, the first time)'
+	@'$(PYTHON)' -m venv $(VENV)
+	@$(BIN)/python $(PIP) -c constraints.txt $(BUILD_TOOLS) torch torchvision
+	@touch $@
+
+# The editable install also builds the extension, so what follows finds its objects.
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml
+	@echo 'environment: dwa_fast itself, editable, with what its tests need'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@ $(VENV)/.stamp-build
+
+$(VENV)/.stamp-build: $(VENV)/.stamp-package $(NATIVE)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+build: $(VENV)/.stamp-build
+
+demo: build
+	@$(BIN)/dwa-fast demo --output demo-output
+
+check: build
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+test: check
+	@$(BIN)/pytest -m 'not gpu'
+
+$(OLDEST)/.stamp-tools: constraints.txt pyproject.toml | prerequisites
+	@echo 'environment: the oldest supported PyTorch into $(OLDEST) (minutes, the first time)'
+	@'$(PYTHON)' -m venv $(OLDEST)
+	@grep -v -E '^(torch|torchvision)==' constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt $(BUILD_TOOLS) torch==2.11.0 torchvision==0.26.0
+	@touch $@
+
+# An installed wheel, so that these tests cannot see the checkout.
+$(OLDEST)/.stamp-wheel: $(OLDEST)/.stamp-tools $(NATIVE) $(PACKAGE) README.md MANIFEST.in
+	@rm -rf build/lib build/lib.* $(OLDEST)/wheel
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps --wheel-dir $(OLDEST)/wheel .
+	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt "dwa-fast[test] @ file://$$(echo $(CURDIR)/$(OLDEST)/wheel/*.whl)"
+	@$(OLDEST)/bin/python $(PIP) --no-deps --force-reinstall $(OLDEST)/wheel/*.whl
+	@touch $@
+
+test-oldest: $(OLDEST)/.stamp-wheel
+	@$(OLDEST)/bin/pytest -m 'not gpu'
+
+bench: build
+	@if [ -e benchmarks/throughput.py ]; then $(BIN)/python benchmarks/throughput.py; else echo 'benchmarks/throughput.py is not there yet: nothing to measure.'; fi
+
+# In the Python at hand, with the packages that it has: a machine with a GPU may have no network.
+gpu:
+	@'$(PYTHON)' -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs a PyTorch that sees a GPU, and the one of '$(PYTHON)' does not." >&2; exit 1; }
+	@'$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e .
+	@mkdir -p '$(OUT)'
+	@'$(PYTHON)' -m pytest -m gpu --json-summary '$(OUT)/gpu.json'
+
+clean:
+	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output $(OUT)
