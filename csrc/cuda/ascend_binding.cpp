@@ -1,6 +1,4 @@
 // Tensors to raw pointers for csrc/cuda/ascend.cu.
-#include "cuda/ascend.h"
-
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -8,6 +6,7 @@
 #include <torch/library.h>
 
 #include "../ascend.h"
+#include "cuda/ascend.h"
 
 namespace dwa_fast {
 namespace {
