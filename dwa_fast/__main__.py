@@ -1,0 +1,6 @@
+"""`python -m dwa_fast` is the command `dwa-fast`."""
+
+from dwa_fast.cli import main
+
+if __name__ == "__main__":
+    main()

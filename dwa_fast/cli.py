@@ -1,0 +1,84 @@
+"""The command line `dwa-fast`: reads the flags, runs the command, turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dwa_fast.errors import InputError
+
+OK, FAILED, INTERRUPTED = 0, 1, 130  # and 2 for wrong usage
+
+_DESCRIPTIONS = {
+    "demo": "The whole method on real digits, on a CPU, in minutes.",
+    "squeeze": "Train a teacher on the real images.",
+    "synthesize": "Distil a data set into a few images per class.",
+    "validate": "Train students on a distilled set and test them.",
+    "info": "What was built, what this machine has, which back-end would run.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0 (done), 1 (input that cannot be used, one sentence on standard error), 2 (wrong flags) or 130 (Ctrl-C)."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; wrong flags leave through SystemExit, as in every argparse program."""
+    from dwa_fast.console import Console
+
+    console = Console()
+    try:
+        _parse(arguments).run(console)
+    except InputError as error:
+        console.error(str(error))
+    except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        console.error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except KeyboardInterrupt:
+        console.error("stopped; everything finished so far is kept, and the same command goes on from there")
+        return INTERRUPTED
+    else:
+        return OK
+    return FAILED
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    import tyro
+
+    from dwa_fast.commands import commands
+
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    names.add_argument("--recipe")
+    names.add_argument("--method", default="dwa")
+    known, _ = names.parse_known_args(list(arguments))
+    defaults = commands(known.recipe, known.method)
+    parse = functools.partial(
+        tyro.cli,
+        tyro.extras.subcommand_type_from_defaults(dict(defaults), _DESCRIPTIONS),
+        args=arguments,
+        prog="dwa-fast",
+        description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return parse()
+    except SystemExit as stop:  # --help, wrong flags, or a value that a configuration refused
+        refused = _input_error(stop)
+        if refused:
+            raise refused from None
+    return parse()
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError that led to this exception, if one did."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,91 @@
+"""What commands print: text, tables, trees and progress bars, through rich."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import rich.console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.tree import Tree
+
+_PLAIN_WIDTH = 120  # columns where the output is no terminal
+
+
+class Console:
+    """Results go to standard output; progress, log and errors to standard error."""
+
+    def __init__(self) -> None:
+        self._out = _console(stderr=False)
+        self._err = _console(stderr=True)
+        logger = logging.getLogger("dwa_fast")
+        logger.handlers[:] = [_Lines(self._err)]
+        logger.setLevel(logging.INFO)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._out.print(escape(text), soft_wrap=True, highlight=False)
+
+    def error(self, text: str) -> None:
+        """One line on standard error."""
+        self._err.print(f"dwa-fast: {escape(text)}", soft_wrap=True, highlight=False)
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first row is the header."""
+        table = Table(title=title)
+        for number, name in enumerate(rows[0]):
+            table.add_column(name, justify="left" if number == 0 else "right")
+        for row in rows[1:]:
+            table.add_row(*map(escape, row))
+        self._out.print(table)
+
+    def tree(self, title: str, content: Mapping[str, Any]) -> None:
+        """Nested values."""
+        tree = Tree(title)
+        _grow(tree, content)
+        self._out.print(tree, soft_wrap=True, highlight=False)
+
+    @contextmanager
+    def bars(self) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+        """Progress bars: gives a function that starts a bar of a title and returns what moves it."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._err) as progress:
+
+            def track(title: str) -> Callable[[int, int], None]:
+                task = progress.add_task(title, total=None)
+                return lambda done, total: progress.update(task, completed=done, total=total)
+
+            yield track
+
+
+class _Lines(logging.Handler):
+    """Log records as plain lines, above the progress bars."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        self._console.print(escape(self.format(record)), soft_wrap=True, highlight=False)
+
+
+def _console(stderr: bool) -> rich.console.Console:
+    console = rich.console.Console(stderr=stderr)
+    return console if console.is_terminal else rich.console.Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+def _grow(tree: Tree, content: Mapping[str, Any]) -> None:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _grow(tree.add(escape(name)), value)
+        elif isinstance(value, list):
+            branch = tree.add(escape(name))
+            for item in value:
+                branch.add(escape(str(item)))
+        else:
+            tree.add(escape(f"{name}: {value}"))

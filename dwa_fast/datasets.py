@@ -1,0 +1,221 @@
+"""Real images: scikit-learn's digits, CIFAR, Tiny-ImageNet and any folder of class folders, all as square images of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import v2
+
+from dwa_fast.config import DataConfig, Normalisation, check_choice
+from dwa_fast.errors import InputError
+
+Split = Literal["train", "test"]
+
+DIGITS_TEST_SHARE = 0.25
+_READERS = 8  # threads that decode image files
+
+
+class ImageSet(Protocol):
+    """Labelled images of one size. `load` gives pixels in [0, 1]."""
+
+    labels: Tensor  # [N] int64
+    class_names: list[str]
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySet:
+    """Images held in memory."""
+
+    pixels: Tensor  # [N, C, S, S] uint8
+    labels: Tensor  # [N] int64
+    class_names: list[str]
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1]."""
+        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)].float() / 255
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Image files, decoded when asked for: shorter side resized to `size`, centre kept."""
+
+    files: list[Path]
+    labels: Tensor  # [N] int64
+    class_names: list[str]
+    size: int
+    channels: int
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS), repr=False, compare=False)
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1].
+
+        Raises:
+            InputError: a file is no image.
+        """
+        return torch.stack(list(self._pool.map(self._read, [self.files[i] for i in indices])))
+
+    def _read(self, file: Path) -> Tensor:
+        return decode(file, self.size, self.channels)
+
+
+def decode(file: Path, size: int, channels: int) -> Tensor:
+    """One image file as [C, size, size], float32 in [0, 1].
+
+    Raises:
+        InputError: the file is no image, or damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            picture = image.convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} is no image that can be read: {str(error).splitlines()[0]}") from error
+    if picture.size != (size, size):
+        picture = v2.functional.center_crop(v2.functional.resize(picture, [size], antialias=True), [size, size])
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
+
+
+def normalise(
+    pixels: Tensor,  # [N, C, H, W] in [0, 1]
+    normalisation: Normalisation,
+) -> Tensor:  # [N, C, H, W]
+    """(pixels − mean) / std, per channel."""
+    mean, std = (torch.tensor(value).to(pixels)[:, None, None] for value in (normalisation.mean, normalisation.std))
+    return (pixels - mean) / std
+
+
+def denormalise(
+    images: Tensor,  # [N, C, H, W], normalised
+    normalisation: Normalisation,
+) -> Tensor:  # [N, C, H, W] in [0, 1]
+    """The inverse of `normalise`."""
+    mean, std = (torch.tensor(value).to(images)[:, None, None] for value in (normalisation.mean, normalisation.std))
+    return images * std + mean
+
+
+def load(
+    config: DataConfig,
+    folder: Path | None,
+    split: Split,
+    *,
+    channels: int = 3,
+    download: bool = False,
+) -> ImageSet:
+    """The real images of a split.
+
+    Args:
+        folder: where the data lie; digits need none.
+        channels: 1 (grey) or 3, for image folders.
+        download: whether CIFAR may be fetched into the folder.
+    Raises:
+        InputError: the data are not there, not as the layout says, or have another number of classes.
+    """
+    check_choice("split", split, Split)
+    if config.layout == "digits":
+        data: ImageSet = digits(split, config.size)
+    elif folder is None:
+        raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
+    elif config.layout in ("cifar10", "cifar100"):
+        data = _cifar(config.layout, folder, split, download)
+        if config.size != 32:
+            raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
+    else:
+        data = _tiny_test(folder, config.size) if (config.layout, split) == ("tiny", "test") else None
+        data = data or image_folder(_split_folder(folder, split), config.size, channels)
+    if config.classes is not None and len(data.class_names) != config.classes:
+        raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
+    return data
+
+
+def digits(split: Split, size: int) -> MemorySet:
+    """scikit-learn's 1797 handwritten digits, grey, enlarged from 8 to `size` pixels; a quarter of each class is held out for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    parts = train_test_split(np.arange(len(source.target)), test_size=DIGITS_TEST_SHARE, stratify=source.target, random_state=0)
+    chosen = np.sort(parts[0 if split == "train" else 1])
+    pixels = torch.from_numpy(source.images[chosen]).float()[:, None] / 16
+    pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(source.target[chosen]).to(torch.int64)
+    return MemorySet((pixels * 255).round().to(torch.uint8), labels, [str(digit) for digit in range(10)])
+
+
+def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | None = None) -> FileSet:
+    """Any folder with one sub-folder of images per class; classes and files in sorted order.
+
+    Args:
+        per_class: take the first files of each class only.
+    Raises:
+        InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
+    endings = tuple(torchvision.datasets.folder.IMG_EXTENSIONS)
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        members = sorted(file for file in (folder / name).rglob("*") if file.name.lower().endswith(endings) and file.is_file())
+        if len(members) < (per_class or 1):
+            wanted = f"at least {per_class}" if per_class else "some"
+            raise InputError(f"class folder {folder / name} has {len(members)} images, wanted {wanted}")
+        members = members[:per_class]
+        files += members
+        labels += [label] * len(members)
+    return FileSet(files, torch.tensor(labels), names, size, channels)
+
+
+def _split_folder(folder: Path, split: Split) -> Path:
+    """The sub-folder of a split where there is one (ImageNet: train, val), else the folder itself for training."""
+    names = ("train",) if split == "train" else ("test", "val")
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    if split == "test":
+        raise InputError(f"{folder} has no 'val' or 'test' folder with the held-out images")
+    return folder
+
+
+def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet:
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[layout]
+    try:
+        source = kind(root=str(folder), train=split == "train", download=download)
+    except RuntimeError as error:
+        raise InputError(f"{folder} holds no intact {kind.base_folder}; put it there, or pass --download to fetch it") from error
+    pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    return MemorySet(pixels, torch.tensor(source.targets), list(source.classes))
+
+
+def _tiny_test(folder: Path, size: int) -> FileSet | None:
+    """Tiny-ImageNet's held-out images, whose classes stand in val/val_annotations.txt; None where they lie in class folders."""
+    table = folder / "val" / "val_annotations.txt"
+    if not table.is_file():
+        return None
+    names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
+    rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]
+    unknown = sorted({row[1] for row in rows} - set(names))
+    if unknown:
+        raise InputError(f"{table} names class {unknown[0]!r}, which has no folder in {folder / 'train'}")
+    return FileSet(
+        [folder / "val" / "images" / Path(row[0]).name for row in rows],
+        torch.tensor([names.index(row[1]) for row in rows]),
+        names,
+        size,
+        channels=3,
+    )

@@ -1,0 +1,186 @@
+"""The published recover loop, seeded: hooks on every BatchNorm layer, one batch after the other, torch.optim.Adam.
+
+It shares the configuration and the drawn schedules with the package, and no arithmetic: it is what `synthesize` is compared with,
+and the peer `published` of the benchmark.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwa_fast.config import SynthesisConfig
+from dwa_fast.seeding import generator, normal
+from dwa_fast.views import Schedule, draw_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quirks:
+    """What the published program does beside the paper; each is off unless named. The fast path offers none of them."""
+
+    keep_adjusted_weights: bool = False  # θ̃ is not undone between batches, so that it drifts
+    keep_weight_gradients: bool = False  # weights take gradients in all T iterations; they leak into the next batch's first ascent step
+    leak_image_gradient: bool = False  # the K ascent passes add to the gradient of the images in Adam's first step
+
+    @classmethod
+    def published(cls) -> Quirks:
+        """All of them: the program as released for ImageNet."""
+        return cls(keep_adjusted_weights=True, keep_weight_gradients=True, leak_image_gradient=True)
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What the loop leaves behind."""
+
+    images: Tensor  # [N, C, H, W], normalised
+    losses: Tensor  # [batches, T, 3] float32: cross-entropy, R_mean, R_var
+    parameters: list[Tensor]  # the weights when the loop ended
+
+
+class StatisticsHook:
+    """Distance of one BatchNorm layer's input from its running statistics, taken at each forward pass."""
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        self.layer = layer
+        self.mean_distance = torch.empty(0)
+        self.var_distance = torch.empty(0)
+        self._handle = layer.register_forward_hook(self._take)
+
+    def _take(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        channels = inputs[0].transpose(0, 1).flatten(1)
+        self.mean_distance = torch.norm(channels.mean(1) - self.layer.running_mean, 2)
+        self.var_distance = torch.norm(channels.var(1, unbiased=False) - self.layer.running_var, 2)
+
+    def close(self) -> None:
+        """Take the hook off the layer."""
+        self._handle.remove()
+
+
+def recover(
+    teacher: nn.Module,
+    images: Tensor,  # [N, C, H, W], normalised
+    labels: Tensor,  # [N] int64
+    config: SynthesisConfig,
+    *,
+    seed: int = 0,
+    quirks: Quirks | None = None,
+) -> LoopResult:
+    """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed."""
+    quirks = quirks or Quirks()
+    model = copy.deepcopy(teacher).to(images.device, images.dtype).eval()
+    original = copy.deepcopy(model).requires_grad_(False)
+    source = original if config.matching_weights == "original" else model
+    hooks = [StatisticsHook(layer) for layer in source.modules() if isinstance(layer, nn.BatchNorm2d)]
+    finished, losses = [], []
+    for number, start in enumerate(range(0, len(images), config.batch_size)):
+        stop = start + config.batch_size
+        if number and not quirks.keep_adjusted_weights:
+            _copy_parameters(original, model)
+        if not quirks.keep_weight_gradients:
+            model.zero_grad()
+        model.requires_grad_(True)
+        schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
+        leak = _adjust(model, images[start:stop], labels[start:stop], config, schedule, seed, number)
+        model.requires_grad_(quirks.keep_weight_gradients)
+        batch = images[start:stop].clone()
+        if config.initial == "noise":
+            batch = normal(generator(seed, "noise", number), tuple(batch.shape)).to(batch)
+        batch, rows = _refine(
+            model,
+            original if config.matching_weights == "original" else None,
+            hooks,
+            batch,
+            labels[start:stop],
+            config,
+            schedule,
+            leak if quirks.leak_image_gradient else None,
+        )
+        finished.append(batch)
+        losses.append(rows)
+    for hook in hooks:
+        hook.close()
+    return LoopResult(torch.cat(finished), torch.stack(losses).float().cpu(), [p.detach().clone() for p in model.parameters()])
+
+
+def see(images: Tensor, schedule: Schedule, step: int) -> Tensor:
+    """The view of iteration `step`."""
+    top, left, height, width, flip, down, right = schedule.rows[step].tolist()
+    if (height, width) != tuple(images.shape[2:]):
+        crop = images[:, :, top : top + height, left : left + width]
+        images = F.interpolate(crop, size=images.shape[2:], mode="bilinear", align_corners=False)
+    if flip:
+        images = images.flip(3)
+    return torch.roll(images, shifts=(down, right), dims=(2, 3))
+
+
+def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for old, new in zip(source.parameters(), target.parameters(), strict=True):
+            new.copy_(old)
+
+
+def _adjust(
+    model: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig, schedule: Schedule, seed: int, number: int
+) -> Tensor | None:
+    """θ → θ̃ in K steps along the normalised gradient of the cross-entropy; returns what the passes leave in the images' gradient."""
+    if not config.adjusts:
+        return None
+    parameters = list(model.parameters())
+    if config.ascent == "random":
+        total = sum(p.numel() for p in parameters)
+        noise = normal(generator(seed, "ascent", number), (total,)).to(images).split([p.numel() for p in parameters])
+        _step(parameters, [part.view_as(p) for part, p in zip(noise, parameters, strict=True)], config.rho, True)
+        return None
+    images = images.clone().requires_grad_(True)
+    for _ in range(config.steps):
+        F.cross_entropy(model(see(images, schedule, 0)), labels).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        _step(parameters, gradients, config.rho / config.steps, config.normalize_ascent)
+        model.zero_grad()
+    return images.grad
+
+
+def _step(parameters: list[nn.Parameter], directions: list[Tensor], radius: float, normalize: bool) -> None:
+    norm = torch.stack([torch.norm(d, 2) for d in directions]).norm(2)
+    scale = radius / (norm + 1e-12) if normalize else radius
+    with torch.no_grad():
+        for p, d in zip(parameters, directions, strict=True):
+            p.add_(d * scale)
+
+
+def _refine(
+    model: nn.Module,
+    original: nn.Module | None,
+    hooks: list[StatisticsHook],
+    images: Tensor,
+    labels: Tensor,
+    config: SynthesisConfig,
+    schedule: Schedule,
+    leak: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    images = images.requires_grad_(True)
+    optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
+    low, high = (torch.tensor(bound).to(images)[:, None, None] for bound in config.bounds)
+    factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
+    losses = []
+    for step in range(config.iterations):
+        optimizer.param_groups[0]["lr"] = float(schedule.learning_rates[step])
+        optimizer.zero_grad()
+        if step == 0 and leak is not None:
+            images.grad = leak.clone()
+        seen = see(images, schedule, step)
+        ce = F.cross_entropy(model(seen), labels)
+        if original is not None:
+            original(seen)
+        mean = sum((w * hook.mean_distance for w, hook in zip(factors, hooks, strict=True)), torch.zeros(()).to(ce))
+        var = sum((w * hook.var_distance for w, hook in zip(factors, hooks, strict=True)), torch.zeros(()).to(ce))
+        (ce + config.lambda_mean * mean + config.lambda_var * var).backward()
+        optimizer.step()
+        with torch.no_grad():
+            images.clamp_(low, high)
+        losses.append(torch.stack([ce, mean, var]).detach())
+    return images.detach(), torch.stack(losses)

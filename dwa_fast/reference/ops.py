@@ -1,0 +1,109 @@
+"""Plain PyTorch twin of every operator: same signature, any device, any floating type, differentiable where the operator is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ASCENT_EPSILON = 1e-12  # added to ‖g‖ before the division, Algorithm 1 as published
+
+
+def bn_act(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C] running mean m
+    var: Tensor,  # [C] running variance v
+    weight: Tensor | None,  # [C] γ
+    bias: Tensor | None,  # [C] β
+    eps: float,
+    skip: Tensor | None = None,  # [N, C, H, W]
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32 or wider
+    """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
+
+    z = relu(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
+    """
+    z = F.batch_norm(y, mean, var, weight, bias, training=False, eps=eps)
+    if skip is not None:
+        z = z + skip
+    shifted = y.to(torch.promote_types(y.dtype, torch.float32)) - mean[:, None, None]
+    sums = torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))])
+    return (z.relu() if relu else z), sums
+
+
+def matching_loss(
+    sums: Sequence[Tensor],  # L × [2, C_l] from bn_act
+    variances: Sequence[Tensor],  # L × [C_l] running variances v
+    counts: Sequence[int],  # L × n = N·H·W
+    weights: Sequence[float],  # L × w_l
+) -> Tensor:  # [2]: R_mean, R_var
+    """Decoupled matching of BatchNorm statistics, all layers (Eq. 3).
+
+    R_mean = Σ_l w_l ‖μ_l − m_l‖₂,  R_var = Σ_l w_l ‖σ²_l − v_l‖₂, with μ − m = s₁/n and σ² = s₂/n − (s₁/n)².
+    The gradient of a norm that is 0 is 0.
+    """
+    terms = []
+    for s, v, n, w in zip(sums, variances, counts, weights, strict=True):
+        offset = s[0] / n
+        spread = s[1] / n - offset.square() - v
+        terms.append(w * torch.stack([torch.linalg.vector_norm(offset), torch.linalg.vector_norm(spread)]))
+    return torch.stack(terms).sum(0)
+
+
+def view(
+    images: Tensor,  # [N, C, H, W]
+    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    step: Tensor,  # [] int64: the row to use
+) -> Tensor:  # [N, C, H, W]
+    """Crop, bilinear resize to the size of the images, horizontal flip, roll: the view of one iteration."""
+    top, left, height, width, flip, down, right = rows[step].tolist()
+    size = images.shape[2:]
+    seen = images[:, :, top : top + height, left : left + width]
+    if seen.shape[2:] != size:
+        seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
+    if flip:
+        seen = seen.flip(3)
+    return torch.roll(seen, (down, right), (2, 3))
+
+
+def adam_clip_(
+    images: Tensor,  # [N, C, H, W], changed in place
+    gradient: Tensor,  # [N, C, H, W]
+    exp_avg: Tensor,  # [N, C, H, W], changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
+    learning_rates: Tensor,  # [T]
+    step: Tensor,  # [] int64, counted from 0
+    low: Tensor,  # [C]
+    high: Tensor,  # [C]
+    betas: tuple[float, float] = (0.5, 0.9),
+    eps: float = 1e-8,
+) -> None:
+    """One step of Adam with the learning rate of the row, then the clamp of every channel to [low, high].
+
+    m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  x ← clamp(x − lr_t · m/(1−β₁^(t+1)) / (√(v/(1−β₂^(t+1))) + ε)).
+    """
+    count = int(step) + 1
+    exp_avg.lerp_(gradient, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    denominator = (exp_avg_sq / (1 - betas[1] ** count)).sqrt_().add_(eps)
+    images.addcdiv_(exp_avg, denominator, value=-float(learning_rates[step]) / (1 - betas[0] ** count))
+    images.clamp_(low[:, None, None], high[:, None, None])
+
+
+def ascend_(
+    weights: Tensor,  # [P], changed in place
+    gradients: Tensor,  # [P]
+    radius: float,
+    *,
+    normalize: bool = True,
+    compute: Tensor | None = None,  # [P] in the compute precision, rewritten
+) -> Tensor:  # [] ‖g‖₂
+    """One ascent step of all weights: w += radius · g / (‖g‖₂ + 1e-12), one norm over all of them (Eq. 11)."""
+    norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
+    scale = radius / (norm + ASCENT_EPSILON) if normalize else torch.full_like(norm, radius)
+    weights += gradients * scale.to(gradients.dtype)
+    if compute is not None:
+        compute.copy_(weights)
+    return norm.to(gradients.dtype)

@@ -1,0 +1,39 @@
+"""Independent random streams from one seed.
+
+Every draw of the package comes from `generator(seed, purpose, *indices)`: a stream depends on what it is for and never on how
+many numbers another stream has used, so a batch gives the same images whether it runs first, last or alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwa_fast.errors import InputError
+
+
+def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
+    """Random generator of one purpose ("views", "initial", …) and its indices (batch, class, …).
+
+    Raises:
+        InputError: seed is not an integer ≥ 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be an integer of at least 0, got {seed!r}")
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), *indices))))
+
+
+def derive(seed: int, purpose: str, *indices: int) -> int:
+    """A seed of its own for a sub-task, below 2⁶³."""
+    return int(generator(seed, purpose, *indices).integers(0, 2**63))
+
+
+def normal(
+    source: np.random.Generator,
+    shape: tuple[int, ...],
+) -> Tensor:  # shape, float32 on the CPU
+    """Standard normal numbers; drawn on the host, so that they are the same on every device."""
+    return torch.from_numpy(source.standard_normal(shape, dtype=np.float32))

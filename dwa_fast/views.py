@@ -1,0 +1,65 @@
+"""The schedule of a batch: which view and which learning rate each iteration uses, drawn ahead on the host from one seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwa_fast.config import SynthesisConfig
+from dwa_fast.seeding import generator
+
+TOP, LEFT, HEIGHT, WIDTH, FLIP, DOWN, RIGHT = range(7)  # columns of Schedule.rows
+
+_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, whose distribution this is
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One row per iteration. `rows` is what the `view` operator reads, `learning_rates` what `adam_clip_` reads."""
+
+    rows: Tensor  # [T, 7] int32: crop top, left, height, width; flip 0 or 1; roll down, right
+    learning_rates: Tensor  # [T] float32
+
+    def to(self, device: torch.device) -> Schedule:
+        """The same schedule on a device."""
+        return Schedule(self.rows.to(device), self.learning_rates.to(device))
+
+
+def draw_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int, batch: int) -> Schedule:
+    """Views and learning rates of all T iterations of one batch.
+
+    Learning rate: lr_t = ½(1 + cos(π t/T))·lr. Views: method of SRe2L; roll by (dy, dx), each uniform in {0..jitter}, after one random
+    resized crop and flip where `config.view` is "crop".
+
+    Args:
+        height, width: of the images, pixels.
+        seed, batch: the stream that the draws come from.
+    """
+    source = generator(seed, "views", batch)
+    rows = np.zeros((config.iterations, 7), dtype=np.int32)
+    rows[:, HEIGHT], rows[:, WIDTH] = height, width
+    rows[:, DOWN : RIGHT + 1] = (source.random((config.iterations, 2)) * (config.jitter + 1)).astype(np.int32)
+    if config.view == "crop":
+        rows[:, FLIP] = source.random(config.iterations) < config.flip
+        for row in rows:
+            row[TOP : WIDTH + 1] = _random_crop(source, config, height, width)
+    cosine = [0.5 * (1 + math.cos(math.pi * t / config.iterations)) * config.learning_rate for t in range(config.iterations)]
+    return Schedule(torch.from_numpy(rows), torch.tensor(cosine, dtype=torch.float32))
+
+
+def _random_crop(source: np.random.Generator, config: SynthesisConfig, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random resized crop; the largest centred one where ten draws do not fit."""
+    for area, ratio, y, x in source.random((_CROP_ATTEMPTS, 4)):
+        pixels = height * width * (config.crop_scale[0] + area * (config.crop_scale[1] - config.crop_scale[0]))
+        low, high = (math.log(bound) for bound in config.crop_ratio)
+        aspect = math.exp(low + ratio * (high - low))
+        crop_width, crop_height = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return int(y * (height - crop_height + 1)), int(x * (width - crop_width + 1)), crop_height, crop_width
+    aspect = min(max(width / height, config.crop_ratio[0]), config.crop_ratio[1])
+    crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - crop_height) // 2, (width - crop_width) // 2, max(crop_height, 1), max(crop_width, 1)
