@@ -39,11 +39,11 @@ $(VENV)/.stamp-tools: constraints.txt | prerequisites
 # The editable install also builds the extension, so what follows finds its objects.
 $(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml
 	@echo 'environment: dwa_fast itself, editable, with what its tests need'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev]'
-	@touch $@ $(VENV)/.stamp-build
+	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@
 
 $(VENV)/.stamp-build: $(VENV)/.stamp-package $(NATIVE)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 build: $(VENV)/.stamp-build
@@ -70,7 +70,7 @@ $(OLDEST)/.stamp-tools: constraints.txt pyproject.toml | prerequisites
 # An installed wheel, so that these tests cannot see the checkout.
 $(OLDEST)/.stamp-wheel: $(OLDEST)/.stamp-tools $(NATIVE) $(PACKAGE) README.md MANIFEST.in
 	@rm -rf build/lib build/lib.* $(OLDEST)/wheel
-	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps --wheel-dir $(OLDEST)/wheel .
+	@$(OLDEST)/bin/python -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps --wheel-dir $(OLDEST)/wheel .
 	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt "dwa-fast[test] @ file://$$(echo $(CURDIR)/$(OLDEST)/wheel/*.whl)"
 	@$(OLDEST)/bin/python $(PIP) --no-deps --force-reinstall $(OLDEST)/wheel/*.whl
 	@touch $@

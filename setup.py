@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -104,6 +105,12 @@ def check_compiler(compiler: list[str]) -> None:
     if probe.returncode != 0:
         sys.exit(f"{needs}; {compiler[0]} could not compile a short program with them:\n{probe.stderr.strip()}")
 
+
+with contextlib.suppress(ImportError):
+    # The ninja of this environment, whether or not it is activated: another version would not know its log and compile everything again.
+    import ninja
+
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
 
 # Both are set before torch.utils.cpp_extension is imported: without the first it would ask the GPUs that are present, without the
 # second it may take a folder that holds a wrapper of nvcc for the toolkit.

@@ -1,5 +1,5 @@
 // The schemas of all operators, and the module dwa_fast._C. Implementations register themselves: csrc/cpu, csrc/cuda.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
 #ifdef DWA_FAST_CUDA
