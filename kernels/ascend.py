@@ -25,9 +25,11 @@ def _square_sum_kernel(gradients, partials, count, BLOCK: tl.constexpr):
 def _finalize_kernel(partials, norm, scale, count, radius, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
     """norm = √Σ partials,   scale = radius / (norm + 1e-12)   or radius where NORMALIZE is off; one program, so the order is fixed."""
     lanes = tl.zeros([BLOCK], dtype=tl.float64)
-    for first in range(0, count, BLOCK):
+    first = 0
+    while first < count:  # not range(count): with Triton 3.6 and numpy 2.4 the interpreter cannot take a tensor for its bound
         offsets = first + tl.arange(0, BLOCK)
         lanes += tl.load(partials + offsets, mask=offsets < count, other=0.0).to(tl.float64)
+        first += BLOCK
     root = tl.sqrt(tl.sum(lanes, axis=0))
     tl.store(norm, root.to(tl.float32))
     step = radius
