@@ -1,4 +1,8 @@
-"""Builds dwa_fast._C from csrc/. Everything else about the package is in pyproject.toml."""
+"""Builds dwa_fast._C from csrc/. Everything else about the package is in pyproject.toml.
+
+Read from the environment, while building only: CUDA_HOME or CUDA_PATH (the toolkit), TORCH_CUDA_ARCH_LIST (GPUs to build for), CXX,
+MAX_JOBS, and DWA_FAST_CUDA=0 (leave CUDA out).
+"""
 
 from __future__ import annotations
 
@@ -140,7 +144,7 @@ class build_ext(BuildExtension):  # type: ignore[misc]  # noqa: N801  (the name 
 def extension() -> CppExtension:
     """dwa_fast._C with the CUDA sources where they can be compiled."""
     sources = sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern))
-    cxx = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     common = {"include_dirs": [os.path.abspath("csrc")], "depends": sorted(str(path) for path in Path("csrc").rglob("*.h"))}
     if CUDA_HOME is None:
         return CppExtension("dwa_fast._C", sources, extra_compile_args={"cxx": cxx}, extra_link_args=["-fopenmp"], **common)

@@ -33,9 +33,16 @@ def load() -> None:
     if _loaded:
         return
     try:
-        importlib.import_module(_NAME)
+        built_for = str(importlib.import_module(_NAME).built_with()["torch"])
     except ImportError as error:
         raise ImportError(f"the compiled operators of dwa_fast cannot be used: {_explain(error)}", name=_NAME) from error
+    # Between minor versions PyTorch's C++ interface changes, not always in ways that the loader notices.
+    if built_for.split(".")[:2] != str(torch.__version__).split(".")[:2]:
+        raise ImportError(
+            "the compiled operators of dwa_fast cannot be used: "
+            f"dwa_fast._C was built for PyTorch {built_for}, this is PyTorch {torch.__version__}; build it again",
+            name=_NAME,
+        )
     for operator, function in _fakes.items():
         torch.library.register_fake(f"dwa_fast::{operator}", function)
     _loaded = True

@@ -294,11 +294,3 @@ def test_captured_in_a_cuda_graph() -> None:
     assert torch.equal(captured, called)
     assert torch.equal(captured_compute, compute)
     assert torch.equal(captured_norm, called_norm)
-
-
-def test_why_it_cannot_be_used() -> None:
-    assert ops.cause() is None
-    facts = ops.built_with()
-    assert set(facts) == {"torch", "compiler", "has_cuda", "cuda"}
-    assert torch.__version__.startswith(str(facts["torch"]))
-    assert (facts["cuda"] is not None) == facts["has_cuda"]
