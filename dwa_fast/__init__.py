@@ -1,7 +1,7 @@
 """dwa_fast: fast, reproducible dataset distillation with directed weight adjustment (DWA) over SRe2L.
 
-    from dwa_fast import synthesize, recipe
-    result = synthesize(teacher, images, labels, recipe("cifar100"), seed=0)
+from dwa_fast import synthesize, recipe
+result = synthesize(teacher, images, labels, recipe("cifar100"), seed=0)
 """
 
 from __future__ import annotations

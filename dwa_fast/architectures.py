@@ -12,7 +12,7 @@ from dwa_fast.config import check_choice, check_integer
 
 
 class ConvNet(nn.Module):
-    """ConvNet-128 of the distillation literature: blocks of 3×3 convolution, BatchNorm, ReLU and 2×2 mean pooling, then one linear layer."""
+    """ConvNet-128 of the distillation literature: blocks of 3×3 convolution, BatchNorm, ReLU, 2×2 mean pooling; one linear layer."""
 
     def __init__(self, classes: int, channels: int, size: int, width: int = 128) -> None:
         super().__init__()
@@ -42,7 +42,9 @@ class SmallResNet(nn.Module):
 
     def __init__(self, classes: int, channels: int, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+        )
         blocks, before = [], widths[0]
         for width in widths:
             skip = None if width == before else nn.Sequential(conv1x1(before, width, 2), nn.BatchNorm2d(width))
@@ -62,10 +64,10 @@ class SmallResNet(nn.Module):
 
 def _resnet(depth: int, *, cifar_stem: bool) -> Callable[[int, int, int], nn.Module]:
     def make(classes: int, channels: int, size: int) -> nn.Module:
-        network: torchvision.models.ResNet = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
+        network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
         if cifar_stem:  # 3×3 stride 1 and no max-pool, for 32 and 64 pixels
             network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-            network.maxpool = nn.Identity()  # type: ignore[assignment]
+            network.maxpool = nn.Identity()
         elif channels != 3:
             network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         return network

@@ -15,7 +15,7 @@ Ascent = Literal["directed", "random", "none"]
 MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
 Initial = Literal["real", "noise"]
-BackendName = Literal["auto", "reference", "fused", "compiled"]
+BackendName = Literal["auto", "reference", "fused"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 Layout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
 Augmentation = Literal["pad-crop", "resized-crop", "none"]
@@ -110,7 +110,7 @@ class SynthesisConfig(Normalisation):
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # Width divided by height of a crop, above 0.
     flip: float = 0.5  # Probability of a horizontal flip in the crop view, 0 to 1.
     jitter: int = 4  # Largest roll in each direction, pixels, at least 0.
-    backend: BackendName = "auto"  # Operators: fused (ours), compiled, reference (plain PyTorch), auto (the best that runs).
+    backend: BackendName = "auto"  # Operators: fused (ours), reference (plain PyTorch), auto (the best that runs).
     precision: Precision = "auto"  # Arithmetic of the networks; images, statistics and losses stay in fp32.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 
@@ -141,7 +141,7 @@ class SynthesisConfig(Normalisation):
 
 @dataclass(frozen=True, kw_only=True)
 class SqueezeConfig(Normalisation):
-    """Training of the teacher on the real images: SGD with Nesterov off, cosine learning rate."""
+    """Training of the teacher on the real images: SGD with momentum, cosine learning rate."""
 
     epochs: int = 200  # Passes over the real images, at least 1.
     batch_size: int = 128  # Images of one step, at least 1.

@@ -21,18 +21,23 @@ from dwa_fast.errors import InputError
 Split = Literal["train", "test"]
 
 DIGITS_TEST_SHARE = 0.25
+_TINY_TABLE = Path("val", "val_annotations.txt")
 _READERS = 8  # threads that decode image files
 
 
 class ImageSet(Protocol):
     """Labelled images of one size. `load` gives pixels in [0, 1]."""
 
-    labels: Tensor  # [N] int64
-    class_names: list[str]
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, [N] int64."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class."""
 
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images [n, C, S, S], float32 in [0, 1]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -124,20 +129,24 @@ def load(
         InputError: the data are not there, not as the layout says, or have another number of classes.
     """
     check_choice("split", split, Split)
-    if config.layout == "digits":
-        data: ImageSet = digits(split, config.size)
-    elif folder is None:
-        raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
-    elif config.layout in ("cifar10", "cifar100"):
-        data = _cifar(config.layout, folder, split, download)
-        if config.size != 32:
-            raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
-    else:
-        data = _tiny_test(folder, config.size) if (config.layout, split) == ("tiny", "test") else None
-        data = data or image_folder(_split_folder(folder, split), config.size, channels)
+    data = _open(config, folder, split, channels, download)
     if config.classes is not None and len(data.class_names) != config.classes:
         raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
     return data
+
+
+def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, download: bool) -> ImageSet:
+    if config.layout == "digits":
+        return digits(split, config.size)
+    if folder is None:
+        raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
+    if config.layout in ("cifar10", "cifar100"):
+        if config.size != 32:
+            raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
+        return _cifar(config.layout, folder, split, download)
+    if config.layout == "tiny" and split == "test" and (folder / _TINY_TABLE).is_file():
+        return _tiny_test(folder, config.size)
+    return image_folder(_split_folder(folder, split), config.size, channels)
 
 
 def digits(split: Split, size: int) -> MemorySet:
@@ -202,16 +211,13 @@ def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet
     return MemorySet(pixels, torch.tensor(source.targets), list(source.classes))
 
 
-def _tiny_test(folder: Path, size: int) -> FileSet | None:
-    """Tiny-ImageNet's held-out images, whose classes stand in val/val_annotations.txt; None where they lie in class folders."""
-    table = folder / "val" / "val_annotations.txt"
-    if not table.is_file():
-        return None
+def _tiny_test(folder: Path, size: int) -> FileSet:
+    """Tiny-ImageNet's held-out images, whose classes stand in a table and not in class folders."""
     names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
-    rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]
+    rows = [line.split("\t") for line in (folder / _TINY_TABLE).read_text(encoding="utf-8").splitlines() if line]
     unknown = sorted({row[1] for row in rows} - set(names))
     if unknown:
-        raise InputError(f"{table} names class {unknown[0]!r}, which has no folder in {folder / 'train'}")
+        raise InputError(f"{folder / _TINY_TABLE} names class {unknown[0]!r}, which has no folder in {folder / 'train'}")
     return FileSet(
         [folder / "val" / "images" / Path(row[0]).name for row in rows],
         torch.tensor([names.index(row[1]) for row in rows]),

@@ -90,9 +90,7 @@ def set_folder(method: str, ipc: int) -> str:
     return f"{method}-ipc{ipc}"
 
 
-def _teacher(
-    path: Path, train: ImageSet, test: ImageSet, device: torch.device, seed: int, track: Track
-) -> tuple[nn.Module, float]:
+def _teacher(path: Path, train: ImageSet, test: ImageSet, device: torch.device, seed: int, track: Track) -> tuple[nn.Module, float]:
     recipe = full_recipe("digits")
     if not path.exists():
         module = squeeze(
@@ -187,7 +185,7 @@ def _shown(methods: Sequence[str]) -> list[str]:
 
 def table(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows of the report, as text."""
-    rows = [("set", "ipc", "top-1 %", "± std", "diversity D^c", "synthesis s")]
+    rows: list[tuple[str, ...]] = [("set", "ipc", "top-1 %", "± std", "diversity D^c", "synthesis s")]
     for row in content["sets"]:
         diversity = "–" if row["diversity"] is None else f"{row['diversity']:.0f}"
         rows.append(

@@ -31,9 +31,7 @@ class WorkItem:
 def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
     """All batches, image index by image index; a larger ipc begins with the items of a smaller one."""
     chunks = [list(range(start, min(start + batch_size, classes))) for start in range(0, classes, batch_size)]
-    return [
-        WorkItem(index * len(chunks) + number, index, labels) for index in range(ipc) for number, labels in enumerate(chunks)
-    ]
+    return [WorkItem(index * len(chunks) + number, index, labels) for index in range(ipc) for number, labels in enumerate(chunks)]
 
 
 def distill(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from dwa_fast.config import DataConfig, Normalisation, SqueezeConfig, SynthesisConfig, ValidationConfig, check_choice
+from dwa_fast.config import DataConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,50 +31,83 @@ METHODS: dict[str, Callable[[SynthesisConfig], SynthesisConfig]] = {
 }
 
 
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
-    return {"mean": mean, "std": std}
-
-
-_CIFAR10 = _statistics((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-_CIFAR100 = _statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-_TINY = _statistics((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
-_IMAGENET = _statistics(Normalisation().mean, Normalisation().std)
-_DIGITS = _statistics((0.3053,), (0.3185,))
-
-
-def _cifar(name: str, classes: int, statistics: Mapping[str, tuple[float, ...]]) -> Recipe:
+def _recipe(
+    name: str,
+    summary: str,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    data: DataConfig,
+    architecture: str,
+    synthesis: SynthesisConfig,
+    squeeze: SqueezeConfig,
+    validation: ValidationConfig,
+) -> Recipe:
+    """A recipe whose stages share one normalisation."""
     return Recipe(
         name=name,
-        summary=f"CIFAR-{classes}, 32 pixels, ResNet-18 with a 3×3 stem",
-        data=DataConfig(layout="cifar10" if classes == 10 else "cifar100", size=32, classes=classes),
+        summary=summary,
+        data=data,
+        architecture=architecture,
+        synthesis=replace(synthesis, mean=mean, std=std),
+        squeeze=replace(squeeze, mean=mean, std=std),
+        validation=replace(validation, mean=mean, std=std),
+    )
+
+
+def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
+    return _recipe(
+        name,
+        f"CIFAR-{classes}, 32 pixels, ResNet-18 with a 3×3 stem",
+        mean=mean,
+        std=std,
+        data=DataConfig(layout=name, size=32, classes=classes),
         architecture="resnet18-cifar",
-        synthesis=SynthesisConfig(**statistics),
-        squeeze=SqueezeConfig(**statistics),
-        validation=ValidationConfig(**statistics),
+        synthesis=SynthesisConfig(),
+        squeeze=SqueezeConfig(),
+        validation=ValidationConfig(),
+    )
+
+
+def _imagenet(name: str, summary: str, classes: int | None) -> Recipe:
+    return _recipe(
+        name,
+        summary,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        data=DataConfig(layout="folder", size=224, classes=classes),
+        architecture="resnet18",
+        synthesis=SynthesisConfig(iterations=2000, lambda_var=0.02, view="crop", jitter=32),
+        squeeze=SqueezeConfig(epochs=90, batch_size=256, weight_decay=1e-4, augmentation="resized-crop"),
+        validation=ValidationConfig(epochs=300, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0, temperature=20.0),
     )
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(
-            name="digits",
-            summary="scikit-learn's handwritten digits, 16 pixels, a small ResNet: minutes on a CPU",
+        _recipe(
+            "digits",
+            "scikit-learn's handwritten digits, 16 pixels, a small ResNet: minutes on a CPU",
+            mean=(0.3053,),
+            std=(0.3185,),
             data=DataConfig(layout="digits", size=16, classes=10),
             architecture="small-resnet",
-            synthesis=SynthesisConfig(iterations=300, learning_rate=0.1, jitter=2, **_DIGITS),
-            squeeze=SqueezeConfig(epochs=12, learning_rate=0.05, padding=2, flip=0.0, **_DIGITS),
-            validation=ValidationConfig(epochs=300, padding=2, flip=0.0, temperature=20.0, **_DIGITS),
+            synthesis=SynthesisConfig(iterations=300, learning_rate=0.1, jitter=2),
+            squeeze=SqueezeConfig(epochs=12, learning_rate=0.05, padding=2, flip=0.0),
+            validation=ValidationConfig(epochs=300, padding=2, flip=0.0, temperature=20.0),
         ),
-        _cifar("cifar10", 10, _CIFAR10),
-        _cifar("cifar100", 100, _CIFAR100),
-        Recipe(
-            name="tiny",
-            summary="Tiny-ImageNet, 64 pixels, ResNet-18 with a 3×3 stem",
+        _cifar("cifar10", 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        _cifar("cifar100", 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        _recipe(
+            "tiny",
+            "Tiny-ImageNet, 64 pixels, ResNet-18 with a 3×3 stem",
+            mean=(0.4802, 0.4481, 0.3975),
+            std=(0.2302, 0.2265, 0.2262),
             data=DataConfig(layout="tiny", size=64, classes=200),
             architecture="resnet18-cifar",
-            synthesis=SynthesisConfig(iterations=2000, learning_rate=0.1, view="crop", **_TINY),
-            squeeze=SqueezeConfig(epochs=100, **_TINY),
+            synthesis=SynthesisConfig(iterations=2000, learning_rate=0.1, view="crop"),
+            squeeze=SqueezeConfig(epochs=100),
             validation=ValidationConfig(
                 epochs=200,
                 optimiser="sgd",
@@ -86,31 +119,10 @@ RECIPES: dict[str, Recipe] = {
                 mixing_alpha=1.0,
                 temperature=20.0,
                 scale_loss=True,
-                **_TINY,
             ),
         ),
-        Recipe(
-            name="imagenet",
-            summary="ImageNet-1K, 224 pixels, torchvision's ResNet-18",
-            data=DataConfig(layout="folder", size=224, classes=1000),
-            architecture="resnet18",
-            synthesis=SynthesisConfig(iterations=2000, lambda_var=0.02, view="crop", jitter=32, **_IMAGENET),
-            squeeze=SqueezeConfig(epochs=90, batch_size=256, weight_decay=1e-4, augmentation="resized-crop", **_IMAGENET),
-            validation=ValidationConfig(
-                epochs=300, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0, temperature=20.0, **_IMAGENET
-            ),
-        ),
-        Recipe(
-            name="folder",
-            summary="your own folder of class folders, with ImageNet's settings and any number of classes",
-            data=DataConfig(layout="folder", size=224),
-            architecture="resnet18",
-            synthesis=SynthesisConfig(iterations=2000, lambda_var=0.02, view="crop", jitter=32, **_IMAGENET),
-            squeeze=SqueezeConfig(epochs=90, augmentation="resized-crop", **_IMAGENET),
-            validation=ValidationConfig(
-                epochs=300, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0, temperature=20.0, **_IMAGENET
-            ),
-        ),
+        _imagenet("imagenet", "ImageNet-1K, 224 pixels, torchvision's ResNet-18", 1000),
+        _imagenet("folder", "your own folder of class folders, with ImageNet's settings and any number of classes", None),
     )
 }
 

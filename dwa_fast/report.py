@@ -19,7 +19,7 @@ def mosaic(
     columns: int,
 ) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3]
     """Images in a grid with white gaps."""
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     rows = count // columns
     tiles = torch.ones(rows, columns, 3, height + _GAP, width + _GAP)
     tiles[..., :height, :width] = images.detach().cpu().clamp(0, 1).expand(count, 3, height, width).view(rows, columns, 3, height, width)

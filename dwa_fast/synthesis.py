@@ -17,7 +17,7 @@ from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
 from dwa_fast.refine import refine
 from dwa_fast.seeding import generator
-from dwa_fast.teacher import Network, prepare
+from dwa_fast.teacher import prepare
 from dwa_fast.views import draw_schedule
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all

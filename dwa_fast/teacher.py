@@ -256,7 +256,9 @@ def _fill(path: Path, module: nn.Module, weights: Mapping[str, Tensor], info: Te
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     foreign = [name for name in weights if name not in own]
     if missing or foreign:
-        parts = [f"{len(names)} {what} ({', '.join(names[:_NAMED])}…)" for what, names in (("missing", missing), ("unknown", foreign)) if names]
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:_NAMED])}…)" for what, names in (("missing", missing), ("unknown", foreign)) if names
+        ]
         raise InputError(f"checkpoint {path} does not fit a {info.architecture}: weights {' and '.join(parts)}")
     for name, value in weights.items():
         if value.shape != own[name].shape:

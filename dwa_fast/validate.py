@@ -108,9 +108,7 @@ def _train(
 
 def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Optimizer:
     if config.optimiser == "sgd":
-        return torch.optim.SGD(
-            student.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        return torch.optim.SGD(student.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
 

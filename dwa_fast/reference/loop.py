@@ -52,8 +52,11 @@ class StatisticsHook:
 
     def _take(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         channels = inputs[0].transpose(0, 1).flatten(1)
-        self.mean_distance = torch.norm(channels.mean(1) - self.layer.running_mean, 2)
-        self.var_distance = torch.norm(channels.var(1, unbiased=False) - self.layer.running_var, 2)
+        running_mean, running_var = self.layer.running_mean, self.layer.running_var
+        if running_mean is None or running_var is None:
+            raise ValueError("the layer keeps no running statistics")
+        self.mean_distance = torch.norm(channels.mean(1) - running_mean, 2)
+        self.var_distance = torch.norm(channels.var(1, unbiased=False) - running_var, 2)
 
     def close(self) -> None:
         """Take the hook off the layer."""

@@ -101,7 +101,7 @@ def ascend_(
     compute: Tensor | None = None,  # [P] in the compute precision, rewritten
 ) -> Tensor:  # [] ‖g‖₂
     """One ascent step of all weights: w += radius · g / (‖g‖₂ + 1e-12), one norm over all of them (Eq. 11)."""
-    norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(gradients, dtype=torch.float64)
     scale = radius / (norm + ASCENT_EPSILON) if normalize else torch.full_like(norm, radius)
     weights += gradients * scale.to(gradients.dtype)
     if compute is not None:

@@ -1,0 +1,178 @@
+"""Bad input to the Python interface: one clear sentence each. Checkpoints are in test_teacher, folders in test_datasets and test_cli."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dwa_fast import InputError, recipe, synthesize
+from dwa_fast.config import DataConfig, SqueezeConfig, ValidationConfig
+from tests.nets import real_images, small_config, small_teacher
+
+IMAGES, LABELS = real_images(4)
+
+
+def with_value(value: float) -> Tensor:
+    images = IMAGES.clone()
+    images[0, 0, 0, :2] = value
+    return images
+
+
+def without_running_statistics() -> nn.Module:
+    teacher: Any = small_teacher()
+    teacher.stem[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    return teacher
+
+
+class Twice(nn.Module):
+    """One BatchNorm layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(1), nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.norm(self.norm(images)).flatten(1))
+
+
+def broken() -> nn.Module:
+    teacher: Any = small_teacher()
+    nn.init.constant_(teacher.fc.bias, float("nan"))
+    return teacher
+
+
+NORM = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval()
+CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "rank": ({"images": IMAGES[0]}, InputError, "images must be [N, 1, H, W] and not empty, got shape (1, 8, 8)"),
+    "channels": ({"images": torch.zeros(4, 3, 8, 8)}, InputError, "images must be [N, 1, H, W] and not empty, got shape (4, 3, 8, 8)"),
+    "empty": (
+        {"images": IMAGES[:0], "labels": LABELS[:0]},
+        InputError,
+        "images must be [N, 1, H, W] and not empty, got shape (0, 1, 8, 8)",
+    ),
+    "list": ({"images": [1, 2]}, TypeError, "images must be a torch.Tensor, got list"),
+    "bytes": ({"images": IMAGES.to(torch.uint8)}, TypeError, "images must be normalised floating point, got torch.uint8"),
+    "NaN": ({"images": with_value(float("nan"))}, InputError, "images must be finite, got 2 pixels that are NaN or infinite"),
+    "infinite": ({"images": with_value(float("inf"))}, InputError, "images must be finite, got 2 pixels that are NaN or infinite"),
+    "label count": ({"labels": LABELS[:3]}, InputError, "labels must be [4], one per image, got shape (3,)"),
+    "label rank": ({"labels": LABELS[:, None]}, InputError, "labels must be [4], one per image, got shape (4, 1)"),
+    "label type": ({"labels": LABELS.float()}, TypeError, "labels must be integers, got torch.float32"),
+    "label list": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a torch.Tensor, got list"),
+    "label high": ({"labels": LABELS + 9}, InputError, "labels must lie in 0 … 9, the classes of the teacher, got 12"),
+    "label low": ({"labels": LABELS - 1}, InputError, "labels must lie in 0 … 9, the classes of the teacher, got -1"),
+    "teacher type": ({"teacher": "resnet18"}, TypeError, "teacher must be a torch.nn.Module, got str"),
+    "no BatchNorm": (
+        {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))},
+        InputError,
+        "teacher must have BatchNorm2d layers, whose statistics are matched; Sequential has none",
+    ),
+    "no statistics": (
+        {"teacher": without_running_statistics()},
+        InputError,
+        "BatchNorm layer 'stem.1' keeps no running statistics; it needs track_running_stats=True",
+    ),
+    "no logits": ({"teacher": NORM}, InputError, "teacher must give [N, classes] logits, got shape (1, 3, 6, 6)"),
+    "bare BatchNorm": (
+        {"teacher": nn.BatchNorm2d(1).eval()},
+        InputError,
+        "teacher must be a classifier that gives [N, classes] logits, got a single BatchNorm2d",
+    ),
+    "NaN teacher": (
+        {"teacher": broken()},
+        InputError,
+        "teacher gives logits that are not finite; its weights or running statistics hold NaN or infinity",
+    ),
+    "called twice": (
+        {"teacher": Twice().eval()},
+        InputError,
+        "BatchNorm layer 'norm' runs 2 times in a forward pass; each layer may run once",
+    ),
+    "image size": (
+        {"images": torch.zeros(4, 1, 9, 9), "teacher": Twice().eval()},
+        InputError,
+        "teacher cannot take images of shape (1, 9, 9)",
+    ),
+    "config type": ({"config": {"iterations": 3}}, TypeError, "config must be a SynthesisConfig, such as recipe('cifar100'), got dict"),
+    "seed": ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),
+    "seed type": ({"seed": 0.5}, InputError, "seed must be an integer of at least 0, got 0.5"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), CASES.values(), ids=CASES.keys())
+def test_synthesize_refuses(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"teacher": small_teacher(), "images": IMAGES, "labels": LABELS, "config": small_config(), **change}
+    seed = arguments.pop("seed", 0)
+    with pytest.raises(kind, match=re.escape(message)):
+        synthesize(*arguments.values(), seed=seed)
+
+
+CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
+    "K": (lambda: recipe("digits", steps=0), "steps must be an integer of at least 1, got 0"),
+    "rho": (lambda: recipe("digits", rho=-0.1), "rho must be a finite number of at least 0, got -0.1"),
+    "lambda_mean": (lambda: recipe("digits", lambda_mean=-1), "lambda_mean must be a finite number of at least 0, got -1"),
+    "lambda_var": (lambda: recipe("digits", lambda_var=float("nan")), "lambda_var must be a finite number of at least 0, got nan"),
+    "T": (lambda: recipe("digits", iterations=0), "iterations must be an integer of at least 1, got 0"),
+    "T type": (lambda: recipe("digits", iterations=2.5), "iterations must be an integer of at least 1, got 2.5"),
+    "batch": (lambda: recipe("digits", batch_size=0), "batch_size must be an integer of at least 1, got 0"),
+    "lr": (lambda: recipe("digits", learning_rate=0.0), "learning_rate must be a finite number above 0, got 0.0"),
+    "flip": (lambda: recipe("digits", flip=1.5), "flip must be a finite number of at least 0 and at most 1, got 1.5"),
+    "crop": (lambda: recipe("digits", crop_scale=(0.5, 2.0)), "crop_scale must be (low, high) with 0 < low ≤ high ≤ 1, got (0.5, 2.0)"),
+    "mean": (lambda: recipe("digits", mean=(0.5, 0.5)), "mean and std must hold 1 or 3 values each, got 2 and 1"),
+    "std": (lambda: recipe("digits", std=(0.0,)), "std must be a finite number above 0, got 0.0"),
+    "recipe": (lambda: recipe("cifar1000"), "unknown recipe 'cifar1000'; known: digits, cifar10, cifar100, tiny, imagenet, folder"),
+    "method": (
+        lambda: recipe("digits", method="mtt"),
+        "unknown method 'mtt'; known: dwa, sre2l, real-start, random-step, coupled",
+    ),
+    "backend": (lambda: recipe("digits", backend="tpu"), "unknown backend 'tpu'; known: auto, reference, fused"),
+    "precision": (
+        lambda: recipe("digits", precision="fp8"),
+        "unknown precision 'fp8'; known: auto, fp32, tf32, bf16, fp16, fp64",
+    ),
+    "ascent": (lambda: recipe("digits", ascent="up"), "unknown ascent 'up'; known: directed, random, none"),
+    "layout": (lambda: DataConfig(layout="mnist"), "unknown layout 'mnist'; known: digits, cifar10, cifar100, tiny, folder"),  # type: ignore[arg-type]
+    "epochs": (lambda: SqueezeConfig(epochs=0), "epochs must be an integer of at least 1, got 0"),
+    "students": (lambda: ValidationConfig(students=0), "students must be an integer of at least 1, got 0"),
+    "temperature": (lambda: ValidationConfig(temperature=0), "temperature must be a finite number above 0, got 0"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), CONFIGS.values(), ids=CONFIGS.keys())
+def test_configurations_refuse(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        make()
+
+
+EXECUTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "device": ({"device": "gpu"}, "unknown device 'gpu'; known: auto, cpu, cuda, cuda:0, …"),
+    "other device": ({"device": "meta"}, "device 'meta' is not supported; supported: cpu, cuda"),
+    "missing device": ({"device": "cuda:99"}, "device 'cuda:99' is not there: PyTorch"),
+    "reference precision": (
+        {"backend": "reference", "precision": "bf16"},
+        "precision 'bf16' is not offered by back-end 'reference'; it offers: fp32, fp64",
+    ),
+    "fused precision": ({"backend": "fused", "precision": "fp64"}, "precision 'fp64' is not offered by back-end 'fused'; it offers: fp32"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), EXECUTIONS.values(), ids=EXECUTIONS.keys())
+def test_execution_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        synthesize(small_teacher(), IMAGES, LABELS, small_config(**change))
+
+
+def test_fused_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwa_fast.ops.cause", lambda: "the extension is not built")
+    with pytest.raises(InputError, match="back-end 'fused' cannot run: the extension is not built"):
+        synthesize(small_teacher(), IMAGES, LABELS, small_config(backend="fused"))
+    assert synthesize(small_teacher(), IMAGES, LABELS, small_config(backend="auto")).images.shape == IMAGES.shape
+
+
+def test_losses_that_are_not_finite_are_named() -> None:
+    with pytest.raises(InputError, match=r"losses are not finite from iteration \d+ of 24 on"):
+        synthesize(small_teacher(), IMAGES, LABELS, small_config(lambda_var=1e38, first_layer_weight=1e38))

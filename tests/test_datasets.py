@@ -1,0 +1,152 @@
+"""Loaders, each on small files in the real format."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from dwa_fast import InputError, recipe
+from dwa_fast.config import DataConfig
+from dwa_fast.datasets import decode, denormalise, digits, image_folder, load, normalise
+
+FOLDER = DataConfig(layout="folder", size=8)
+
+
+def write_image(path: Path, colour: int | tuple[int, ...] = (255, 0, 51), size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+
+
+def test_digits_are_split_by_class_without_overlap() -> None:
+    train, test = digits("train", 16), digits("test", 16)
+    assert (len(train.labels), len(test.labels)) == (1347, 450)
+    assert test.labels.bincount().min() >= 43
+    assert train.pixels.shape == (1347, 1, 16, 16)
+    both = torch.cat([train.pixels, test.pixels]).flatten(1)
+    assert len(both.unique(dim=0)) > 1790  # a digit that stood in both halves would be missing here
+    images = normalise(train.load(range(1347)), recipe("digits"))
+    assert abs(float(images.mean())) < 0.01
+    assert abs(float(images.std()) - 1) < 0.01
+
+
+def test_normalise_and_back() -> None:
+    pixels = torch.rand(2, 3, 4, 4)
+    images = normalise(pixels, recipe("cifar10"))
+    assert torch.allclose(images[:, 1], (pixels[:, 1] - 0.4822) / 0.1994)
+    assert torch.allclose(denormalise(images, recipe("cifar10")), pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, classes: int) -> None:
+    kind: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[layout]
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+
+    def store(name: str, content: dict[str, Any]) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    rows = np.arange(4 * 3072, dtype=np.int64).reshape(4, 3072) % 251
+    batch = {"data": rows.astype(np.uint8), "labels" if classes == 10 else "fine_labels": [0, 1, classes - 1, 1]}
+    monkeypatch.setattr(kind, "train_list", [store("train", batch)])
+    monkeypatch.setattr(kind, "test_list", [store("test", batch)])
+    name, checksum = store("meta", {kind.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "filename": name, "md5": checksum})
+    data = load(DataConfig(layout=layout, size=32, classes=classes), tmp_path, "train")
+    assert data.labels.tolist() == [0, 1, classes - 1, 1]
+    assert data.load([2]).shape == (1, 3, 32, 32)
+    assert float(data.load([2])[0, 1, 0, 2]) == pytest.approx(rows[2, 1024 + 2] / 255)
+    (folder / "train").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="holds no intact .*; put it there, or pass --download to fetch it"):
+        load(DataConfig(layout=layout, size=32), tmp_path, "train")
+
+
+def test_image_folder_is_sorted_resized_and_cropped(tmp_path: Path) -> None:
+    write_image(tmp_path / "zebra" / "b.png", size=(20, 10))
+    write_image(tmp_path / "zebra" / "a.JPEG", size=(8, 8))
+    write_image(tmp_path / "ant" / "deep" / "x.png", 128)
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    data = load(FOLDER, tmp_path, "train")
+    assert data.class_names == ["ant", "zebra"]
+    assert data.labels.tolist() == [0, 1, 1]
+    pixels = data.load([0, 2])
+    assert pixels.shape == (2, 3, 8, 8)
+    assert pixels[0].unique().tolist() == pytest.approx([128 / 255])
+    assert pixels[1].flatten(1).mean(1).tolist() == pytest.approx([1, 0, 0.2], abs=0.01)
+    assert load(FOLDER, tmp_path, "train", channels=1).load([0]).shape == (1, 1, 8, 8)
+
+
+def test_train_and_val_folders(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "n01" / "a.png")
+    write_image(tmp_path / "val" / "n01" / "a.png", (0, 0, 0))
+    assert load(FOLDER, tmp_path, "train").load([0]).max() == 1
+    assert load(FOLDER, tmp_path, "test").load([0]).max() == 0
+
+
+def test_tiny_imagenet_layout(tmp_path: Path) -> None:
+    for name in ("n02", "n01"):
+        write_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG", size=(64, 64))
+    for name, colour in (("val_0.JPEG", (0, 0, 0)), ("val_1.JPEG", (255, 255, 255))):
+        write_image(tmp_path / "val" / "images" / name, colour, size=(64, 64))
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text("val_0.JPEG\tn02\t0\t0\t62\t62\nval_1.JPEG\tn01\t0\t0\t62\t62\n")
+    config = DataConfig(layout="tiny", size=64)
+    assert load(config, tmp_path, "train").class_names == ["n01", "n02"]
+    test = load(config, tmp_path, "test")
+    assert test.labels.tolist() == [1, 0]
+    assert test.load([1]).min() == 1
+    table.write_text("val_0.JPEG\tn99\t0\t0\t62\t62\n")
+    with pytest.raises(InputError, match=r"val_annotations.txt names class 'n99', which has no folder in"):
+        load(config, tmp_path, "test")
+
+
+def test_first_images_of_each_class(tmp_path: Path) -> None:
+    for index in range(3):
+        write_image(tmp_path / "a" / f"{index}.png", index * 100)
+    data = image_folder(tmp_path, 8, 1, per_class=2)
+    assert [file.name for file in data.files] == ["0.png", "1.png"]
+    with pytest.raises(InputError, match="has 3 images, wanted at least 4"):
+        image_folder(tmp_path, 8, 1, per_class=4)
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder; wanted one with a sub-folder of images per class"):
+        load(FOLDER, tmp_path / "nowhere", "train")
+    with pytest.raises(InputError, match="has no class folders"):
+        load(FOLDER, tmp_path, "train")
+    write_image(tmp_path / "full" / "a.png")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(InputError, match="class folder .*hollow has 0 images, wanted some"):
+        load(FOLDER, tmp_path, "train")
+    with pytest.raises(InputError, match="has no 'val' or 'test' folder with the held-out images"):
+        load(FOLDER, tmp_path, "test")
+    with pytest.raises(InputError, match="lie in a folder; name it with --data"):
+        load(FOLDER, None, "train")
+    (tmp_path / "hollow").rmdir()
+    with pytest.raises(InputError, match="has 1 classes, wanted 1000"):
+        load(DataConfig(layout="folder", size=8, classes=1000), tmp_path, "train")
+    with pytest.raises(InputError, match="cifar10 images are 32 pixels wide, got size 16"):
+        load(DataConfig(layout="cifar10", size=16), tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\nhello"])
+def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(InputError, match="x.png is no image that can be read"):
+        decode(tmp_path / "x.png", 8, 3)
+
+
+def test_truncated_image(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(InputError, match="x.png is no image that can be read"):
+        decode(path, 8, 3)

@@ -1,0 +1,158 @@
+"""A set on disk: names, manifest, resuming, and that nothing is half written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dwa_fast import InputError, distill
+from dwa_fast.distill import WorkItem, work_list
+from dwa_fast.files import checksum, replacing
+from dwa_fast.initial import sample
+from dwa_fast.storage import ImageStore, image_name, read_manifest
+from tests.nets import small_config, small_set, small_teacher
+
+
+def run(folder: Path, ipc: int = 2, seed: int = 0, **settings: Any) -> int:
+    config = small_config(**{"iterations": 4, "batch_size": 4, **settings})
+    return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_work_list_begins_with_the_smaller_one() -> None:
+    assert work_list(5, 2, 3) == [WorkItem(0, 0, [0, 1, 2]), WorkItem(1, 0, [3, 4]), WorkItem(2, 1, [0, 1, 2]), WorkItem(3, 1, [3, 4])]
+    assert work_list(5, 4, 3)[:4] == work_list(5, 2, 3)
+
+
+def test_names_are_the_published_ones() -> None:
+    assert image_name(7, 12, 100) == "new007/class007_id012.png"
+    assert image_name(7, 1, 12000) == "new00007/class00007_id001.png"
+
+
+def test_set_holds_every_image_and_its_checksum(tmp_path: Path) -> None:
+    assert run(tmp_path) == 20
+    manifest = read_manifest(tmp_path)
+    assert manifest["complete"]
+    assert len(manifest["images"]) == 20
+    for name, wanted in manifest["images"].items():
+        assert checksum(tmp_path / name) == wanted
+        with Image.open(tmp_path / name) as image:
+            assert (image.size, image.mode) == ((8, 8), "L")
+    assert manifest["settings"]["rho"] == 0.015
+    assert manifest["settings"]["backend"] in ("fused", "reference")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_second_run_makes_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    assert run(tmp_path) == 0
+    assert contents(tmp_path) == before
+
+
+def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    calls = 0
+    write = ImageStore.write
+
+    def interrupted(store: ImageStore, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        write(store, *arguments)
+
+    monkeypatch.setattr(ImageStore, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    monkeypatch.undo()
+    manifest = read_manifest(tmp_path / "stopped")
+    assert (len(manifest["images"]), manifest["complete"]) == (10, False)
+    assert run(tmp_path / "stopped") == 10
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"torn")])
+def test_lost_and_torn_images_are_made_again(tmp_path: Path, damage: Any) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    damage(tmp_path / image_name(3, 1, 10))
+    assert run(tmp_path) == 4  # its whole batch
+    assert contents(tmp_path) == before
+
+
+def test_more_images_per_class_keep_the_first(tmp_path: Path) -> None:
+    run(tmp_path, ipc=1)
+    before = contents(tmp_path)
+    assert run(tmp_path, ipc=2) == 10
+    after = contents(tmp_path)
+    assert all(after[name] == content for name, content in before.items() if name.endswith(".png"))
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match=r"made with other settings \(rho was 0.015, is 0.02; seed was 0, is 1\)"):
+        run(tmp_path, seed=1, rho=0.02)
+    assert run(tmp_path) == 0
+
+
+def test_foreign_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="is no manifest of format 1"):
+        run(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        run(tmp_path)
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write to .*file"):
+        run(tmp_path / "file")
+
+
+def test_too_few_initial_images(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="class '0' has 6 images, but ipc 7 needs as many initial ones"):
+        run(tmp_path, ipc=7)
+
+
+def test_teacher_of_other_classes(tmp_path: Path) -> None:
+    teacher: Any = small_teacher()
+    teacher.fc = torch.nn.Linear(16, 7)
+    with pytest.raises(InputError, match="teacher knows 7 classes, the data have 10"):
+        distill(teacher, small_set(), small_config(), ipc=1, output=tmp_path)
+
+
+def test_sample_is_seeded_without_replacement_and_nested() -> None:
+    data = small_set()
+    five, two = sample(data, 3, 5, seed=1), sample(data, 3, 2, seed=1)
+    assert five[:2] == two
+    assert len(set(five)) == 5
+    assert (data.labels[five] == 3).all()
+    assert sample(data, 3, 5, seed=2) != five
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert contents(tmp_path) == {"x.json": b"old"}
+
+
+def test_pixels_are_rounded_not_cut(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path, {}, ["a"])
+    store.write(torch.tensor([[[[0.0, 0.9999, 0.5019, -3.0, 7.0]]]]), [0], 0)
+    with Image.open(tmp_path / image_name(0, 0, 1)) as image:
+        assert np.asarray(image).tolist() == [[0, 255, 128, 0, 255]]
+    assert json.loads((tmp_path / "manifest.json").read_text())["complete"] is False
