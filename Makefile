@@ -10,6 +10,9 @@ PACKAGE := $(shell find dwa_fast kernels -name '*.py')
 PIP := -m pip install --disable-pip-version-check --quiet
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
+# Threads of OpenMP sleep where they wait: spinning costs a factor of ten as soon as anything else runs on the machine.
+export OMP_WAIT_POLICY := PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest check bench gpu clean prerequisites build
 

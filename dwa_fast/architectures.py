@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, conv1x1
 
 from dwa_fast.config import check_choice, check_integer
 
@@ -38,9 +36,11 @@ class ConvNet(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Three residual blocks of 32, 64 and 128 channels, two of them with a stride-2 skip: for images of 8 to 32 pixels."""
+    """Three residual blocks of 16, 32 and 64 channels, two of them with a stride-2 skip: for images of 8 to 32 pixels."""
 
-    def __init__(self, classes: int, channels: int, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
+    def __init__(self, classes: int, channels: int, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
+        from torchvision.models.resnet import BasicBlock, conv1x1  # here: torchvision loads Triton, which importing dwa_fast must not
+
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
@@ -64,6 +64,8 @@ class SmallResNet(nn.Module):
 
 def _resnet(depth: int, *, cifar_stem: bool) -> Callable[[int, int, int], nn.Module]:
     def make(classes: int, channels: int, size: int) -> nn.Module:
+        import torchvision.models
+
         network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
         if cifar_stem:  # 3×3 stride 1 and no max-pool, for 32 and 64 pixels
             network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def resolve(backend: BackendName, precision: Precision, device: str) -> Executio
     chosen, causes = backend, fused_causes()
     if backend == "auto":
         chosen = "reference" if causes or precision == "fp64" else "fused"
-        log.info("back-end %s on %s%s", chosen, where, f" (fused cannot run: {'; '.join(causes)})" if causes else "")
+        _announce(f"back-end {chosen} on {where}" + (f" (fused cannot run: {'; '.join(causes)})" if causes else ""))
     if chosen == "fused" and causes:
         raise InputError(f"back-end 'fused' cannot run: {'; '.join(causes)}")
     if precision not in ("auto", "fp32", "fp64") or (chosen, precision) == ("fused", "fp64"):
@@ -68,6 +69,12 @@ def resolve(backend: BackendName, precision: Precision, device: str) -> Executio
         raise InputError(f"precision {precision!r} is not offered by back-end {chosen!r}; it offers: {supported}")
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return Execution(_fused() if chosen == "fused" else Operators("reference"), where, dtype)
+
+
+@functools.cache
+def _announce(choice: str) -> None:
+    """Log what "auto" became, once."""
+    log.info(choice)
 
 
 def resolve_device(name: str) -> torch.device:

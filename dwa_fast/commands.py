@@ -7,11 +7,11 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 import tyro
 
 from dwa_fast import backend, ops
@@ -210,7 +210,7 @@ def machine() -> dict[str, Any]:
         "versions": {
             "dwa_fast": __version__,
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": metadata.version("torchvision"),
             "python": platform.python_version(),
         },
         "extension": {"not usable": cause} if cause else ops.built_with(),

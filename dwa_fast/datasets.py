@@ -10,10 +10,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import v2
 
 from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.errors import InputError
@@ -88,7 +86,9 @@ def decode(file: Path, size: int, channels: int) -> Tensor:
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} is no image that can be read: {str(error).splitlines()[0]}") from error
     if picture.size != (size, size):
-        picture = v2.functional.center_crop(v2.functional.resize(picture, [size], antialias=True), [size, size])
+        from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
+
+        picture = functional.center_crop(functional.resize(picture, [size], antialias=True), [size, size])
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
     return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
 
@@ -176,11 +176,12 @@ def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | No
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
-    endings = tuple(torchvision.datasets.folder.IMG_EXTENSIONS)
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        members = sorted(file for file in (folder / name).rglob("*") if file.name.lower().endswith(endings) and file.is_file())
+        members = sorted(file for file in (folder / name).rglob("*") if file.name.lower().endswith(IMG_EXTENSIONS) and file.is_file())
         if len(members) < (per_class or 1):
             wanted = f"at least {per_class}" if per_class else "some"
             raise InputError(f"class folder {folder / name} has {len(members)} images, wanted {wanted}")
@@ -202,6 +203,8 @@ def _split_folder(folder: Path, split: Split) -> Path:
 
 
 def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet:
+    import torchvision.datasets
+
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[layout]
     try:
         source = kind(root=str(folder), train=split == "train", download=download)

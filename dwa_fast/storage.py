@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class ImageStore:
             "versions": {
                 "dwa_fast": __version__,
                 "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
+                "torchvision": metadata.version("torchvision"),
                 "python": platform.python_version(),
             },
             "settings": self.settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,26 @@ class MatchedBatchNorm2d(nn.Module):
         return z
 
 
+@dataclass(frozen=True)
+class MatchingPlan:
+    """What `matching_loss` needs beside the moments: fixed for a network and a batch size, on the device."""
+
+    variances: Tensor  # [ΣC]
+    offsets: Tensor  # [L + 1] int64
+    counts: Tensor  # [L] int64
+    weights: Tensor  # [L]
+
+    @classmethod
+    def of(cls, layers: Sequence[MatchedBatchNorm2d], first_layer_weight: float) -> MatchingPlan:
+        """The plan of these layers, each with the count of its last call."""
+        variances = torch.cat([layer.running_var for layer in layers])
+        device = variances.device
+        sizes = torch.tensor([0] + [len(layer.running_var) for layer in layers], device=device)
+        counts = torch.tensor([layer.count for layer in layers], device=device)
+        weights = torch.tensor([first_layer_weight] + [1.0] * (len(layers) - 1), dtype=variances.dtype, device=device)
+        return cls(variances, sizes.cumsum(0), counts, weights)
+
+
 class Network(nn.Module):
     """A copy of the teacher, in eval mode, whose BatchNorm layers record their inputs' moments."""
 
@@ -76,6 +96,7 @@ class Network(nn.Module):
             self.layers[name] = MatchedBatchNorm2d(layer, operators)
             _replace(self.module, layer, self.layers[name])
         self.recording = True
+        self._plans: dict[tuple[float, ...], MatchingPlan] = {}
 
     def record(self, recording: bool) -> None:
         """Whether forward passes compute the moments."""
@@ -118,12 +139,12 @@ class Network(nn.Module):
             if len(layer.sums) > 1:
                 raise InputError(f"BatchNorm layer {name!r} runs {len(layer.sums)} times in a forward pass; each layer may run once")
         used = [layer for layer in self.layers.values() if layer.sums]
-        return self.operators.matching_loss(
-            [layer.sums[0] for layer in used],
-            [layer.running_var for layer in used],
-            [layer.count for layer in used],
-            [first_layer_weight] + [1.0] * (len(used) - 1),
-        )
+        shape = (first_layer_weight, *(layer.count for layer in used))
+        if shape not in self._plans:
+            self._plans[shape] = MatchingPlan.of(used, first_layer_weight)
+        plan = self._plans[shape]
+        sums = torch.cat([layer.sums[0] for layer in used], 1)
+        return self.operators.matching_loss(sums, plan.variances, plan.offsets, plan.counts, plan.weights)
 
 
 def prepare(

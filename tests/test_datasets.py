@@ -65,7 +65,7 @@ def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert data.load([2]).shape == (1, 3, 32, 32)
     assert float(data.load([2])[0, 1, 0, 2]) == pytest.approx(rows[2, 1024 + 2] / 255)
     (folder / "train").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="holds no intact .*; put it there, or pass --download to fetch it"):
+    with pytest.raises(InputError, match=r"holds no intact .*; put it there, or pass --download to fetch it"):
         load(DataConfig(layout=layout, size=32), tmp_path, "train")
 
 
@@ -124,7 +124,7 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         load(FOLDER, tmp_path, "train")
     write_image(tmp_path / "full" / "a.png")
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(InputError, match="class folder .*hollow has 0 images, wanted some"):
+    with pytest.raises(InputError, match=r"class folder .*hollow has 0 images, wanted some"):
         load(FOLDER, tmp_path, "train")
     with pytest.raises(InputError, match="has no 'val' or 'test' folder with the held-out images"):
         load(FOLDER, tmp_path, "test")
@@ -140,7 +140,7 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\nhello"])
 def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InputError, match="x.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"x\.png is no image that can be read"):
         decode(tmp_path / "x.png", 8, 3)
 
 
@@ -148,5 +148,5 @@ def test_truncated_image(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(InputError, match="x.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"x\.png is no image that can be read"):
         decode(path, 8, 3)

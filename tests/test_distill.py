@@ -116,7 +116,7 @@ def test_foreign_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write to .*file"):
+    with pytest.raises(InputError, match=r"cannot write to .*file"):
         run(tmp_path / "file")
 
 
@@ -144,9 +144,14 @@ def test_sample_is_seeded_without_replacement_and_nested() -> None:
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "x.json"
     target.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(target) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert contents(tmp_path) == {"x.json": b"old"}
 
 

@@ -18,7 +18,8 @@ def test_matching_loss_by_hand() -> None:
     mean, var = torch.tensor([5.0, -4.0]), torch.tensor([1.0, 2.0])
     _, sums = ops.bn_act(y, mean, var, None, None, 0.0)
     assert sums.tolist() == [[-6.0, 8.0], [20.0, 32.0]]  # Σ(y−m), Σ(y−m)²
-    loss = ops.matching_loss([sums, sums], [var, var], [2, 2], [10.0, 1.0])
+    layers = torch.tensor([0, 2, 4]), torch.tensor([2, 2]), torch.tensor([10.0, 1.0])
+    loss = ops.matching_loss(torch.cat([sums, sums], 1), torch.cat([var, var]), *layers)
     assert loss.tolist() == [11 * 5.0, 11 * 2.0]  # ‖(−3, 4)‖ = 5 and ‖(0, −2)‖ = 2
 
 
@@ -40,7 +41,8 @@ def test_backward_of_matching_is_pointwise(relu: bool, with_skip: bool) -> None:
     downstream = torch.randn(3, channels, 4, 2, dtype=torch.float64)
     z, sums = ops.bn_act(y, m, v, gamma, beta, 1e-5, skip, relu)
     n = y.numel() // channels
-    mean, var = ops.matching_loss([sums], [v], [n], [weight])
+    layers = torch.tensor([0, channels]), torch.tensor([n]), torch.tensor([weight], dtype=torch.float64)
+    mean, var = ops.matching_loss(sums, v, *layers)
     ((z * downstream).sum() + lambda_mean * mean + lambda_var * var).backward()
 
     per_channel = (slice(None), None, None)
@@ -57,7 +59,7 @@ def test_backward_of_matching_is_pointwise(relu: bool, with_skip: bool) -> None:
 
 def test_zero_norm_has_zero_gradient() -> None:
     sums = torch.zeros(2, 3, requires_grad=True)
-    ops.matching_loss([sums], [torch.zeros(3)], [4], [1.0]).sum().backward()
+    ops.matching_loss(sums, torch.zeros(3), torch.tensor([0, 3]), torch.tensor([4]), torch.tensor([1.0])).sum().backward()
     assert sums.grad is not None
     assert sums.grad.tolist() == torch.zeros(2, 3).tolist()
 

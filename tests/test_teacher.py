@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dwa_fast import InputError
-from dwa_fast.architectures import ARCHITECTURES, build
+from dwa_fast.architectures import build
 from dwa_fast.backend import resolve
 from dwa_fast.teacher import TeacherInfo, load_teacher, prepare, save_teacher
 from tests.nets import small_teacher

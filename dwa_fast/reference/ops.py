@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,20 +32,22 @@ def bn_act(
 
 
 def matching_loss(
-    sums: Sequence[Tensor],  # L × [2, C_l] from bn_act
-    variances: Sequence[Tensor],  # L × [C_l] running variances v
-    counts: Sequence[int],  # L × n = N·H·W
-    weights: Sequence[float],  # L × w_l
+    sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
+    variances: Tensor,  # [ΣC] running variances v
+    offsets: Tensor,  # [L + 1] int64: channels of layer l are offsets[l] … offsets[l + 1] − 1
+    counts: Tensor,  # [L] int64: n = N·H·W of each layer
+    weights: Tensor,  # [L] w_l
 ) -> Tensor:  # [2]: R_mean, R_var
     """Decoupled matching of BatchNorm statistics, all layers (Eq. 3).
 
     R_mean = Σ_l w_l ‖μ_l − m_l‖₂,  R_var = Σ_l w_l ‖σ²_l − v_l‖₂, with μ − m = s₁/n and σ² = s₂/n − (s₁/n)².
     The gradient of a norm that is 0 is 0.
     """
-    terms = []
-    for s, v, n, w in zip(sums, variances, counts, weights, strict=True):
-        offset = s[0] / n
-        spread = s[1] / n - offset.square() - v
+    bounds = offsets.tolist()
+    terms = [torch.zeros(2).to(sums)]
+    for first, last, n, w in zip(bounds[:-1], bounds[1:], counts.tolist(), weights.tolist(), strict=True):
+        offset = sums[0, first:last] / n
+        spread = sums[1, first:last] / n - offset.square() - variances[first:last]
         terms.append(w * torch.stack([torch.linalg.vector_norm(offset), torch.linalg.vector_norm(spread)]))
     return torch.stack(terms).sum(0)
 
@@ -56,6 +56,7 @@ def view(
     images: Tensor,  # [N, C, H, W]
     rows: Tensor,  # [T, 7] int32, see views.Schedule
     step: Tensor,  # [] int64: the row to use
+    dtype: torch.dtype | None = None,  # of the result; None: as the images
 ) -> Tensor:  # [N, C, H, W]
     """Crop, bilinear resize to the size of the images, horizontal flip, roll: the view of one iteration."""
     top, left, height, width, flip, down, right = rows[step].tolist()
@@ -65,7 +66,7 @@ def view(
         seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
     if flip:
         seen = seen.flip(3)
-    return torch.roll(seen, (down, right), (2, 3))
+    return torch.roll(seen, (down, right), (2, 3)).to(dtype or images.dtype)
 
 
 def adam_clip_(
