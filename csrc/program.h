@@ -1,0 +1,10 @@
+// The recorded step, for the Python module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dwa_fast {
+
+void register_program(pybind11::module& m);
+
+}  // namespace dwa_fast
