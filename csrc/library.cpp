@@ -8,6 +8,8 @@
 
 #include <string>
 
+#include "program.h"
+
 TORCH_LIBRARY(dwa_fast, m) {
   m.def("ascend_(Tensor(a!) weights, Tensor gradients, float radius, bool normalize=True, Tensor(b!)? compute=None) -> Tensor");
 }
@@ -43,4 +45,5 @@ pybind11::dict built_with() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of dwa_fast; importing it registers torch.ops.dwa_fast.*";
   m.def("built_with", &built_with, "What this file was built with: torch, compiler, has_cuda, cuda (None without).");
+  dwa_fast::register_program(m);
 }
