@@ -4,6 +4,8 @@
 #include <torch/version.h>
 #ifdef DWA_FAST_CUDA
 #include <cuda_runtime_api.h>
+
+#include "cuda/graph.h"
 #endif
 
 #include <string>
@@ -46,4 +48,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of dwa_fast; importing it registers torch.ops.dwa_fast.*";
   m.def("built_with", &built_with, "What this file was built with: torch, compiler, has_cuda, cuda (None without).");
   dwa_fast::register_program(m);
+#ifdef DWA_FAST_CUDA
+  dwa_fast::register_graph(m);
+#endif
 }

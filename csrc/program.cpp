@@ -1,6 +1,7 @@
 // A recorded list of operator calls on fixed tensors, replayed without the interpreter: its lock is released for as many repeats as asked.
 #include "program.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -100,6 +101,12 @@ class Program {
         const auto element = type->castRaw<c10::ListType>()->getElementType();
         return {element->kind() == c10::TypeKind::OptionalType ? Kind::kOptionalTensors : Kind::kTensors, {}, std::move(slots)};
       }
+    }
+    if (type->kind() == c10::TypeKind::TensorType && (py::isinstance<py::float_>(given) || py::isinstance<py::int_>(given))) {
+      // Python's numbers stand for tensors too; as such they leave the type of the other operand alone.
+      at::Tensor number = at::scalar_to_tensor(torch::jit::toIValue(given, c10::NumberType::get()).toScalar());
+      number.unsafeGetTensorImpl()->set_wrapped_number(true);
+      return {Kind::kConstant, number, {}};
     }
     return {Kind::kConstant, torch::jit::toIValue(given, type), {}};
   }
