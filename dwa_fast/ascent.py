@@ -5,32 +5,63 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from dwa_fast.backend import Execution
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
+from dwa_fast.repeat import Repeat
+from dwa_fast.rewrite import BatchNormAct
 from dwa_fast.seeding import normal
 from dwa_fast.teacher import Network
 
 
-class Ascent:
-    """Owns the weights of a network as one flat arena: adjusts them for a batch, and restores them bit for bit.
+class Arena:
+    """All weights of a network as one flat tensor, their gradients as a second one, and both in compute precision beside them.
 
-    Every parameter of the network becomes a view into the arena, and its gradient a view into a second one, so that the global
-    norm, the update and the restoring are one pass each.
+    Every parameter becomes a view into an arena: normalisation layers into the master weights, all others into the copy in compute
+    precision. The global norm, the update with its rounding, and the restoring are then one pass each.
     """
 
-    def __init__(self, network: Network, config: SynthesisConfig) -> None:
+    def __init__(self, network: nn.Module, execution: Execution) -> None:
+        kept = {p for layer in network.modules() if isinstance(layer, (BatchNormAct, _BatchNorm)) for p in layer.parameters(recurse=False)}
+        self.parameters = list(network.parameters())
+        total = sum(p.numel() for p in self.parameters)
+        self.weights = torch.empty(total, dtype=execution.master_dtype, device=execution.device)  # [P] θ, then θ̃
+        self.gradients = torch.zeros_like(self.weights)  # [P]
+        rounds = execution.dtype != execution.master_dtype
+        self.compute = torch.zeros_like(self.weights, dtype=execution.dtype) if rounds else None  # [P]
+        self.slots: list[Tensor] = []  # where the gradient of each parameter goes, shaped like it
+        start = 0
+        for p in self.parameters:
+            part = slice(start, start + p.numel())
+            start = part.stop
+            master = _shaped(self.weights[part], p, execution.channels_last)
+            master.copy_(p.detach())
+            self.slots.append(_shaped(self.gradients[part], p, execution.channels_last))
+            p.data = master if self.compute is None or p in kept else _shaped(self.compute[part], p, execution.channels_last)
+        self.original = self.weights.clone()
+        self.restore()
+
+    def restore(self) -> None:
+        """θ̃ → θ, bit for bit."""
+        self.weights.copy_(self.original)
+        if self.compute is not None:
+            self.compute.copy_(self.weights)
+
+
+class Ascent:
+    """Adjusts the weights of a network for a batch, and restores them bit for bit."""
+
+    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution) -> None:
         self.network = network
         self.config = config
-        parameters = list(network.parameters())
-        self.arena = torch.cat([p.detach().reshape(-1) for p in parameters])  # [P]
-        self.original = self.arena.clone()
-        self.gradients = torch.zeros_like(self.arena)
-        sizes = [p.numel() for p in parameters]
-        for p, weights, gradient in zip(parameters, self.arena.split(sizes), self.gradients.split(sizes), strict=True):
-            p.data = weights.view(p.shape)
-            p.grad = gradient.view(p.shape)
+        self.execution = execution
+        self.arena = Arena(network, execution)
+        self._norms = torch.zeros(max(1, config.steps), dtype=execution.master_dtype, device=execution.device)  # [K]
+        self._count = torch.zeros((), dtype=torch.int64, device=execution.device)
+        self._steps: dict[torch.Size, tuple[Tensor, Tensor, Repeat]] = {}  # per shape: what the step sees, its labels, the step
 
     def adjust(
         self,
@@ -43,25 +74,55 @@ class Ascent:
         Raises:
             InputError: a gradient is not finite.
         """
-        self.restore()
+        self.arena.restore()
         if not self.config.adjusts:
-            return torch.empty(0)
+            return self._norms[:0]
         if self.config.ascent == "random":
-            noise = normal(source, (self.arena.numel(),)).to(self.arena)
-            return self.network.operators.ascend_(self.arena, noise, self.config.rho)[None]
+            return self._randomly(source)
+        if seen.shape not in self._steps:
+            inputs = seen.clone(), labels.clone()
+            repeat = Repeat(lambda: self._step(*inputs), self.execution)
+            self._steps[seen.shape] = (*inputs, repeat)
+        static_seen, static_labels, repeat = self._steps[seen.shape]
+        static_seen.copy_(seen)
+        static_labels.copy_(labels)
+        self.arena.restore()
+        self._count.zero_()
+        repeat.run(self.config.steps)
+        return _finite(self._norms)
+
+    def _randomly(self, source: np.random.Generator) -> Tensor:
+        """A Gaussian direction of length ρ; drawn in the order of the parameters, whatever their layout."""
+        arena = self.arena
+        noise = normal(source, (arena.weights.numel(),)).to(arena.weights)
+        for slot, part in zip(arena.slots, noise.split([slot.numel() for slot in arena.slots]), strict=True):
+            slot.copy_(part.view(slot.shape))
+        return self.network.operators.ascend_(arena.weights, arena.gradients, self.config.rho, compute=arena.compute)[None]
+
+    def _step(self, seen: Tensor, labels: Tensor) -> None:
+        """One step; everything in it lies at fixed places, so that it can be recorded."""
+        arena, config = self.arena, self.config
         with self.network.trainable():
-            norms = [self._step(seen, labels) for _ in range(self.config.steps)]
-        return _finite(torch.stack(norms))
+            loss = F.cross_entropy(self.network(seen).to(self.execution.master_dtype), labels)
+            gradients = torch.autograd.grad(loss * self.execution.loss_scale, arena.parameters, allow_unused=True)
+        for slot, gradient in zip(arena.slots, gradients, strict=True):
+            if gradient is not None:  # the gradient of a weight that the loss does not reach stays 0
+                slot.copy_(gradient)
+        if self.execution.loss_scale != 1:
+            arena.gradients.mul_(1 / self.execution.loss_scale)
+        radius = config.rho / config.steps
+        ascend_ = self.network.operators.ascend_
+        norm = ascend_(arena.weights, arena.gradients, radius, normalize=config.normalize_ascent, compute=arena.compute)
+        self._norms.index_copy_(0, self._count[None], norm[None])
+        self._count.add_(1).remainder_(len(self._norms))
 
-    def restore(self) -> None:
-        """θ̃ → θ, bit for bit."""
-        self.arena.copy_(self.original)
 
-    def _step(self, seen: Tensor, labels: Tensor) -> Tensor:
-        self.gradients.zero_()
-        F.cross_entropy(self.network(seen), labels).backward()
-        config = self.config
-        return self.network.operators.ascend_(self.arena, self.gradients, config.rho / config.steps, normalize=config.normalize_ascent)
+def _shaped(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """A flat piece of an arena as a tensor of that shape; convolution weights with their channels innermost where asked."""
+    if channels_last and like.dim() == 4:
+        out, inner, height, width = like.shape
+        return flat.view(out, height, width, inner).permute(0, 3, 1, 2)
+    return flat.view(like.shape)
 
 
 def _finite(norms: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwa_fast import ops
+from dwa_fast import compiled, ops
 from dwa_fast.config import BackendName, Precision, check_choice
 from dwa_fast.errors import InputError
 from dwa_fast.reference import ops as plain
@@ -20,7 +22,8 @@ log = logging.getLogger("dwa_fast")
 
 OPERATORS = ("bn_act", "matching_loss", "view", "adam_clip_", "ascend_")
 _PLAIN = "plain PyTorch"
-_PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Operators:
     view: Callable[..., Tensor] = plain.view
     adam_clip_: Callable[..., None] = plain.adam_clip_
     ascend_: Callable[..., Tensor] = plain.ascend_
+    fuses: bool = False  # whether bn_act is worth tracing the teacher for
     implementations: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, _PLAIN))
 
 
@@ -40,13 +44,45 @@ class Operators:
 class Execution:
     """Where and how a run computes: everything that "auto" stood for, decided."""
 
+    backend: str  # reference, fused or compiled
     operators: Operators
     device: torch.device
-    dtype: torch.dtype
+    precision: str  # fp32, tf32, bf16, fp16 or fp64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of the weights that convolutions see."""
+        return _DTYPES[self.precision]
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of images, statistics, losses, Adam's state and the weights that the ascent moves."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images and weights lie with their channels innermost."""
+        return self.backend != "reference"
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before the backward pass."""
+        return _FP16_LOSS_SCALE if self.precision == "fp16" else 1.0
 
     def describe(self) -> dict[str, str]:
         """What the bits of the result depend on, for manifests and reports."""
-        return {"backend": self.operators.name, "device": self.device.type, "precision": _PRECISIONS[self.dtype]}
+        return {"backend": self.backend, "device": self.device.type, "precision": self.precision}
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Inside, PyTorch's own operators compute as the precision says; TensorFloat-32 is used where it was asked for, and only there."""
+        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        wanted = self.precision == "tf32"
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def resolve(backend: BackendName, precision: Precision, device: str) -> Execution:
@@ -58,17 +94,35 @@ def resolve(backend: BackendName, precision: Precision, device: str) -> Executio
     check_choice("backend", backend, BackendName)
     check_choice("precision", precision, Precision)
     where = resolve_device(device)
-    chosen, causes = backend, fused_causes()
+    causes = fused_causes(where)
+    chosen: str = backend
     if backend == "auto":
         chosen = "reference" if causes or precision == "fp64" else "fused"
-        _announce(f"back-end {chosen} on {where}" + (f" (fused cannot run: {'; '.join(causes)})" if causes else ""))
     if chosen == "fused" and causes:
         raise InputError(f"back-end 'fused' cannot run: {'; '.join(causes)}")
-    if precision not in ("auto", "fp32", "fp64") or (chosen, precision) == ("fused", "fp64"):
-        supported = "fp32, fp64" if chosen == "reference" else "fp32"
-        raise InputError(f"precision {precision!r} is not offered by back-end {chosen!r}; it offers: {supported}")
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return Execution(_fused() if chosen == "fused" else Operators("reference"), where, dtype)
+    offered = precisions(chosen, where)
+    if precision != "auto" and precision not in offered:
+        raise InputError(f"precision {precision!r} is not offered by back-end {chosen!r} on {where.type}; it offers: {', '.join(offered)}")
+    arithmetic = offered[0] if precision == "auto" else precision
+    if "auto" in (backend, precision):
+        why = f" (fused cannot run: {'; '.join(causes)})" if causes and backend == "auto" else ""
+        slow = precision == "auto" and chosen != "reference" and where.type == "cpu" and arithmetic == "fp32"
+        _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (" (no AVX-512 BF16 for bf16)" if slow else ""))
+    return Execution(chosen, _operators(chosen, where), where, arithmetic)
+
+
+def precisions(backend: str, device: torch.device) -> list[str]:
+    """What a back-end offers on a device; the first is what "auto" takes."""
+    if backend == "reference":
+        return ["fp32", "fp64"]
+    if device.type == "cuda":
+        return ["bf16", "tf32", "fp32", "fp16"]
+    return ["bf16", "fp32"] if _fast_bf16() else ["fp32", "bf16"]
+
+
+def _fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), so that oneDNN's convolutions gain from it."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @functools.cache
@@ -96,21 +150,37 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def fused_causes() -> list[str]:
-    """Why the fused operators cannot run here; empty where they can."""
-    cause = ops.cause()
-    return [cause] if cause else []
+def fused_causes(device: torch.device) -> list[str]:
+    """Why the fused operators cannot run on a device; empty where they can."""
+    causes = [cause] if (cause := ops.cause()) else []
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            causes.append("Triton is not installed")
+        if not causes and not ops.built_with()["has_cuda"]:
+            causes.append("the extension was built without CUDA")
+    return causes
 
 
-def describe() -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """What `dwa-fast info` shows: each back-end with its operators, or with the causes that keep it from running."""
-    causes = fused_causes()
+    causes = fused_causes(device)
     return {
         "reference": dict(Operators("reference").implementations),
-        "fused": causes or dict(_fused().implementations),
+        "fused": causes or dict(_fused(device).implementations),
+        "compiled": "plain PyTorch, compiled by TorchInductor at the first batch",
     }
 
 
-def _fused() -> Operators:
-    implementations = dict.fromkeys(OPERATORS, _PLAIN) | {"ascend_": "C++ and CUDA"}
-    return Operators("fused", ascend_=ops.ascend_, implementations=implementations)
+def _operators(backend: str, device: torch.device) -> Operators:
+    if backend == "fused":
+        return _fused(device)
+    if backend == "compiled":
+        return Operators(backend, view=compiled.view, adam_clip_=compiled.adam_clip_)
+    return Operators(backend)
+
+
+def _fused(device: torch.device) -> Operators:
+    implementations = dict.fromkeys(OPERATORS, _PLAIN) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
+    return Operators(
+        "fused", view=compiled.view, adam_clip_=compiled.adam_clip_, ascend_=ops.ascend_, fuses=True, implementations=implementations
+    )

@@ -16,6 +16,7 @@ import tyro
 
 from dwa_fast import backend, ops
 from dwa_fast._version import __version__
+from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.config import DataConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_integer
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet, Split, image_folder, load
@@ -25,7 +26,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, output_folder, write_json
 from dwa_fast.recipes import METHODS, RECIPES, full_recipe
 from dwa_fast.squeeze import squeeze
-from dwa_fast.teacher import TeacherInfo, batchnorm_layers, load_teacher, save_teacher
+from dwa_fast.teacher import prepare
 from dwa_fast.training import top1
 from dwa_fast.validate import validate
 
@@ -194,12 +195,18 @@ class Info:
         content = machine()
         if self.teacher:
             module, info = load_teacher(self.teacher, architecture=self.architecture)
-            layers = {name: layer.num_features for name, layer in batchnorm_layers(module).items()}
-            content["teacher"] = {**asdict(info), "batchnorm_layers": layers}
+            content["teacher"] = {**asdict(info), **_fused_layers(module, info)}
         if self.json:
             print(json.dumps(content, indent=2))
         else:
             console.tree("dwa-fast", content)
+
+
+def _fused_layers(module: torch.nn.Module, info: TeacherInfo) -> dict[str, Any]:
+    """What the fused back-end makes of each BatchNorm layer of a teacher."""
+    execution = backend.resolve("auto", "auto", "cpu")
+    network, _ = prepare(module, torch.zeros(2, info.channels, info.size, info.size), execution)
+    return {"traced": network.traced, "fused": {name: layer.extra_repr() for name, layer in network.layers.items()}}
 
 
 def machine() -> dict[str, Any]:
@@ -221,7 +228,7 @@ def machine() -> dict[str, Any]:
             "vector instructions": torch.backends.cpu.get_cpu_capability(),
             "CUDA devices": devices or "none",
         },
-        "back-ends": backend.describe(),
+        "back-ends": backend.describe(backend.resolve_device("auto")),
         "auto": backend.resolve("auto", "auto", "auto").describe(),
     }
 

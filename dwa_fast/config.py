@@ -15,7 +15,7 @@ Ascent = Literal["directed", "random", "none"]
 MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
 Initial = Literal["real", "noise"]
-BackendName = Literal["auto", "reference", "fused"]
+BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 Layout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
 Augmentation = Literal["pad-crop", "resized-crop", "none"]
@@ -110,8 +110,9 @@ class SynthesisConfig(Normalisation):
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # Width divided by height of a crop, above 0.
     flip: float = 0.5  # Probability of a horizontal flip in the crop view, 0 to 1.
     jitter: int = 4  # Largest roll in each direction, pixels, at least 0.
-    backend: BackendName = "auto"  # Operators: fused (ours), reference (plain PyTorch), auto (the best that runs).
+    backend: BackendName = "auto"  # fused (our operators), compiled (TorchInductor), reference (plain PyTorch), auto (the best that runs).
     precision: Precision = "auto"  # Arithmetic of the networks; images, statistics and losses stay in fp32.
+    concurrent_batches: int = 1  # Batches in flight at once on a GPU, each with its own weights, at least 1.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 
     def __post_init__(self) -> None:
@@ -130,6 +131,7 @@ class SynthesisConfig(Normalisation):
         check_range("crop_ratio", self.crop_ratio)
         check_real("flip", self.flip, 0, 1)
         check_integer("jitter", self.jitter, 0)
+        check_integer("concurrent_batches", self.concurrent_batches, 1)
         check_choice("backend", self.backend, BackendName)
         check_choice("precision", self.precision, Precision)
 

@@ -15,6 +15,7 @@ from torch import nn
 from dwa_fast import report
 from dwa_fast._version import __version__
 from dwa_fast.backend import resolve
+from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.config import check_integer
 from dwa_fast.datasets import ImageSet, image_folder, load, normalise
 from dwa_fast.distill import distill
@@ -25,7 +26,6 @@ from dwa_fast.initial import sample
 from dwa_fast.recipes import full_recipe
 from dwa_fast.squeeze import squeeze
 from dwa_fast.storage import ImageStore
-from dwa_fast.teacher import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.training import top1
 from dwa_fast.validate import validate
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dwa_fast.datasets import ImageSet, denormalise, normalise
 from dwa_fast.errors import InputError
 from dwa_fast.initial import sample
 from dwa_fast.storage import ImageStore
-from dwa_fast.synthesis import Synthesizer
+from dwa_fast.synthesis import Batch, Synthesizer
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 
@@ -66,21 +67,26 @@ def distill(
     settings = {**asdict(config), **run.execution.describe(), "seed": seed, **(origin or {})}
     store = ImageStore(output, settings, data.class_names)
     items = work_list(classes, ipc, config.batch_size)
-    total, made = len(items) * config.iterations, 0
-    for done, item in enumerate(items):
-        before = done * config.iterations
-        if not all(store.has(label, item.index) for label in item.labels):
-            chosen = [members[label][item.index] for label in item.labels]
-            images = normalise(data.load(chosen), config)
-
-            def tick(iteration: int, before: int = before) -> None:
-                if progress:
-                    progress(before + iteration, total)
-
-            refined, _ = run.batch(images, data.labels[chosen], seed=seed, number=item.number, progress=tick)
+    missing = [item for item in items if not all(store.has(label, item.index) for label in item.labels)]
+    total, kept = len(items) * config.iterations, (len(items) - len(missing)) * config.iterations
+    if progress:
+        progress(kept, total)
+    for start in range(0, len(missing), config.concurrent_batches):
+        group = missing[start : start + config.concurrent_batches]
+        before, count = kept + start * config.iterations, len(group)
+        tick = functools.partial(_report, progress, before, count, total) if progress else None
+        results = run.run([_batch(item, members, data, config) for item in group], seed=seed, progress=tick)
+        for item, (refined, _) in zip(group, results, strict=True):
             store.write(denormalise(refined, config), item.labels, item.index)
-            made += len(item.labels)
-        if progress:
-            progress(before + config.iterations, total)
     store.finish()
-    return made
+    return sum(len(item.labels) for item in missing)
+
+
+def _batch(item: WorkItem, members: Sequence[Sequence[int]], data: ImageSet, config: SynthesisConfig) -> Batch:
+    """The initial images of an item."""
+    chosen = [members[label][item.index] for label in item.labels]
+    return Batch(item.number, normalise(data.load(chosen), config), data.labels[chosen])
+
+
+def _report(progress: Progress, before: int, batches: int, total: int, iteration: int) -> None:
+    progress(before + batches * iteration, total)

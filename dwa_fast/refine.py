@@ -2,59 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwa_fast.backend import Execution
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
+from dwa_fast.repeat import Repeat
 from dwa_fast.teacher import Network
-from dwa_fast.views import Schedule
-
-Progress = Callable[[int], None]  # called with the number of finished iterations
+from dwa_fast.views import HEIGHT, WIDTH, Schedule
 
 
-def refine(
-    classifier: Network,  # θ̃: gives the cross-entropy
-    matcher: Network,  # gives the matching terms: the same network, or θ
-    images: Tensor,  # [B, C, H, W], normalised
-    labels: Tensor,  # [B]
-    schedule: Schedule,
-    config: SynthesisConfig,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3] on the device: cross-entropy, R_mean, R_var
-    """Refine one batch. Nothing in an iteration waits for the device.
+class Refinement:
+    """The inner loop for batches of one shape: all buffers lie at fixed places, and an iteration neither allocates nor waits."""
 
-    Raises:
-        InputError: a loss is not finite; seen once the batch is done.
-    """
-    operators = classifier.operators
-    images = images.clone()
-    exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
-    low, high = (torch.tensor(bound).to(images) for bound in config.bounds)
-    weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var]).to(images)
-    losses = torch.zeros(config.iterations, 3, dtype=images.dtype, device=images.device)
-    for iteration in range(config.iterations):
-        step = torch.tensor(iteration)
-        leaf = images.detach().requires_grad_(True)
-        seen = operators.view(leaf, schedule.rows, step)
-        terms = _terms(classifier, matcher, seen, labels, config.first_layer_weight)
-        (gradient,) = torch.autograd.grad(terms @ weights, leaf)
-        operators.adam_clip_(images, gradient, exp_avg, exp_avg_sq, schedule.learning_rates, step, low, high)
-        losses[iteration] = terms.detach()
-        if progress:
-            progress(iteration + 1)
-    return images, _finite(losses)
+    def __init__(
+        self,
+        classifier: Network,  # θ̃: gives the cross-entropy
+        matcher: Network,  # gives the matching terms: the same network, or θ
+        shape: torch.Size,  # [B, C, H, W]
+        config: SynthesisConfig,
+        execution: Execution,
+    ) -> None:
+        self.classifier, self.matcher = classifier, matcher
+        self.config, self.execution = config, execution
+        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+        dtype, device = execution.master_dtype, execution.device
+        self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=layout)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.rows = torch.zeros(config.iterations, 7, dtype=torch.int32, device=device)
+        self.rows[:, HEIGHT], self.rows[:, WIDTH] = shape[2], shape[3]  # until a schedule is loaded: the whole image
+        self.learning_rates = torch.zeros(config.iterations, device=device)
+        self.losses = torch.zeros(config.iterations, 3, dtype=dtype, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
+        self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
+        self._repeat = Repeat(self._iterate, execution, compiles=True)
 
+    def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+        """Set every buffer for a new batch."""
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.rows.copy_(schedule.rows)
+        self.learning_rates.copy_(schedule.learning_rates)
+        for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
+            buffer.zero_()
 
-def _terms(classifier: Network, matcher: Network, seen: Tensor, labels: Tensor, first_layer_weight: float) -> Tensor:
-    """Cross-entropy, R_mean and R_var of a view, [3]."""
-    logits = classifier(seen)
-    if matcher is not classifier:
-        matcher(seen)
-    return torch.cat([F.cross_entropy(logits, labels)[None], matcher.matching(first_layer_weight)])
+    def advance(self, iterations: int) -> None:
+        """Do that many iterations; on a GPU this only queues them."""
+        self._repeat.run(iterations)
+
+    def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
+        """What the batch came to, once all iterations are done.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        return self.images.clone(), _finite(self.losses.clone())
+
+    def _iterate(self) -> None:
+        """One iteration; row, learning rate and place of the losses follow from the counter."""
+        operators, scale = self.classifier.operators, self.execution.loss_scale
+        leaf = self.images.detach().requires_grad_(True)
+        terms = self._terms(operators.view(leaf, self.rows, self.step, self.execution.dtype))
+        (gradient,) = torch.autograd.grad((terms * self.weights).sum() * scale, leaf)
+        if scale != 1:
+            gradient = gradient * (1 / scale)
+        operators.adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, self.learning_rates, self.step, self.low, self.high)
+        self.losses.index_copy_(0, self.step[None], terms.detach()[None])
+        self.step.add_(1).remainder_(self.config.iterations)
+
+    def _terms(self, seen: Tensor) -> Tensor:
+        """Cross-entropy, R_mean and R_var of a view, [3]."""
+        logits = self.classifier(seen).to(self.execution.master_dtype)
+        if self.matcher is not self.classifier:
+            self.matcher(seen)
+        matching = self.matcher.matching(self.config.first_layer_weight)
+        return torch.cat([F.cross_entropy(logits, self.labels)[None], matching])
 
 
 def _finite(losses: Tensor) -> Tensor:

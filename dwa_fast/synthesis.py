@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dwa_fast import initial
-from dwa_fast.ascent import Ascent
-from dwa_fast.backend import resolve
+from dwa_fast.ascent import Arena, Ascent
+from dwa_fast.backend import Execution, resolve
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
-from dwa_fast.refine import refine
+from dwa_fast.refine import Refinement
 from dwa_fast.seeding import generator
-from dwa_fast.teacher import prepare
+from dwa_fast.teacher import Network, prepare
 from dwa_fast.views import draw_schedule
+
+_CHUNK = 10  # iterations that are queued on a GPU between two reports of progress
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 
@@ -31,6 +34,54 @@ class SynthesisResult:
     losses: Tensor  # [batches, T, 3] float32 on the CPU: cross-entropy, R_mean, R_var of each iteration
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch of work; `number` picks its random streams."""
+
+    number: int
+    images: Tensor  # [B, C, H, W], normalised
+    labels: Tensor  # [B]
+
+
+class Lane:
+    """A network with its own weights, for one batch after the other."""
+
+    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution) -> None:
+        self.config, self.execution = config, execution
+        self.network = self.matcher = network
+        if config.matching_weights == "original" and config.adjusts:
+            self.matcher = copy.deepcopy(network)
+            Arena(self.matcher, execution)
+            network.record(False)
+        self.ascent = Ascent(network, config, execution)
+        self._refinements: dict[torch.Size, Refinement] = {}
+        self._stream = torch.cuda.Stream(execution.device) if execution.device.type == "cuda" else None
+
+    def begin(self, batch: Batch, seed: int) -> Refinement:
+        """Views, ascent and start of a batch: all but the iterations."""
+        config, execution = self.config, self.execution
+        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+        images = batch.images.to(execution.device, execution.master_dtype, memory_format=layout)
+        labels = batch.labels.to(execution.device, torch.int64)
+        schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
+        first = torch.zeros((), dtype=torch.int64, device=execution.device)
+        with self.active():
+            seen = self.network.operators.view(images, schedule.rows, first, execution.dtype)
+            if images.shape not in self._refinements:
+                self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution)
+            refinement = self._refinements[images.shape]
+            self.ascent.adjust(seen, labels, generator(seed, "ascent", batch.number))
+            start = initial.noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
+            refinement.load(start, labels, schedule)
+        return refinement
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, a GPU's work goes to the lane's own stream."""
+        with torch.cuda.stream(self._stream), self.execution.arithmetic():
+            yield
+
+
 class Synthesizer:
     """A teacher made ready once, for any number of batches."""
 
@@ -38,31 +89,35 @@ class Synthesizer:
         """Check and copy the teacher; `images` ([N, C, H, W]) shows what it will be given."""
         self.config = config
         self.execution = resolve(config.backend, config.precision, config.device)
-        self.network, self.classes = prepare(teacher, images, self.execution)
-        self.matcher = self.network
-        if config.matching_weights == "original" and config.adjusts:
-            self.matcher = copy.deepcopy(self.network)
-            self.network.record(False)
-        self.ascent = Ascent(self.network, config)
+        network, self.classes = prepare(teacher, images, self.execution)
+        copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
+        self.lanes = [Lane(each, config, self.execution) for each in copies]
 
-    def batch(
+    def run(
         self,
-        images: Tensor,  # [B, C, H, W], normalised
-        labels: Tensor,  # [B]
+        batches: Sequence[Batch],  # no more than config.concurrent_batches
         *,
         seed: int,
-        number: int,
         progress: Callable[[int], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Refined images [B, C, H, W] and losses [T, 3] of one batch, on the device; `number` picks its random streams."""
-        config, operators = self.config, self.execution.operators
-        images = images.to(self.execution.device, self.execution.dtype)
-        labels = labels.to(self.execution.device, torch.int64)
-        schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
-        seen = operators.view(images, schedule.rows, torch.tensor(0))
-        self.ascent.adjust(seen, labels, generator(seed, "ascent", number))
-        start = initial.noise(images, seed=seed, batch=number) if config.initial == "noise" else images
-        return refine(self.network, self.matcher, start, labels, schedule, config, progress)
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Refined images [B, C, H, W] and losses [T, 3] of each batch, on the device; all of them are in flight at once.
+
+        Args:
+            progress: called with the iterations that every batch has finished.
+        """
+        pairs = [(lane, lane.begin(batch, seed)) for lane, batch in zip(self.lanes, batches, strict=False)]
+        chunk = 1 if self.execution.device.type == "cpu" else _CHUNK
+        for done in range(0, self.config.iterations, chunk):
+            for lane, refinement in pairs:
+                with lane.active():
+                    refinement.advance(min(chunk, self.config.iterations - done))
+            if progress:
+                progress(min(done + chunk, self.config.iterations))
+        results = []
+        for lane, refinement in pairs:
+            with lane.active():
+                results.append(refinement.result())
+        return results
 
 
 def synthesize(
@@ -95,15 +150,16 @@ def synthesize(
     check_arguments(images, labels, config)
     run = Synthesizer(teacher, images, config)
     check_label_range(labels, run.classes)
-    starts = range(0, len(images), config.batch_size)
-    total = len(starts) * config.iterations
+    parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
+    batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
+    total = len(batches) * config.iterations
     finished, losses = [], []
-    for number, start in enumerate(starts):
-        part = slice(start, start + config.batch_size)
-        tick = functools.partial(_report, progress, number * config.iterations, total) if progress else None
-        refined, terms = run.batch(images[part], labels[part], seed=seed, number=number, progress=tick)
-        finished.append(refined.to(images.device))
-        losses.append(terms.float().cpu())
+    for start in range(0, len(batches), config.concurrent_batches):
+        group = batches[start : start + config.concurrent_batches]
+        tick = functools.partial(_report, progress, start * config.iterations, len(group), total) if progress else None
+        for refined, terms in run.run(group, seed=seed, progress=tick):
+            finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
+            losses.append(terms.float().cpu())
     return SynthesisResult(torch.cat(finished), torch.stack(losses))
 
 
@@ -134,5 +190,5 @@ def check_label_range(labels: Tensor, classes: int) -> None:
         raise InputError(f"labels must lie in 0 … {classes - 1}, the classes of the teacher, got {low if low < 0 else high}")
 
 
-def _report(progress: Progress, before: int, total: int, iteration: int) -> None:
-    progress(before + iteration, total)
+def _report(progress: Progress, before: int, batches: int, total: int, iteration: int) -> None:
+    progress(before + batches * iteration, total)

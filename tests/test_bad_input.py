@@ -76,7 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InputError,
         "BatchNorm layer 'stem.1' keeps no running statistics; it needs track_running_stats=True",
     ),
-    "no logits": ({"teacher": NORM}, InputError, "teacher must give [N, classes] logits, got shape (1, 3, 6, 6)"),
+    "no logits": ({"teacher": NORM}, InputError, "teacher must give [N, classes] logits, got shape (2, 3, 6, 6)"),
     "bare BatchNorm": (
         {"teacher": nn.BatchNorm2d(1).eval()},
         InputError,
@@ -129,7 +129,7 @@ CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: recipe("digits", method="mtt"),
         "unknown method 'mtt'; known: dwa, sre2l, real-start, random-step, coupled",
     ),
-    "backend": (lambda: recipe("digits", backend="tpu"), "unknown backend 'tpu'; known: auto, reference, fused"),
+    "backend": (lambda: recipe("digits", backend="tpu"), "unknown backend 'tpu'; known: auto, reference, fused, compiled"),
     "precision": (
         lambda: recipe("digits", precision="fp8"),
         "unknown precision 'fp8'; known: auto, fp32, tf32, bf16, fp16, fp64",
@@ -154,9 +154,12 @@ EXECUTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "missing device": ({"device": "cuda:99"}, "device 'cuda:99' is not there: PyTorch"),
     "reference precision": (
         {"backend": "reference", "precision": "bf16"},
-        "precision 'bf16' is not offered by back-end 'reference'; it offers: fp32, fp64",
+        "precision 'bf16' is not offered by back-end 'reference' on cpu; it offers: fp32, fp64",
     ),
-    "fused precision": ({"backend": "fused", "precision": "fp64"}, "precision 'fp64' is not offered by back-end 'fused'; it offers: fp32"),
+    "fused precision": (
+        {"backend": "fused", "precision": "fp64", "device": "cpu"},
+        "precision 'fp64' is not offered by back-end 'fused' on cpu; it offers: ",
+    ),
 }
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.cli import run
 from dwa_fast.files import checksum
 from dwa_fast.storage import read_manifest
-from dwa_fast.teacher import TeacherInfo, save_teacher
 from tests.nets import SIZE, small_teacher
 
 QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2"]
@@ -198,7 +198,9 @@ def test_info_describes_a_teacher(teacher: Path, capsys: pytest.CaptureFixture[s
     described = json.loads(capsys.readouterr().out)["teacher"]
     assert described["architecture"] == "small-resnet"
     assert described["accuracy"] > 50
-    assert described["batchnorm_layers"]["stem.1"] == 16
+    assert described["traced"]
+    assert described["fused"]["stem.1"] == "BatchNorm + ReLU"
+    assert described["fused"]["blocks.1.bn2"] == "BatchNorm + addition + ReLU"
 
 
 def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 ORDER = """
     _version errors config seeding files views recipes datasets architectures
     reference reference.ops reference.loop
+    tracing compiled
     ops._library ops.ascend ops
     backend
-    teacher initial ascent refine storage
+    checkpoint rewrite teacher initial program repeat ascent refine storage
     synthesis
     augment training squeeze validate diversity report distill
     demo console commands cli

@@ -46,7 +46,7 @@ def test_equals_reference_loop(settings: dict[str, Any], device: torch.device) -
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_equals_reference_loop_in_single_precision(backend: str, device: torch.device) -> None:
     images, labels = real_images()
-    config = small_config(backend=backend, device=device.type)
+    config = small_config(backend=backend, precision="fp32", device=device.type)
     got = synthesize(small_teacher(), images.to(device), labels.to(device), config)
     wanted = recover(small_teacher(), images.to(device), labels.to(device), config)
     assert distance(got.losses, wanted.losses) < 1e-4

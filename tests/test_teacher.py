@@ -13,7 +13,8 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.architectures import build
 from dwa_fast.backend import resolve
-from dwa_fast.teacher import TeacherInfo, load_teacher, prepare, save_teacher
+from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
+from dwa_fast.teacher import prepare
 from tests.nets import small_teacher
 
 EXECUTION = resolve("reference", "fp32", "cpu")

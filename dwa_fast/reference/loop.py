@@ -167,7 +167,7 @@ def _refine(
 ) -> tuple[Tensor, Tensor]:
     images = images.requires_grad_(True)
     optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
-    low, high = (torch.tensor(bound).to(images)[:, None, None] for bound in config.bounds)
+    low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in config.bounds)
     factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
     losses = []
     for step in range(config.iterations):

@@ -1,0 +1,115 @@
+"""Checkpoints of teachers: our own, which say what they hold, and all three published shapes; read with weights_only, always."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwa_fast.architectures import build
+from dwa_fast.errors import InputError
+from dwa_fast.files import replacing
+
+_NAMED = 3  # how many names of a long list an error quotes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInfo:
+    """What a checkpoint of ours says about its weights."""
+
+    architecture: str
+    classes: int
+    channels: int
+    size: int
+    accuracy: float | None = None  # top-1 on the held-out images, percent
+
+
+def save_teacher(path: Path, module: nn.Module, info: TeacherInfo) -> None:
+    """Write weights and description, whole or not at all."""
+    weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    with replacing(path) as target:
+        torch.save({"state_dict": weights, "dwa_fast": vars(info)}, target)
+
+
+def load_teacher(
+    path: Path,
+    *,
+    architecture: str | None = None,
+    classes: int | None = None,
+    channels: int = 3,
+    size: int = 224,
+) -> tuple[nn.Module, TeacherInfo]:
+    """A teacher in eval mode from a checkpoint: {"state_dict": …}, {"model": …} or a bare state dict, with or without "module." prefixes.
+
+    Args:
+        architecture, classes, channels, size: what to build; a checkpoint written by `dwa-fast squeeze` says it itself.
+    Raises:
+        InputError: the file is not there, cannot be read safely, or holds other weights than the architecture has.
+    """
+    content = _read(path)
+    described = content.get("dwa_fast")
+    info = TeacherInfo(**described) if isinstance(described, dict) else None
+    if info and architecture not in (None, info.architecture):
+        raise InputError(f"checkpoint {path} holds a {info.architecture}, not a {architecture}")
+    if info and classes not in (None, info.classes):
+        raise InputError(f"checkpoint {path} knows {info.classes} classes, the data have {classes}")
+    weights = _state_dict(path, content)
+    if info is None:
+        if architecture is None:
+            raise InputError(f"checkpoint {path} does not say which network it holds; name it with --architecture")
+        info = TeacherInfo(architecture=architecture, classes=classes or _last_rows(weights), channels=channels, size=size)
+    module = build(info.architecture, classes=info.classes, channels=info.channels, size=info.size)
+    _fill(path, module, weights, info)
+    return module.eval(), info
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for damaged archives
+        reason = "it is empty" if path.stat().st_size == 0 else "it is damaged, no PyTorch file, or holds more than tensors"
+        raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} must hold a state dict, got {type(content).__name__}")
+    return content
+
+
+def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights inside any of the published shapes, without "module." prefixes."""
+    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    weights = {str(name).removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise InputError(f"checkpoint {path} holds no weights; wanted a state dict, or one under 'state_dict' or 'model'")
+    return weights
+
+
+def _last_rows(weights: Mapping[str, Tensor]) -> int:
+    """Number of rows of the last matrix: the classes of a classifier."""
+    matrices = [value for value in weights.values() if value.dim() == 2]
+    if not matrices:
+        raise InputError("checkpoint has no linear layer to read the number of classes from; name it with the data")
+    return matrices[-1].shape[0]
+
+
+def _fill(path: Path, module: nn.Module, weights: Mapping[str, Tensor], info: TeacherInfo) -> None:
+    own = module.state_dict()
+    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    foreign = [name for name in weights if name not in own]
+    if missing or foreign:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:_NAMED])}…)" for what, names in (("missing", missing), ("unknown", foreign)) if names
+        ]
+        raise InputError(f"checkpoint {path} does not fit a {info.architecture}: weights {' and '.join(parts)}")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise InputError(
+                f"checkpoint {path} does not fit a {info.architecture} with {info.classes} classes: "
+                f"{name} has shape {tuple(value.shape)}, wanted {tuple(own[name].shape)}"
+            )
+    module.load_state_dict(dict(weights), strict=False)

@@ -1,0 +1,186 @@
+"""Rewrites a teacher so that every BatchNorm2d, with the addition and ReLU behind it where they can be traced, is one operator call."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from dwa_fast.backend import Operators
+
+log = logging.getLogger("dwa_fast")
+
+_ADDITIONS = {operator.add, torch.add}
+_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
+_AGREEMENT = 1e-3  # largest relative difference of the logits at which a traced teacher is taken for the teacher
+
+
+class BatchNormAct(nn.Module):
+    """A BatchNorm2d in eval mode, with what was fused into it, that keeps the shifted moments of its input for the matching loss."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, layer: nn.BatchNorm2d, operators: Operators) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.register_buffer("running_mean", layer.running_mean)
+        self.register_buffer("running_var", layer.running_var)
+        self.operators = operators
+        self.skip = False  # whether forward adds a second argument
+        self.relu = False
+        self.recording = True
+        self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
+        self.count = 0  # N·H·W of the last call
+
+    def forward(
+        self,
+        y: Tensor,  # [N, C, H, W]
+        skip: Tensor | None = None,  # [N, C, H, W]
+    ) -> Tensor:  # [N, C, H, W]
+        """relu(BatchNorm(y) [+ skip]) with the running statistics."""
+        if not self.recording:
+            return self._plain(y, skip)
+        statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        z, sums = self.operators.bn_act(y, *statistics, skip, self.relu)
+        self.sums.append(sums)
+        self.count = y.numel() // y.shape[1]
+        return z
+
+    def extra_repr(self) -> str:
+        """What was fused, as `dwa-fast info` shows it."""
+        return "BatchNorm" + (" + addition" if self.skip else "") + (" + ReLU" if self.relu else "")
+
+    def _plain(self, y: Tensor, skip: Tensor | None) -> Tensor:
+        """Without moments, for passes that need gradients of the weights."""
+        z = F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if skip is not None:
+            z = z + skip
+        return z.relu() if self.relu else z
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten teacher and its recording layers by name, in module order."""
+
+    module: nn.Module
+    layers: dict[str, BatchNormAct]
+    traced: bool  # whether neighbours of the BatchNorm layers could be fused
+
+
+def batchnorm_layers(module: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Every BatchNorm2d by name, in module order."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+
+
+def rewrite(
+    module: nn.Module,
+    operators: Operators,
+    images: Tensor,  # [n, C, H, W]: the logits for these must stay what they were
+) -> Rewritten:
+    """Replace every BatchNorm2d of `module`, which is consumed; neighbours are fused where it can be traced and still gives its logits."""
+    names = list(batchnorm_layers(module))
+    if operators.fuses:
+        fused = _fused(module, operators, images)
+        if fused is not None:
+            layers = {name: layer for name, layer in fused.named_modules() if isinstance(layer, BatchNormAct)}
+            return Rewritten(fused, {name: layers[name] for name in names if name in layers}, traced=True)
+    replaced = {}
+    for name, layer in batchnorm_layers(module).items():
+        replaced[name] = BatchNormAct(layer, operators)
+        _replace(module, layer, replaced[name])
+    return Rewritten(module, replaced, traced=False)
+
+
+def _fused(module: nn.Module, operators: Operators, images: Tensor) -> nn.Module | None:
+    """The traced module with fused layers; None, and a line in the log, where that cannot be done or would change the logits."""
+    try:
+        traced = torch.fx.symbolic_trace(module)
+        with torch.no_grad():
+            expected = module(images)
+            ShapeProp(traced).propagate(images)
+    except Exception as error:  # tracing runs the teacher's own code, which may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("teacher cannot be traced (%s); its BatchNorm layers are fused without their neighbours", reason)
+        return None
+    for node in list(traced.graph.nodes):
+        layer = _submodule(traced, node)
+        if isinstance(layer, nn.BatchNorm2d):
+            _fuse(traced, node, BatchNormAct(layer, operators))
+    traced.graph.lint()
+    traced.recompile()
+    with torch.no_grad():
+        difference = (traced(images) - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
+    for layer in traced.modules():
+        if isinstance(layer, BatchNormAct):
+            layer.sums.clear()
+    if not difference < _AGREEMENT:
+        log.warning("the traced teacher gives other logits; its BatchNorm layers are fused without their neighbours")
+        return None
+    return traced
+
+
+def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:
+    """Put the layer in place of the node, and of the addition and ReLU that alone use its result."""
+    _replace(traced, traced.get_submodule(str(node.target)), layer)
+    chain, arguments = [node], [node.args[0]]
+    for user in _sole_users(node):
+        if _is_addition(user, chain[-1]) and not layer.relu and not layer.skip:
+            arguments.append(next(other for other in user.args if other is not chain[-1]))
+            layer.skip = True
+        elif _is_relu(traced, user) and not layer.relu:
+            layer.relu = True
+        else:
+            break
+        chain.append(user)
+    with traced.graph.inserting_before(chain[-1]):
+        new = traced.graph.call_module(str(node.target), tuple(arguments))
+    new.meta = dict(chain[-1].meta)
+    chain[-1].replace_all_uses_with(new)
+    for old in reversed(chain):
+        traced.graph.erase_node(old)
+
+
+def _sole_users(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """The node that alone uses this one, the one that alone uses that one, and so on."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        yield node
+
+
+def _is_addition(node: torch.fx.Node, summand: torch.fx.Node) -> bool:
+    """Whether the node adds another tensor of the same shape to the summand."""
+    if node.op != "call_function" or node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+        return False
+    others = [other for other in node.args if other is not summand]
+    if len(others) != 1 or not isinstance(others[0], torch.fx.Node):
+        return False
+    shapes = [getattr(each.meta.get("tensor_meta"), "shape", None) for each in (summand, others[0])]
+    return shapes[0] is not None and shapes[0] == shapes[1]
+
+
+def _is_relu(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(_submodule(traced, node)) is nn.ReLU
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return node.op == "call_function" and node.target in _RELUS
+
+
+def _submodule(traced: torch.fx.GraphModule, node: torch.fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` hangs in the tree."""
+    for parent in list(root.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, key, new)

@@ -1,0 +1,73 @@
+"""A recorded step does what the step does, bit for bit, as often as asked."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwa_fast.program import Program
+
+
+def test_repeats_a_training_step_bit_for_bit() -> None:
+    """Forward, backward, update, a counter, a list of tensors, several results and Python's numbers as operands."""
+
+    def make() -> tuple[list[Tensor], Tensor, Tensor, nn.Module]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval(), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+        return list(network.parameters()), torch.zeros(5), torch.zeros((), dtype=torch.int64), network
+
+    images, labels = torch.randn(6, 2, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def step(parameters: list[Tensor], losses: Tensor, count: Tensor, network: nn.Module) -> None:
+        halves = images.split(3)
+        loss = F.cross_entropy(network(torch.cat([halves[1], halves[0]])), labels) * 0.5
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.sub_(0.1 * gradient)
+            losses.index_copy_(0, count[None], loss[None])
+            count.add_(1)
+
+    plain, recorded = make(), make()
+    for _ in range(5):
+        step(*plain)
+    program = Program(lambda: step(*recorded))  # runs the step once
+    program.run(4)
+    assert len(program) > 20
+    assert torch.equal(plain[1], recorded[1])
+    assert (plain[1].diff() < 0).all()
+    for one, two in zip(plain[0], recorded[0], strict=True):
+        assert torch.equal(one, two)
+
+
+def test_other_threads_go_on_meanwhile() -> None:
+    values, ticks, done = torch.randn(400, 400), 0, threading.Event()
+    program = Program(lambda: values.copy_(torch.tanh(values @ values)))
+
+    def work() -> None:
+        program.run(200)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.is_set():
+        ticks += 1
+    thread.join()
+    assert ticks > 100
+
+
+def test_error_in_a_repeat_is_an_exception() -> None:
+    values = torch.zeros(3)
+    index = torch.tensor([1])
+
+    def step() -> None:
+        values.index_copy_(0, index, torch.ones(1))
+
+    program = Program(step)
+    index.fill_(7)
+    with pytest.raises(IndexError, match=r"out of (bounds|range)"):
+        program.run(1)

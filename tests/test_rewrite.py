@@ -1,0 +1,240 @@
+"""Rewritten teachers against the unmodified ones: logits, statistics, gradients of images and of weights, and what was fused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from dwa_fast import InputError
+from dwa_fast.architectures import build
+from dwa_fast.backend import resolve
+from dwa_fast.reference.loop import StatisticsHook
+from dwa_fast.teacher import Network, prepare
+
+MODELS = torchvision.models
+TEACHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (lambda: MODELS.resnet18(num_classes=7), 32),
+    "resnet34": (lambda: MODELS.resnet34(num_classes=7), 32),
+    "resnet50": (lambda: MODELS.resnet50(num_classes=7), 32),
+    "resnet101": (lambda: MODELS.resnet101(num_classes=7), 32),
+    "resnet18-cifar": (lambda: build("resnet18-cifar", classes=7, size=16), 16),
+    "resnet50-cifar": (lambda: build("resnet50-cifar", classes=7, size=16), 16),
+    "convnet128": (lambda: build("convnet128", classes=7, size=32), 32),
+    "vgg16_bn": (lambda: MODELS.vgg16_bn(num_classes=7), 32),
+    "mobilenet_v2": (lambda: MODELS.mobilenet_v2(num_classes=7), 32),
+    "shufflenet_v2": (lambda: MODELS.shufflenet_v2_x1_0(num_classes=7), 32),
+    "efficientnet_b0": (lambda: MODELS.efficientnet_b0(num_classes=7), 32),
+    "densenet121": (lambda: MODELS.densenet121(num_classes=7), 32),
+}
+FUSED = {  # layers in all, with an addition, with a ReLU
+    "resnet18": (20, 8, 17),
+    "resnet34": (36, 16, 33),
+    "resnet50": (53, 16, 49),
+    "resnet101": (104, 33, 100),
+    "resnet18-cifar": (20, 8, 17),
+    "resnet50-cifar": (53, 16, 49),
+    "convnet128": (3, 0, 3),
+    "vgg16_bn": (13, 0, 13),
+    "mobilenet_v2": (52, 10, 0),
+    "shufflenet_v2": (56, 0, 37),
+    "efficientnet_b0": (49, 0, 0),
+    "densenet121": (121, 0, 121),
+}
+
+
+def alive(module: nn.Module) -> nn.Module:
+    """The module in eval mode with statistics, scales and shifts that are not those of a fresh one."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for value, low, high in ((layer.weight, 0.7, 1.3), (layer.bias, -0.3, 0.3), (layer.running_mean, -0.3, 0.3)):
+                value.data.uniform_(low, high, generator=generator)  # type: ignore[union-attr]
+            layer.running_var.uniform_(0.7, 1.3, generator=generator)  # type: ignore[union-attr]
+    return module.eval()
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    return float((got.detach() - wanted.detach()).norm() / wanted.detach().norm())
+
+
+def image_gradient(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the whole loss, and its three terms."""
+    leaf = images.clone().requires_grad_(True)
+    terms = torch.cat([F.cross_entropy(network(leaf), labels)[None], network.matching(10.0)])
+    (gradient,) = torch.autograd.grad(terms @ torch.tensor([1.0, 0.01, 0.11]), leaf)
+    return gradient, terms
+
+
+def expected_gradient(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    hooks = [StatisticsHook(layer) for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    leaf = images.clone().requires_grad_(True)
+    ce = F.cross_entropy(module(leaf), labels)
+    weights = [10.0] + [1.0] * (len(hooks) - 1)
+    mean = sum(w * hook.mean_distance for w, hook in zip(weights, hooks, strict=True))
+    var = sum(w * hook.var_distance for w, hook in zip(weights, hooks, strict=True))
+    (gradient,) = torch.autograd.grad(ce + 0.01 * mean + 0.11 * var, leaf)
+    for hook in hooks:
+        hook.close()
+    return gradient, torch.stack([ce, torch.as_tensor(mean), torch.as_tensor(var)])
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_rewritten_teacher_is_the_teacher(name: str) -> None:
+    make, size = TEACHERS[name]
+    module = alive(make())
+    images, labels = torch.randn(3, 3, size, size), torch.tensor([0, 3, 6])
+    network, classes = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert classes == 7
+    assert network.traced
+    fused = [layer.extra_repr() for layer in network.layers.values()]
+    assert (len(fused), sum("addition" in each for each in fused), sum("ReLU" in each for each in fused)) == FUSED[name]
+
+    double = copy.deepcopy(module).double().requires_grad_(False)
+    wanted, wanted_terms = expected_gradient(double, images.double(), labels)
+    plain, plain_terms = expected_gradient(copy.deepcopy(module).requires_grad_(False), images, labels)
+    got, got_terms = image_gradient(network, images, labels)
+    assert distance(got_terms, wanted_terms) < max(2 * distance(plain_terms, wanted_terms), 1e-6)
+    assert distance(got, wanted) < max(2 * distance(plain, wanted), 1e-6)
+
+    with network.trainable():
+        loss = F.cross_entropy(network(images), labels)
+        weights = [p for p in network.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, weights)
+    F.cross_entropy(module(images), labels).backward()
+    expected = {tuple(p.shape): 0 for p in module.parameters()}
+    assert len(weights) == len(list(module.parameters()))
+    assert sum(float(g.norm()) ** 2 for g in gradients) == pytest.approx(
+        sum(float(p.grad.norm()) ** 2 for p in module.parameters() if p.grad is not None), rel=1e-3
+    )
+    assert {tuple(p.shape) for p in weights} == set(expected)
+
+
+class Untraceable(nn.Module):
+    """A branch that depends on the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images).mean((2, 3))
+        return self.fc(features if features.sum() > -1e9 else -features)
+
+
+def test_untraceable_teacher_is_rewritten_in_place(caplog: pytest.LogCaptureFixture) -> None:
+    module = alive(Untraceable())
+    images = torch.randn(2, 3, 8, 8)
+    with caplog.at_level(logging.WARNING, "dwa_fast"):
+        network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert "teacher cannot be traced" in caplog.text
+    assert not network.traced
+    assert [layer.extra_repr() for layer in network.layers.values()] == ["BatchNorm"]
+    assert torch.allclose(network(images), module(images), atol=1e-6)
+
+
+class Odd(nn.Module):
+    """Additions that must not be fused: of a broadcast, of itself, of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(5))
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norms[0](images) + images.mean((2, 3), keepdim=True)
+        y = self.norms[1](x)
+        y = y + y
+        z = self.norms[2](y) + 1
+        w = self.norms[3](z)
+        v = self.norms[4](torch.relu(w) + w)
+        return self.fc(torch.sigmoid(v).mean((2, 3)))
+
+
+def test_additions_that_must_not_be_fused() -> None:
+    module = alive(Odd())
+    images, labels = torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 3])
+    network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert [layer.extra_repr() for layer in network.layers.values()] == ["BatchNorm"] * 5
+    got, _ = image_gradient(network, images, labels)
+    wanted, _ = expected_gradient(module.requires_grad_(False), images, labels)
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+class Block(nn.Module):
+    """An addition in place, and a second name for what it changes."""
+
+    def __init__(self, reads_old_name: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 5)
+        self.reads_old_name = reads_old_name
+
+    def forward(self, images: Tensor) -> Tensor:
+        old = skip = images * 2
+        skip += self.norm(self.conv(images))
+        features = F.relu(skip)
+        return self.fc((features + old if self.reads_old_name else features).mean((2, 3)))
+
+
+def test_addition_in_place_is_fused() -> None:
+    module, images = alive(Block(reads_old_name=False)), torch.randn(2, 3, 6, 6)
+    network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert network.layers["norm"].extra_repr() == "BatchNorm + addition + ReLU"
+    assert torch.allclose(network(images), module(images), atol=1e-6)
+
+
+def test_teacher_that_tracing_would_change_is_rewritten_in_place(caplog: pytest.LogCaptureFixture) -> None:
+    """Tracing takes an addition in place for a new value; where the old name is read too, the logits give it away."""
+    module, images = alive(Block(reads_old_name=True)), torch.randn(2, 3, 6, 6)
+    with caplog.at_level(logging.WARNING, "dwa_fast"):
+        network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert "the traced teacher gives other logits" in caplog.text
+    assert not network.traced
+    assert torch.allclose(network(images), module(images), atol=1e-6)
+
+
+def test_shared_layer_is_refused() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.BatchNorm2d(3)
+            self.second, self.fc = self.first, nn.Linear(3, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(self.second(self.first(images) * 2).mean((2, 3)))
+
+    with pytest.raises(InputError, match="BatchNorm layer 'first' runs 2 times in a forward pass; each layer may run once"):
+        prepare(alive(Shared()), torch.randn(2, 3, 6, 6), resolve("fused", "fp32", "cpu"))
+
+
+def test_tied_weights_are_adjusted_once() -> None:
+    from dwa_fast.ascent import Ascent
+    from dwa_fast.seeding import generator
+    from tests.nets import small_config
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+            self.two: Any = nn.Conv2d(1, 1, 3, padding=1)
+            self.two.weight = self.one.weight
+            self.fc = nn.Linear(1, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(self.two(self.norm(self.one(images))).mean((2, 3)))
+
+    execution = resolve("fused", "fp32", "cpu")
+    network, _ = prepare(alive(Tied()), torch.randn(2, 1, 8, 8), execution)
+    adjust = Ascent(network, small_config(rho=0.1, steps=1), execution)
+    adjust.adjust(torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4]), generator(0, "ascent", 0))
+    inner: Any = network.module
+    assert inner.one.weight.data_ptr() == inner.two.weight.data_ptr()
+    assert float((adjust.arena.weights - adjust.arena.original).norm()) == pytest.approx(0.1, rel=1e-3)
