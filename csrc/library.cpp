@@ -10,10 +10,20 @@
 
 #include <string>
 
+#include "cpu/level.h"
 #include "program.h"
 
 TORCH_LIBRARY(dwa_fast, m) {
   m.def("ascend_(Tensor(a!) weights, Tensor gradients, float radius, bool normalize=True, Tensor(b!)? compute=None) -> Tensor");
+  m.def(
+      "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, bool relu) "
+      "-> (Tensor z, Tensor sums, Tensor mask)");
+  m.def(
+      "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor mask, bool has_skip, bool relu) -> (Tensor grad_y, Tensor grad_skip)");
+  m.def(
+      "bn_act_weight_backward(Tensor grad_z, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor mask, "
+      "bool has_skip, bool relu) -> Tensor");
 }
 
 namespace {
@@ -47,6 +57,8 @@ pybind11::dict built_with() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of dwa_fast; importing it registers torch.ops.dwa_fast.*";
   m.def("built_with", &built_with, "What this file was built with: torch, compiler, has_cuda, cuda (None without).");
+  m.def("cpu_level", &dwa_fast::cpu_level, "Instruction set of the CPU operators: avx512_bf16, avx512, avx2 or baseline.");
+  m.def("set_cpu_level", &dwa_fast::set_cpu_level, "For tests: a lower level than the machine's.");
   dwa_fast::register_program(m);
 #ifdef DWA_FAST_CUDA
   dwa_fast::register_graph(m);

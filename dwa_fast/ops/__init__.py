@@ -3,7 +3,22 @@
 Importing this package loads neither Triton nor the compiled extension: the first call of an operator does.
 """
 
+from __future__ import annotations
+
+import importlib
+
 from dwa_fast.ops._library import built_with, cause, load
 from dwa_fast.ops.ascend import ascend_
+from dwa_fast.ops.bn_act import bn_act
 
-__all__ = ["ascend_", "built_with", "cause", "load"]
+__all__ = ["ascend_", "bn_act", "built_with", "cause", "cpu_level", "load"]
+
+
+def cpu_level() -> str:
+    """The instruction set that the CPU operators use on this machine: "avx512_bf16", "avx512", "avx2" or "baseline".
+
+    Raises:
+        ImportError: the extension cannot be used.
+    """
+    load()
+    return str(importlib.import_module("dwa_fast._C").cpu_level())

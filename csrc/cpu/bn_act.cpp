@@ -1,0 +1,221 @@
+// z = relu(a(y − m) + β [+ skip]),   sums = (Σ(y − m), Σ(y − m)²);   ∂L/∂y = mask·a·gz + gs₁ + 2 gs₂ (y − m),   a = γ/√(v + ε)
+//
+// Channels-last tensors are read where they are, others through a channels-last copy. Sums are float32 within a block of rows
+// (those of the weights' gradients, which cancel, over a few rows) and float64 over the blocks, in their order; the blocks depend on the
+// shape alone, so the bits do not depend on the number of threads.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/level.h"
+
+namespace dwa_fast {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr int64_t kBlockRows = 256;       // at most: float32 sums of so few stay as exact as a tree of them
+constexpr int64_t kGrainElements = 8192;  // elements that are worth waking a thread for
+
+void check_channels(const at::Tensor& tensor, const char* name, const at::Tensor& y) {
+  TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == y.size(1), name, " must be [C] with C = ", y.size(1), ", got shape ", tensor.sizes());
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == y.device(), name, " must be on the device of y, ", y.device(), ", got ", tensor.device());
+}
+
+void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& y) {
+  TORCH_CHECK(tensor.sizes() == y.sizes(), name, " must have the shape of y, ", y.sizes(), ", got ", tensor.sizes());
+  TORCH_CHECK(tensor.scalar_type() == y.scalar_type(), name, " must have the precision of y, ", y.scalar_type(), ", got ",
+              tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == y.device(), name, " must be on the device of y, ", y.device(), ", got ", tensor.device());
+}
+
+// y and the vectors of a layer as one pass reads them; it owns what the pointers of `fill` point into.
+struct Layer {
+  Layer(const at::Tensor& y_, const at::Tensor& mean_, const at::Tensor& var_, const OptionalTensor& weight_, const OptionalTensor& bias_,
+        double eps) {
+    TORCH_CHECK(y_.dim() == 4, "y must be [N, C, H, W], got shape ", y_.sizes());
+    TORCH_CHECK(y_.scalar_type() == at::kFloat || y_.scalar_type() == at::kBFloat16, "y must be float32 or bfloat16 on a CPU, got ",
+                y_.scalar_type());
+    check_channels(mean_, "mean", y_);
+    check_channels(var_, "var", y_);
+    if (weight_.has_value()) check_channels(*weight_, "weight", y_);
+    if (bias_.has_value()) check_channels(*bias_, "bias", y_);
+    y = y_.contiguous(at::MemoryFormat::ChannelsLast);
+    mean = mean_.contiguous();
+    if (bias_.has_value()) bias = bias_->contiguous();
+    set_scale(var_, weight_, eps);
+    channels = y.size(1);
+    rows = y.size(0) * y.size(2) * y.size(3);
+    const int64_t about = std::max<int64_t>(1, (rows + kBlockRows - 1) / kBlockRows);
+    block_rows = std::max<int64_t>(8, ((rows + about - 1) / about + 7) / 8 * 8);
+    blocks = channels == 0 ? 0 : (rows + block_rows - 1) / block_rows;
+  }
+
+  void fill(BnAct& p, bool relu) const {
+    p.rows = rows;
+    p.channels = channels;
+    p.block_rows = block_rows;
+    p.bfloat16 = y.scalar_type() == at::kBFloat16;
+    p.relu = relu;
+    p.y = y.const_data_ptr();
+    p.mean = mean.const_data_ptr<float>();
+    p.scale = scale.const_data_ptr<float>();
+    p.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  }
+
+  void set_scale(const at::Tensor& var, const OptionalTensor& weight, double eps) {
+    scale = at::empty({y.size(1)}, mean.options());
+    const at::Tensor dense_weight = weight.has_value() ? weight->contiguous() : at::Tensor();
+    const at::Tensor dense_var = var.contiguous();
+    const float* v = dense_var.const_data_ptr<float>();
+    const float* w = dense_weight.defined() ? dense_weight.const_data_ptr<float>() : nullptr;
+    float* a = scale.data_ptr<float>();
+    deviation.resize(y.size(1));
+    for (size_t c = 0; c < deviation.size(); ++c) {
+      deviation[c] = std::sqrt(v[c] + eps);
+      a[c] = static_cast<float>((w == nullptr ? 1 : w[c]) / deviation[c]);
+    }
+  }
+
+  int64_t mask_bytes() const { return (rows * channels + 7) / 8; }
+
+  // function(first block, the one after the last), on several threads
+  template <typename Function>
+  void for_blocks(const Function& function) const {
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, block_rows * channels));
+    at::parallel_for(0, blocks, grain, function);
+  }
+
+  // [2, C], float32: the blocks' sums together, the first divided by √(v + ε) where asked
+  template <typename Sum>
+  at::Tensor combine(const at::Tensor& partials, bool normalize = false) const {
+    at::Tensor sums = at::empty({2, channels}, partials.options().dtype(at::kFloat));
+    std::vector<double> total(2 * channels);
+    const Sum* block = partials.const_data_ptr<Sum>();
+    for (int64_t i = 0; i < blocks; ++i, block += 2 * channels) {
+      for (int64_t c = 0; c < 2 * channels; ++c) total[c] += block[c];
+    }
+    if (normalize) {
+      for (int64_t c = 0; c < channels; ++c) total[c] /= deviation[c];
+    }
+    std::copy(total.begin(), total.end(), sums.data_ptr<float>());
+    return sums;
+  }
+
+  at::Tensor y, mean, scale, bias;
+  std::vector<double> deviation;  // √(v + ε)
+  int64_t rows, channels, block_rows, blocks;
+};
+
+// A new tensor as a caller sees it, with y's strides, and as a pass writes it, channels-last: one and the same where y allows.
+struct Result {
+  explicit Result(const at::Tensor& y) : seen(at::empty_like(y)) {
+    constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
+    written = seen.is_contiguous(kFormat) ? seen : at::empty(y.sizes(), y.options().memory_format(kFormat));
+  }
+  at::Tensor finish() {
+    if (!written.is_same(seen)) seen.copy_(written);
+    return seen;
+  }
+  at::Tensor seen, written;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_forward(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
+                                                              const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                              const OptionalTensor& skip, bool relu) {
+  const Layer layer(y, mean, var, weight, bias, eps);
+  at::Tensor dense_skip;
+  if (skip.has_value()) {
+    check_like(*skip, "skip", y);
+    dense_skip = skip->contiguous(at::MemoryFormat::ChannelsLast);
+  }
+  Result z(y);
+  at::Tensor mask = at::empty({skip.has_value() && relu ? layer.mask_bytes() : 0}, y.options().dtype(at::kByte));
+  at::Tensor partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kFloat));
+
+  BnActForward p{};
+  layer.fill(p, relu);
+  p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
+  p.z = z.written.data_ptr();
+  p.mask = mask.data_ptr<uint8_t>();
+  p.partials = partials.data_ptr<float>();
+  layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_forward(p, begin, end); });
+  return {z.finish(), layer.combine<float>(partials), mask};
+}
+
+void check_mask(const at::Tensor& mask, const Layer& layer, bool has_skip, bool relu) {
+  const int64_t bytes = has_skip && relu ? layer.mask_bytes() : 0;
+  TORCH_CHECK(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.is_contiguous() && mask.numel() == bytes,
+              "mask must be what bn_act_forward returned, uint8 [", bytes, "], got ", mask.scalar_type(), " ", mask.sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor> bn_act_backward(const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y,
+                                                   const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, double eps, const at::Tensor& mask, bool has_skip,
+                                                   bool relu) {
+  const Layer layer(y, mean, var, weight, bias, eps);
+  check_like(grad_z, "grad_z", y);
+  check_mask(mask, layer, has_skip, relu);
+  const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor dense_sums;
+  if (grad_sums.has_value()) {
+    TORCH_CHECK(grad_sums->dim() == 2 && grad_sums->size(0) == 2 && grad_sums->size(1) == layer.channels, "grad_sums must be [2, ",
+                layer.channels, "], got shape ", grad_sums->sizes());
+    TORCH_CHECK(grad_sums->scalar_type() == at::kFloat, "grad_sums must be float32, got ", grad_sums->scalar_type());
+    dense_sums = grad_sums->contiguous();
+  }
+  const bool saved = has_skip && relu;
+  Result grad_y(y);
+  std::optional<Result> grad_skip;
+  if (saved) grad_skip.emplace(y);
+
+  BnActBackward p{};
+  layer.fill(p, relu);
+  p.grad_z = dense_grad.const_data_ptr();
+  p.grad_sums = dense_sums.defined() ? dense_sums.const_data_ptr<float>() : nullptr;
+  p.mask = saved ? mask.const_data_ptr<uint8_t>() : nullptr;
+  p.grad_y = grad_y.written.data_ptr();
+  p.grad_skip = saved ? grad_skip->written.data_ptr() : nullptr;
+  layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_backward(p, begin, end); });
+  return {grad_y.finish(), saved ? grad_skip->finish() : at::empty({0}, y.options())};
+}
+
+// (Σ mask·gz·(y − m)/√(v + ε), Σ mask·gz), [2, C]: the gradients of γ and β
+at::Tensor bn_act_weight_backward(const at::Tensor& grad_z, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
+                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps, const at::Tensor& mask,
+                                  bool has_skip, bool relu) {
+  const Layer layer(y, mean, var, weight, bias, eps);
+  check_like(grad_z, "grad_z", y);
+  check_mask(mask, layer, has_skip, relu);
+  const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kDouble));
+
+  BnActWeightBackward p{};
+  layer.fill(p, relu);
+  p.grad_z = dense_grad.const_data_ptr();
+  p.mask = has_skip && relu ? mask.const_data_ptr<uint8_t>() : nullptr;
+  p.partials = partials.data_ptr<double>();
+  layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_weight_backward(p, begin, end); });
+
+  return layer.combine<double>(partials, true);
+}
+
+}  // namespace
+}  // namespace dwa_fast
+
+TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
+  m.impl("bn_act_forward", TORCH_FN(dwa_fast::bn_act_forward));
+  m.impl("bn_act_backward", TORCH_FN(dwa_fast::bn_act_backward));
+  m.impl("bn_act_weight_backward", TORCH_FN(dwa_fast::bn_act_weight_backward));
+}

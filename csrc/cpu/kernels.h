@@ -1,0 +1,80 @@
+// The vectorised kernels: their arguments, and the table that every level fills. No header of PyTorch may be included here: what
+// is compiled for a newer instruction set must not leak into code that older machines run.
+#pragma once
+
+#include <cstdint>
+
+namespace dwa_fast {
+
+// Rows of y, [rows, channels], are the pixels of a channels-last tensor. They are cut into blocks whose size depends on the number of
+// rows alone, a multiple of 8, so that a block's bits of the mask are bytes of its own.
+struct BnAct {
+  int64_t rows;
+  int64_t channels;
+  int64_t block_rows;
+  bool bfloat16;  // precision of y, z, skip and their gradients: bfloat16 or float32
+  bool relu;
+  const void* y;
+  const float* mean;   // [C]
+  const float* scale;  // [C]: a = γ/√(v + ε)
+  const float* bias;   // [C] or null: 0
+};
+
+struct BnActForward : BnAct {
+  const void* skip;  // or null
+  void* z;
+  uint8_t* mask;    // with skip and relu: one bit per element, in memory order, set where z > 0
+  float* partials;  // [blocks, 2, C]: each block's Σ(y − m) and Σ(y − m)²
+};
+
+struct BnActBackward : BnAct {
+  const void* grad_z;
+  const float* grad_sums;  // [2, C] or null: 0
+  const uint8_t* mask;     // null: recomputed from y where relu is set
+  void* grad_y;
+  void* grad_skip;  // with mask
+};
+
+struct BnActWeightBackward : BnAct {
+  const void* grad_z;
+  const uint8_t* mask;
+  double* partials;  // [blocks, 2, C]: each block's Σ mask·gz·(y − m) and Σ mask·gz
+};
+
+struct AdamClip {
+  float* images;
+  const float* gradient;
+  float* exp_avg;
+  float* exp_avg_sq;
+  const float* low;  // one bound per element of the stretch, or one for all of it
+  const float* high;
+  bool bound_per_element;
+  float beta1, beta2, eps;
+  float rate;      // lr / (1 − β₁^t)
+  float inverse2;  // 1 / (1 − β₂^t)
+};
+
+// Functions of blocks take the first block and the one after the last.
+struct Kernels {
+  void (*bn_act_forward)(const BnActForward&, int64_t, int64_t);
+  void (*bn_act_backward)(const BnActBackward&, int64_t, int64_t);
+  void (*bn_act_weight_backward)(const BnActWeightBackward&, int64_t, int64_t);
+  void (*adam_clip)(const AdamClip&, int64_t);  // the first elements, that many
+};
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+#endif
+
+}  // namespace dwa_fast

@@ -1,0 +1,12 @@
+// Everything that a level compiles: included once by each level_*.cpp, which names the level, its vectors and its instructions.
+namespace dwa_fast::DWA_FAST_LEVEL {
+namespace {
+using Bf16 = uint16_t;  // its bits
+#include DWA_FAST_VECTOR
+// The operators on those vectors.
+#include "cpu/adam_clip_kernel.h"
+#include "cpu/bn_act_kernels.h"
+}  // namespace
+
+const Kernels kKernels = {bn_act_forward, bn_act_backward, bn_act_weight_backward, adam_clip};
+}  // namespace dwa_fast::DWA_FAST_LEVEL
