@@ -1,0 +1,249 @@
+"""Triton twin of dwa_fast.ops.bn_act: BatchNorm in eval mode, skip, ReLU and the shifted moments in one pass over the activations.
+
+Activations are channels-last, so memory is a matrix [rows, columns] whose rows hold a whole number of pixels: `columns` is C times the
+power of two that makes it a multiple of 16 and at least 64, and column j belongs to channel j mod C. Loads are then 16 bytes wide and no
+byte of the mask straddles two rows, whatever C is. A tile is [BLOCK_ROWS, GROUPS, 8]: its last axis is one byte of the mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwa_fast.kernels.layout import channels_last, laid_out_like, on_device_of
+
+_GROUPS = 8  # of 8 columns: 64 columns are 128 bytes of bfloat16
+_BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes in flight
+_WARPS = 4
+_PROGRAMS = 1024  # about what an A100, H100 or H200 holds at once; more tiles than that are looped over
+_FINAL_ROWS = 128
+_FINAL_CHANNELS = 16
+
+
+@triton.jit
+def _constants(mean, var, weight, bias, eps, channel, used):
+    """m, a = γ/√(v + ε) and β of the columns of a tile, float32; forward and backward share them, bit for bit."""
+    m = tl.load(mean + channel, mask=used, other=0.0).to(tl.float32)
+    v = tl.load(var + channel, mask=used, other=1.0).to(tl.float32)
+    a = tl.div_rn(1.0, tl.sqrt_rn(v + eps))
+    b = tl.zeros_like(a)
+    if weight is not None:
+        a = a * tl.load(weight + channel, mask=used, other=0.0).to(tl.float32)
+    if bias is not None:
+        b = tl.load(bias + channel, mask=used, other=0.0).to(tl.float32)
+    return m, a, b
+
+
+@triton.jit(do_not_specialize=["count", "rows", "programs"])
+def _forward_kernel(
+    y, skip, z, bits, partials, mean, var, weight, bias, eps,
+    count, rows, columns, channels, programs,
+    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """z = relu(a(y − m) + β [+ skip]),   partials = (Σ(y − m), Σ(y − m)²) over the rows of this program.
+
+    Bit i of the mask, in memory order, says whether the ReLU lets element i pass; NaN passes, as in PyTorch.
+    """
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    lane = tl.arange(0, 8)
+    column = group[:, None] * 8 + lane[None, :]
+    used = column < columns
+    m, a, b = _constants(mean, var, weight, bias, eps, column % channels, used)
+    row = tl.arange(0, BLOCK_ROWS)
+    inner = row[:, None, None] * columns + column[None]
+    first = tl.zeros([BLOCK_ROWS // 2, GROUPS, 8], dtype=tl.float32)
+    second = tl.zeros([BLOCK_ROWS // 2, GROUPS, 8], dtype=tl.float32)
+    start = tl.program_id(1) * BLOCK_ROWS
+    while start < rows:
+        base = start.to(tl.int64) * columns
+        inside = (start + row < rows)[:, None, None] & used[None]
+        if RAGGED:
+            inside = inside & (base + inner < count)
+        value = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32)
+        if skip is not None:
+            added = tl.load(skip + base + inner, mask=inside, other=0.0).to(tl.float32)
+        shifted = tl.where(inside, value - m[None], 0.0)
+        # Rows that one thread holds are added at once: half the registers that a sum per element of the tile would take.
+        halves = tl.reshape(shifted, [2, BLOCK_ROWS // 2, GROUPS, 8])
+        first += tl.sum(halves, axis=0)
+        second += tl.sum(halves * halves, axis=0)
+        out = tl.fma(shifted, a[None], b[None])
+        if skip is not None:
+            out += added
+        if RELU:
+            blocked = out <= 0.0
+            out = tl.where(blocked, 0.0, out)
+            if bits is not None:
+                packed = tl.sum(tl.where(inside & ~blocked, 1 << lane[None, None, :], 0), axis=2)
+                byte = row[:, None] * (columns // 8) + group[None]
+                written = (start + row < rows)[:, None] & (group * 8 < columns)[None]
+                if RAGGED:
+                    written = written & (base + byte * 8 < count)
+                tl.store(bits + base // 8 + byte, packed.to(tl.uint8), mask=written)
+        tl.store(z + base + inner, out.to(z.dtype.element_ty), mask=inside)
+        start += programs * BLOCK_ROWS
+    place = partials + tl.program_id(1) * columns + column
+    tl.store(place, tl.sum(first, axis=0), mask=used)
+    tl.store(place + programs * columns, tl.sum(second, axis=0), mask=used)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _finalize_kernel(partials, sums, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """sums_c = Σ partials over the `count` rows of moment program_id(1), always in the same order."""
+    moment = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], dtype=tl.float64)
+    start = 0
+    while start < count:
+        inside = (start + row < count)[:, None] & (channel < channels)[None]
+        offsets = (moment * count + start + row)[:, None] * channels + channel[None]
+        total += tl.load(partials + offsets, mask=inside, other=0.0).to(tl.float64)
+        start += BLOCK_ROWS
+    tl.store(sums + moment * channels + channel, tl.sum(total, axis=0).to(tl.float32), mask=channel < channels)
+
+
+@triton.jit(do_not_specialize=["count", "rows", "programs"])
+def _backward_kernel(
+    grad_z, grad_sums, y, bits, grad_y, grad_skip, mean, var, weight, bias, eps,
+    count, rows, columns, channels, programs, moment_stride,
+    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """grad_skip = mask·grad_z,   grad_y = a·mask·grad_z + gs1 + 2·gs2·(y − m); without stored bits the mask comes from y."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    lane = tl.arange(0, 8)
+    column = group[:, None] * 8 + lane[None, :]
+    used = column < columns
+    channel = column % channels
+    m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    if grad_sums is not None:
+        gs1 = tl.load(grad_sums + channel, mask=used, other=0.0).to(tl.float32)
+        gs2 = 2.0 * tl.load(grad_sums + moment_stride + channel, mask=used, other=0.0).to(tl.float32)
+    row = tl.arange(0, BLOCK_ROWS)
+    inner = row[:, None, None] * columns + column[None]
+    start = tl.program_id(1) * BLOCK_ROWS
+    while start < rows:
+        base = start.to(tl.int64) * columns
+        inside = (start + row < rows)[:, None, None] & used[None]
+        if RAGGED:
+            inside = inside & (base + inner < count)
+        gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
+        if grad_sums is not None or (RELU and bits is None):
+            shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None]
+        if RELU:
+            if bits is not None:
+                byte = row[:, None] * (columns // 8) + group[None]
+                read = (start + row < rows)[:, None] & (group * 8 < columns)[None]
+                if RAGGED:
+                    read = read & (base + byte * 8 < count)
+                packed = tl.load(bits + base // 8 + byte, mask=read, other=0).to(tl.int32)
+                passes = ((packed[:, :, None] >> lane[None, None, :]) & 1) != 0
+                gradient = tl.where(passes, gradient, 0.0)
+            else:
+                gradient = tl.where(tl.fma(shifted, a[None], b[None]) <= 0.0, 0.0, gradient)
+            if grad_skip is not None:
+                tl.store(grad_skip + base + inner, gradient.to(grad_skip.dtype.element_ty), mask=inside)
+        out = gradient * a[None]
+        if grad_sums is not None:
+            out = tl.fma(gradient, a[None], tl.fma(shifted, gs2[None], gs1[None]))
+        tl.store(grad_y + base + inner, out.to(grad_y.dtype.element_ty), mask=inside)
+        start += programs * BLOCK_ROWS
+
+
+class _Plan(NamedTuple):
+    """How one tensor is cut into programs."""
+
+    elements: int
+    rows: int
+    columns: int
+    repeat: int  # columns / C
+    programs: int  # along the rows; each takes every programs-th tile, and all take equally many, give or take one
+    column_blocks: int
+
+
+def _plan(y: Tensor) -> _Plan:
+    channels = y.shape[1]
+    repeat = 16 // math.gcd(channels, 16)
+    while repeat * channels < 8 * _GROUPS:
+        repeat *= 2
+    columns = repeat * channels
+    rows = triton.cdiv(y.numel(), columns)
+    column_blocks = triton.cdiv(columns, 8 * _GROUPS)
+    tiles = triton.cdiv(rows, _BLOCK_ROWS)
+    tiles_each = triton.cdiv(tiles, max(1, _PROGRAMS // column_blocks))
+    return _Plan(y.numel(), rows, columns, repeat, triton.cdiv(tiles, tiles_each), column_blocks)
+
+
+def bn_act_forward(
+    y: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
+    mean: Tensor,  # [C] float32
+    var: Tensor,  # [C] float32
+    weight: Tensor | None,  # [C] float32
+    bias: Tensor | None,  # [C] float32
+    eps: float,
+    skip: Tensor | None,  # like y
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z like y, sums [2, C] float32, and with skip and ReLU the mask, uint8 [⌈numel/8⌉] in channels-last order (else empty).
+
+    Two launches: the pass over y, and one that adds up the programs' partial sums.
+    """
+    channels = y.shape[1]
+    model, y = y, channels_last(y)
+    skip = None if skip is None else channels_last(skip)
+    keeps_mask = relu and skip is not None
+    z = torch.empty_like(y)
+    bits = torch.empty(triton.cdiv(y.numel(), 8) if keeps_mask else 0, dtype=torch.uint8, device=y.device)
+    if y.numel() == 0:
+        return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
+    plan = _plan(y)
+    partials = torch.empty(2, plan.programs * plan.repeat, channels, dtype=torch.float32, device=y.device)
+    sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    with on_device_of(y):
+        _forward_kernel[(plan.column_blocks, plan.programs)](
+            y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, eps,
+            plan.elements, plan.rows, plan.columns, channels, plan.programs,
+            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, GROUPS=_GROUPS, num_warps=_WARPS,
+        )  # fmt: skip
+        _finalize_kernel[(triton.cdiv(channels, _FINAL_CHANNELS), 2)](
+            partials, sums, partials.shape[1], channels,
+            BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=_WARPS,
+        )  # fmt: skip
+    return laid_out_like(z, model), sums, bits
+
+
+def bn_act_backward(
+    grad_z: Tensor,  # [N, C, H, W]
+    grad_sums: Tensor | None,  # [2, C] float32; None: zero
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C] float32
+    var: Tensor,  # [C] float32
+    weight: Tensor | None,  # [C] float32
+    bias: Tensor | None,  # [C] float32
+    eps: float,
+    mask: Tensor,  # uint8 [⌈numel/8⌉] of the forward pass where it had skip and ReLU
+    has_skip: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_y like y, and grad_skip like y with skip and ReLU (else empty: without ReLU it is grad_z). One launch."""
+    model, y, grad_z = y, channels_last(y), channels_last(grad_z)
+    keeps_mask = relu and has_skip
+    if y.numel() == 0:
+        return torch.empty_like(model), torch.empty_like(model) if keeps_mask else y.new_empty(0)
+    if grad_sums is not None and grad_sums.stride(1) != 1:
+        grad_sums = grad_sums.contiguous()
+    grad_y = torch.empty_like(y)
+    grad_skip = torch.empty_like(y) if keeps_mask else None
+    plan = _plan(y)
+    with on_device_of(y):
+        _backward_kernel[(plan.column_blocks, plan.programs)](
+            grad_z, grad_sums, y, mask if keeps_mask else None, grad_y, grad_skip, mean, var, weight, bias, eps,
+            plan.elements, plan.rows, plan.columns, y.shape[1], plan.programs, 0 if grad_sums is None else grad_sums.stride(0),
+            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, GROUPS=_GROUPS, num_warps=_WARPS,
+        )  # fmt: skip
+    return laid_out_like(grad_y, model), y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model)

@@ -1,0 +1,260 @@
+"""bn_act in Triton, interpreted on a CPU and real on a GPU, against its plain twin in float64."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dwa_fast.reference import ops as reference
+from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured, error
+
+pytest.importorskip("triton", reason="this PyTorch comes without Triton")
+kernel = importlib.import_module("dwa_fast.kernels.bn_act")
+
+EPS = 1e-5
+SMALL = [(1, 1, 3, 7), (2, 3, 5, 7), (1, 16, 3, 3), (3, 24, 4, 4), (2, 64, 8, 8)]
+LARGER = [(2, 58, 9, 8), (1, 130, 7, 7), (2, 256, 4, 4)]  # several column blocks; 58 and 130 are no multiples of 8
+
+
+def batch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def layer(channels: int, device: torch.device | str) -> list[Tensor]:
+    """m, v, γ and β of a BatchNorm layer."""
+    values = [torch.randn(channels), torch.rand(channels) + 0.1, torch.randn(channels), torch.randn(channels)]
+    return [value.to(device) for value in values]
+
+
+def both_ways(
+    y: Tensor, values: list[Tensor | None], skip: Tensor | None, relu: bool, grad_z: Tensor, grad_sums: Tensor | None
+) -> dict[str, Tensor]:
+    """Every result of the kernels, forward and backward."""
+    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, skip, relu)
+    grad_y, grad_skip = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, mask, skip is not None, relu)
+    results = {"z": z, "sums": sums, "grad_y": grad_y}
+    return {**results, "grad_skip": grad_skip} if skip is not None and relu else results
+
+
+def plainly(
+    y: Tensor, values: list[Tensor | None], skip: Tensor | None, relu: bool, grad_z: Tensor, grad_sums: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The same from the plain twin and automatic differentiation, activations in `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    y = y.to(dtype).detach().requires_grad_()
+    skip = None if skip is None else skip.to(dtype).detach().requires_grad_()
+    z, sums = reference.bn_act(y, *[None if value is None else value.to(wide) for value in values], EPS, skip, relu)
+    grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums.to(wide)
+    grads = torch.autograd.grad([z, sums], [y] if skip is None else [y, skip], [grad_z.to(dtype), grad_sums])
+    results = {"z": z.detach(), "sums": sums.detach(), "grad_y": grads[0]}
+    return {**results, "grad_skip": grads[1]} if skip is not None and relu else results
+
+
+def assert_matches(
+    y: Tensor, values: list[Tensor | None], skip: Tensor | None, relu: bool, grad_sums: Tensor | None = None
+) -> dict[str, Tensor]:
+    grad_z = torch.randn_like(y)
+    ours = both_ways(y, values, skip, relu, grad_z, grad_sums)
+    # Where a plain float16 or bfloat16 z rounds to 0 its ReLU is blocked, so the mask of the oracle is that of float64.
+    plain = plainly(y, values, skip, relu, grad_z, grad_sums, y.dtype)
+    expected = plainly(y, values, skip, relu, grad_z, grad_sums, torch.float64)
+    for name, result in ours.items():
+        assert_as_good_as_pytorch(result, plain[name], expected[name])
+    return ours
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_skip", [False, True])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("shape", SMALL)
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, relu: bool, device: torch.device) -> None:
+    y, skip = batch(shape, dtype, device), batch(shape, dtype, device) if has_skip else None
+    assert_matches(y, layer(shape[1], device), skip, relu, torch.randn(2, shape[1], device=device))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("skip", "z", "passes"), [(-2.0, 7.0, 1.0), (-20.0, 0.0, 0.0)])
+def test_one_element_by_hand(skip: float, z: float, passes: float, dtype: torch.dtype, device: torch.device) -> None:
+    y, m, v, weight, bias = (torch.tensor([value], device=device) for value in (3.0, 1.0, 0.25, 2.0, 1.0))
+    y, added = y.to(dtype).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), skip, dtype=dtype, device=device)
+    out, sums, mask = kernel.bn_act_forward(y, m, v, weight, bias, 0.0, added, True)
+    assert (out.item(), sums.tolist(), mask.tolist()) == (z, [[2.0], [4.0]], [int(passes)])
+    grad_sums = torch.tensor([[0.5], [0.25]], device=device)
+    grad_y, grad_skip = kernel.bn_act_backward(y, grad_sums, y, m, v, weight, bias, 0.0, mask, True, True)
+    assert (grad_y.item(), grad_skip.item()) == (12 * passes + 1.5, 3 * passes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LARGER)
+def test_several_column_blocks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    y, skip = batch(shape, dtype, device), batch(shape, dtype, device)
+    assert_matches(y, layer(shape[1], device), skip, True, torch.randn(2, shape[1], device=device))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3])
+def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Fewer programs than tiles: each takes several, the last ones not all equally many."""
+    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    y, skip = batch((3, 64, 9, 7), torch.float32, device), batch((3, 64, 9, 7), torch.float32, device)
+    assert_matches(y, layer(64, device), skip, True, torch.randn(2, 64, device=device))
+
+
+@pytest.mark.parametrize("missing", [(2,), (3,), (2, 3)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_without_weight_or_bias(missing: tuple[int, ...], relu: bool, device: torch.device) -> None:
+    values: list[Tensor | None] = [*layer(20, device)]
+    for position in missing:
+        values[position] = None
+    assert_matches(batch((2, 20, 5, 5), torch.float32, device), values, None, relu, torch.randn(2, 20, device=device))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_without_gradient_of_the_sums(has_skip: bool, relu: bool, device: torch.device) -> None:
+    y, skip = batch((2, 20, 5, 5), torch.float32, device), batch((2, 20, 5, 5), torch.float32, device) if has_skip else None
+    assert_matches(y, layer(20, device), skip, relu, None)
+
+
+def test_gradient_of_the_sums_is_a_slice_of_all_layers(device: torch.device) -> None:
+    y, values = batch((2, 20, 5, 5), torch.float32, device), layer(20, device)
+    of_all = torch.randn(2, 100, device=device)
+    grad_z = torch.randn_like(y)
+    expected = both_ways(y, values, None, True, grad_z, of_all[:, 37:57].contiguous())
+    for grad_sums in (of_all[:, 37:57], of_all[:, 37:57].t().contiguous().t()):
+        assert torch.equal(both_ways(y, values, None, True, grad_z, grad_sums)["grad_y"], expected["grad_y"])
+    same = torch.randn(1, 20, device=device).expand(2, 20)
+    assert torch.equal(
+        both_ways(y, values, None, True, grad_z, same)["grad_y"], both_ways(y, values, None, True, grad_z, same.contiguous())["grad_y"]
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "transposed"])
+def test_any_memory_layout(layout: str, device: torch.device) -> None:
+    """Results equal those of channels-last input bit for bit, and lie in memory as torch.empty_like would."""
+    whole = torch.randn(3, 12, 6, 10, device=device)
+    given = {"contiguous": whole, "slice": whole[:, 1:11, :, ::2], "transposed": whole.transpose(2, 3)}[layout]
+    skip, grad_z = torch.randn_like(given), torch.randn_like(given)
+    values, grad_sums = layer(given.shape[1], device), torch.randn(2, given.shape[1], device=device)
+    ours = both_ways(given, values, skip, True, grad_z, grad_sums)
+    same = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (given, skip, grad_z)]
+    expected = both_ways(same[0], values, same[1], True, same[2], grad_sums)
+    for name, result in ours.items():
+        assert torch.equal(result, expected[name])
+    for name in ("z", "grad_y", "grad_skip"):
+        assert ours[name].stride() == torch.empty_like(given).stride()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 0, 0, 0)])
+def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
+    y, values = torch.zeros(shape, device=device), layer(shape[1], device)
+    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y, True)
+    grad_y, grad_skip = kernel.bn_act_backward(y, sums, y, *values, EPS, mask, True, True)
+    assert z.shape == grad_y.shape == grad_skip.shape == y.shape
+    assert torch.equal(sums, torch.zeros(2, shape[1], device=device))
+    assert mask.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 3, 5, 7), (2, 64, 8, 8), (1, 130, 3, 3)])
+def test_mask_is_one_bit_per_element_in_memory_order(shape: tuple[int, ...], device: torch.device) -> None:
+    y, skip = batch(shape, torch.float32, device), batch(shape, torch.float32, device)
+    z, _, mask = kernel.bn_act_forward(y, *layer(shape[1], device), EPS, skip, True)
+    in_memory = z.permute(0, 2, 3, 1).flatten().cpu().numpy() > 0
+    np.testing.assert_array_equal(mask.cpu().numpy(), np.packbits(in_memory, bitorder="little"))
+
+
+@pytest.mark.parametrize(("has_skip", "relu"), [(False, False), (False, True), (True, False)])
+def test_no_mask_where_it_follows_from_y(has_skip: bool, relu: bool, device: torch.device) -> None:
+    y, values = batch((2, 8, 4, 4), torch.bfloat16, device), layer(8, device)
+    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y if has_skip else None, relu)
+    assert mask.numel() == 0
+    assert mask.dtype == torch.uint8
+    assert kernel.bn_act_backward(z, sums, y, *values, EPS, mask, has_skip, relu)[1].numel() == 0
+
+
+def test_mask_of_forward_and_backward_agree_bit_for_bit(device: torch.device) -> None:
+    """Without stored bits the backward pass finds the very elements that the forward pass let through."""
+    y, values = batch((4, 32, 16, 16), torch.float32, device), layer(32, device)
+    values[3] = values[0] * values[2] * (values[1] + EPS).rsqrt()  # many results next to 0
+    y = torch.where(torch.rand_like(y) < 0.5, y * 1e-7, y)
+    z, _, mask = kernel.bn_act_forward(y, *values, EPS, None, True)
+    grad_y, _ = kernel.bn_act_backward(torch.ones_like(y), None, y, *values, EPS, mask, False, True)
+    assert torch.equal(grad_y != 0, z > 0)
+
+
+@pytest.mark.parametrize("ratio", [30.0, 100.0])
+def test_moments_far_from_zero(ratio: float, device: torch.device) -> None:
+    """Σ(y − m)² keeps its precision where E[y²] − E[y]² would lose it."""
+    y = (ratio + torch.randn(4, 8, 16, 16)).to(device)
+    values = [torch.full((8,), ratio, device=device), *layer(8, device)[1:]]
+    _, sums, _ = kernel.bn_act_forward(y, *values, EPS, None, False)
+    shifted = y.double() - ratio
+    assert error(sums[1], shifted.square().sum((0, 2, 3))) < 1e-6
+    assert error(sums[0], shifted.sum((0, 2, 3))) < 1e-6
+
+
+def test_dead_channels_pass_the_gradient_of_the_sums(device: torch.device) -> None:
+    """γ = 0 and v = 0 are ordinary values: nothing is divided by a."""
+    y, values = batch((2, 4, 5, 5), torch.float32, device), layer(4, device)
+    values[2][1], values[1][2] = 0, 0
+    assert_matches(y, values, None, True, torch.randn(2, 4, device=device))
+
+
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_nan_propagates_as_in_pytorch(has_skip: bool, device: torch.device) -> None:
+    y, values = batch((2, 8, 4, 4), torch.float32, device), layer(8, device)
+    y[1, 5, 2, 3], y[0, 2, 0, 0] = math.nan, math.inf
+    skip, grad_z = batch((2, 8, 4, 4), torch.float32, device) if has_skip else None, torch.randn_like(y)
+    ours = both_ways(y, values, skip, True, grad_z, torch.ones(2, 8, device=device))
+    plain = plainly(y, values, skip, True, grad_z, torch.ones(2, 8, device=device), torch.float32)
+    for name, result in ours.items():
+        torch.testing.assert_close(result, plain[name], equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_same_bits_again(dtype: torch.dtype, device: torch.device) -> None:
+    y, skip, grad_z = (batch((2, 40, 9, 9), dtype, device) for _ in range(3))
+    values, grad_sums = layer(40, device), torch.randn(2, 40, device=device)
+    first, second = (both_ways(y, values, skip, True, grad_z, grad_sums) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("shape", [(100, 64, 32, 32), (100, 512, 4, 4), (8, 2048, 7, 7), (3, 58, 28, 28), (100, 64, 112, 112)])
+def test_real_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for has_skip in (False, True):
+        y, skip = batch(shape, dtype, "cuda"), batch(shape, dtype, "cuda") if has_skip else None
+        assert_matches(y, layer(shape[1], "cuda"), skip, True, torch.randn(2, shape[1], device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_captured_in_a_cuda_graph(has_skip: bool) -> None:
+    y, grad_z = batch((8, 64, 16, 16), torch.bfloat16, "cuda"), batch((8, 64, 16, 16), torch.bfloat16, "cuda")
+    skip = batch((8, 64, 16, 16), torch.bfloat16, "cuda") if has_skip else None
+    values, grad_sums = layer(64, "cuda"), torch.randn(2, 64, device="cuda")
+    called = both_ways(y, values, skip, True, grad_z, grad_sums)
+    replayed = captured(lambda: both_ways(y, values, skip, True, grad_z, grad_sums))
+    assert all(torch.equal(called[name], replayed[name]) for name in called)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    needed = 14 * 2**31  # bytes: y, skip, z, the gradients, in bfloat16, and the mask
+    if torch.cuda.mem_get_info()[0] < 1.1 * needed:
+        pytest.skip(f"needs {1.1 * needed / 2**30:.0f} GiB of free GPU memory")
+    images = 2**31 // (64 * 1024) + 3
+    y = torch.ones(images, 64, 32, 32, dtype=torch.bfloat16, device="cuda").contiguous(memory_format=torch.channels_last)
+    values = [torch.zeros(64, device="cuda"), torch.ones(64, device="cuda"), None, None]
+    z, sums, mask = kernel.bn_act_forward(y, *values, 0.0, y, True)
+    assert bool((z == 2).all())
+    assert bool((mask == 255).all())
+    torch.testing.assert_close(sums, torch.full_like(sums, images * 1024))
+    grad_y, grad_skip = kernel.bn_act_backward(y, torch.ones_like(sums), y, *values, 0.0, mask, True, True)
+    assert bool((grad_y == 4).all())
+    assert bool((grad_skip == 1).all())
