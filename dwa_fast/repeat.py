@@ -18,7 +18,7 @@ class Repeat:
     """Runs a step any number of times. Making one runs the step, so what it changes must be set afterwards.
 
     The back-end "fused" records: on a CPU the operator calls, which C++ repeats with the interpreter's lock released; on a GPU the
-    kernels, as a CUDA graph. "compiled" compiles the step where that pays, and records its kernels too; "reference" calls it.
+    kernels, as a CUDA graph. "compiled" compiles the step where that pays, and records its kernels too. "reference" calls the step.
     """
 
     def __init__(self, step: Callable[[], None], execution: Execution, *, compiles: bool = False) -> None:
@@ -26,7 +26,7 @@ class Repeat:
         self._step = compiled(step) if compiles and execution.backend == "compiled" else step
         self._program: Program | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        if execution.backend != "reference" and execution.device.type == "cuda":
+        if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
             self._graph = _captured(self._step, execution.device)
         elif execution.backend == "fused":
             self._program = Program(step)
