@@ -82,14 +82,16 @@ test-oldest: $(OLDEST)/.stamp-wheel
 	@$(OLDEST)/bin/pytest -m 'not gpu'
 
 bench: build
-	@if [ -e benchmarks/throughput.py ]; then $(BIN)/python benchmarks/throughput.py; else echo 'benchmarks/throughput.py is not there yet: nothing to measure.'; fi
+	@$(BIN)/python benchmarks/throughput.py --json benchmark-output/throughput.json
 
 # In the Python at hand, with the packages that it has: a machine with a GPU may have no network.
 gpu:
 	@'$(PYTHON)' -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs a PyTorch that sees a GPU, and the one of '$(PYTHON)' does not." >&2; exit 1; }
 	@'$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e .
 	@mkdir -p '$(OUT)'
-	@'$(PYTHON)' -m pytest -m gpu --json-summary '$(OUT)/gpu.json'
+	@'$(PYTHON)' -m pytest -m gpu --json-summary '$(OUT)/gpu.json'; tests=$$?; \
+	'$(PYTHON)' benchmarks/throughput.py --workload cifar100-resnet18 tiny-resnet18 imagenet-resnet18 imagenet-resnet50 cifar100-convnet128 --iterations 50 --json '$(OUT)/throughput.json'; \
+	timed=$$?; exit $$((tests + timed))
 
 clean:
-	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output $(OUT)
+	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output benchmark-output $(OUT)

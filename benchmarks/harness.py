@@ -194,7 +194,7 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        plain = Operators(name, view=compiled.view, adam_clip_=compiled.adam_clip_)
+        plain = Operators(name, matching_loss=compiled.matching_loss, view=compiled.view, adam_clip_=compiled.adam_clip_)
         return Ours(problem, Execution(name, plain, problem.device, precision))
     return Ours(problem, resolve(name, precision, str(problem.device)))  # type: ignore[arg-type]
 

@@ -63,9 +63,11 @@ def measure(workload: harness.Workload, device: torch.device, options: argparse.
                 errors[key] = harness.errors(peers[key], exact, COMPARED)
     allowed = {}
     for precision in {key.split("/")[1] for key in peers}:
-        own = "published" if precision == "fp32" else "eager"
-        known = errors.get(f"{own}/{precision}") or harness.errors(harness.make_peer(own, problem, precision), exact, COMPARED)
-        allowed[precision] = [max(_FACTOR * error, _FLOOR[precision]) for error in known]
+        own = [f"{name}/{precision}" for name in ("published", "eager") if precision in harness.offered(name, device)]
+        known = [
+            errors.get(key) or harness.errors(harness.make_peer(key.split("/")[0], problem, precision), exact, COMPARED) for key in own
+        ]
+        allowed[precision] = [max(_FACTOR * max(each), _FLOOR[precision]) for each in zip(*known, strict=True)]
     samples = harness.interleaved(peers, options.iterations, options.rounds, device)
     base = harness.spread(samples["published/fp32"])[0] if "published/fp32" in samples else None
     rows = []

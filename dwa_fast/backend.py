@@ -175,12 +175,10 @@ def _operators(backend: str, device: torch.device) -> Operators:
     if backend == "fused":
         return _fused(device)
     if backend == "compiled":
-        return Operators(backend, view=compiled.view, adam_clip_=compiled.adam_clip_)
+        return Operators(backend, matching_loss=compiled.matching_loss, view=compiled.view, adam_clip_=compiled.adam_clip_)
     return Operators(backend)
 
 
 def _fused(device: torch.device) -> Operators:
     implementations = dict.fromkeys(OPERATORS, _PLAIN) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
-    return Operators(
-        "fused", view=compiled.view, adam_clip_=compiled.adam_clip_, ascend_=ops.ascend_, fuses=True, implementations=implementations
-    )
+    return Operators("fused", ops.bn_act, plain.matching_loss, compiled.view, compiled.adam_clip_, ops.ascend_, True, implementations)

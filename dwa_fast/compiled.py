@@ -22,6 +22,24 @@ def compiled(step: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+def matching_loss(
+    sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
+    variances: Tensor,  # [ΣC] running variances v
+    offsets: Tensor,  # [L + 1] int64
+    counts: Tensor,  # [L] int64
+    weights: Tensor,  # [L]
+) -> Tensor:  # [2]: R_mean, R_var
+    """Both matching terms of all layers at once; as `reference.ops.matching_loss` without reading the layers' sizes on the host."""
+    layer = torch.searchsorted(offsets, torch.arange(sums.shape[1], device=sums.device), right=True) - 1
+    members = (layer == torch.arange(len(weights), device=sums.device)[:, None]).to(sums.dtype)  # [L, ΣC]
+    moments = sums / counts.index_select(0, layer).to(sums.dtype)
+    spread = moments[1] - moments[0].square() - variances
+    squares = torch.stack([moments[0], spread]).square() @ members.T  # [2, L]
+    positive = squares > 0
+    norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    return norms @ weights
+
+
 def view(
     images: Tensor,  # [N, C, H, W]
     rows: Tensor,  # [T, 7] int32, see views.Schedule
@@ -70,7 +88,7 @@ def _weights(
     index = torch.arange(size, device=like.device)
     seen = (index - roll) % size
     seen = torch.where(flip > 0, size - 1 - seen, seen)
-    position = ((seen + 0.5) * (extent.to(like.dtype) / size) - 0.5).clamp_min(0)
+    position = ((seen.to(like.dtype) + 0.5) * (extent.to(like.dtype) / size) - 0.5).clamp_min(0)
     lower = position.floor()
     upper = torch.minimum(lower + 1, extent.to(like.dtype) - 1)
     fraction = (position - lower)[:, None]
