@@ -24,6 +24,17 @@ TORCH_LIBRARY(dwa_fast, m) {
   m.def(
       "bn_act_weight_backward(Tensor grad_z, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor mask, "
       "bool has_skip, bool relu) -> Tensor");
+  m.def(
+      "matching_loss_forward(Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights) "
+      "-> (Tensor loss, Tensor norms)");
+  m.def(
+      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights, Tensor norms) "
+      "-> Tensor");
+  m.def("view_forward(Tensor images, Tensor rows, Tensor step, ScalarType dtype) -> Tensor");
+  m.def("view_backward(Tensor grad, Tensor rows, Tensor step) -> Tensor");
+  m.def(
+      "adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor learning_rates, Tensor step, "
+      "Tensor low, Tensor high, float beta1, float beta2, float eps) -> ()");
 }
 
 namespace {

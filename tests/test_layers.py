@@ -12,7 +12,7 @@ ORDER = """
     _version errors config seeding files views recipes datasets architectures
     reference reference.ops reference.loop
     tracing compiled
-    ops._library ops.ascend ops.bn_act ops
+    ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.view ops
     backend
     checkpoint rewrite teacher initial program repeat ascent refine storage
     synthesis

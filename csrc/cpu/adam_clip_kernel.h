@@ -6,8 +6,8 @@ static inline void adam_clip_vector(const AdamClip& p, int64_t i, int lanes) {
   const auto to = [&](float* base, Vec v) { Partial ? store(base + i, v, lanes) : store(base + i, v); };
   const Vec g = at(p.gradient);
   const Vec old = at(p.exp_avg);
-  const Vec m = fma(all(1 - p.beta1), sub(g, old), old);
-  const Vec v = fma(mul(all(1 - p.beta2), g), g, mul(all(p.beta2), at(p.exp_avg_sq)));
+  const Vec m = fma(all(p.one_minus_beta1), sub(g, old), old);
+  const Vec v = fma(mul(all(p.one_minus_beta2), g), g, mul(all(p.beta2), at(p.exp_avg_sq)));
   const Vec denominator = add(root(mul(v, all(p.inverse2))), all(p.eps));
   const Vec moved = sub(at(p.images), div(mul(all(p.rate), m), denominator));
   const Vec low = p.bound_per_element ? at(p.low) : all(*p.low);

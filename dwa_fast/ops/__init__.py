@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 
 from dwa_fast.ops._library import built_with, cause, load
+from dwa_fast.ops.adam_clip import adam_clip_
 from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.bn_act import bn_act
+from dwa_fast.ops.matching_loss import matching_loss
+from dwa_fast.ops.view import view
 
-__all__ = ["ascend_", "bn_act", "built_with", "cause", "cpu_level", "load"]
+__all__ = ["adam_clip_", "ascend_", "bn_act", "built_with", "cause", "cpu_level", "load", "matching_loss", "view"]
 
 
 def cpu_level() -> str:

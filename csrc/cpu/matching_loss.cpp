@@ -1,0 +1,125 @@
+// R_mean = Σ_l w_l ‖μ_l − m_l‖₂,   R_var = Σ_l w_l ‖σ²_l − v_l‖₂,   μ − m = s₁/n,   σ² = s₂/n − (s₁/n)²
+//
+// All layers together have some ten thousand channels: one thread, in float64 and in order, is done before a second would have woken.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+
+namespace dwa_fast {
+namespace {
+
+void check_vector(const at::Tensor& tensor, const char* name, int64_t size, at::ScalarType dtype) {
+  TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must be [", size, "], got shape ", tensor.sizes());
+  TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+}
+
+// The arguments, dense and checked.
+struct Layers {
+  Layers(const at::Tensor& sums_, const at::Tensor& variances_, const at::Tensor& offsets_, const at::Tensor& counts_,
+         const at::Tensor& weights_)
+      : sums(sums_.contiguous()),
+        variances(variances_.contiguous()),
+        offsets(offsets_.contiguous()),
+        counts(counts_.contiguous()),
+        weights(weights_.contiguous()) {
+    TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2, "sums must be [2, C], got shape ", sums.sizes());
+    TORCH_CHECK(sums.scalar_type() == at::kFloat, "sums must be Float, got ", sums.scalar_type());
+    TORCH_CHECK(counts.dim() == 1, "counts must be [L], got shape ", counts.sizes());
+    channels = sums.size(1);
+    layers = counts.size(0);
+    check_vector(variances, "variances", channels, at::kFloat);
+    check_vector(offsets, "offsets", layers + 1, at::kLong);
+    check_vector(counts, "counts", layers, at::kLong);
+    check_vector(weights, "weights", layers, at::kFloat);
+    s1 = sums.const_data_ptr<float>();
+    s2 = s1 + channels;
+    v = variances.const_data_ptr<float>();
+    bound = offsets.const_data_ptr<int64_t>();
+    n = counts.const_data_ptr<int64_t>();
+    w = weights.const_data_ptr<float>();
+    for (int64_t l = 0; l <= layers; ++l) {
+      const int64_t least = l == 0 ? 0 : bound[l - 1];
+      TORCH_CHECK_VALUE(least <= bound[l] && bound[l] <= channels, "offsets must not decrease and lie in 0 to ", channels, ", got ",
+                        bound[l], " in place ", l);
+    }
+  }
+
+  double offset(int64_t layer, int64_t c) const { return s1[c] / static_cast<double>(n[layer]); }
+  double spread(int64_t layer, int64_t c) const {
+    const double mean = offset(layer, c);
+    return s2[c] / static_cast<double>(n[layer]) - mean * mean - v[c];
+  }
+
+  at::Tensor sums, variances, offsets, counts, weights;
+  int64_t channels, layers;
+  const float *s1, *s2, *v, *w;
+  const int64_t *bound, *n;
+};
+
+std::tuple<at::Tensor, at::Tensor> matching_loss_forward(const at::Tensor& sums, const at::Tensor& variances, const at::Tensor& offsets,
+                                                         const at::Tensor& counts, const at::Tensor& weights) {
+  const Layers all(sums, variances, offsets, counts, weights);
+  at::Tensor loss = at::empty({2}, sums.options());
+  at::Tensor norms = at::empty({2, all.layers}, sums.options());
+  float* norm = norms.data_ptr<float>();
+  double total[2] = {};
+  for (int64_t l = 0; l < all.layers; ++l) {
+    double squares[2] = {};
+    for (int64_t c = all.bound[l]; c < all.bound[l + 1]; ++c) {
+      squares[0] += all.offset(l, c) * all.offset(l, c);
+      squares[1] += all.spread(l, c) * all.spread(l, c);
+    }
+    for (int term = 0; term < 2; ++term) {
+      norm[term * all.layers + l] = static_cast<float>(std::sqrt(squares[term]));
+      total[term] += all.w[l] * std::sqrt(squares[term]);
+    }
+  }
+  for (int term = 0; term < 2; ++term) loss.data_ptr<float>()[term] = static_cast<float>(total[term]);
+  return {loss, norms};
+}
+
+// ∂R_var/∂s₂ = w d/(n‖d‖) with d = σ² − v,   ∂/∂s₁ = w (s₁/n)/(n‖s₁/n‖) of R_mean and −2(s₁/n) ∂R_var/∂s₂ of R_var
+at::Tensor matching_loss_backward(const at::Tensor& grad, const at::Tensor& sums, const at::Tensor& variances, const at::Tensor& offsets,
+                                  const at::Tensor& counts, const at::Tensor& weights, const at::Tensor& norms) {
+  const Layers all(sums, variances, offsets, counts, weights);
+  check_vector(grad, "grad", 2, at::kFloat);
+  TORCH_CHECK(
+      norms.dim() == 2 && norms.size(0) == 2 && norms.size(1) == all.layers && norms.is_contiguous() && norms.scalar_type() == at::kFloat,
+      "norms must be what matching_loss_forward returned, Float [2, ", all.layers, "], got ", norms.scalar_type(), " ", norms.sizes());
+  const at::Tensor dense_grad = grad.contiguous();
+  const float* g = dense_grad.const_data_ptr<float>();
+  const float* norm = norms.const_data_ptr<float>();
+  // Channels that belong to no layer have no gradient.
+  at::Tensor result = all.layers > 0 && all.bound[0] == 0 && all.bound[all.layers] == all.channels
+                          ? at::empty({2, all.channels}, sums.options())
+                          : at::zeros({2, all.channels}, sums.options());
+  float* first = result.data_ptr<float>();
+  float* second = first + all.channels;
+  for (int64_t l = 0; l < all.layers; ++l) {
+    double scale[2];
+    for (int term = 0; term < 2; ++term) {
+      const double length = norm[term * all.layers + l];
+      scale[term] = length == 0 ? 0 : g[term] * static_cast<double>(all.w[l]) / (static_cast<double>(all.n[l]) * length);
+    }
+    for (int64_t c = all.bound[l]; c < all.bound[l + 1]; ++c) {
+      const double offset = all.offset(l, c);
+      const double by_square = scale[1] * all.spread(l, c);
+      first[c] = static_cast<float>(scale[0] * offset - 2 * offset * by_square);
+      second[c] = static_cast<float>(by_square);
+    }
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace dwa_fast
+
+TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
+  m.impl("matching_loss_forward", TORCH_FN(dwa_fast::matching_loss_forward));
+  m.impl("matching_loss_backward", TORCH_FN(dwa_fast::matching_loss_backward));
+}

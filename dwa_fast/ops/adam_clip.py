@@ -1,0 +1,133 @@
+"""One step of Adam on the pixels, with the clamp to the range of real pixels."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwa_fast.ops import _library
+
+
+def adam_clip_(
+    images: Tensor,  # [N, C, H, W], float32, changed in place
+    gradient: Tensor,  # [N, C, H, W], float32
+    exp_avg: Tensor,  # [N, C, H, W], float32, changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W], float32, changed in place
+    learning_rates: Tensor,  # [T], float32
+    step: Tensor,  # [], int64
+    low: Tensor,  # [C], float32
+    high: Tensor,  # [C], float32
+    betas: tuple[float, float] = (0.5, 0.9),
+    eps: float = 1e-8,
+) -> None:
+    """One step of Adam with the learning rate of the row, then the clamp of every channel to [low, high], in one pass.
+
+        m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   x ← clamp(x − lr_t · m/(1−β₁^(t+1)) / (√(v/(1−β₂^(t+1))) + ε))
+
+    On CUDA the learning rate and the step are read by the kernel, so it can be captured in a CUDA graph. NaN stays NaN.
+
+    Args:
+        images: x, contiguous or channels-last without a copy, any other strides through one.
+        gradient, exp_avg, exp_avg_sq: g, m and v; read in place where they lie in memory as the images do.
+        learning_rates: lr_t of every row.
+        step: t, counted from 0, 0 … T − 1.
+        low, high: bounds of every channel, in normalised pixels.
+        betas: β₁ and β₂, each in [0, 1).
+        eps: ε, ≥ 0.
+    Raises:
+        TypeError: an argument has the wrong type or precision.
+        ValueError: shapes or devices do not fit, betas or eps are out of range, or images would need differentiating.
+        IndexError: on a CPU, there is no such row.
+        ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
+    """
+    _check(images, gradient, exp_avg, exp_avg_sq, learning_rates, step, low, high)
+    beta1, beta2 = _check_numbers(betas, eps)
+    if images.is_cuda:
+        update = _triton().adam_clip_
+    else:
+        _library.load()
+        update = torch.ops.dwa_fast.adam_clip_.default
+    update(images, gradient, exp_avg, exp_avg_sq, learning_rates, step, low, high, beta1, beta2, float(eps))
+
+
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("dwa_fast.kernels.adam_clip")
+
+
+@_library.fake("adam_clip_")
+def _adam_clip_fake(
+    images: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    learning_rates: Tensor,
+    step: Tensor,
+    low: Tensor,
+    high: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    return None
+
+
+def _check(
+    images: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    learning_rates: Tensor,
+    step: Tensor,
+    low: Tensor,
+    high: Tensor,
+) -> None:
+    named = {
+        "images": images,
+        "gradient": gradient,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "learning_rates": learning_rates,
+        "step": step,
+        "low": low,
+        "high": high,
+    }
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        wanted = torch.int64 if name == "step" else torch.float32
+        if tensor.dtype is not wanted:
+            raise TypeError(f"{name} must be {str(wanted).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+        if tensor.device != images.device:
+            raise ValueError(f"{name} must be on the device of images, {images.device}, got {tensor.device}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be [N, C, H, W], got shape {tuple(images.shape)}")
+    for name, tensor in (("gradient", gradient), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if tensor.shape != images.shape:
+            raise ValueError(f"{name} must have the shape of images, {tuple(images.shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in (("low", low), ("high", high)):
+        if tensor.dim() != 1 or tensor.size(0) != images.size(1):
+            raise ValueError(f"{name} must be [C] with C = {images.size(1)}, got shape {tuple(tensor.shape)}")
+    if learning_rates.dim() != 1:
+        raise ValueError(f"learning_rates must be [T], got shape {tuple(learning_rates.shape)}")
+    if step.dim() != 0:
+        raise ValueError(f"step must be [], got shape {tuple(step.shape)}")
+    if torch.is_grad_enabled() and (images.requires_grad or gradient.requires_grad):
+        raise ValueError("adam_clip_ is not differentiable: call it under torch.no_grad(), or with tensors that do not require grad")
+
+
+def _check_numbers(betas: tuple[float, float], eps: float) -> tuple[float, float]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, Real) for beta in betas):
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must lie in [0, 1), got {betas!r}")
+    if not isinstance(eps, Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return float(betas[0]), float(betas[1])

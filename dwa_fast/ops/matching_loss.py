@@ -1,0 +1,106 @@
+"""Decoupled matching of BatchNorm statistics over all layers at once (Eq. 3)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dwa_fast.ops import _library
+
+
+def matching_loss(
+    sums: Tensor,  # [2, ΣC], float32, from bn_act, layer after layer
+    variances: Tensor,  # [ΣC], float32
+    offsets: Tensor,  # [L + 1], int64
+    counts: Tensor,  # [L], int64
+    weights: Tensor,  # [L], float32
+) -> Tensor:  # [2], float32
+    """Distances between the statistics of a batch and those that the teacher has learnt.
+
+        R_mean = Σ_l w_l ‖μ_l − m_l‖₂,   R_var = Σ_l w_l ‖σ²_l − v_l‖₂,   μ − m = s₁/n,   σ² = s₂/n − (s₁/n)²
+
+    Arithmetic is float64, rounded once. Differentiable in sums, once; the gradient of a norm that is 0 is 0. On CUDA nothing is read
+    on the host, so it can be captured in a CUDA graph. The same input gives the same bits.
+
+    Args:
+        sums: Σ(y − m) and Σ(y − m)² of every channel.
+        variances: running variances v of every channel.
+        offsets: the channels of layer l are offsets[l] … offsets[l + 1] − 1; not decreasing, from 0 up to ΣC.
+        counts: n = N·H·W of each layer, ≥ 1.
+        weights: w of each layer.
+    Returns:
+        R_mean and R_var.
+    Raises:
+        TypeError: an argument has the wrong type or precision.
+        ValueError: shapes or devices do not fit, or, on a CPU, offsets lie outside sums.
+        ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
+    """
+    _check(sums, variances, offsets, counts, weights)
+    loss: Tensor = _MatchingLoss.apply(sums, variances, offsets, counts, weights)
+    return loss
+
+
+class _MatchingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        if sums.is_cuda:
+            loss, norms = _triton().matching_loss_forward(sums, variances, offsets, counts, weights)
+        else:
+            _library.load()
+            loss, norms = torch.ops.dwa_fast.matching_loss_forward.default(sums, variances, offsets, counts, weights)
+        ctx.save_for_backward(sums, variances, offsets, counts, weights, norms)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = _triton().matching_loss_backward if grad.is_cuda else torch.ops.dwa_fast.matching_loss_backward.default
+        return backward(grad, *ctx.saved_tensors), None, None, None, None
+
+
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("dwa_fast.kernels.matching_loss")
+
+
+@_library.fake("matching_loss_forward")
+def _forward_fake(sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return sums.new_empty(2), sums.new_empty((2, counts.shape[0]))
+
+
+@_library.fake("matching_loss_backward")
+def _backward_fake(
+    grad: Tensor, sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor, norms: Tensor
+) -> Tensor:
+    return sums.new_empty(sums.shape)
+
+
+def _check(sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> None:
+    for name, tensor, dtype in (
+        ("sums", sums, torch.float32),
+        ("variances", variances, torch.float32),
+        ("offsets", offsets, torch.int64),
+        ("counts", counts, torch.int64),
+        ("weights", weights, torch.float32),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype is not dtype:
+            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+        if tensor.device != sums.device:
+            raise ValueError(f"{name} must be on the device of sums, {sums.device}, got {tensor.device}")
+    if sums.dim() != 2 or sums.size(0) != 2:
+        raise ValueError(f"sums must be [2, C], got shape {tuple(sums.shape)}")
+    if counts.dim() != 1:
+        raise ValueError(f"counts must be [L], got shape {tuple(counts.shape)}")
+    layers = counts.size(0)
+    for name, tensor, size in (("variances", variances, sums.size(1)), ("offsets", offsets, layers + 1), ("weights", weights, layers)):
+        if tensor.dim() != 1 or tensor.size(0) != size:
+            raise ValueError(f"{name} must be [{size}], got shape {tuple(tensor.shape)}")
+    if variances.requires_grad or weights.requires_grad:
+        raise ValueError("matching_loss is not differentiable in variances and weights: pass them detached")
