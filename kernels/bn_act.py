@@ -2,7 +2,7 @@
 
 Activations are channels-last, so memory is a matrix [rows, columns] whose rows hold a whole number of pixels: `columns` is C times the
 power of two that makes it a multiple of 16 and at least 64, and column j belongs to channel j mod C. Loads are then 16 bytes wide and no
-byte of the mask straddles two rows, whatever C is. A tile is [BLOCK_ROWS, GROUPS, 8]: its last axis is one byte of the mask.
+byte of the mask straddles two rows, whatever C is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dwa_fast.kernels.layout import channels_last, laid_out_like, on_device_of
 
-_GROUPS = 8  # of 8 columns: 64 columns are 128 bytes of bfloat16
+_BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
 _BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes in flight
 _WARPS = 4
 _PROGRAMS = 1024  # about what an A100, H100 or H200 holds at once; more tiles than that are looped over
@@ -39,51 +39,59 @@ def _constants(mean, var, weight, bias, eps, channel, used):
     return m, a, b
 
 
+@triton.jit
+def _bytes(start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Where the bytes of the mask of a tile lie behind byte base/8, and which of them exist."""
+    row = tl.arange(0, BLOCK_ROWS)
+    group = tl.program_id(0) * (BLOCK_COLUMNS // 8) + tl.arange(0, BLOCK_COLUMNS // 8)
+    byte = row[:, None] * (columns // 8) + group[None, :]
+    exists = (start + row < rows)[:, None] & (group * 8 < columns)[None, :]
+    if RAGGED:
+        exists = exists & (base + byte * 8 < count)
+    return byte, exists
+
+
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _forward_kernel(
     y, skip, z, bits, partials, mean, var, weight, bias, eps,
     count, rows, columns, channels, programs,
-    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """z = relu(a(y − m) + β [+ skip]),   partials = (Σ(y − m), Σ(y − m)²) over the rows of this program.
 
     Bit i of the mask, in memory order, says whether the ReLU lets element i pass; NaN passes, as in PyTorch.
     """
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    lane = tl.arange(0, 8)
-    column = group[:, None] * 8 + lane[None, :]
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     m, a, b = _constants(mean, var, weight, bias, eps, column % channels, used)
     row = tl.arange(0, BLOCK_ROWS)
-    inner = row[:, None, None] * columns + column[None]
-    first = tl.zeros([BLOCK_ROWS // 2, GROUPS, 8], dtype=tl.float32)
-    second = tl.zeros([BLOCK_ROWS // 2, GROUPS, 8], dtype=tl.float32)
+    inner = row[:, None] * columns + column[None, :]
+    first = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
+    second = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
     start = tl.program_id(1) * BLOCK_ROWS
     while start < rows:
         base = start.to(tl.int64) * columns
-        inside = (start + row < rows)[:, None, None] & used[None]
+        inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
             inside = inside & (base + inner < count)
         value = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32)
         if skip is not None:
             added = tl.load(skip + base + inner, mask=inside, other=0.0).to(tl.float32)
-        shifted = tl.where(inside, value - m[None], 0.0)
+        shifted = tl.where(inside, value - m[None, :], 0.0)
         # Rows that one thread holds are added at once: half the registers that a sum per element of the tile would take.
-        halves = tl.reshape(shifted, [2, BLOCK_ROWS // 2, GROUPS, 8])
+        halves = tl.reshape(shifted, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS])
         first += tl.sum(halves, axis=0)
         second += tl.sum(halves * halves, axis=0)
-        out = tl.fma(shifted, a[None], b[None])
+        out = tl.fma(shifted, a[None, :], b[None, :])
         if skip is not None:
             out += added
         if RELU:
             blocked = out <= 0.0
             out = tl.where(blocked, 0.0, out)
             if bits is not None:
-                packed = tl.sum(tl.where(inside & ~blocked, 1 << lane[None, None, :], 0), axis=2)
-                byte = row[:, None] * (columns // 8) + group[None]
-                written = (start + row < rows)[:, None] & (group * 8 < columns)[None]
-                if RAGGED:
-                    written = written & (base + byte * 8 < count)
+                passes = tl.reshape((inside & ~blocked).to(tl.int32), [BLOCK_ROWS, BLOCK_COLUMNS // 8, 8])
+                packed = tl.sum(passes << tl.arange(0, 8)[None, None, :], axis=2)
+                byte, written = _bytes(start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS)
                 tl.store(bits + base // 8 + byte, packed.to(tl.uint8), mask=written)
         tl.store(z + base + inner, out.to(z.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
@@ -112,12 +120,10 @@ def _finalize_kernel(partials, sums, count, channels, BLOCK_ROWS: tl.constexpr, 
 def _backward_kernel(
     grad_z, grad_sums, y, bits, grad_y, grad_skip, mean, var, weight, bias, eps,
     count, rows, columns, channels, programs, moment_stride,
-    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_skip = mask·grad_z,   grad_y = a·mask·grad_z + gs1 + 2·gs2·(y − m); without stored bits the mask comes from y."""
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    lane = tl.arange(0, 8)
-    column = group[:, None] * 8 + lane[None, :]
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     channel = column % channels
     m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
@@ -125,32 +131,29 @@ def _backward_kernel(
         gs1 = tl.load(grad_sums + channel, mask=used, other=0.0).to(tl.float32)
         gs2 = 2.0 * tl.load(grad_sums + moment_stride + channel, mask=used, other=0.0).to(tl.float32)
     row = tl.arange(0, BLOCK_ROWS)
-    inner = row[:, None, None] * columns + column[None]
+    inner = row[:, None] * columns + column[None, :]
     start = tl.program_id(1) * BLOCK_ROWS
     while start < rows:
         base = start.to(tl.int64) * columns
-        inside = (start + row < rows)[:, None, None] & used[None]
+        inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
             inside = inside & (base + inner < count)
         gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
         if grad_sums is not None or (RELU and bits is None):
-            shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None]
+            shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if RELU:
             if bits is not None:
-                byte = row[:, None] * (columns // 8) + group[None]
-                read = (start + row < rows)[:, None] & (group * 8 < columns)[None]
-                if RAGGED:
-                    read = read & (base + byte * 8 < count)
-                packed = tl.load(bits + base // 8 + byte, mask=read, other=0).to(tl.int32)
-                passes = ((packed[:, :, None] >> lane[None, None, :]) & 1) != 0
-                gradient = tl.where(passes, gradient, 0.0)
+                byte, exists = _bytes(start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS)
+                packed = tl.load(bits + base // 8 + byte, mask=exists, other=0).to(tl.int32)
+                passes = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+                gradient = tl.where(tl.reshape(passes, [BLOCK_ROWS, BLOCK_COLUMNS]) != 0, gradient, 0.0)
             else:
-                gradient = tl.where(tl.fma(shifted, a[None], b[None]) <= 0.0, 0.0, gradient)
+                gradient = tl.where(tl.fma(shifted, a[None, :], b[None, :]) <= 0.0, 0.0, gradient)
             if grad_skip is not None:
                 tl.store(grad_skip + base + inner, gradient.to(grad_skip.dtype.element_ty), mask=inside)
-        out = gradient * a[None]
+        out = gradient * a[None, :]
         if grad_sums is not None:
-            out = tl.fma(gradient, a[None], tl.fma(shifted, gs2[None], gs1[None]))
+            out = tl.fma(gradient, a[None, :], tl.fma(shifted, gs2[None, :], gs1[None, :]))
         tl.store(grad_y + base + inner, out.to(grad_y.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
 
@@ -169,11 +172,11 @@ class _Plan(NamedTuple):
 def _plan(y: Tensor) -> _Plan:
     channels = y.shape[1]
     repeat = 16 // math.gcd(channels, 16)
-    while repeat * channels < 8 * _GROUPS:
+    while repeat * channels < _BLOCK_COLUMNS:
         repeat *= 2
     columns = repeat * channels
     rows = triton.cdiv(y.numel(), columns)
-    column_blocks = triton.cdiv(columns, 8 * _GROUPS)
+    column_blocks = triton.cdiv(columns, _BLOCK_COLUMNS)
     tiles = triton.cdiv(rows, _BLOCK_ROWS)
     tiles_each = triton.cdiv(tiles, max(1, _PROGRAMS // column_blocks))
     return _Plan(y.numel(), rows, columns, repeat, triton.cdiv(tiles, tiles_each), column_blocks)
@@ -208,7 +211,7 @@ def bn_act_forward(
         _forward_kernel[(plan.column_blocks, plan.programs)](
             y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, eps,
             plan.elements, plan.rows, plan.columns, channels, plan.programs,
-            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, GROUPS=_GROUPS, num_warps=_WARPS,
+            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
         _finalize_kernel[(triton.cdiv(channels, _FINAL_CHANNELS), 2)](
             partials, sums, partials.shape[1], channels,
@@ -244,6 +247,6 @@ def bn_act_backward(
         _backward_kernel[(plan.column_blocks, plan.programs)](
             grad_z, grad_sums, y, mask if keeps_mask else None, grad_y, grad_skip, mean, var, weight, bias, eps,
             plan.elements, plan.rows, plan.columns, y.shape[1], plan.programs, 0 if grad_sums is None else grad_sums.stride(0),
-            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, GROUPS=_GROUPS, num_warps=_WARPS,
+            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
     return laid_out_like(grad_y, model), y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model)

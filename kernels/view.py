@@ -14,9 +14,8 @@ from torch import Tensor
 
 from dwa_fast.kernels.layout import channels_last, on_device_of
 
+_SPAN = 128  # elements of one image line, one per thread: what depends on the column is computed once for all lines of a program
 _TILE = 1024  # elements of a program, 8 per thread
-_COLUMNS = 128  # pixels of one image row that a program takes at most
-_CHANNELS = 16  # channels that a program takes at most
 _WARPS = 4
 
 
@@ -33,38 +32,51 @@ def _numerator(position, crop, size):
     return tl.minimum(tl.maximum((2 * position + 1) * crop - size, 0), 2 * size * (crop - 1))
 
 
-@triton.jit(do_not_specialize=["lines"])
+@triton.jit
+def _parameters(rows, step):
+    """Crop (top, left, height, width), flip and roll (down, right) in row `step` of the schedule."""
+    row = rows + tl.load(step) * 7
+    top, left, height, width = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return top, left, height, width, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+
+
+@triton.jit
+def _place(LINES: tl.constexpr, SPAN: tl.constexpr):
+    """Line of the batch and place in that line of every element of a program; a vector, so that lanes lie along the line."""
+    element = tl.arange(0, LINES * SPAN)
+    return tl.program_id(0) * LINES + element // SPAN, tl.program_id(1) * SPAN + element % SPAN
+
+
+# An aligned pitch would widen the stores, and with them spread the lanes over the gathers, which cost more.
+@triton.jit(do_not_specialize=["lines", "pitch"])
 def _forward_kernel(
-    images, rows, step, out, lines, channels, height, width, image_stride, channel_stride, line_stride, pixel_stride,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    images, rows, step, out, lines, pitch, height, width, image_stride, channel_stride, line_stride, pixel_stride,
+    CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """out = roll(flip(resize(crop(images))))   with the parameters in row `step` of the schedule; out is [N, H, W, C] in memory."""
-    row = rows + tl.load(step) * 7
-    top, left, crop_height, crop_width = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    flip, down, right = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    line = (tl.program_id(0) * LINES + tl.arange(0, LINES))[:, None, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :, None]
-    channel = (tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS))[None, None, :]
-    inside = (line < lines) & (column < width) & (channel < channels)
+    top, left, crop_height, crop_width, flip, down, right = _parameters(rows, step)
+    line, place = _place(LINES, SPAN)
+    inside = (line < lines) & (place < pitch)
 
     y = _numerator(_wrapped(line % height, -down, height), crop_height, height)
-    x = _wrapped(column, -right, width)
+    x = _wrapped(place // CHANNELS, -right, width)
     x = _numerator(tl.where(flip != 0, width - 1 - x, x), crop_width, width)
     upper, first = y // (2 * height), x // (2 * width)
     lower, second = tl.minimum(upper + 1, crop_height - 1), tl.minimum(first + 1, crop_width - 1)
     below = tl.div_rn((y - upper * 2 * height).to(tl.float32), (2 * height).to(tl.float32))
     beyond = tl.div_rn((x - first * 2 * width).to(tl.float32), (2 * width).to(tl.float32))
 
-    source = images + (line // height).to(tl.int64) * image_stride + channel.to(tl.int64) * channel_stride
+    image = images + (line // height).to(tl.int64) * image_stride
+    channel = (place % CHANNELS).to(tl.int64) * channel_stride
     upper_line, lower_line = (top + upper).to(tl.int64) * line_stride, (top + lower).to(tl.int64) * line_stride
-    first_pixel, second_pixel = (left + first).to(tl.int64) * pixel_stride, (left + second).to(tl.int64) * pixel_stride
-    a = tl.load(source + upper_line + first_pixel, mask=inside, other=0.0)
-    b = tl.load(source + upper_line + second_pixel, mask=inside, other=0.0)
-    c = tl.load(source + lower_line + first_pixel, mask=inside, other=0.0)
-    d = tl.load(source + lower_line + second_pixel, mask=inside, other=0.0)
+    first_pixel = channel + (left + first).to(tl.int64) * pixel_stride
+    second_pixel = channel + (left + second).to(tl.int64) * pixel_stride
+    a = tl.load(image + upper_line + first_pixel, mask=inside, other=0.0)
+    b = tl.load(image + upper_line + second_pixel, mask=inside, other=0.0)
+    c = tl.load(image + lower_line + first_pixel, mask=inside, other=0.0)
+    d = tl.load(image + lower_line + second_pixel, mask=inside, other=0.0)
     value = (1.0 - below) * ((1.0 - beyond) * a + beyond * b) + below * ((1.0 - beyond) * c + beyond * d)
-    target = out + (line.to(tl.int64) * width + column) * channels + channel
-    tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + line.to(tl.int64) * pitch + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -88,53 +100,49 @@ def _share(reader, position, crop, size):
     return tl.div_rn(tl.where(exists, tl.maximum(2 * size - distance, 0), 0).to(tl.float32), (2 * size).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["lines"])
+@triton.jit(do_not_specialize=["lines", "pitch"])
 def _backward_kernel(
-    grad, rows, step, grad_images, lines, channels, height, width,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    grad, rows, step, grad_images, lines, pitch, height, width,
+    CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """grad_images_s = Σ weight(o, s) grad_o   over the output pixels o that read source pixel s; both are [N, H, W, C] in memory."""
-    row = rows + tl.load(step) * 7
-    top, left, crop_height, crop_width = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    flip, down, right = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    line = (tl.program_id(0) * LINES + tl.arange(0, LINES))[:, None, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :, None]
-    channel = (tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS))[None, None, :]
-    y, x = line % height - top, column - left
-    image = grad + (line // height).to(tl.int64) * height * width * channels + channel
-    inside = (line < lines) & (channel < channels)
+    top, left, crop_height, crop_width, flip, down, right = _parameters(rows, step)
+    line, place = _place(LINES, SPAN)
+    inside = (line < lines) & (place < pitch)
+    y, x = line % height - top, place // CHANNELS - left
+    image = grad + (line // height).to(tl.int64) * height * pitch + place % CHANNELS
 
-    total = tl.zeros([LINES, COLUMNS, CHANNELS], dtype=tl.float32)
-    reader_y = _first_reader(y, crop_height, height)
-    left_y = _most_readers(crop_height, height)
-    while left_y > 0:
+    # Scalars count the loops: what depends on the column alone is then the same in all lines, and the compiler computes it once.
+    total = tl.zeros([LINES * SPAN], dtype=tl.float32)
+    first_y, first_x = _first_reader(y, crop_height, height), _first_reader(x, crop_width, width)
+    most_y, most_x = _most_readers(crop_height, height), _most_readers(crop_width, width)
+    top_line, first_place = tl.program_id(0) * LINES % height, tl.program_id(1) * SPAN
+    above = top_line + LINES <= top
+    underneath = (top_line >= top + crop_height) & (top_line + LINES <= height)
+    beside = (first_place + SPAN <= left * CHANNELS) | (first_place >= (left + crop_width) * CHANNELS)
+    most_y = tl.where(above | underneath | beside, 0, most_y)  # nothing of this program lies in the crop
+    next_y = 0
+    while next_y < most_y:
+        reader_y = first_y + next_y
         share_y = _share(reader_y, y, crop_height, height)
-        seen_line = image + _wrapped(reader_y, down, height) * width * channels
+        seen_line = image + _wrapped(reader_y, down, height) * pitch
         reads_line = inside & (share_y > 0.0)
-        reader_x = _first_reader(x, crop_width, width)
-        left_x = _most_readers(crop_width, width)
-        while left_x > 0:
+        next_x = 0
+        while next_x < most_x:
+            reader_x = first_x + next_x
             share_x = _share(reader_x, x, crop_width, width)
             seen = _wrapped(tl.where(flip != 0, width - 1 - reader_x, reader_x), right, width)
-            value = tl.load(seen_line + seen * channels, mask=reads_line & (share_x > 0.0), other=0.0).to(tl.float32)
+            value = tl.load(seen_line + seen * CHANNELS, mask=reads_line & (share_x > 0.0), other=0.0).to(tl.float32)
             total += share_y * share_x * value
-            reader_x += 1
-            left_x -= 1
-        reader_y += 1
-        left_y -= 1
-    target = grad_images + (line.to(tl.int64) * width + column) * channels + channel
-    tl.store(target, total, mask=inside & (column < width))
+            next_x += 1
+        next_y += 1
+    tl.store(grad_images + line.to(tl.int64) * pitch + place, total, mask=inside)
 
 
-def _tile(width: int, channels: int) -> dict[str, int]:
-    """Shape of the tile of one program; narrow images take several lines at once."""
-    of_channels = min(triton.next_power_of_2(channels), _CHANNELS)
-    of_columns = min(triton.next_power_of_2(width), _COLUMNS)
-    return {"LINES": max(1, _TILE // (of_channels * of_columns)), "COLUMNS": of_columns, "CHANNELS": of_channels}
-
-
-def _grid(lines: int, width: int, channels: int, tile: dict[str, int]) -> tuple[int, int, int]:
-    return triton.cdiv(lines, tile["LINES"]), triton.cdiv(width, tile["COLUMNS"]), triton.cdiv(channels, tile["CHANNELS"])
+def _cut(lines: int, pitch: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, and the lines and elements of a line that a program takes; short lines are taken more at a time."""
+    span = min(triton.next_power_of_2(pitch), _SPAN)
+    return (triton.cdiv(lines, _TILE // span), triton.cdiv(pitch, span)), {"LINES": _TILE // span, "SPAN": span}
 
 
 def view_forward(
@@ -148,11 +156,13 @@ def view_forward(
     if images.numel() == 0:
         return out
     count, channels, height, width = images.shape
-    tile = _tile(width, channels)
+    lines, pitch = count * height, width * channels
+    grid, tile = _cut(lines, pitch)
     with on_device_of(images):
-        _forward_kernel[_grid(count * height, width, channels, tile)](
-            images, rows.contiguous(), step, out, count * height, channels, height, width, *images.stride(), **tile, num_warps=_WARPS
-        )
+        _forward_kernel[grid](
+            images, rows.contiguous(), step, out, lines, pitch, height, width, *images.stride(),
+            CHANNELS=channels, **tile, num_warps=_WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -167,9 +177,10 @@ def view_backward(
     if grad.numel() == 0:
         return grad_images
     count, channels, height, width = grad.shape
-    tile = _tile(width, channels)
+    lines, pitch = count * height, width * channels
+    grid, tile = _cut(lines, pitch)
     with on_device_of(grad):
-        _backward_kernel[_grid(count * height, width, channels, tile)](
-            grad, rows.contiguous(), step, grad_images, count * height, channels, height, width, **tile, num_warps=_WARPS
+        _backward_kernel[grid](
+            grad, rows.contiguous(), step, grad_images, lines, pitch, height, width, CHANNELS=channels, **tile, num_warps=_WARPS
         )
     return grad_images

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import pkgutil
 import re
@@ -164,6 +165,18 @@ def widest(ptx: str, instruction: str) -> int:
     return max((int(count or 1) * int(bits) // 8 for count, bits in accesses), default=0)
 
 
+def shortest_run(ttgir: str) -> int:
+    """Contiguous bytes that the lanes of a warp touch at once, in the access to a whole tile where they are fewest; 0 without a tile."""
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = (.+?), warpsPerCTA", ttgir))
+    runs = []
+    for shape, kind, layout in re.findall(r"tt\.(?:load|store) .*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>, (#\w+)>", ttgir):
+        sizes = [int(size) for size in shape.split("x")]
+        if math.prod(sizes) >= 1024:
+            per_thread, per_warp = (json.loads(part) for part in layouts[layout].split(", threadsPerWarp = "))
+            runs.append(min(per_thread[-1] * per_warp[-1], sizes[-1]) * int(kind) // 8)
+    return min(runs, default=0)
+
+
 def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     """One row of the table: what ptxas -v says about one launch of a kernel."""
     import triton
@@ -197,13 +210,14 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "load": widest(ptx, "ld"),
         "store": widest(ptx, "st"),
+        "run": shortest_run(compiled.asm["ttgir"]),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ["kernel", "launch", "sm", "warps", "registers", "spilled bytes", "shared bytes", "load bytes", "store bytes"]
-    keys = ["kernel", "case", "capability", "warps", "registers", "spills", "shared", "load", "store"]
-    lines = [head, ["---"] * 2 + ["---:"] * 7] + [[str(row[key]) for key in keys] for row in rows]
+    head = ["kernel", "launch", "sm", "warps", "registers", "spilled bytes", "shared bytes", "load bytes", "store bytes", "run bytes"]
+    keys = ["kernel", "case", "capability", "warps", "registers", "spills", "shared", "load", "store", "run"]
+    lines = [head, ["---"] * 2 + ["---:"] * 8] + [[str(row[key]) for key in keys] for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
 
@@ -238,3 +252,6 @@ else:
             if row["kernel"] in WIDE and "odd" not in row["case"]:
                 assert row["load"] == 16, row
                 assert row["store"] == (16 if row["kernel"] != "ascend._square_sum_kernel" else 4), row
+                assert row["run"] >= 128, row
+            if row["kernel"].startswith("view."):
+                assert row["run"] >= 64, row

@@ -30,7 +30,7 @@ VIEWS: list[tuple[tuple[int, int, int, int], Row]] = [
     ((1, 3, 8, 8), (0, 0, 4, 4, 0, 9, -3)),  # rolls past the size, and backwards
     ((3, 2, 9, 13), (4, 6, 5, 7, 1, 2, 4)),
     ((1, 5, 13, 6), (0, 0, 12, 6, 0, 0, 1)),
-    ((1, 17, 4, 5), (1, 0, 3, 4, 1, 1, 1)),  # more channels than a program takes
+    ((1, 17, 4, 5), (1, 0, 3, 4, 1, 1, 1)),
     ((1, 3, 3, 140), (0, 30, 2, 100, 1, 1, 32)),  # wider than a program
     ((1, 3, 32, 32), (10, 3, 9, 10, 1, 4, 4)),  # the smallest published crop
 ]
