@@ -180,5 +180,6 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 
 def _fused(device: torch.device) -> Operators:
-    implementations = dict.fromkeys(OPERATORS, _PLAIN) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
-    return Operators("fused", ops.bn_act, plain.matching_loss, compiled.view, compiled.adam_clip_, ops.ascend_, True, implementations)
+    kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
+    implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
+    return Operators("fused", ops.bn_act, ops.matching_loss, ops.view, ops.adam_clip_, ops.ascend_, True, implementations)

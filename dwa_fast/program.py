@@ -53,7 +53,8 @@ class Program:
         for position, argument in enumerate(schema.arguments):
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
             arguments.append(torch.fx.map_arg(given, lambda used: slots[used]))
-        several = len(schema.returns) != 1 or not isinstance(node.meta["val"], Tensor)
-        count = len(node.meta["val"]) if several else 1
+        value = node.meta["val"] if schema.returns else ()
+        several = not isinstance(value, Tensor)
+        count = len(value) if several else 1
         results = self._program.call(schema.name, schema.overload_name, arguments, count)
         return results if several else results[0]

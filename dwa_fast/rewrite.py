@@ -36,7 +36,6 @@ class BatchNormAct(nn.Module):
         self.operators = operators
         self.skip = False  # whether forward adds a second argument
         self.relu = False
-        self.recording = True
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
 
@@ -46,8 +45,6 @@ class BatchNormAct(nn.Module):
         skip: Tensor | None = None,  # [N, C, H, W]
     ) -> Tensor:  # [N, C, H, W]
         """relu(BatchNorm(y) [+ skip]) with the running statistics."""
-        if not self.recording:
-            return self._plain(y, skip)
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
         z, sums = self.operators.bn_act(y, *statistics, skip, self.relu)
         self.sums.append(sums)
@@ -57,13 +54,6 @@ class BatchNormAct(nn.Module):
     def extra_repr(self) -> str:
         """What was fused, as `dwa-fast info` shows it."""
         return "BatchNorm" + (" + addition" if self.skip else "") + (" + ReLU" if self.relu else "")
-
-    def _plain(self, y: Tensor, skip: Tensor | None) -> Tensor:
-        """Without moments, for passes that need gradients of the weights."""
-        z = F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        if skip is not None:
-            z = z + skip
-        return z.relu() if self.relu else z
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ class Lane:
         if config.matching_weights == "original" and config.adjusts:
             self.matcher = copy.deepcopy(network)
             Arena(self.matcher, execution)
-            network.record(False)
         self.ascent = Ascent(network, config, execution)
         self._refinements: dict[torch.Size, Refinement] = {}
         self._stream = torch.cuda.Stream(execution.device) if execution.device.type == "cuda" else None

@@ -47,26 +47,16 @@ class Network(nn.Module):
         self.module = rewritten.module
         self.layers = rewritten.layers
         self.traced = rewritten.traced
-        self.recording = True
         self._plans: dict[tuple[float, ...], MatchingPlan] = {}
-
-    def record(self, recording: bool) -> None:
-        """Whether forward passes compute the moments."""
-        self.recording = recording
-        for layer in self.layers.values():
-            layer.recording = recording
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
-        """Inside, the weights take gradients and no moments are computed."""
-        recording = self.recording
-        self.record(False)
+        """Inside, the weights take gradients."""
         self.requires_grad_(True)
         try:
             yield
         finally:
             self.requires_grad_(False)
-            self.record(recording)
 
     def forward(
         self,
