@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/pool.h"
+
 namespace dwa_fast {
 namespace {
 
@@ -25,6 +27,14 @@ struct Slot {
 
 class Program {
  public:
+  Program() = default;
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+  ~Program() {
+    values_.clear();
+    release_pool();
+  }
+
   // A tensor that every repeat reads or changes in place.
   Slot hold(const at::Tensor& tensor) {
     values_.emplace_back(tensor);
@@ -65,6 +75,7 @@ class Program {
   // Autograd has been recorded, not repeated: the calls below it are all there is to do.
   void run(int64_t times) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const PoolGuard pool;
     for (int64_t repeat = 0; repeat < times; ++repeat)
       for (const auto& call : calls_) execute(call);
   }

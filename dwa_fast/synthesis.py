@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,10 @@ class Synthesizer:
         Args:
             progress: called with the iterations that every batch has finished.
         """
+        with _memory_errors(self.execution, batches):
+            return self._run(batches, seed, progress)
+
+    def _run(self, batches: Sequence[Batch], seed: int, progress: Callable[[int], None] | None) -> list[tuple[Tensor, Tensor]]:
         pairs = [(lane, lane.begin(batch, seed)) for lane, batch in zip(self.lanes, batches, strict=False)]
         chunk = 1 if self.execution.device.type == "cpu" else _CHUNK
         for done in range(0, self.config.iterations, chunk):
@@ -187,6 +192,28 @@ def check_label_range(labels: Tensor, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise InputError(f"labels must lie in 0 … {classes - 1}, the classes of the teacher, got {low if low < 0 else high}")
+
+
+@contextmanager
+def _memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[None]:
+    """Turns an allocation that failed into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the C library's allocations raise the plain kind
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        flight = (
+            f"{len(batches)} batches of {len(batches[0].images)} images"
+            if len(batches) > 1
+            else f"a batch of {len(batches[0].images)} images"
+        )
+        asked = re.search(r"(?:allocate|asked for) ([\d.]+ (?:[KMG]iB|bytes))", str(error))
+        there = ""
+        if execution.device.type == "cuda":
+            free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(execution.device))
+            there = f"; {free:.1f} of {total:.1f} GiB are free"
+        wanted = f" asked for {asked[1]} more" if asked else " does not fit"
+        raise InputError(f"out of memory on {execution.device}: {flight}{wanted}{there}; lower the batch size") from error
 
 
 def _report(progress: Progress, before: int, batches: int, total: int, iteration: int) -> None:

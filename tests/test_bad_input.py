@@ -179,3 +179,29 @@ def test_fused_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_losses_that_are_not_finite_are_named() -> None:
     with pytest.raises(InputError, match=r"losses are not finite from iteration \d+ of 24 on"):
         synthesize(small_teacher(), IMAGES, LABELS, small_config(lambda_var=1e38, first_layer_weight=1e38))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …"), "asked for 2.50 GiB more"),
+        (torch.OutOfMemoryError("out of memory: a step asked for 512 MiB more on the CPU"), "asked for 512 MiB more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), "asked for 4096 bytes more"),
+    ],
+)
+def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("dwa_fast.synthesis.draw_schedule", fail)
+    with pytest.raises(InputError, match=rf"out of memory on cpu: a batch of 4 images {message}; lower the batch size"):
+        synthesize(small_teacher(), IMAGES, LABELS, small_config(device="cpu"))
+
+
+def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("dwa_fast.synthesis.draw_schedule", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        synthesize(small_teacher(), IMAGES, LABELS, small_config())

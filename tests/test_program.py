@@ -71,3 +71,23 @@ def test_error_in_a_repeat_is_an_exception() -> None:
     index.fill_(7)
     with pytest.raises(IndexError, match=r"out of (bounds|range)"):
         program.run(1)
+
+
+def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
+    """Large temporaries of both programs come from one pool, and none is handed out twice."""
+    sources = [torch.randn(300, 300, dtype=torch.float64) for _ in range(2)]
+    results = [torch.zeros_like(source) for source in sources]
+
+    def make(source: Tensor, result: Tensor) -> Program:
+        return Program(lambda: result.copy_((source @ source.T).tanh() + (source * 2).sin()))
+
+    programs = [make(*pair) for pair in zip(sources, results, strict=True)]
+    threads = [threading.Thread(target=program.run, args=(60,)) for program in programs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for source, result in zip(sources, results, strict=True):
+        assert torch.equal(result, (source @ source.T).tanh() + (source * 2).sin())
+    del programs
+    assert torch.equal(torch.ones(500, 500) * 2, torch.full((500, 500), 2.0))
