@@ -75,14 +75,15 @@ class Execution:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Inside, PyTorch's own operators compute as the precision says; TensorFloat-32 is used where it was asked for, and only there."""
-        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        wanted = self.precision == "tf32"
+        """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time."""
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
         try:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+            matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
+            cudnn.deterministic, cudnn.benchmark = True, False
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def resolve(backend: BackendName, precision: Precision, device: str) -> Execution:

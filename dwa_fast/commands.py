@@ -24,7 +24,7 @@ from dwa_fast.demo import DemoConfig, run_demo, table
 from dwa_fast.distill import distill
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, output_folder, write_json
-from dwa_fast.recipes import METHODS, RECIPES, full_recipe
+from dwa_fast.recipes import full_recipe
 from dwa_fast.squeeze import squeeze
 from dwa_fast.teacher import prepare
 from dwa_fast.training import top1
@@ -256,6 +256,3 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
         "validate": Validate(**data, teacher=missing, images=missing, student=recipe.architecture, config=recipe.validation),
         "info": Info(),
     }
-
-
-RECIPE_NAMES, METHOD_NAMES = tuple(RECIPES), tuple(METHODS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from dwa_fast.datasets import ImageSet, denormalise, normalise
 from dwa_fast.errors import InputError
 from dwa_fast.initial import sample
 from dwa_fast.storage import ImageStore
-from dwa_fast.synthesis import Batch, Synthesizer
+from dwa_fast.synthesis import Batch, Synthesizer, count_all
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 
@@ -65,6 +64,7 @@ def distill(
     if run.classes != classes:
         raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")
     settings = {**asdict(config), **run.execution.describe(), "seed": seed, **(origin or {})}
+    del settings["concurrent_batches"]  # changes how fast, not what
     store = ImageStore(output, settings, data.class_names)
     items = work_list(classes, ipc, config.batch_size)
     missing = [item for item in items if not all(store.has(label, item.index) for label in item.labels)]
@@ -73,8 +73,7 @@ def distill(
         progress(kept, total)
     for start in range(0, len(missing), config.concurrent_batches):
         group = missing[start : start + config.concurrent_batches]
-        before, count = kept + start * config.iterations, len(group)
-        tick = functools.partial(_report, progress, before, count, total) if progress else None
+        tick = count_all(progress, kept + start * config.iterations, len(group), total)
         results = run.run([_batch(item, members, data, config) for item in group], seed=seed, progress=tick)
         for item, (refined, _) in zip(group, results, strict=True):
             store.write(denormalise(refined, config), item.labels, item.index)
@@ -86,7 +85,3 @@ def _batch(item: WorkItem, members: Sequence[Sequence[int]], data: ImageSet, con
     """The initial images of an item."""
     chosen = [members[label][item.index] for label in item.labels]
     return Batch(item.number, normalise(data.load(chosen), config), data.labels[chosen])
-
-
-def _report(progress: Progress, before: int, batches: int, total: int, iteration: int) -> None:
-    progress(before + batches * iteration, total)

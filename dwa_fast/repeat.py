@@ -50,7 +50,7 @@ def _captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDA
         for _ in range(_WARM_UPS):
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph(keep_graph=False)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
     return graph

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,12 +59,14 @@ class Lane:
     def begin(self, batch: Batch, seed: int) -> Refinement:
         """Views, ascent and start of a batch: all but the iterations."""
         config, execution = self.config, self.execution
-        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
-        images = batch.images.to(execution.device, execution.master_dtype, memory_format=layout)
-        labels = batch.labels.to(execution.device, torch.int64)
-        schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
-        first = torch.zeros((), dtype=torch.int64, device=execution.device)
+        if self._stream is not None:  # the batch comes from the caller's stream
+            self._stream.wait_stream(torch.cuda.current_stream(execution.device))
         with self.active():
+            layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+            images = batch.images.to(execution.device, execution.master_dtype, memory_format=layout)
+            labels = batch.labels.to(execution.device, torch.int64)
+            schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
+            first = torch.zeros((), dtype=torch.int64, device=execution.device)
             seen = self.network.operators.view(images, schedule.rows, first, execution.dtype)
             if images.shape not in self._refinements:
                 self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution)
@@ -74,6 +75,17 @@ class Lane:
             start = initial.noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
             refinement.load(start, labels, schedule)
         return refinement
+
+    def finish(self, refinement: Refinement) -> tuple[Tensor, Tensor]:
+        """Refined images and losses, for the caller's stream."""
+        with self.active():
+            images, losses = refinement.result()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.execution.device)
+            current.wait_stream(self._stream)
+            for tensor in (images, losses):
+                tensor.record_stream(current)
+        return images, losses
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -117,11 +129,7 @@ class Synthesizer:
                     refinement.advance(min(chunk, self.config.iterations - done))
             if progress:
                 progress(min(done + chunk, self.config.iterations))
-        results = []
-        for lane, refinement in pairs:
-            with lane.active():
-                results.append(refinement.result())
-        return results
+        return [lane.finish(refinement) for lane, refinement in pairs]
 
 
 def synthesize(
@@ -160,7 +168,7 @@ def synthesize(
     finished, losses = [], []
     for start in range(0, len(batches), config.concurrent_batches):
         group = batches[start : start + config.concurrent_batches]
-        tick = functools.partial(_report, progress, start * config.iterations, len(group), total) if progress else None
+        tick = count_all(progress, start * config.iterations, len(group), total)
         for refined, terms in run.run(group, seed=seed, progress=tick):
             finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())
@@ -216,5 +224,8 @@ def _memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[N
         raise InputError(f"out of memory on {execution.device}: {flight}{wanted}{there}; lower the batch size") from error
 
 
-def _report(progress: Progress, before: int, batches: int, total: int, iteration: int) -> None:
-    progress(before + batches * iteration, total)
+def count_all(progress: Progress | None, before: int, batches: int, total: int) -> Callable[[int], None] | None:
+    """What `Synthesizer.run` calls for a group of batches, given what the caller wants to hear: iterations over all batches."""
+    if progress is None:
+        return None
+    return lambda iterations: progress(before + batches * iterations, total)

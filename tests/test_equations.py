@@ -16,7 +16,7 @@ INF = math.inf
 def test_matching_loss_by_hand() -> None:
     y = torch.tensor([[[[1.0, 3.0]], [[0.0, 0.0]]]])  # [1, 2, 1, 2]: means 2 and 0, biased variances 1 and 0
     mean, var = torch.tensor([5.0, -4.0]), torch.tensor([1.0, 2.0])
-    _, sums = ops.bn_act(y, mean, var, None, None, 0.0)
+    _, sums = ops.bn_act(y, mean, var, None, None, 1e-5)
     assert sums.tolist() == [[-6.0, 8.0], [20.0, 32.0]]  # Σ(y−m), Σ(y−m)²
     layers = torch.tensor([0, 2, 4]), torch.tensor([2, 2]), torch.tensor([10.0, 1.0])
     loss = ops.matching_loss(torch.cat([sums, sums], 1), torch.cat([var, var]), *layers)
