@@ -8,6 +8,7 @@ OUT ?= gpu-results
 NATIVE := setup.py $(shell find csrc -type f)
 PACKAGE := $(shell find dwa_fast kernels -name '*.py')
 PIP := -m pip install --disable-pip-version-check --quiet
+GPU_WORKLOADS := cifar100-resnet18 cifar100-convnet128 tiny-resnet18 imagenet-resnet18 imagenet-resnet50
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
 # Threads of OpenMP sleep where they wait: spinning costs a factor of ten as soon as anything else runs on the machine.
@@ -89,9 +90,11 @@ gpu:
 	@'$(PYTHON)' -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs a PyTorch that sees a GPU, and the one of '$(PYTHON)' does not." >&2; exit 1; }
 	@'$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e .
 	@mkdir -p '$(OUT)'
-	@'$(PYTHON)' -m pytest -m gpu --json-summary '$(OUT)/gpu.json'; tests=$$?; \
-	'$(PYTHON)' benchmarks/throughput.py --workload cifar100-resnet18 tiny-resnet18 imagenet-resnet18 imagenet-resnet50 cifar100-convnet128 --iterations 50 --json '$(OUT)/throughput.json'; \
-	timed=$$?; exit $$((tests + timed))
+	@'$(PYTHON)' -m pytest -m gpu --json-summary '$(OUT)/tests.json'; tests=$$?; \
+	'$(PYTHON)' benchmarks/throughput.py --workload $(GPU_WORKLOADS) --iterations 50 --json '$(OUT)/throughput.json'; timed=$$?; \
+	'$(PYTHON)' -c 'import json, pathlib, sys; print(json.dumps({p.stem: json.loads(p.read_text()) for p in map(pathlib.Path, sys.argv[1:]) if p.exists()}, indent=1))' \
+	  '$(OUT)/tests.json' '$(OUT)/throughput.json' > '$(OUT)/gpu.json'; \
+	rm -f '$(OUT)/tests.json' '$(OUT)/throughput.json'; exit $$((tests + timed))
 
 clean:
 	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output benchmark-output $(OUT)
