@@ -206,7 +206,7 @@ def test_info_describes_a_teacher(teacher: Path, capsys: pytest.CaptureFixture[s
 def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> None:
     """A real interrupt in the middle of a run: whole images, a readable manifest, exit code 130, and the same bytes in the end."""
     command = [sys.executable, "-m", "dwa_fast", "synthesize", "--recipe", "digits", "--teacher", str(teacher), "--ipc", "6"]
-    quick = ["--size", str(SIZE), "--iterations", "40", "--batch-size", "5"]
+    quick = ["--size", str(SIZE), "--iterations", "150", "--batch-size", "5"]  # seconds in all, so that the signal comes in the middle
     folder = tmp_path / "set"
     process = subprocess.Popen([*command, "--output", str(folder), *quick], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.monotonic() + 120
