@@ -210,9 +210,11 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> N
     folder = tmp_path / "set"
     process = subprocess.Popen([*command, "--output", str(folder), *quick], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while (
-        time.monotonic() < deadline and process.poll() is None and len(list(folder.glob("new*/*.png"))) <= 5
-    ):  # the manifest names a batch before the next
+
+    def second_batch_begun() -> bool:  # so that the first one is in the manifest
+        return len(list(folder.glob("new*/*.png"))) > 5
+
+    while time.monotonic() < deadline and process.poll() is None and not second_batch_begun():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
