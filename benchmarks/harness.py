@@ -8,7 +8,7 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,34 @@ def interleaved(peers: dict[str, Peer], iterations: int, rounds: int, device: to
     return samples
 
 
+class Moment:
+    """A point in the work that the current CUDA stream has been given; one minus an earlier one are the device's seconds between them."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Moment) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def clock(device: torch.device) -> Callable[[], Any]:
+    """Two of its readings subtracted are seconds: of the host on a CPU, of the device's own events on a GPU."""
+    return Moment if device.type == "cuda" else time.perf_counter
+
+
+def copy_ceiling(device: torch.device, rounds: int = 15) -> float:
+    """Bytes per second, reads and writes counted, of the fastest of some copies that no cache holds: what moving memory can reach here."""
+    source = torch.rand(2**28 if device.type == "cuda" else 2**26, device=device)  # 1 GiB and 256 MiB
+    target, now, samples = torch.zeros_like(source), clock(device), []
+    for _ in range(rounds):
+        start = now()
+        target.copy_(source)
+        samples.append(now() - start)
+    return 2 * source.nbytes / min(samples)
+
+
 def numbers(peer: Peer, iterations: int) -> tuple[Tensor, Tensor]:
     """The first gradient of the images, and the losses of the first iterations."""
     gradient = peer.first_gradient()
@@ -244,8 +272,9 @@ def errors(peer: Peer, exact: tuple[Tensor, Tensor], iterations: int) -> tuple[f
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
-    """‖got − wanted‖ / ‖wanted‖."""
-    return float((got.double().cpu() - wanted.double().cpu()).norm() / wanted.double().cpu().norm())
+    """‖got − wanted‖ / ‖wanted‖, computed where `wanted` is."""
+    exact = wanted.double()
+    return float((got.to(exact.device).double() - exact).norm() / exact.norm())
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float, float]:
