@@ -14,7 +14,7 @@ ORDER = """
     tracing compiled
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.view ops
     backend
-    checkpoint rewrite teacher initial program repeat ascent refine storage
+    checkpoint stem rewrite teacher initial program repeat ascent refine storage
     synthesis
     augment training squeeze validate diversity report distill
     demo console commands cli
