@@ -35,7 +35,7 @@ from dwa_fast.validate import validate
 class Data:
     """Which real images a command reads."""
 
-    recipe: str  # Settings of a data set: digits, cifar10, cifar100, tiny, imagenet, folder (your own).
+    recipe: str  # Settings of a data set: digits, cifar10, cifar100, tiny, imagenet, folder (your own), or one with -released.
     data: Path | None = None  # Folder of the real images; digits need none.
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
     size: int  # Height and width of the images, pixels.
@@ -112,7 +112,7 @@ class Synthesize(Data):
 
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for the images and their manifest.
-    method: str = "dwa"  # dwa, sre2l, real-start, random-step, coupled.
+    method: str = "dwa"  # dwa, sre2l, cda, real-start, random-step, coupled.
     ipc: int = 10  # Images per class, at least 1.
     seed: int = 0  # All random draws derive from it.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.

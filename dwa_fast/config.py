@@ -14,6 +14,7 @@ from dwa_fast.errors import InputError
 Ascent = Literal["directed", "random", "none"]
 MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
+Curriculum = Literal["none", "step", "linear", "cosine"]
 Initial = Literal["real", "noise"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -108,6 +109,8 @@ class SynthesisConfig(Normalisation):
     view: View = "roll"  # Shared view of an iteration: roll (CIFAR), or crop, flip and roll (ImageNet).
     crop_scale: tuple[float, float] = (0.08, 1.0)  # Share of the area that a crop covers, within (0, 1].
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # Width divided by height of a crop, above 0.
+    curriculum: Curriculum = "none"  # How the smallest crop shrinks from the largest one to what crop_scale says (CDA).
+    milestone: float = 1.0  # Share of the iterations that the curriculum takes, 0 to 1.
     flip: float = 0.5  # Probability of a horizontal flip in the crop view, 0 to 1.
     jitter: int = 4  # Largest roll in each direction, pixels, at least 0.
     backend: BackendName = "auto"  # fused (our operators), compiled (TorchInductor), reference (plain PyTorch), auto (the best that runs).
@@ -129,6 +132,8 @@ class SynthesisConfig(Normalisation):
         check_choice("view", self.view, View)
         check_range("crop_scale", self.crop_scale, at_most=1)
         check_range("crop_ratio", self.crop_ratio)
+        check_choice("curriculum", self.curriculum, Curriculum)
+        check_real("milestone", self.milestone, 0, 1)
         check_real("flip", self.flip, 0, 1)
         check_integer("jitter", self.jitter, 0)
         check_integer("concurrent_batches", self.concurrent_batches, 1)
@@ -170,6 +175,7 @@ class ValidationConfig(Normalisation):
     learning_rate: float = 1e-3  # First learning rate, above 0; falls to 0 on a cosine.
     momentum: float = 0.9  # Of SGD, 0 to 1.
     weight_decay: float = 0.01  # At least 0.
+    decay_vectors: bool = True  # Weight decay of biases and normalisation layers too.
     warmup_epochs: int = 0  # Epochs of linear warm-up from ×0.01, at least 0.
     augmentation: Augmentation = "pad-crop"  # Random crop after padding, random resized crop, or none.
     padding: int = 4  # Padding of pad-crop, pixels, at least 0.

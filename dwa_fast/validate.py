@@ -95,7 +95,8 @@ def _train(
     for _ in range(config.epochs):
         for order in batches(len(labels), config.batch_size, source):
             indices = torch.from_numpy(order).to(pixels.device)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * cosine(done, steps, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * cosine(done, steps, warmup)
             images = normalise(augment(pixels[indices], config, source), config)
             images, partner, share = mix(images, config.mixing, config.mixing_alpha, source)
             loss = _loss(student, teacher, images, labels[indices], partner, share, config)
@@ -107,9 +108,12 @@ def _train(
 
 
 def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Optimizer:
+    decayed = [p for p in student.parameters() if config.decay_vectors or p.dim() > 1]
+    kept = [p for p in student.parameters() if not config.decay_vectors and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if config.optimiser == "sgd":
-        return torch.optim.SGD(student.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def _loss(

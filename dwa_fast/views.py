@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,11 @@ from dwa_fast.seeding import generator
 TOP, LEFT, HEIGHT, WIDTH, FLIP, DOWN, RIGHT = range(7)  # columns of Schedule.rows
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, whose distribution this is
+_FALLS: dict[str, Callable[[float], float]] = {  # from 1 to 0 over the time of a curriculum
+    "step": lambda _: 1.0,
+    "linear": lambda s: 1 - s,
+    "cosine": lambda s: 0.5 * (1 + math.cos(math.pi * s)),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ def draw_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int
     """Views and learning rates of all T iterations of one batch.
 
     Learning rate: lr_t = ½(1 + cos(π t/T))·lr. Views: method of SRe2L; roll by (dy, dx), each uniform in {0..jitter}, after one random
-    resized crop and flip where `config.view` is "crop".
+    resized crop and flip where `config.view` is "crop". Where `config.curriculum` is set, the smallest crop of iteration t has the share
+    low + (high − low)·f(t / (milestone·T)) of the area, f falling from 1 to 0 (CDA, arXiv 2311.18838).
 
     Args:
         height, width: of the images, pixels.
@@ -45,16 +52,28 @@ def draw_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int
     rows[:, DOWN : RIGHT + 1] = (source.random((config.iterations, 2)) * (config.jitter + 1)).astype(np.int32)
     if config.view == "crop":
         rows[:, FLIP] = source.random(config.iterations) < config.flip
-        for row in rows:
-            row[TOP : WIDTH + 1] = _random_crop(source, config, height, width)
+        for row, smallest in zip(rows, _smallest_crops(config), strict=True):
+            row[TOP : WIDTH + 1] = _random_crop(source, config, smallest, height, width)
     cosine = [0.5 * (1 + math.cos(math.pi * t / config.iterations)) * config.learning_rate for t in range(config.iterations)]
     return Schedule(torch.from_numpy(rows), torch.tensor(cosine, dtype=torch.float32))
 
 
-def _random_crop(source: np.random.Generator, config: SynthesisConfig, height: int, width: int) -> tuple[int, int, int, int]:
+def _smallest_crops(config: SynthesisConfig) -> list[float]:
+    """Share of the area that a crop covers at least, of each iteration."""
+    low, high = config.crop_scale
+    end = config.milestone * config.iterations
+    if config.curriculum == "none":
+        return [low] * config.iterations
+    falls = _FALLS[config.curriculum]
+    return [low + (high - low) * falls(t / end) if t < end else low for t in range(config.iterations)]
+
+
+def _random_crop(
+    source: np.random.Generator, config: SynthesisConfig, smallest: float, height: int, width: int
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random resized crop; the largest centred one where ten draws do not fit."""
     for area, ratio, y, x in source.random((_CROP_ATTEMPTS, 4)):
-        pixels = height * width * (config.crop_scale[0] + area * (config.crop_scale[1] - config.crop_scale[0]))
+        pixels = height * width * (smallest + area * (config.crop_scale[1] - smallest))
         low, high = (math.log(bound) for bound in config.crop_ratio)
         aspect = math.exp(low + ratio * (high - low))
         crop_width, crop_height = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))

@@ -122,12 +122,14 @@ CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "lr": (lambda: recipe("digits", learning_rate=0.0), "learning_rate must be a finite number above 0, got 0.0"),
     "flip": (lambda: recipe("digits", flip=1.5), "flip must be a finite number of at least 0 and at most 1, got 1.5"),
     "crop": (lambda: recipe("digits", crop_scale=(0.5, 2.0)), "crop_scale must be (low, high) with 0 < low ≤ high ≤ 1, got (0.5, 2.0)"),
+    "curriculum": (lambda: recipe("digits", curriculum="sine"), "unknown curriculum 'sine'; known: none, step, linear, cosine"),
+    "milestone": (lambda: recipe("digits", milestone=2), "milestone must be a finite number of at least 0 and at most 1, got 2"),
     "mean": (lambda: recipe("digits", mean=(0.5, 0.5)), "mean and std must hold 1 or 3 values each, got 2 and 1"),
     "std": (lambda: recipe("digits", std=(0.0,)), "std must be a finite number above 0, got 0.0"),
     "recipe": (lambda: recipe("cifar1000"), "unknown recipe 'cifar1000'; known: digits, cifar10, cifar100, tiny, imagenet, folder"),
     "method": (
         lambda: recipe("digits", method="mtt"),
-        "unknown method 'mtt'; known: dwa, sre2l, real-start, random-step, coupled",
+        "unknown method 'mtt'; known: dwa, sre2l, cda, real-start, random-step, coupled",
     ),
     "backend": (lambda: recipe("digits", backend="tpu"), "unknown backend 'tpu'; known: auto, reference, fused, compiled"),
     "precision": (

@@ -20,7 +20,7 @@ from dwa_fast.recipes import full_recipe
 from dwa_fast.seeding import generator
 from dwa_fast.squeeze import squeeze
 from dwa_fast.training import batches, cosine, fresh, step_count, top1
-from dwa_fast.validate import _loss, validate
+from dwa_fast.validate import _loss, _optimizer, validate
 from tests.nets import SIZE, small_set, small_teacher
 
 CPU = torch.device("cpu")
@@ -124,6 +124,20 @@ def test_validate_trains_students_that_beat_chance_and_repeats() -> None:
     assert results[0].mean > 50
     assert results[0].std == pytest.approx(abs(results[0].accuracies[0] - results[0].accuracies[1]) / 2**0.5)
     assert all(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("vectors", [True, False])
+def test_weight_decay_may_leave_vectors_alone(optimiser: str, vectors: bool) -> None:
+    """With a gradient of 0 only the decay moves a weight."""
+    student = small_teacher()
+    before = [p.detach().clone() for p in student.parameters()]
+    config = ValidationConfig(optimiser=optimiser, decay_vectors=vectors, weight_decay=0.5)  # type: ignore[arg-type]
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)
+    _optimizer(student, config).step()
+    for p, old in zip(student.parameters(), before, strict=True):
+        assert torch.equal(p, old) == (not vectors and p.dim() == 1)
 
 
 @torch.no_grad()

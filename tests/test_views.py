@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,36 @@ def test_crops_lie_inside_and_have_the_published_distribution() -> None:
     assert ratio.max() < 1.4
     assert 0.45 < rows[:, FLIP].double().mean() < 0.55
     assert rows[:, DOWN].max() == 32
+
+
+def smallest_shares(**changes: Any) -> list[float]:
+    """The smallest share of the area that was drawn in each of ten stretches of the iterations."""
+    rows = draw_schedule(recipe("imagenet", **changes), 200, 200, seed=0, batch=0).rows.double()
+    share = rows[:, HEIGHT] * rows[:, WIDTH] / 200**2
+    return share.view(10, -1).min(1).values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "bounds"),
+    [
+        # 0.08 + 0.92·(1 + cos(πs))/2 at the end of each tenth
+        ({"curriculum": "cosine"}, [0.977, 0.912, 0.81, 0.682, 0.54, 0.398, 0.27, 0.168, 0.103, 0.08]),
+        ({"curriculum": "linear"}, [1 - 0.092 * tenth for tenth in range(1, 11)]),
+        ({"curriculum": "linear", "milestone": 0.5}, [1 - 0.184 * tenth for tenth in range(1, 6)] + [0.08] * 5),
+        ({"curriculum": "step", "milestone": 0.3}, [1.0] * 3 + [0.08] * 7),
+        ({"curriculum": "cosine", "milestone": 0.0}, [0.08] * 10),
+    ],
+)
+def test_a_curriculum_lets_crops_shrink(changes: dict[str, Any], bounds: list[float]) -> None:
+    """CDA: the smallest crop that may be drawn falls from the whole image to 0.08 of it."""
+    for found, bound in zip(smallest_shares(iterations=20000, **changes), bounds, strict=True):
+        assert bound - 0.01 <= found <= bound + 0.02
+
+
+def test_without_a_curriculum_the_schedule_is_that_of_milestone_0() -> None:
+    configs = recipe("imagenet"), recipe("imagenet", curriculum="linear", milestone=0.0)
+    plain, over = (draw_schedule(config, 64, 64, seed=0, batch=0).rows for config in configs)
+    assert torch.equal(plain, over)
 
 
 def test_impossible_crops_fall_back_to_the_centre() -> None:
