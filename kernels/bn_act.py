@@ -1,4 +1,5 @@
-"""Triton twin of dwa_fast.ops.bn_act: BatchNorm in eval mode, skip, ReLU and the shifted moments in one pass over the activations.
+"""Triton twin of dwa_fast.ops.bn_act: BatchNorm in eval mode, skip, ReLU and the shifted moments in one pass over the activations;
+the gradients, where asked those of γ and β too, in a second one.
 
 Activations are channels-last, so memory is a matrix [rows, columns] whose rows hold a whole number of pixels: `columns` is C times the
 power of two that makes it a multiple of 16 and at least 64, and column j belongs to channel j mod C. Loads are then 16 bytes wide and no
@@ -101,8 +102,8 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _finalize_kernel(partials, sums, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """sums_c = Σ partials over the `count` rows of moment program_id(1), always in the same order."""
+def _finalize_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """sums_c = Σ partials over the `count` rows of sum program_id(1), always in the same order; with var, sum 0 is divided by √(v + ε)."""
     moment = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_ROWS)
@@ -113,16 +114,23 @@ def _finalize_kernel(partials, sums, count, channels, BLOCK_ROWS: tl.constexpr, 
         offsets = (moment * count + start + row)[:, None] * channels + channel[None]
         total += tl.load(partials + offsets, mask=inside, other=0.0).to(tl.float64)
         start += BLOCK_ROWS
-    tl.store(sums + moment * channels + channel, tl.sum(total, axis=0).to(tl.float32), mask=channel < channels)
+    result = tl.sum(total, axis=0)
+    if var is not None:
+        v = tl.load(var + channel, mask=channel < channels, other=1.0).to(tl.float64)
+        result = tl.where(moment == 0, result / tl.sqrt(v + eps), result)
+    tl.store(sums + moment * channels + channel, result.to(tl.float32), mask=channel < channels)
 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _backward_kernel(
-    grad_z, grad_sums, y, bits, grad_y, grad_skip, mean, var, weight, bias, eps,
+    grad_z, grad_sums, y, bits, grad_y, grad_skip, partials, mean, var, weight, bias, eps,
     count, rows, columns, channels, programs, moment_stride,
     RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_skip = mask·grad_z,   grad_y = a·mask·grad_z + gs1 + 2·gs2·(y − m); without stored bits the mask comes from y."""
+    """grad_skip = mask·grad_z,   grad_y = a·mask·grad_z + gs1 + 2·gs2·(y − m); without stored bits the mask comes from y.
+
+    Where asked, partials = (Σ mask·grad_z·(y − m), Σ mask·grad_z) over the rows of this program.
+    """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     channel = column % channels
@@ -132,6 +140,9 @@ def _backward_kernel(
         gs2 = 2.0 * tl.load(grad_sums + moment_stride + channel, mask=used, other=0.0).to(tl.float32)
     row = tl.arange(0, BLOCK_ROWS)
     inner = row[:, None] * columns + column[None, :]
+    if partials is not None:
+        first = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
+        second = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
     start = tl.program_id(1) * BLOCK_ROWS
     while start < rows:
         base = start.to(tl.int64) * columns
@@ -139,7 +150,7 @@ def _backward_kernel(
         if RAGGED:
             inside = inside & (base + inner < count)
         gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
-        if grad_sums is not None or (RELU and bits is None):
+        if grad_sums is not None or partials is not None or (RELU and bits is None):
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if RELU:
             if bits is not None:
@@ -151,11 +162,19 @@ def _backward_kernel(
                 gradient = tl.where(tl.fma(shifted, a[None, :], b[None, :]) <= 0.0, 0.0, gradient)
             if grad_skip is not None:
                 tl.store(grad_skip + base + inner, gradient.to(grad_skip.dtype.element_ty), mask=inside)
+        if partials is not None:
+            halves = tl.reshape(gradient, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS])
+            first += tl.sum(halves * tl.reshape(shifted, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS]), axis=0)
+            second += tl.sum(halves, axis=0)
         out = gradient * a[None, :]
         if grad_sums is not None:
             out = tl.fma(gradient, a[None, :], tl.fma(shifted, gs2[None, :], gs1[None, :]))
         tl.store(grad_y + base + inner, out.to(grad_y.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
+    if partials is not None:
+        place = partials + tl.program_id(1) * columns + column
+        tl.store(place, tl.sum(first, axis=0), mask=used)
+        tl.store(place + programs * columns, tl.sum(second, axis=0), mask=used)
 
 
 class _Plan(NamedTuple):
@@ -182,6 +201,24 @@ def _plan(y: Tensor) -> _Plan:
     return _Plan(y.numel(), rows, columns, repeat, triton.cdiv(tiles, tiles_each), column_blocks)
 
 
+def _partials(plan: _Plan, y: Tensor) -> Tensor:  # [2, programs · repeat, C]
+    """Where the programs leave two sums per channel."""
+    return torch.empty(2, plan.programs * plan.repeat, y.shape[1], dtype=torch.float32, device=y.device)
+
+
+def _finalize(
+    partials: Tensor,  # [2, programs · repeat, C]
+    sums: Tensor,  # [2, C], written
+    var: Tensor | None,  # [C]
+    eps: float,
+) -> None:
+    """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
+    _finalize_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), 2)](
+        partials, sums, var, eps, partials.shape[1], sums.shape[1],
+        BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=_WARPS,
+    )  # fmt: skip
+
+
 def bn_act_forward(
     y: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
     mean: Tensor,  # [C] float32
@@ -205,18 +242,14 @@ def bn_act_forward(
     if y.numel() == 0:
         return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
     plan = _plan(y)
-    partials = torch.empty(2, plan.programs * plan.repeat, channels, dtype=torch.float32, device=y.device)
-    sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    partials, sums = _partials(plan, y), torch.empty(2, channels, dtype=torch.float32, device=y.device)
     with on_device_of(y):
         _forward_kernel[(plan.column_blocks, plan.programs)](
             y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, eps,
             plan.elements, plan.rows, plan.columns, channels, plan.programs,
             RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
-        _finalize_kernel[(triton.cdiv(channels, _FINAL_CHANNELS), 2)](
-            partials, sums, partials.shape[1], channels,
-            BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=_WARPS,
-        )  # fmt: skip
+        _finalize(partials, sums, None, eps)
     return laid_out_like(z, model), sums, bits
 
 
@@ -232,21 +265,30 @@ def bn_act_backward(
     mask: Tensor,  # uint8 [⌈numel/8⌉] of the forward pass where it had skip and ReLU
     has_skip: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """grad_y like y, and grad_skip like y with skip and ReLU (else empty: without ReLU it is grad_z). One launch."""
+    parameters: bool = False,  # whether the gradients of γ and β are wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_y like y; grad_skip like y with skip and ReLU (else empty: without ReLU it is grad_z); those of γ and β, [2, C] (else empty).
+
+    One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
+    """
+    channels = y.shape[1]
     model, y, grad_z = y, channels_last(y), channels_last(grad_z)
     keeps_mask = relu and has_skip
+    of_parameters = torch.empty((2, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        return torch.empty_like(model), torch.empty_like(model) if keeps_mask else y.new_empty(0)
+        return torch.empty_like(model), torch.empty_like(model) if keeps_mask else y.new_empty(0), of_parameters.zero_()
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
     grad_skip = torch.empty_like(y) if keeps_mask else None
     plan = _plan(y)
+    partials = _partials(plan, y) if parameters else None
     with on_device_of(y):
         _backward_kernel[(plan.column_blocks, plan.programs)](
-            grad_z, grad_sums, y, mask if keeps_mask else None, grad_y, grad_skip, mean, var, weight, bias, eps,
-            plan.elements, plan.rows, plan.columns, y.shape[1], plan.programs, 0 if grad_sums is None else grad_sums.stride(0),
+            grad_z, grad_sums, y, mask if keeps_mask else None, grad_y, grad_skip, partials, mean, var, weight, bias, eps,
+            plan.elements, plan.rows, plan.columns, channels, plan.programs, 0 if grad_sums is None else grad_sums.stride(0),
             RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
-    return laid_out_like(grad_y, model), y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model)
+        if partials is not None:
+            _finalize(partials, of_parameters, var, eps)
+    return laid_out_like(grad_y, model), y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model), of_parameters

@@ -30,9 +30,10 @@ def bn_act(
 
         z = relu(γ(y − m)/√(v + ε) + β [+ skip]),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
 
-    Differentiable in y, skip, weight and bias, once; the gradients of y and skip come from one pointwise pass:
+    Differentiable in y, skip, weight and bias, once; y and the gradient of z are read once, on a CPU once more for γ and β:
 
         ∂L/∂skip = mask · ∂L/∂z,   ∂L/∂y = mask · γ/√(v + ε) · ∂L/∂z + ∂L/∂sums₁ + 2 ∂L/∂sums₂ (y − m)
+        ∂L/∂γ = Σ mask · ∂L/∂z (y − m)/√(v + ε),   ∂L/∂β = Σ mask · ∂L/∂z
 
     Arithmetic is float32, rounded once. Channels-last tensors are read where they are, others through a copy. NaN propagates as in the
     plain operations. The same input gives the same bits on the same device, for any number of threads.
@@ -86,43 +87,22 @@ class _BnAct(torch.autograd.Function):
         needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _ = ctx.needs_input_grad
         if grad_z is None:
             grad_z = torch.zeros_like(y)
-        grad_y = grad_skip = grad_weight = grad_bias = None
-        masked = ctx.has_skip and ctx.relu
-        if needs_y or (needs_skip and masked):
-            backward = _triton().bn_act_backward if y.is_cuda else torch.ops.dwa_fast.bn_act_backward.default
-            grad_y, grad_skip = backward(grad_z, grad_sums, y, mean, var, weight, bias, ctx.eps, mask, ctx.has_skip, ctx.relu)
+        layer = y, mean, var, weight, bias, ctx.eps, mask, ctx.has_skip, ctx.relu
+        masked, parameters = ctx.has_skip and ctx.relu, needs_weight or needs_bias
+        grad_y = grad_skip = both = None
+        if y.is_cuda:
+            if needs_y or parameters or (needs_skip and masked):
+                grad_y, grad_skip, both = _triton().bn_act_backward(grad_z, grad_sums, *layer, parameters)
+        else:
+            if needs_y or (needs_skip and masked):
+                grad_y, grad_skip = torch.ops.dwa_fast.bn_act_backward.default(grad_z, grad_sums, *layer)
+            if parameters:
+                both = torch.ops.dwa_fast.bn_act_weight_backward.default(grad_z, *layer)
         if not masked:
             grad_skip = grad_z
-        if needs_weight or needs_bias:
-            backward = _plain_weight_backward if y.is_cuda else torch.ops.dwa_fast.bn_act_weight_backward.default
-            both = backward(grad_z, y, mean, var, weight, bias, ctx.eps, mask, ctx.has_skip, ctx.relu)
-            grad_weight, grad_bias = both[0] if needs_weight else None, both[1] if needs_bias else None
+        grad_weight = both[0] if both is not None and needs_weight else None
+        grad_bias = both[1] if both is not None and needs_bias else None
         return (grad_y if needs_y else None), None, None, grad_weight, grad_bias, None, (grad_skip if needs_skip else None), None
-
-
-def _plain_weight_backward(
-    grad_z: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    mask: Tensor,
-    has_skip: bool,
-    relu: bool,
-) -> Tensor:  # [2, C]
-    """The gradients of γ and β by plain operations; the mask of a skip comes from a backward pass with a = 1."""
-    deviation = (var + eps).sqrt()
-    normal = (y.float() - mean[:, None, None]) / deviation[:, None, None]
-    grad = grad_z.float()
-    if relu and has_skip:
-        grad = _triton().bn_act_backward(grad_z, None, y, mean, var, weight, bias, eps, mask, True, True)[1].float()
-    elif relu:
-        before = normal if weight is None else normal * weight[:, None, None]
-        before = before if bias is None else before + bias[:, None, None]
-        grad = grad.masked_fill(before <= 0, 0)
-    return torch.stack([(grad * normal).sum((0, 2, 3)), grad.sum((0, 2, 3))])
 
 
 @functools.cache

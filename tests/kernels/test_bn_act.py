@@ -36,8 +36,8 @@ def both_ways(
 ) -> dict[str, Tensor]:
     """Every result of the kernels, forward and backward."""
     z, sums, mask = kernel.bn_act_forward(y, *values, EPS, skip, relu)
-    grad_y, grad_skip = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, mask, skip is not None, relu)
-    results = {"z": z, "sums": sums, "grad_y": grad_y}
+    grad_y, grad_skip, parameters = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, mask, skip is not None, relu, True)
+    results = {"z": z, "sums": sums, "grad_y": grad_y, "grad_weight": parameters[0], "grad_bias": parameters[1]}
     return {**results, "grad_skip": grad_skip} if skip is not None and relu else results
 
 
@@ -48,11 +48,24 @@ def plainly(
     wide = torch.promote_types(dtype, torch.float32)
     y = y.to(dtype).detach().requires_grad_()
     skip = None if skip is None else skip.to(dtype).detach().requires_grad_()
-    z, sums = reference.bn_act(y, *[None if value is None else value.to(wide) for value in values], EPS, skip, relu)
+    mean, var, weight, bias = (None if value is None else value.to(wide) for value in values)
+    # γ = 1 and β = 0 have gradients too.
+    weight, bias = ((torch.full_like(mean, i) if v is None else v.detach()).requires_grad_() for i, v in ((1, weight), (0, bias)))
+    z, sums = reference.bn_act(y, mean, var, weight, bias, EPS, skip, relu)
     grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums.to(wide)
-    grads = torch.autograd.grad([z, sums], [y] if skip is None else [y, skip], [grad_z.to(dtype), grad_sums])
-    results = {"z": z.detach(), "sums": sums.detach(), "grad_y": grads[0]}
-    return {**results, "grad_skip": grads[1]} if skip is not None and relu else results
+    wanted = {"grad_y": y, "grad_weight": weight, "grad_bias": bias} | ({} if skip is None or not relu else {"grad_skip": skip})
+    grads = torch.autograd.grad([z, sums], list(wanted.values()), [grad_z.to(dtype), grad_sums])
+    return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def of_sums(y: Tensor, values: list[Tensor | None], passes: Tensor, grad_z: Tensor) -> dict[str, Tensor]:
+    """√Σ terms² of the gradients of γ and β: how large such sums are where their terms do not cancel by chance."""
+    mean, var = (values[i].double()[:, None, None] for i in (0, 1))  # type: ignore[union-attr]
+    terms = grad_z.double() * passes
+    return {
+        "grad_weight": (terms * (y.double() - mean) / (var + EPS).sqrt()).square().sum((0, 2, 3)).sqrt(),
+        "grad_bias": terms.square().sum((0, 2, 3)).sqrt(),
+    }
 
 
 def assert_matches(
@@ -63,8 +76,9 @@ def assert_matches(
     # Where a plain float16 or bfloat16 z rounds to 0 its ReLU is blocked, so the mask of the oracle is that of float64.
     plain = plainly(y, values, skip, relu, grad_z, grad_sums, y.dtype)
     expected = plainly(y, values, skip, relu, grad_z, grad_sums, torch.float64)
+    sizes = of_sums(y, values, expected["z"] > 0 if relu else torch.ones_like(y), grad_z)
     for name, result in ours.items():
-        assert_as_good_as_pytorch(result, plain[name], expected[name])
+        assert_as_good_as_pytorch(result, plain[name], expected[name], sizes.get(name))
     return ours
 
 
@@ -85,8 +99,9 @@ def test_one_element_by_hand(skip: float, z: float, passes: float, dtype: torch.
     out, sums, mask = kernel.bn_act_forward(y, m, v, weight, bias, 0.0, added, True)
     assert (out.item(), sums.tolist(), mask.tolist()) == (z, [[2.0], [4.0]], [int(passes)])
     grad_sums = torch.tensor([[0.5], [0.25]], device=device)
-    grad_y, grad_skip = kernel.bn_act_backward(y, grad_sums, y, m, v, weight, bias, 0.0, mask, True, True)
+    grad_y, grad_skip, parameters = kernel.bn_act_backward(y, grad_sums, y, m, v, weight, bias, 0.0, mask, True, True, True)
     assert (grad_y.item(), grad_skip.item()) == (12 * passes + 1.5, 3 * passes)
+    assert parameters.tolist() == [[12 * passes], [3 * passes]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,6 +133,32 @@ def test_without_weight_or_bias(missing: tuple[int, ...], relu: bool, device: to
 def test_without_gradient_of_the_sums(has_skip: bool, relu: bool, device: torch.device) -> None:
     y, skip = batch((2, 20, 5, 5), torch.float32, device), batch((2, 20, 5, 5), torch.float32, device) if has_skip else None
     assert_matches(y, layer(20, device), skip, relu, None)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_gradients_of_weight_and_bias_only_where_asked(has_skip: bool, relu: bool, device: torch.device) -> None:
+    """Frozen weights cost nothing, and the other gradients keep every bit."""
+    y, grad_z = batch((2, 20, 5, 5), torch.float32, device), batch((2, 20, 5, 5), torch.float32, device)
+    values, skip = layer(20, device), batch((2, 20, 5, 5), torch.float32, device) if has_skip else None
+    for grad_sums in (None, torch.randn(2, 20, device=device)):
+        asked = both_ways(y, values, skip, relu, grad_z, grad_sums)
+        mask = kernel.bn_act_forward(y, *values, EPS, skip, relu)[2]
+        grad_y, grad_skip, parameters = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, mask, has_skip, relu)
+        assert parameters.shape == (0,)
+        assert torch.equal(grad_y, asked["grad_y"])
+        assert torch.equal(grad_skip, asked["grad_skip"]) if has_skip and relu else grad_skip.shape == (0,)
+
+
+@pytest.mark.parametrize("ratio", [30.0, 100.0])
+def test_gradient_of_weight_far_from_zero(ratio: float, device: torch.device) -> None:
+    """Σ g(y − m) keeps its precision where Σ gy − mΣ g would lose it; a tiny variance is no trouble."""
+    y, values = (ratio + torch.randn(4, 8, 16, 16)).to(device), [torch.full((8,), ratio, device=device), *layer(8, device)[1:]]
+    values[1][3] = 0
+    grad_z = 1 + 0.1 * torch.randn_like(y)
+    ours, expected = both_ways(y, values, None, False, grad_z, None), plainly(y, values, None, False, grad_z, None, torch.float64)
+    assert error(ours["grad_weight"], expected["grad_weight"]) < 1e-6
+    assert error(ours["grad_bias"], expected["grad_bias"]) < 1e-6
 
 
 def test_gradient_of_the_sums_is_a_slice_of_all_layers(device: torch.device) -> None:
@@ -153,9 +194,10 @@ def test_any_memory_layout(layout: str, device: torch.device) -> None:
 def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
     y, values = torch.zeros(shape, device=device), layer(shape[1], device)
     z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y, True)
-    grad_y, grad_skip = kernel.bn_act_backward(y, sums, y, *values, EPS, mask, True, True)
+    grad_y, grad_skip, parameters = kernel.bn_act_backward(y, sums, y, *values, EPS, mask, True, True, True)
     assert z.shape == grad_y.shape == grad_skip.shape == y.shape
     assert torch.equal(sums, torch.zeros(2, shape[1], device=device))
+    assert torch.equal(parameters, torch.zeros(2, shape[1], device=device))
     assert mask.shape == (0,)
 
 
@@ -182,8 +224,9 @@ def test_mask_of_forward_and_backward_agree_bit_for_bit(device: torch.device) ->
     values[3] = values[0] * values[2] * (values[1] + EPS).rsqrt()  # many results next to 0
     y = torch.where(torch.rand_like(y) < 0.5, y * 1e-7, y)
     z, _, mask = kernel.bn_act_forward(y, *values, EPS, None, True)
-    grad_y, _ = kernel.bn_act_backward(torch.ones_like(y), None, y, *values, EPS, mask, False, True)
+    grad_y, _, parameters = kernel.bn_act_backward(torch.ones_like(y), None, y, *values, EPS, mask, False, True, True)
     assert torch.equal(grad_y != 0, z > 0)
+    assert torch.equal(parameters[1], (z > 0).sum((0, 2, 3)).float())
 
 
 @pytest.mark.parametrize("ratio", [30.0, 100.0])
@@ -255,6 +298,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert bool((z == 2).all())
     assert bool((mask == 255).all())
     torch.testing.assert_close(sums, torch.full_like(sums, images * 1024))
-    grad_y, grad_skip = kernel.bn_act_backward(y, torch.ones_like(sums), y, *values, 0.0, mask, True, True)
+    grad_y, grad_skip, parameters = kernel.bn_act_backward(y, torch.ones_like(sums), y, *values, 0.0, mask, True, True, True)
     assert bool((grad_y == 4).all())
     assert bool((grad_skip == 1).all())
+    torch.testing.assert_close(parameters, torch.full_like(parameters, images * 1024))
