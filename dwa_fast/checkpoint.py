@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.architectures import build
+from dwa_fast.archives import read_archive
 from dwa_fast.errors import InputError
 from dwa_fast.files import replacing
 
@@ -68,13 +69,7 @@ def load_teacher(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for damaged archives
-        reason = "it is empty" if path.stat().st_size == 0 else "it is damaged, no PyTorch file, or holds more than tensors"
-        raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
+    content = read_archive(path, "checkpoint")
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} must hold a state dict, got {type(content).__name__}")
     return content

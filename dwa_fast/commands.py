@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import tyro
 from dwa_fast import backend, ops
 from dwa_fast._version import __version__
 from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.config import DataConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_integer
+from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_integer
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet, Split, image_folder, load
 from dwa_fast.demo import DemoConfig, run_demo, table
@@ -116,6 +116,7 @@ class Synthesize(Data):
     ipc: int = 10  # Images per class, at least 1.
     seed: int = 0  # All random draws derive from it.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     config: tyro.conf.OmitArgPrefixes[SynthesisConfig]
 
     def run(self, console: Console) -> None:
@@ -132,6 +133,7 @@ class Synthesize(Data):
                 self.config,
                 ipc=self.ipc,
                 output=self.output,
+                initial=self.initial,
                 seed=self.seed,
                 origin=origin,
                 progress=track(f"{self.method}, ipc {self.ipc}"),

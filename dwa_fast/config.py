@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dwa_fast.errors import InputError
@@ -16,6 +17,7 @@ MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
 Curriculum = Literal["none", "step", "linear", "cosine"]
 Initial = Literal["real", "noise"]
+InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 Layout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
@@ -144,6 +146,23 @@ class SynthesisConfig(Normalisation):
     def adjusts(self) -> bool:
         """Whether the weights are moved at all."""
         return self.ascent != "none" and self.rho > 0
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the initial images change the result: the refinement starts from them, or the weights move along their gradient."""
+        return self.initial == "real" or (self.ascent == "directed" and self.adjusts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialConfig:
+    """Which initial images a whole set takes, class by class."""
+
+    initial_order: InitialOrder = "sampled"  # Initial images of a class: sampled (a seeded draw), or sorted (the first by file name).
+    initial_tensors: Path | None = None  # Folder of tensor_0.pt, tensor_1.pt, …: the initial image of every class, [classes, C, H, W].
+    skip_bad_images: bool = False  # Take the next image of the class where a file is no whole image, and record it; else stop there.
+
+    def __post_init__(self) -> None:
+        check_choice("initial_order", self.initial_order, InitialOrder)
 
 
 @dataclass(frozen=True, kw_only=True)

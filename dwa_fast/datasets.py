@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dwa_fast.config import DataConfig, Normalisation, check_choice
+from dwa_fast.decoding import decode
 from dwa_fast.errors import InputError
 
 Split = Literal["train", "test"]
@@ -34,6 +35,13 @@ class ImageSet(Protocol):
     def class_names(self) -> list[str]:
         """Name of each class."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+
+    def name(self, index: int) -> str:
+        """What an image is called inside the set; the same wherever the set lies."""
+
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images [n, C, S, S], float32 in [0, 1]."""
 
@@ -46,6 +54,16 @@ class MemorySet:
     labels: Tensor  # [N] int64
     class_names: list[str]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def name(self, index: int) -> str:
+        """The image's number."""
+        return str(index)
+
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images [n, C, S, S], float32 in [0, 1]."""
         return self.pixels[torch.as_tensor(indices, dtype=torch.int64)].float() / 255
@@ -55,42 +73,34 @@ class MemorySet:
 class FileSet:
     """Image files, decoded when asked for: shorter side resized to `size`, centre kept."""
 
-    files: list[Path]
+    folder: Path
+    files: list[str]  # below the folder, sorted class by class
     labels: Tensor  # [N] int64
     class_names: list[str]
     size: int
     channels: int
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS), repr=False, compare=False)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.channels, self.size, self.size
+
+    def name(self, index: int) -> str:
+        """The file, below the folder."""
+        return self.files[index]
+
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images [n, C, S, S], float32 in [0, 1].
 
         Raises:
-            InputError: a file is no image.
+            BadImageError: a file is no image.
+            InputError: a file cannot be read.
         """
-        return torch.stack(list(self._pool.map(self._read, [self.files[i] for i in indices])))
+        return torch.stack(list(self._pool.map(self._read, indices)))
 
-    def _read(self, file: Path) -> Tensor:
-        return decode(file, self.size, self.channels)
-
-
-def decode(file: Path, size: int, channels: int) -> Tensor:
-    """One image file as [C, size, size], float32 in [0, 1].
-
-    Raises:
-        InputError: the file is no image, or damaged.
-    """
-    try:
-        with Image.open(file) as image:
-            picture = image.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} is no image that can be read: {str(error).splitlines()[0]}") from error
-    if picture.size != (size, size):
-        from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
-
-        picture = functional.center_crop(functional.resize(picture, [size], antialias=True), [size, size])
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-    return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
+    def _read(self, index: int) -> Tensor:
+        return decode(self.folder / self.files[index], self.size, self.channels)
 
 
 def normalise(
@@ -166,29 +176,62 @@ def digits(split: Split, size: int) -> MemorySet:
 def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | None = None) -> FileSet:
     """Any folder with one sub-folder of images per class; classes and files in sorted order.
 
+    A class folder and a file may be symbolic links. Links to folders further down are not entered, so no loop can be.
+
     Args:
         per_class: take the first files of each class only.
     Raises:
         InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    files: list[Path] = []
+    names = _class_folders(folder)
+    files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        members = sorted(file for file in (folder / name).rglob("*") if file.name.lower().endswith(IMG_EXTENSIONS) and file.is_file())
+        members = list(_images(folder, name))
         if len(members) < (per_class or 1):
             wanted = f"at least {per_class}" if per_class else "some"
             raise InputError(f"class folder {folder / name} has {len(members)} images, wanted {wanted}")
         members = members[:per_class]
         files += members
         labels += [label] * len(members)
-    return FileSet(files, torch.tensor(labels), names, size, channels)
+    return FileSet(folder, files, torch.tensor(labels), names, size, channels)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones.
+
+    Raises:
+        InputError: it is no folder, cannot be read, or has none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
+    names = [entry.name for entry in _entries(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
+    if not names:
+        raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
+    return names
+
+
+def _images(folder: Path, class_name: str) -> Iterator[str]:
+    """The image files of a class, below the folder, in sorted order."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    prefix = os.path.join(folder, "")
+    waiting = _entries(prefix + class_name)[::-1]  # a list, not recursion: folders can be nested deeper than Python's stack
+    while waiting:
+        entry = waiting.pop()
+        if entry.is_dir(follow_symlinks=False):
+            waiting += _entries(entry.path)[::-1]
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
+            yield entry.path[len(prefix) :]
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, sorted by name; the entries know their kind without another look at the disk."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def _split_folder(folder: Path, split: Split) -> Path:
@@ -216,15 +259,19 @@ def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet
 
 def _tiny_test(folder: Path, size: int) -> FileSet:
     """Tiny-ImageNet's held-out images, whose classes stand in a table and not in class folders."""
-    names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
-    rows = [line.split("\t") for line in (folder / _TINY_TABLE).read_text(encoding="utf-8").splitlines() if line]
-    unknown = sorted({row[1] for row in rows} - set(names))
-    if unknown:
-        raise InputError(f"{folder / _TINY_TABLE} names class {unknown[0]!r}, which has no folder in {folder / 'train'}")
-    return FileSet(
-        [folder / "val" / "images" / Path(row[0]).name for row in rows],
-        torch.tensor([names.index(row[1]) for row in rows]),
-        names,
-        size,
-        channels=3,
-    )
+    table = folder / _TINY_TABLE
+    names = _class_folders(folder / "train")
+    numbers = {name: number for number, name in enumerate(names)}
+    try:
+        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{table} cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"{table} is empty; wanted a file name, a tab and a class in each line")
+    for row in rows:
+        if len(row) < 2 or row[0] in ("", "..") or "/" in row[0]:
+            raise InputError(f"{table} must hold a file name, a tab and a class in each line, got {row[:2]}")
+        if row[1] not in numbers:
+            raise InputError(f"{table} names class {row[1]!r}, which has no folder in {folder / 'train'}")
+    files = [row[0] for row in rows]
+    return FileSet(folder / "val" / "images", files, torch.tensor([numbers[row[1]] for row in rows]), names, size, channels=3)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from dwa_fast.config import SynthesisConfig, check_integer
-from dwa_fast.datasets import ImageSet, denormalise, normalise
+from dwa_fast.config import InitialConfig, SynthesisConfig, check_integer
+from dwa_fast.datasets import ImageSet, denormalise
 from dwa_fast.errors import InputError
-from dwa_fast.initial import sample
+from dwa_fast.initial import initial_images
 from dwa_fast.storage import ImageStore
 from dwa_fast.synthesis import Batch, Synthesizer, count_all
 
@@ -41,6 +42,7 @@ def distill(
     *,
     ipc: int,
     output: Path,
+    initial: InitialConfig | None = None,
     seed: int = 0,
     origin: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -50,6 +52,7 @@ def distill(
     Args:
         teacher: as for `synthesize`; with as many classes as the data.
         ipc: images per class, at least 1.
+        initial: which initial images; default: a seeded sample of the real ones.
         origin: what else the images depend on (teacher's checksum, recipe); kept in the manifest.
         progress: called with the iterations finished and the iterations in all; kept items count as finished.
     Returns:
@@ -59,29 +62,26 @@ def distill(
     """
     check_integer("ipc", ipc, 1)
     classes = len(data.class_names)
-    members = [sample(data, label, ipc, seed=seed) for label in range(classes)]
-    run = Synthesizer(teacher, normalise(data.load([0]), config), config)
+    start = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
+    run = Synthesizer(teacher, start.load([0], 0), config)
     if run.classes != classes:
         raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")
-    settings = {**asdict(config), **run.execution.describe(), "seed": seed, **(origin or {})}
+    settings = {**asdict(config), **run.execution.describe(), **start.settings, "seed": seed, **(origin or {})}
     del settings["concurrent_batches"]  # changes how fast, not what
     store = ImageStore(output, settings, data.class_names)
+    start.skipped.update(store.skipped)
     items = work_list(classes, ipc, config.batch_size)
     missing = [item for item in items if not all(store.has(label, item.index) for label in item.labels)]
     total, kept = len(items) * config.iterations, (len(items) - len(missing)) * config.iterations
     if progress:
         progress(kept, total)
-    for start in range(0, len(missing), config.concurrent_batches):
-        group = missing[start : start + config.concurrent_batches]
-        tick = count_all(progress, kept + start * config.iterations, len(group), total)
-        results = run.run([_batch(item, members, data, config) for item in group], seed=seed, progress=tick)
+    for first in range(0, len(missing), config.concurrent_batches):
+        group = missing[first : first + config.concurrent_batches]
+        tick = count_all(progress, kept + first * config.iterations, len(group), total)
+        batches = [Batch(item.number, start.load(item.labels, item.index), torch.tensor(item.labels)) for item in group]
+        store.skipped.update(start.skipped)
+        results = run.run(batches, seed=seed, progress=tick)
         for item, (refined, _) in zip(group, results, strict=True):
             store.write(denormalise(refined, config), item.labels, item.index)
     store.finish()
     return sum(len(item.labels) for item in missing)
-
-
-def _batch(item: WorkItem, members: Sequence[Sequence[int]], data: ImageSet, config: SynthesisConfig) -> Batch:
-    """The initial images of an item."""
-    chosen = [members[label][item.index] for label in item.labels]
-    return Batch(item.number, normalise(data.load(chosen), config), data.labels[chosen])

@@ -1,12 +1,200 @@
-"""Where the refinement starts: a seeded sample of real images of each class, or Gaussian noise."""
+"""Where the refinement starts: real images of each class, drawn or in order, tensors from files, or Gaussian noise."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
 
-from dwa_fast.datasets import ImageSet
+from dwa_fast.archives import read_archive
+from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, SynthesisConfig
+from dwa_fast.datasets import ImageSet, normalise
+from dwa_fast.decoding import BadImageError
 from dwa_fast.errors import InputError
+from dwa_fast.files import checksum
 from dwa_fast.seeding import generator, normal
+
+log = logging.getLogger("dwa_fast")
+
+_READERS = 8  # threads that look for the images of a batch, each for one class at a time
+
+
+class InitialImages(Protocol):
+    """Image i of every class. Image i never depends on how many are asked for, in which order, or by how many processes."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the images depend on, beside the data and the seed; JSON values."""
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Files that were no images, and why, as far as they have been met."""
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """Image `index` of each of these classes, [n, C, S, S], normalised."""
+
+
+def initial_images(
+    data: ImageSet,
+    synthesis: SynthesisConfig,
+    config: InitialConfig,
+    *,
+    ipc: int,
+    seed: int,
+) -> InitialImages:
+    """The initial images of a whole set, as configured; nothing is decoded yet.
+
+    Raises:
+        InputError: a class has fewer than ipc images, one of the tensor files is missing, or nothing would use them.
+    """
+    if not synthesis.sees_images:
+        if config.initial_tensors:
+            raise InputError("initial_tensors would not be used: a noise start without directed adjustment sees no images")
+        return Unseen(data, seed)
+    if config.initial_tensors:
+        return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
+    return RealImages(data, synthesis, config, ipc=ipc, seed=seed)
+
+
+class RealImages:
+    """Real images: image i of a class is the i-th good one of the class's order."""
+
+    def __init__(self, data: ImageSet, normalisation: Normalisation, config: InitialConfig, *, ipc: int, seed: int) -> None:
+        self.settings: dict[str, Any] = {"initial_order": config.initial_order}
+        self.skipped: dict[str, str] = {}
+        self._data, self._normalisation, self._skip = data, normalisation, config.skip_bad_images
+        self._orders = class_orders(data, range(len(data.class_names)), ipc, config.initial_order, seed=seed)
+        self._good: list[list[int]] = [[] for _ in self._orders]  # of each class, those known to be good, in its order
+        self._seen = [0] * len(self._orders)  # of each class, how many of its order are known to be good or bad
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(_READERS)
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """Image `index` of each of these classes, all different, [n, C, S, S], normalised.
+
+        Raises:
+            InputError: a file is no image and none may be skipped, or a class has too few good images.
+        """
+        with self._lock:  # a class is looked through by one thread at a time
+            return normalise(torch.cat(list(self._pool.map(lambda label: self._find(label, index), labels))), self._normalisation)
+
+    def _find(self, label: int, index: int) -> Tensor:
+        good, order = self._good[label], self._orders[label]
+        if index < len(good):
+            return self._data.load([good[index]])
+        while self._seen[label] < len(order):
+            candidate = order[self._seen[label]]
+            pixels = self._try(candidate)
+            self._seen[label] += 1
+            if pixels is not None:
+                good.append(candidate)
+                if index < len(good):
+                    return pixels
+        name, bad = self._data.class_names[label], len(order) - len(good)
+        raise InputError(f"class {name!r} has {len(good)} good images and {bad} bad ones, but image {index + 1} of it is asked for")
+
+    def _try(self, candidate: int) -> Tensor | None:
+        """The pixels, or None where the image is skipped. What a set once skipped stays skipped, even where it has been repaired since."""
+        name = self._data.name(candidate)
+        if name in self.skipped:
+            return None
+        try:
+            return self._data.load([candidate])
+        except BadImageError as error:
+            if not self._skip:
+                raise InputError(f"{error}; with --skip-bad-images the next image of its class takes its place") from error
+            log.warning("skipped %s: %s", name, error.cause)
+            self.skipped[name] = error.cause
+            return None
+
+
+class TensorImages:
+    """Files tensor_0.pt, tensor_1.pt, … as the published CIFAR code reads them: image i of every class in one tensor, normalised."""
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], ipc: int) -> None:
+        missing = [index for index in range(ipc) if not tensor_file(folder, index).is_file()]
+        if missing:
+            raise InputError(f"{tensor_file(folder, missing[0])} does not exist; ipc {ipc} needs tensor_0.pt to tensor_{ipc - 1}.pt")
+        self.settings: dict[str, Any] = {"initial_tensors": checksum(tensor_file(folder, 0))}
+        self.skipped: dict[str, str] = {}
+        self._folder, self._shape = folder, shape
+        self._last: tuple[int, Tensor] | None = None  # all batches of an index come from one file
+        self._lock = Lock()
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """Image `index` of each of these classes, [n, C, S, S], normalised.
+
+        Raises:
+            InputError: as `read_tensor`.
+        """
+        with self._lock:
+            if self._last is None or self._last[0] != index:
+                self._last = index, read_tensor(tensor_file(self._folder, index), self._shape)
+            return self._last[1][list(labels)]
+
+
+def tensor_file(folder: Path, index: int) -> Path:
+    """Where the published code looks for image `index` of every class."""
+    return folder / f"tensor_{index}.pt"
+
+
+def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A tensor file, as float32 on the CPU, read with weights_only.
+
+    Args:
+        shape: wanted: [classes, C, H, W].
+    Raises:
+        InputError: it cannot be read safely, is no tensor, has another shape, is not floating point, or is not finite.
+    """
+    content = read_archive(path, "tensor file")
+    wanted = f"wanted one of shape {shape}: an image per class, normalised"
+    if not isinstance(content, Tensor):
+        raise InputError(f"tensor file {path} holds no tensor but {type(content).__name__}; {wanted}")
+    if content.is_nested or content.layout != torch.strided or content.device.type != "cpu":
+        raise InputError(f"tensor file {path} holds no plain tensor with values; {wanted}")
+    if tuple(content.shape) != shape:
+        raise InputError(f"tensor file {path} holds a tensor of shape {tuple(content.shape)}; {wanted}")
+    if not content.is_floating_point():
+        raise InputError(f"tensor file {path} holds a tensor of {content.dtype}; {wanted}, in floating point")
+    if not torch.isfinite(content).all():
+        raise InputError(f"tensor file {path} holds values that are NaN or infinite")
+    return content.detach().float().contiguous()
+
+
+class Unseen:
+    """What stands for initial images where nothing looks at them: noise of the right shape."""
+
+    def __init__(self, data: ImageSet, seed: int) -> None:
+        self.settings: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self._image = normal(generator(seed, "unseen"), data.image_shape)
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """The same noise for each of these classes, [n, C, S, S]."""
+        return self._image.expand(len(labels), -1, -1, -1)
+
+
+def class_orders(data: ImageSet, labels: Sequence[int], ipc: int, order: InitialOrder, *, seed: int) -> list[list[int]]:
+    """For each of these classes, the indices of all its images: in a seeded random order, or in that of the set, which is sorted.
+
+    Raises:
+        InputError: a class has fewer than ipc images.
+    """
+    counts = torch.bincount(data.labels, minlength=len(data.class_names))
+    members = torch.argsort(data.labels, stable=True).split(counts.tolist())
+    short = [label for label in labels if counts[label] < ipc]
+    if short:
+        name, count = data.class_names[short[0]], int(counts[short[0]])
+        raise InputError(f"class {name!r} has {count} images, but ipc {ipc} needs as many initial ones")
+    if order == "sorted":
+        return [members[label].tolist() for label in labels]
+    return [members[label][generator(seed, "initial", label).permutation(int(counts[label]))].tolist() for label in labels]
 
 
 def sample(
@@ -21,11 +209,7 @@ def sample(
     Raises:
         InputError: the class has fewer images.
     """
-    members = (data.labels == label).nonzero().flatten().tolist()
-    if len(members) < ipc:
-        raise InputError(f"class {data.class_names[label]!r} has {len(members)} images, but ipc {ipc} needs as many initial ones")
-    order = generator(seed, "initial", label).permutation(len(members))
-    return [members[i] for i in order[:ipc]]
+    return class_orders(data, [label], ipc, "sampled", seed=seed)[0][:ipc]
 
 
 def noise(

@@ -42,6 +42,7 @@ class ImageStore:
         self.class_names = list(class_names)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.checksums: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # real images that could not be used, and why
         self.complete = False
         if (folder / MANIFEST).exists():
             self._resume(read_manifest(folder))
@@ -81,6 +82,7 @@ class ImageStore:
             shown = "; ".join(f"{key} was {before.get(key)!r}, is {self.settings.get(key)!r}" for key in changed)
             raise InputError(f"{self.folder} holds a set made with other settings ({shown}); choose another folder")
         self.checksums = dict(manifest["images"])
+        self.skipped = dict(manifest.get("skipped", {}))
 
     def _write_manifest(self) -> None:
         content = {
@@ -94,6 +96,7 @@ class ImageStore:
             },
             "settings": self.settings,
             "class_names": self.class_names,
+            "skipped": dict(sorted(self.skipped.items())),
             "images": dict(sorted(self.checksums.items())),
         }
         write_json(self.folder / MANIFEST, content)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dwa_fast import InputError, recipe
 from dwa_fast.config import DataConfig
-from dwa_fast.datasets import decode, denormalise, digits, image_folder, load, normalise
+from dwa_fast.datasets import denormalise, digits, image_folder, load, normalise
+from dwa_fast.decoding import decode
 
 FOLDER = DataConfig(layout="folder", size=8)
 
@@ -112,7 +113,7 @@ def test_first_images_of_each_class(tmp_path: Path) -> None:
     for index in range(3):
         write_image(tmp_path / "a" / f"{index}.png", index * 100)
     data = image_folder(tmp_path, 8, 1, per_class=2)
-    assert [file.name for file in data.files] == ["0.png", "1.png"]
+    assert data.files == ["a/0.png", "a/1.png"]
     with pytest.raises(InputError, match="has 3 images, wanted at least 4"):
         image_folder(tmp_path, 8, 1, per_class=4)
 

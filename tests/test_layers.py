@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ORDER = """
-    _version errors config seeding files views recipes datasets architectures
+    _version errors config seeding files archives views recipes decoding datasets architectures
     reference reference.ops reference.loop
     tracing compiled
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.view ops
@@ -21,7 +21,7 @@ ORDER = """
     __init__ __main__
 """.split()
 
-BOTTOM = {"_version", "errors", "config", "seeding", "files", "views", "recipes", "datasets", "architectures"}
+BOTTOM = {"_version", "errors", "config", "seeding", "files", "archives", "views", "recipes", "decoding", "datasets", "architectures"}
 PACKAGE = Path(importlib.util.find_spec("dwa_fast").origin).parent  # type: ignore[union-attr, arg-type]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
 

@@ -1,0 +1,77 @@
+"""Image files of any origin as square pixels: decoded as torchvision's loader does, or named in one sentence."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dwa_fast.errors import InputError
+
+# The formats behind torchvision's IMG_EXTENSIONS, and GIF, which hides behind them. Pillow knows more; its EPS reader starts Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_TIFF_BITS = 258  # the tag BitsPerSample
+_DAMAGE = (None, errno.EINVAL, errno.EOVERFLOW)  # OSErrors of Pillow itself, and of offsets that lead nowhere
+_NARROWEST = 100  # longer side divided by the shorter one; beyond, the resized picture would be huge and its centre a sliver
+
+
+class BadImageError(InputError):
+    """A file that is no whole image: another may take its place. A file that cannot be opened is a plain InputError."""
+
+    def __init__(self, file: Path, cause: str) -> None:
+        super().__init__(f"{file} is no image that can be read: {cause}")
+        self.cause = cause
+
+
+def decode(file: Path, size: int, channels: int) -> Tensor:
+    """One image file as [C, size, size], float32 in [0, 1]: the shorter side resized to `size`, the centre kept.
+
+    Colours are those of torchvision's default loader: CMYK as Pillow converts it, no rotation by EXIF, no colour profile, the first frame
+    of an animation. Where that loader would give garbage we differ: what is transparent lies on white, and 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadImageError: the file is no image, or damaged, too large, or of a kind whose range of values is not known.
+        InputError: the file cannot be opened or read.
+    """
+    try:
+        with open(file, "rb") as stream, Image.open(stream, formats=_FORMATS) as image:
+            picture = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+        if max(picture.size) > _NARROWEST * min(picture.size):
+            raise ValueError(f"it has {picture.width} × {picture.height} pixels, too narrow for a square")
+    except UnidentifiedImageError as error:
+        empty = file.stat().st_size == 0
+        raise BadImageError(file, "it is empty" if empty else f"it is in none of the formats {', '.join(_FORMATS)}") from error
+    except MemoryError as error:
+        raise InputError(f"{file} does not fit into memory") from error
+    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
+        if isinstance(error, OSError) and error.errno not in _DAMAGE:  # the system's own: the file may be good
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        raise BadImageError(file, (str(error) or type(error).__name__).splitlines()[0]) from error
+    if picture.size != (size, size):
+        from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
+
+        picture = functional.center_crop(functional.resize(picture, [size], antialias=True), [size, size])
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture in a mode that Pillow converts to grey or RGB as a person would: no transparency, no more than 8 bits.
+
+    Raises:
+        ValueError: 32-bit pixels, whose range the file does not say.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))[0]
+        levels = np.asarray(image).astype(np.float32) * (255 / (2**bits - 1))
+        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and their range is not known")
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return image
