@@ -1,0 +1,373 @@
+"""What `bench_operators.py` measures: every operator, on inputs of the shapes that ResNet-18 and ResNet-50 really have.
+
+To add an operator, add a row to `OPERATORS`: what of a network it works on, its inputs, its call, and the bytes that it must move.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor, nn
+
+from dwa_fast.architectures import build
+from dwa_fast.backend import Operators
+from dwa_fast.recipes import full_recipe
+from dwa_fast.rewrite import rewrite
+from dwa_fast.views import HEIGHT, WIDTH, draw_schedule
+
+Inputs = dict[str, Any]
+Call = Callable[[], tuple[Tensor, ...]]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CPU_ELEMENTS = 2**22  # of the largest tensor of a case on a CPU, so that it takes milliseconds
+_CORNER = 1e-2  # no input of a ReLU is closer to 0: there the gradient depends on the last bit
+
+
+@dataclass(frozen=True)
+class Network:
+    """A teacher and its batches; `depth` 50 takes the place of the workload's ResNet-18."""
+
+    workload: harness.Workload
+    depth: int
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """For the reader."""
+        return f"ResNet-{self.depth}, {self.workload.size} px"
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights, in eval mode."""
+        architecture = self.workload.architecture.replace("18", str(self.depth))
+        return build(architecture, classes=self.workload.classes, size=self.workload.size).eval()
+
+    def batch(self, elements: int) -> int:
+        """Images at once, where a layer has that many elements per image: as published, on a CPU fewer."""
+        return self.workload.batch if self.device.type == "cuda" else max(1, min(self.workload.batch, _CPU_ELEMENTS // elements))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A BatchNorm layer with what was fused into it."""
+
+    shape: tuple[int, int, int, int]  # N, C, H, W of its input
+    skip: bool
+    relu: bool
+
+    def __str__(self) -> str:
+        return "×".join(map(str, self.shape)) + (" + skip" if self.skip else "") + (" + ReLU" if self.relu else "")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """All BatchNorm layers of a network, as the matching loss sees them: the same work at every image size."""
+
+    network: str
+    channels: tuple[int, ...]
+    counts: tuple[int, ...] = field(compare=False)  # N·H·W of each
+
+    def __str__(self) -> str:
+        return f"{self.network}: {len(self.channels)} layers, {sum(self.channels)} channels"
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch in the course of a recipe."""
+
+    shape: tuple[int, int, int, int]
+    recipe: str
+
+    def __str__(self) -> str:
+        return f"{'×'.join(map(str, self.shape))}, {self.recipe}"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The arena of a network's weights: but for the last layer the same at every image size."""
+
+    network: str
+    count: int = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.network}: {self.count / 1e6:.1f} M weights"
+
+
+Subject = Layer | Layers | Images | Weights
+
+
+@functools.cache
+def layers(network: Network) -> tuple[Layer, ...]:
+    """Every BatchNorm layer of a network in the order of execution, seen by hooks on the traced network."""
+    image = torch.zeros(1, 3, network.workload.size, network.workload.size)
+    seen: list[Layer] = []
+
+    def look(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+        inner = tuple(given[0].shape[1:])
+        seen.append(Layer((network.batch(math.prod(inner)), *inner), len(given) > 1, bool(layer.relu)))  # type: ignore[arg-type]
+
+    rewritten = rewrite(network.build(), Operators("shapes", fuses=True), image)
+    for layer in rewritten.layers.values():
+        layer.register_forward_hook(look)
+    with torch.no_grad():
+        rewritten.module(image)
+    return tuple(seen)
+
+
+def _distinct_layers(network: Network) -> list[Subject]:
+    return sorted(dict.fromkeys(layers(network)), key=lambda layer: (math.prod(layer.shape[1:]), layer.skip), reverse=True)
+
+
+def _all_layers(network: Network) -> list[Subject]:
+    found = layers(network)
+    counts = tuple(network.workload.batch * math.prod(layer.shape[2:]) for layer in found)
+    return [Layers(f"ResNet-{network.depth}", tuple(layer.shape[1] for layer in found), counts)]
+
+
+def _images(network: Network) -> list[Subject]:
+    size = network.workload.size
+    return [Images((network.batch(3 * size * size), 3, size, size), network.workload.recipe)]
+
+
+def _weights(network: Network) -> list[Subject]:
+    with torch.device("meta"):
+        return [Weights(f"ResNet-{network.depth}", sum(p.numel() for p in network.build().parameters()))]
+
+
+def _features(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Arguments of bn_act with the magnitudes of a trained network, and gradients of its results."""
+    channels = layer.shape[1]
+
+    def features(scale: float, offset: float = 0.0) -> Tensor:
+        return (torch.randn(layer.shape, device=device) * scale + offset).to(dtype, memory_format=torch.channels_last)
+
+    def vector(low: float, high: float) -> Tensor:
+        return torch.empty(channels, device=device).uniform_(low, high)
+
+    inputs: Inputs = {
+        "y": features(1.5, 0.3),
+        "mean": vector(-0.5, 0.5),
+        "var": vector(0.1, 2.1),
+        "weight": vector(0.5, 1.5),
+        "bias": vector(-0.3, 0.3),
+        "eps": 1e-5,
+        "skip": features(1.5, 0.3) if layer.skip else None,
+        "relu": layer.relu,
+    }
+    if layer.relu:
+        before, _ = Operators("exact").bn_act(**(doubled(inputs) | {"relu": False}))
+        inputs["y"] = torch.where(before.abs() < _CORNER, inputs["y"] + 1, inputs["y"])
+    return inputs | {"grad_z": features(1e-3), "grad_sums": torch.randn(2, channels, device=device) * 1e-6}
+
+
+_BN_ACT = ("y", "mean", "var", "weight", "bias", "eps", "skip", "relu")
+
+
+def _bn_act(operators: Operators, inputs: Inputs) -> Call:
+    inputs["y"].requires_grad_()
+    return lambda: operators.bn_act(*(inputs[name] for name in _BN_ACT))
+
+
+def _bn_act_backward(operators: Operators, inputs: Inputs) -> Call:
+    """As in the inner loop: the weights are frozen, and the moments have a gradient."""
+    leaves = [inputs[name].requires_grad_() for name in ("y", "skip") if inputs[name] is not None]
+    results = operators.bn_act(*(inputs[name] for name in _BN_ACT))
+    return lambda: torch.autograd.grad(results, leaves, (inputs["grad_z"], inputs["grad_sums"]), retain_graph=True)
+
+
+def _bn_act_backward_ascent(operators: Operators, inputs: Inputs) -> Call:
+    """As in the ascent: the weights have a gradient, and the moments are not used."""
+    leaves = [inputs[name].requires_grad_() for name in ("y", "skip", "weight", "bias") if inputs[name] is not None]
+    z, _ = operators.bn_act(*(inputs[name] for name in _BN_ACT))
+    return lambda: torch.autograd.grad(z, leaves, inputs["grad_z"], retain_graph=True)
+
+
+def _bn_act_traffic(inputs: Inputs) -> int:
+    """Reads y, the skip, and m, v, γ, β; writes z, both sums, and the bits that the gradient of a skip before a ReLU needs."""
+    features = 2 if inputs["skip"] is None else 3
+    return features * inputs["y"].nbytes + 6 * inputs["mean"].nbytes + _mask_bytes(inputs)
+
+
+def _bn_act_backward_traffic(inputs: Inputs) -> int:
+    """Reads y, ∂L/∂z, the bits, m, v, γ, β and two vectors or writes these; writes ∂L/∂y, and ∂L/∂skip unless that is ∂L/∂z."""
+    bits = _mask_bytes(inputs)
+    return (4 if bits else 3) * inputs["y"].nbytes + 6 * inputs["mean"].nbytes + bits
+
+
+def _mask_bytes(inputs: Inputs) -> int:
+    return math.ceil(inputs["y"].numel() / 8) if inputs["relu"] and inputs["skip"] is not None else 0
+
+
+def _statistics(subject: Layers, dtype: torch.dtype, device: torch.device) -> Inputs:
+    sizes = torch.tensor(subject.channels)
+    each = torch.tensor(subject.counts).repeat_interleave(sizes).to(device, torch.float32)
+    variances = torch.rand(len(each), device=device) + 0.5
+    shift = 0.1 * torch.randn(len(each), device=device)
+    spread = variances * (0.8 + 0.4 * torch.rand(len(each), device=device)) + shift.square()
+    return {
+        "sums": torch.stack([shift * each, spread * each]).to(dtype),
+        "variances": variances,
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(device),
+        "counts": torch.tensor(subject.counts, device=device),
+        "weights": torch.tensor([10.0] + [1.0] * (len(sizes) - 1), device=device),
+    }
+
+
+def _matching_loss(operators: Operators, inputs: Inputs) -> Call:
+    inputs["sums"].requires_grad_()
+
+    def call() -> tuple[Tensor, ...]:
+        losses = operators.matching_loss(**inputs)
+        return losses, *torch.autograd.grad(losses.sum(), inputs["sums"])
+
+    return call
+
+
+def _matching_loss_traffic(inputs: Inputs) -> int:
+    """Reads everything; writes the gradient of the sums."""
+    return inputs["sums"].nbytes + sum(tensor.nbytes for tensor in inputs.values())
+
+
+def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """A batch in the middle of its course: images, Adam's state, and the schedule at the crop of median area."""
+    config = replace(full_recipe(subject.recipe).synthesis, iterations=101)
+    schedule = draw_schedule(config, *subject.shape[2:], seed=harness.SEED, batch=0)
+    area = schedule.rows[:, HEIGHT] * schedule.rows[:, WIDTH]
+    step = int(area.argsort()[50])
+
+    def noise(scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(subject.shape, device=device)).contiguous(memory_format=torch.channels_last)
+
+    return {
+        "images": noise(),
+        "rows": schedule.rows.to(device),
+        "step": torch.tensor(step, device=device),
+        "dtype": dtype,
+        "seen_gradient": noise(1e-6).to(dtype),
+        "seen_pixels": subject.shape[0] * subject.shape[1] * int(area[step]),
+        "gradient": noise(1e-6),
+        "exp_avg": noise(1e-6),
+        "exp_avg_sq": noise(1e-6).square(),
+        "learning_rates": schedule.learning_rates.to(device),
+        "low": torch.tensor(config.bounds[0], device=device),
+        "high": torch.tensor(config.bounds[1], device=device),
+    }
+
+
+_VIEW = ("images", "rows", "step", "dtype")
+_ADAM = ("images", "gradient", "exp_avg", "exp_avg_sq", "learning_rates", "step", "low", "high")
+
+
+def _view(operators: Operators, inputs: Inputs) -> Call:
+    inputs["images"].requires_grad_()
+    return lambda: (operators.view(*(inputs[name] for name in _VIEW)),)
+
+
+def _view_adjoint(operators: Operators, inputs: Inputs) -> Call:
+    leaf = inputs["images"].requires_grad_()
+    seen = operators.view(*(inputs[name] for name in _VIEW))
+    return lambda: torch.autograd.grad(seen, leaf, inputs["seen_gradient"], retain_graph=True)
+
+
+def _adam_clip(operators: Operators, inputs: Inputs) -> Call:
+    def call() -> tuple[Tensor, ...]:
+        operators.adam_clip_(*(inputs[name] for name in _ADAM))
+        return inputs["images"], inputs["exp_avg"], inputs["exp_avg_sq"]
+
+    return call
+
+
+def _arena(subject: Weights, dtype: torch.dtype, device: torch.device) -> Inputs:
+    weights = 0.02 * torch.randn(subject.count, device=device)
+    compute = None if dtype == torch.float32 else weights.to(dtype)
+    return {"weights": weights, "gradients": 1e-3 * torch.randn(subject.count, device=device), "compute": compute}
+
+
+def _ascend(operators: Operators, inputs: Inputs) -> Call:
+    def call() -> tuple[Tensor, ...]:
+        norm = operators.ascend_(inputs["weights"], inputs["gradients"], 0.015 / 12, compute=inputs["compute"])
+        return norm, inputs["weights"], *([] if inputs["compute"] is None else [inputs["compute"]])
+
+    return call
+
+
+def _ascend_traffic(inputs: Inputs) -> int:
+    """Reads g for the norm, then g and w; writes w, and the copy in compute precision."""
+    return 4 * inputs["weights"].nbytes + (0 if inputs["compute"] is None else inputs["compute"].nbytes)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A row of the table."""
+
+    name: str
+    subjects: Callable[[Network], list[Subject]]  # what of a network it works on, the largest first
+    inputs: Callable[[Any, torch.dtype, torch.device], Inputs]
+    call: Callable[[Operators, Inputs], Call]  # binds the inputs, which it may change
+    traffic: Callable[[Inputs], int]  # fewest bytes that have to be read and written
+    precisions: Sequence[str] = tuple(DTYPES)
+
+
+OPERATORS = (
+    Operator("bn_act", _distinct_layers, _features, _bn_act, _bn_act_traffic),
+    Operator("bn_act backward", _distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
+    Operator("bn_act backward, ascent", _distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
+    Operator("matching_loss, both ways", _all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
+    Operator("view", _images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
+    Operator("view adjoint", _images, _pictures, _view_adjoint, lambda inputs: inputs["seen_gradient"].nbytes + inputs["images"].nbytes),
+    # Reads x, g, m and v; writes x, m and v.
+    Operator("adam_clip_", _images, _pictures, _adam_clip, lambda inputs: 7 * inputs["images"].nbytes, ("fp32",)),
+    Operator("ascend_", _weights, _arena, _ascend, _ascend_traffic),
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """An operator on one input; its implementations are compared with each other."""
+
+    operator: Operator
+    subject: Subject
+    precision: str
+
+    def __repr__(self) -> str:
+        return f"{self.operator.name}: {self.subject}, {self.precision}"
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """The same numbers every time."""
+        torch.manual_seed(harness.SEED)
+        return self.operator.inputs(self.subject, DTYPES[self.precision], device)
+
+
+def cases(device: torch.device, all_shapes: bool) -> dict[Case, list[str]]:
+    """Every case, and the networks that it occurs in; without `all_shapes` ResNet-18 at 32 px and the largest input of each other one."""
+    sizes = [harness.WORKLOADS[name] for name in ("cifar100-resnet18", "tiny-resnet18", "imagenet-resnet18")]
+    networks = [Network(workload, depth, device) for depth in (18, 50) for workload in sizes]
+    found: dict[Case, list[str]] = {}
+    for operator in OPERATORS:
+        for network in networks:
+            subjects = operator.subjects(network)
+            for subject in subjects if all_shapes or network is networks[0] else subjects[:1]:
+                for precision in operator.precisions:
+                    found.setdefault(Case(operator, subject, precision), []).append(network.name)
+    return found
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """The same numbers elsewhere in memory, laid out the same."""
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    """The same numbers in float64."""
+    exact = copied(inputs)
+    for name, value in exact.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            exact[name] = value.double()
+        elif isinstance(value, torch.dtype):
+            exact[name] = torch.float64
+    return exact
