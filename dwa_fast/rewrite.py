@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ log = logging.getLogger("dwa_fast")
 
 _ADDITIONS = {operator.add, torch.add}
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
+_DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
+_DROPPING = {F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # by name: importing torchvision loads Triton, and teachers may do without it
 _AGREEMENT = 1e-3  # largest relative difference of the logits at which a traced teacher is taken for the teacher
 
 
@@ -101,6 +105,7 @@ def _fused(module: nn.Module, operators: Operators, images: Tensor) -> nn.Module
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("teacher cannot be traced (%s); its BatchNorm layers are fused without their neighbours", reason)
         return None
+    _erase_identities(traced)
     for node in list(traced.graph.nodes):
         layer = _submodule(traced, node)
         if isinstance(layer, nn.BatchNorm2d):
@@ -117,6 +122,14 @@ def _fused(module: nn.Module, operators: Operators, images: Tensor) -> nn.Module
         log.warning("the traced teacher gives other logits; its BatchNorm layers are fused without their neighbours")
         return None
     return traced
+
+
+def _erase_identities(traced: torch.fx.GraphModule) -> None:
+    """Take out what does nothing in eval mode, so that it stands between no BatchNorm and its addition."""
+    for node in list(traced.graph.nodes):
+        if _is_identity(traced, node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            traced.graph.erase_node(node)
 
 
 def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:
@@ -164,6 +177,21 @@ def _is_relu(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return node.op == "call_function" and node.target in _RELUS
+
+
+def _is_identity(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether the node hands its only input on: nn.Identity, and dropout and stochastic depth that are not in training."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    layer = _submodule(traced, node)
+    if layer is not None:
+        return type(layer) is nn.Identity or (type(layer) in _DROPOUTS and not layer.training)
+    drops = node.target in _DROPPING or getattr(node.target, "__module__", None) == _STOCHASTIC_DEPTH
+    if node.op != "call_function" or not callable(node.target) or not drops:
+        return False
+    call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    return call.arguments["training"] is False
 
 
 def _submodule(traced: torch.fx.GraphModule, node: torch.fx.Node) -> nn.Module | None:

@@ -45,7 +45,7 @@ FUSED = {  # layers in all, with an addition, with a ReLU
     "vgg16_bn": (13, 0, 13),
     "mobilenet_v2": (52, 10, 0),
     "shufflenet_v2": (56, 0, 37),
-    "efficientnet_b0": (49, 0, 0),
+    "efficientnet_b0": (49, 9, 0),
     "densenet121": (121, 0, 121),
 }
 
@@ -170,6 +170,96 @@ def test_additions_that_must_not_be_fused() -> None:
     got, _ = image_gradient(network, images, labels)
     wanted, _ = expected_gradient(module.requires_grad_(False), images, labels)
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+class Residual(nn.Module):
+    """A residual block that regularises its branch before the addition."""
+
+    def __init__(self, regularise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 5)
+        self.regularise = regularise
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.regularise(self.norm(self.conv(images))) + images).mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """A dropout by function, on its default or told by the module whether it is in training."""
+
+    def __init__(self, drop: Callable[..., Tensor], told: bool) -> None:
+        super().__init__()
+        self.drop, self.told = drop, told
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.drop(features, 0.5, training=self.training) if self.told else self.drop(features, 0.5)
+
+
+IDENTITIES: dict[str, Callable[[], nn.Module]] = {
+    "Identity": nn.Identity,
+    "Dropout": nn.Dropout,
+    "Dropout2d": nn.Dropout2d,
+    "Dropout3d": nn.Dropout3d,
+    "AlphaDropout": nn.AlphaDropout,
+    "FeatureAlphaDropout": nn.FeatureAlphaDropout,
+    "StochasticDepth": lambda: torchvision.ops.StochasticDepth(0.5, "row"),
+    "two of them": lambda: nn.Sequential(nn.Dropout2d(inplace=True), torchvision.ops.StochasticDepth(0.5, "batch")),
+    "dropout": lambda: Functional(F.dropout, told=True),
+    "dropout2d": lambda: Functional(F.dropout2d, told=True),
+    "alpha_dropout": lambda: Functional(F.alpha_dropout, told=False),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_what_does_nothing_in_eval_mode_is_passed_over(name: str) -> None:
+    module, images, labels = alive(Residual(IDENTITIES[name]())), torch.randn(2, 3, 6, 6), torch.tensor([0, 3])
+    network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert network.layers["norm"].extra_repr() == "BatchNorm + addition + ReLU"
+    assert torch.allclose(network(images), module(images), atol=1e-6)
+    got, got_terms = image_gradient(network, images, labels)
+    wanted, wanted_terms = expected_gradient(module.requires_grad_(False), images, labels)
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(got_terms, wanted_terms, rtol=1e-5)
+
+
+class Always(nn.Module):
+    """A layer that stays in training in eval mode."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features)
+
+
+class Negated(nn.Identity):
+    """Not the identity."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return -features
+
+
+ACTIVE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {  # p = 0 changes nothing either here, which tracing need not know
+    "dropout in training": lambda: Always(nn.Dropout(p=0.0)),
+    "stochastic depth in training": lambda: Always(torchvision.ops.StochasticDepth(0.0, "row")),
+    "a function in training": lambda: lambda features: F.dropout(features, p=0.0, training=True),
+    "a function in training by default": lambda: lambda features: F.dropout(features, p=0.0),
+    "a subclass of the identity": Negated,
+    "something else": nn.Tanh,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_what_does_something_in_eval_mode_is_kept(name: str) -> None:
+    module, images = alive(Residual(ACTIVE[name]())), torch.randn(2, 3, 6, 6)
+    network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert network.traced
+    assert network.layers["norm"].extra_repr() == "BatchNorm"
+    assert torch.allclose(network(images), module(images), atol=1e-6)
 
 
 class Block(nn.Module):
