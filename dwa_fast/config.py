@@ -102,6 +102,8 @@ class SynthesisConfig(Normalisation):
     lambda_mean: float = 0.01  # λ_mean: weight of the matching of BatchNorm means, at least 0.
     lambda_var: float = 0.11  # λ_var: weight of the matching of BatchNorm variances, at least 0.
     first_layer_weight: float = 10.0  # w: factor of the first BatchNorm layer in both matching terms, at least 0.
+    tv_l2: float = 0.0  # Weight of SRe2L's total variation prior, at least 0.
+    l2_scale: float = 0.0  # Weight of SRe2L's prior on the mean norm of the images, at least 0.
     ascent: Ascent = "directed"  # Weight adjustment: directed (DWA), random (Gaussian of norm ρ), none.
     rho: float = 0.015  # ρ: length of the weight adjustment, at least 0; 0 is the same as ascent none.
     steps: int = 12  # K: ascent steps of length ρ/K, at least 1 where ρ > 0.
@@ -125,7 +127,7 @@ class SynthesisConfig(Normalisation):
         check_integer("iterations", self.iterations, 1)
         check_integer("batch_size", self.batch_size, 1)
         check_real("learning_rate", self.learning_rate, 0, above=True)
-        for name in ("lambda_mean", "lambda_var", "first_layer_weight", "rho"):
+        for name in ("lambda_mean", "lambda_var", "first_layer_weight", "tv_l2", "l2_scale", "rho"):
             check_real(name, getattr(self, name), 0)
         check_choice("ascent", self.ascent, Ascent)
         check_integer("steps", self.steps, 1 if self.adjusts else 0)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dwa_fast.backend import Execution
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
+from dwa_fast.priors import mean_norm, total_variation
 from dwa_fast.repeat import Repeat
 from dwa_fast.teacher import Network
 from dwa_fast.views import HEIGHT, WIDTH, Schedule
@@ -66,8 +67,9 @@ class Refinement:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
         operators, scale = self.classifier.operators, self.execution.loss_scale
         leaf = self.images.detach().requires_grad_(True)
-        terms = self._terms(operators.view(leaf, self.rows, self.step, self.execution.dtype))
-        (gradient,) = torch.autograd.grad((terms * self.weights).sum() * scale, leaf)
+        seen = operators.view(leaf, self.rows, self.step, self.execution.dtype)
+        terms = self._terms(seen)
+        (gradient,) = torch.autograd.grad(self._objective(terms, seen) * scale, leaf)
         if scale != 1:
             gradient = gradient * (1 / scale)
         operators.adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, self.learning_rates, self.step, self.low, self.high)
@@ -81,6 +83,15 @@ class Refinement:
             self.matcher(seen)
         matching = self.matcher.matching(self.config.first_layer_weight)
         return torch.cat([F.cross_entropy(logits, self.labels)[None], matching])
+
+    def _objective(self, terms: Tensor, seen: Tensor) -> Tensor:
+        """What is minimised: the weighted terms, and SRe2L's priors where they have a weight."""
+        objective = (terms * self.weights).sum()
+        if self.config.tv_l2:
+            objective = objective + self.config.tv_l2 * total_variation(seen.to(self.execution.master_dtype))
+        if self.config.l2_scale:
+            objective = objective + self.config.l2_scale * mean_norm(seen.to(self.execution.master_dtype))
+        return objective
 
 
 def _finite(losses: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "rho": (lambda: recipe("digits", rho=-0.1), "rho must be a finite number of at least 0, got -0.1"),
     "lambda_mean": (lambda: recipe("digits", lambda_mean=-1), "lambda_mean must be a finite number of at least 0, got -1"),
     "lambda_var": (lambda: recipe("digits", lambda_var=float("nan")), "lambda_var must be a finite number of at least 0, got nan"),
+    "prior": (lambda: recipe("digits", tv_l2=-1), "tv_l2 must be a finite number of at least 0, got -1"),
     "T": (lambda: recipe("digits", iterations=0), "iterations must be an integer of at least 1, got 0"),
     "T type": (lambda: recipe("digits", iterations=2.5), "iterations must be an integer of at least 1, got 2.5"),
     "batch": (lambda: recipe("digits", batch_size=0), "batch_size must be an integer of at least 1, got 0"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dwa_fast.priors import mean_norm, total_variation
 from dwa_fast.reference import ops
 
 INF = math.inf
@@ -141,3 +143,23 @@ def test_ascend_by_hand() -> None:
     assert torch.equal(compute, weights.bfloat16())
     ops.ascend_(weights, torch.tensor([3.0, 4.0]), 0.5, normalize=False)
     assert weights.tolist() == pytest.approx([2.8, 4.4])
+
+
+def test_total_variation_by_hand() -> None:
+    """Of 1 2 / 4 8: right 1, 4; down 3, 6; up right 2; down right 7."""
+    seen = torch.tensor([[1.0, 2.0], [4.0, 8.0]]).view(1, 1, 2, 2)
+    assert float(total_variation(seen)) == pytest.approx(math.sqrt(1 + 16) + math.sqrt(9 + 36) + 2 + 7)
+
+
+def test_mean_norm_by_hand() -> None:
+    seen = torch.tensor([[3.0, 4.0], [5.0, 12.0]]).view(2, 1, 1, 2)
+    assert float(mean_norm(seen)) == (5 + 13) / 2
+
+
+@pytest.mark.parametrize("prior", [total_variation, mean_norm])
+def test_priors_are_differentiable_also_where_they_are_0(prior: Callable[[Tensor], Tensor]) -> None:
+    assert torch.autograd.gradcheck(prior, torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True))
+    flat = torch.zeros(2, 3, 4, 3, requires_grad=True)
+    prior(flat).backward()
+    assert flat.grad is not None
+    assert not flat.grad.any()

@@ -11,7 +11,7 @@ import pytest
 ORDER = """
     _version errors config seeding files archives views recipes decoding datasets architectures
     reference reference.ops reference.loop
-    tracing compiled
+    priors tracing compiled
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.view ops
     backend
     checkpoint stem rewrite teacher initial program repeat ascent refine storage

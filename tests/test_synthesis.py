@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast import synthesize
+from dwa_fast.priors import mean_norm, total_variation
 from dwa_fast.reference.loop import recover
 from tests.nets import real_images, small_config, small_teacher
 
@@ -22,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "noise start": {"initial": "noise"},
     "crops": {"view": "crop"},
     "SRe2L with crops": {"view": "crop", "initial": "noise", "rho": 0.0, "lambda_var": 0.01},
+    "priors": {"tv_l2": 0.05, "l2_scale": 0.2},
     "no matching": {"lambda_mean": 0.0, "lambda_var": 0.0},
     "uneven last batch": {"batch_size": 5},
 }
@@ -43,14 +46,22 @@ def test_equals_reference_loop(settings: dict[str, Any], device: torch.device) -
     assert distance(got.images, images.double().to(device)) > 0.1
 
 
+@pytest.mark.parametrize("settings", [{}, {"view": "crop", "tv_l2": 0.05, "l2_scale": 0.2}])
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-def test_equals_reference_loop_in_single_precision(backend: str, device: torch.device) -> None:
+def test_equals_reference_loop_in_single_precision(backend: str, settings: dict[str, Any], device: torch.device) -> None:
     images, labels = real_images()
-    config = small_config(backend=backend, precision="fp32", device=device.type)
+    config = small_config(backend=backend, precision="fp32", device=device.type, **settings)
     got = synthesize(small_teacher(), images.to(device), labels.to(device), config)
     wanted = recover(small_teacher(), images.to(device), labels.to(device), config)
     assert distance(got.losses, wanted.losses) < 1e-4
     assert distance(got.images, wanted.images) < 1e-4
+
+
+@pytest.mark.parametrize(("prior", "measure"), [("tv_l2", total_variation), ("l2_scale", mean_norm)])
+def test_a_prior_lowers_what_it_measures(prior: str, measure: Callable[[Tensor], Tensor]) -> None:
+    images, labels = real_images()
+    without, little, much = (synthesize(small_teacher(), images, labels, small_config(**{prior: w})).images for w in (0.0, 0.02, 1.0))
+    assert measure(without) > measure(little) > measure(much)
 
 
 def test_losses_fall_and_have_their_shape() -> None:

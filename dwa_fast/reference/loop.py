@@ -181,9 +181,21 @@ def _refine(
             original(seen)
         mean = sum((w * hook.mean_distance for w, hook in zip(factors, hooks, strict=True)), torch.zeros(()).to(ce))
         var = sum((w * hook.var_distance for w, hook in zip(factors, hooks, strict=True)), torch.zeros(()).to(ce))
-        (ce + config.lambda_mean * mean + config.lambda_var * var).backward()
+        (ce + config.lambda_mean * mean + config.lambda_var * var + _priors(seen, config)).backward()
         optimizer.step()
         with torch.no_grad():
             images.clamp_(low, high)
         losses.append(torch.stack([ce, mean, var]).detach())
     return images.detach(), torch.stack(losses)
+
+
+def _priors(seen: Tensor, config: SynthesisConfig) -> Tensor:
+    """SRe2L's total variation and mean norm of the view, weighted; nothing where both weights are 0."""
+    total = torch.zeros(()).to(seen)
+    if config.tv_l2:
+        across, along = seen.diff(dim=3), seen.diff(dim=2)
+        falling, rising = (each[:, :, :-1, :-1] - each[:, :, 1:, 1:] for each in (seen, seen.flip(3)))
+        total = total + config.tv_l2 * sum((torch.norm(each, 2) for each in (across, along, falling, rising)), total)
+    if config.l2_scale:
+        total = total + config.l2_scale * seen.flatten(1).norm(dim=1).mean()
+    return total
