@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import harness
+import machine
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**harness.facts(device, sys.argv), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**machine.facts(device, sys.argv), "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import machine
 import pytest
 import torch
 from operator_cases import Call, Case, Inputs, cases, copied, doubled
@@ -62,7 +63,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 @pytest.fixture(scope="session")
 def ceiling(device: torch.device) -> float:
     """Bytes per second of a copy, before the first case."""
-    return harness.copy_ceiling(device)
+    return machine.copy_ceiling(device)
 
 
 def test_operator(benchmark: Any, case: Case, networks: list[str], implementation: str, device: torch.device, ceiling: float) -> None:
@@ -75,7 +76,7 @@ def test_operator(benchmark: Any, case: Case, networks: list[str], implementatio
     )
     traffic = case.operator.traffic(inputs)
     turns = Turns([case.operator.call(operators, copied(inputs)) for _ in range(copies(traffic, device))], device)
-    benchmark.group, benchmark._timer = str(case), harness.clock(device)
+    benchmark.group, benchmark._timer = str(case), machine.clock(device)
     benchmark.pedantic(turns.run, setup=turns.prepare, rounds=turns.rounds())
     if benchmark.stats is None:  # --benchmark-disable
         return
@@ -125,7 +126,7 @@ class Turns:
     """Calls that take turns on copies of their inputs, each of which then has to come from memory."""
 
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
-        self.calls, self.now = calls, harness.clock(device)
+        self.calls, self.now = calls, machine.clock(device)
         self.kept: list[tuple[Tensor, ...]] = [()] * len(calls)
         self.turn = 0
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0

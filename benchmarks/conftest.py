@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import harness
+import machine
 
 from dwa_fast.backend import resolve_device
 
@@ -28,4 +28,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return harness.facts(resolve_device(config.getoption("--device")), sys.argv)
+    return machine.facts(resolve_device(config.getoption("--device")), sys.argv)

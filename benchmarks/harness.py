@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import platform
-import resource
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast import __version__, compiled, ops
+from dwa_fast import compiled
 from dwa_fast.architectures import build
 from dwa_fast.backend import Execution, Operators, precisions, resolve
+from dwa_fast.checkpoint import load_teacher
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.recipes import full_recipe
 from dwa_fast.reference.loop import StatisticsHook, see
@@ -73,37 +71,50 @@ class Problem:
     device: torch.device
 
 
-def make_problem(workload: Workload, device: torch.device, batch: int | None, iterations: int) -> Problem:
-    """Random weights whose BatchNorm statistics come from such images, so that activations and losses are of the usual size."""
-    recipe = full_recipe(workload.recipe)
+def recipe_of(workload: Workload) -> SynthesisConfig:
+    """The published settings."""
+    return full_recipe(workload.recipe).synthesis
+
+
+def make_problem(workload: Workload, device: torch.device, batch: int | None, iterations: int, *, teacher: Path | None = None) -> Problem:
+    """A workload with random pictures, and the weights of a checkpoint or random ones."""
     count = batch or (workload.batch if device.type == "cuda" else workload.cpu_batch)
+    config = replace(recipe_of(workload), iterations=iterations, batch_size=count, device=str(device))
     torch.manual_seed(SEED)
-    config = replace(recipe.synthesis, iterations=iterations, batch_size=count, device=str(device))
-    teacher = build(workload.architecture, classes=workload.classes, channels=config.channels, size=workload.size).to(device)
-    low, high = (torch.tensor(bound)[:, None, None] for bound in config.bounds)
-
-    def pictures(number: int) -> Tensor:
-        """Smooth coloured noise between black and white."""
-        coarse = torch.rand(number, config.channels, 8, 8)
-        fine = torch.rand(number, config.channels, workload.size, workload.size)
-        smooth = F.interpolate(coarse, size=(workload.size, workload.size), mode="bilinear", align_corners=False)
-        return (low + (high - low) * (0.8 * smooth + 0.2 * fine)).to(device)
-
-    teacher.train()
-    with torch.no_grad():
-        for layer in teacher.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = None  # a plain average over the passes
-        for _ in range(2):
-            teacher(pictures(min(count, 16)))
-    for layer in teacher.modules():
-        if isinstance(layer, nn.BatchNorm2d):  # off the images' statistics, as a real teacher's are
-            layer.running_mean += 0.2 * torch.randn_like(layer.running_mean) * layer.running_var.sqrt()
-            layer.running_var *= torch.empty_like(layer.running_var).uniform_(0.7, 1.4)
-    teacher.eval()
+    if teacher is None:
+        module = _random_teacher(workload, config, device, min(count, 16))
+    else:
+        facts = {"classes": workload.classes, "channels": config.channels, "size": workload.size}
+        module = load_teacher(teacher, architecture=workload.architecture, **facts)[0].to(device).eval()
+    images = _pictures(count, workload, config, device)
     labels = torch.arange(count, device=device) % workload.classes
     schedule = draw_schedule(config, workload.size, workload.size, seed=SEED, batch=0)
-    return Problem(workload, config, teacher, pictures(count), labels, schedule, device)
+    return Problem(workload, config, module, images, labels, schedule, device)
+
+
+def _random_teacher(workload: Workload, config: SynthesisConfig, device: torch.device, count: int) -> nn.Module:
+    """Random weights whose BatchNorm statistics come from such pictures, so that activations and losses are of the usual size."""
+    teacher = build(workload.architecture, classes=workload.classes, channels=config.channels, size=workload.size).to(device)
+    layers = [layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)]
+    teacher.train()
+    with torch.no_grad():
+        for layer in layers:
+            layer.momentum = None  # a plain average over the passes
+        for _ in range(2):
+            teacher(_pictures(count, workload, config, device))
+    for layer in layers:  # off the pictures' statistics, as a real teacher's are
+        layer.running_mean += 0.2 * torch.randn_like(layer.running_mean) * layer.running_var.sqrt()
+        layer.running_var *= torch.empty_like(layer.running_var).uniform_(0.7, 1.4)
+    return teacher.eval()
+
+
+def _pictures(number: int, workload: Workload, config: SynthesisConfig, device: torch.device) -> Tensor:
+    """Smooth coloured noise between black and white, normalised."""
+    low, high = (torch.tensor(bound)[:, None, None] for bound in config.bounds)
+    coarse = torch.rand(number, config.channels, 8, 8)
+    fine = torch.rand(number, config.channels, workload.size, workload.size)
+    smooth = F.interpolate(coarse, size=(workload.size, workload.size), mode="bilinear", align_corners=False)
+    return (low + (high - low) * (0.8 * smooth + 0.2 * fine)).to(device)
 
 
 class Published:
@@ -111,9 +122,13 @@ class Published:
 
     precision = "fp32"  # on a GPU with PyTorch's default, TensorFloat-32 in convolutions
 
-    def __init__(self, problem: Problem, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, problem: Problem, dtype: torch.dtype = torch.float32, *, rounding: float = 0.0) -> None:
         self.problem, self.dtype = problem, dtype
-        self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(True)
+        self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(False)
+        source = torch.Generator(problem.device).manual_seed(SEED)
+        for p in self.model.parameters():  # each changed by up to `rounding` times itself
+            p.mul_(1 + rounding * (2 * torch.rand(p.shape, generator=source, dtype=dtype, device=problem.device) - 1))
+        self.model.requires_grad_(True)
         self.hooks = [StatisticsHook(layer) for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=problem.device)[:, None, None] for bound in problem.config.bounds)
         self.reset()
@@ -212,10 +227,10 @@ def seconds(peer: Peer, iterations: int, device: torch.device) -> float:
     """Seconds per iteration of some iterations, the device's work included."""
     if peer.step + iterations > peer.problem.config.iterations:
         peer.reset()
-    _wait(device)
+    machine.wait(device)
     start = time.perf_counter()
     peer.advance(iterations)
-    _wait(device)
+    machine.wait(device)
     return (time.perf_counter() - start) / iterations
 
 
@@ -228,34 +243,6 @@ def interleaved(peers: dict[str, Peer], iterations: int, rounds: int, device: to
         for name, peer in peers.items():
             samples[name].append(seconds(peer, iterations, device))
     return samples
-
-
-class Moment:
-    """A point in the work that the current CUDA stream has been given; one minus an earlier one are the device's seconds between them."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: Moment) -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
-def clock(device: torch.device) -> Callable[[], Any]:
-    """Two of its readings subtracted are seconds: of the host on a CPU, of the device's own events on a GPU."""
-    return Moment if device.type == "cuda" else time.perf_counter
-
-
-def copy_ceiling(device: torch.device, rounds: int = 15) -> float:
-    """Bytes per second, reads and writes counted, of the fastest of some copies that no cache holds: what moving memory can reach here."""
-    source = torch.rand(2**28 if device.type == "cuda" else 2**26, device=device)  # 1 GiB and 256 MiB
-    target, now, samples = torch.zeros_like(source), clock(device), []
-    for _ in range(rounds):
-        start = now()
-        target.copy_(source)
-        samples.append(now() - start)
-    return 2 * source.nbytes / min(samples)
 
 
 def numbers(peer: Peer, iterations: int) -> tuple[Tensor, Tensor]:
@@ -282,44 +269,3 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
     ordered = sorted(samples)
     last = len(ordered) - 1
     return statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
-
-
-def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
-    """Commit, versions and machine, for the JSON."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False).stdout
-    cuda = device.type == "cuda"
-    return {
-        "commit": commit + ("+changes" if changed.strip() else ""),
-        "command": list(command),
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
-        "threads": torch.get_num_threads(),
-        "vector level": ops.cpu_level() if hasattr(ops, "cpu_level") else torch.backends.cpu.get_cpu_capability(),
-        "versions": {"dwa_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "precision flags": {
-            "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
-            "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        },
-    }
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB at the peak: of the device's allocations, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,25 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import floor
 import harness
+import machine
+import stages
 
 from dwa_fast.backend import resolve_device
 from dwa_fast.errors import InputError
 
-COMPARED = 5  # iterations whose losses are compared with those in float64
-_FACTOR = 2  # an error may be this many times that of PyTorch's own operators in the same precision
-# Errors of gradient and losses that count as none: a single ReLU whose input is 0 to rounding moves a gradient by up to 1e-2.
-_FLOOR = {"fp32": (1e-2, 1e-2), "tf32": (1e-2, 3e-2), "bf16": (1e-2, 3e-2)}
+COMPARED = 3  # iterations whose losses are compared with those in float64
+_FACTOR = 2  # an error may be this many times what rounding does to PyTorch's own operators
+# Relative change of every weight that stands for the roundings of a precision: a few units of fp32, where sums are rounded as well,
+# and one unit where only what is stored is.
+_ROUNDING = {"fp32": 2.0**-22, "tf32": 2.0**-11, "bf16": 2.0**-9}
+_COLUMNS = (
+    "peer|precision|ms/iteration|10 … 90 %|it/s|ms/image|× published|× best rival|% of floor|peak MiB|kernels|gradient|losses"
+).split("|")
+DEFAULT_WORKLOADS = {"cuda": ["cifar100-resnet18", "cifar100-convnet128", "tiny-resnet18", "imagenet-resnet18", "imagenet-resnet50"]}
+DEFAULT_WORKLOADS["cpu"] = ["cifar100-resnet18", "cifar100-convnet128", "imagenet-resnet18"]
+QUICK_WORKLOADS = ["digits", "cifar100-convnet128"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,125 +44,220 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     device = resolve_device(options.device)
     torch.set_float32_matmul_precision("highest")
-    results = []
-    for name in options.workload:
-        results.append(measure(harness.WORKLOADS[name], device, options))
-        print_table(results[-1])
-    content = {**harness.facts(device, sys.argv), "workloads": results}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    began = time.perf_counter()
+    ceilings = {"copy": machine.copy_ceiling(device)}
+    results: list[dict[str, Any]] = []
+    for name in options.workload or (QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS[device.type]):
+        results.append(measure(harness.WORKLOADS[name], device, ceilings, options))
+        print_tables(results[-1])
+        content = {**machine.facts(device, sys.argv), "ceilings": ceilings, "workloads": results}
+        if options.json:  # after each workload, so that a later one cannot lose it
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"measured in {time.perf_counter() - began:.0f} s" + (f"; everything is in {options.json}" if options.json else ""))
     wrong = [
         f"{row['peer']} ({row['precision']}) on {result['workload']}" for result in results for row in result["rows"] if not row["matches"]
     ]
     if wrong:
-        print(f"errors above {_FACTOR}× those of PyTorch's own operators: {', '.join(wrong)}", file=sys.stderr)
+        print(f"errors above {_FACTOR}× what rounding does to PyTorch's own operators: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def measure(workload: harness.Workload, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
     """All peers of one workload, checked and timed in one process."""
-    horizon = max(COMPARED, options.iterations * (options.rounds + 1))
-    problem = harness.make_problem(workload, device, options.batch_size, horizon)
+    horizon = max(COMPARED, options.iterations * (options.rounds + 2))
+    problem = harness.make_problem(workload, device, options.batch_size, horizon, teacher=options.teacher)
     exact = harness.numbers(harness.Published(problem, torch.float64), COMPARED)
     peers: dict[str, harness.Peer] = {}
-    errors: dict[str, tuple[float, float]] = {}
+    memory: dict[str, float | None] = {}
     for name in options.peers:
         for precision in harness.offered(name, device):
             if name == "published" or options.precision is None or precision in options.precision:
                 key = f"{name}/{precision}"
-                peers[key] = harness.make_peer(name, problem, precision)
-                errors[key] = harness.errors(peers[key], exact, COMPARED)
-    allowed = {}
-    for precision in {key.split("/")[1] for key in peers}:
-        own = [f"{name}/{precision}" for name in ("published", "eager") if precision in harness.offered(name, device)]
-        known = [
-            errors.get(key) or harness.errors(harness.make_peer(key.split("/")[0], problem, precision), exact, COMPARED) for key in own
-        ]
-        allowed[precision] = [
-            max(_FACTOR * max(each), floor) for each, floor in zip(zip(*known, strict=True), _FLOOR[precision], strict=True)
-        ]
+                peers[key], memory[key] = machine.peak_memory_of(
+                    lambda name=name, precision=precision: harness.make_peer(name, problem, precision),  # type: ignore[misc]
+                    lambda peer: peer.advance(1),
+                    device,
+                )
+    errors = {key: harness.errors(peer, exact, COMPARED) for key, peer in peers.items()}
+    used = sorted({key.split("/")[1] for key in peers})
+    allowed = {precision: _allowed(problem, precision, errors, exact) for precision in used}
+    floors = {precision: _floor(problem, precision, ceilings) for precision in used}
     samples = harness.interleaved(peers, options.iterations, options.rounds, device)
-    base = harness.spread(samples["published/fp32"])[0] if "published/fp32" in samples else None
-    rows = []
-    for key, taken in samples.items():
-        name, precision = key.split("/")
-        median, low, high = harness.spread(taken)
-        rivals = [
-            harness.spread(s)[0] for k, s in samples.items() if k.endswith(f"/{precision}") and k != key and not k.startswith("published")
-        ]
-        matches = all(error <= bound for error, bound in zip(errors[key], allowed[precision], strict=True))
-        rows.append(
-            {
-                "peer": name,
-                "precision": precision,
-                "milliseconds": 1e3 * median,
-                "milliseconds_10": 1e3 * low,
-                "milliseconds_90": 1e3 * high,
-                "milliseconds_per_image": 1e3 * median / len(problem.images),
-                "iterations_per_second": 1 / median,
-                "ratio_to_published": base / median if base and matches else None,
-                "ratio_to_best_rival": min(rivals) / median if rivals and matches else None,
-                "gradient_error": errors[key][0],
-                "loss_error": errors[key][1],
-                "matches": matches,
-                "samples": taken,
-            }
-        )
-    return {
+    launched = {key: machine.kernels(lambda peer=peer: peer.advance(1), device) for key, peer in peers.items()}  # type: ignore[misc]
+    rows = [
+        {
+            **_times(key, samples, len(problem.images), floors[key.split("/")[1]]["seconds"]),
+            **_numerics(errors[key], allowed[key.split("/")[1]]),
+            "peak_memory_mib": memory[key],
+            "kernels": launched[key],
+        }
+        for key in peers
+    ]
+    for row in rows:
+        if not row["matches"]:
+            row["ratio_to_published"] = row["ratio_to_best_rival"] = None
+    ascents = stages.ascents(problem, peers, min(3, options.rounds))
+    result = {
         "workload": workload.name,
+        "teacher": str(options.teacher) if options.teacher else "random weights",
         "batch": len(problem.images),
         "published_batch": workload.batch,
         "size": workload.size,
         "device": device.type,
-        "peak_memory_mib": harness.peak_memory(device),
+        "floors": floors,
         "rows": rows,
+        "ascent": [
+            {**_named(key), "steps": problem.config.steps, "seconds": harness.spread(s)[0], "samples": s} for key, s in ascents.items()
+        ],
+        "whole_batch": None,
+        "whole_sets": [],
+    }
+    ours = [row for row in rows if row["peer"] == "fused" and row["matches"]]
+    if ours:
+        best = min(ours, key=lambda row: row["milliseconds"])
+        iterations = harness.recipe_of(workload).iterations
+        short = iterations if device.type == "cuda" else 2 * options.iterations
+        result["whole_batch"] = stages.whole_batches(problem, best["precision"], short)
+        published = next((row for row in rows if row["peer"] == "published"), None)
+        result["whole_sets"] = stages.whole_sets(problem, iterations, result["whole_batch"], best, published)
+    return result
+
+
+def _named(key: str) -> dict[str, str]:
+    return dict(zip(("peer", "precision"), key.split("/"), strict=True))
+
+
+def _times(key: str, samples: dict[str, list[float]], images: int, least: float) -> dict[str, Any]:
+    """A row's times, and its ratios within this run."""
+    median, low, high = harness.spread(samples[key])
+    medians = {other: harness.spread(taken)[0] for other, taken in samples.items()}
+    precision = key.split("/")[1]
+    rivals = [m for other, m in medians.items() if other.endswith(f"/{precision}") and other not in (key, "published/fp32")]
+    return {
+        **_named(key),
+        "milliseconds": 1e3 * median,
+        "milliseconds_10": 1e3 * low,
+        "milliseconds_90": 1e3 * high,
+        "milliseconds_per_image": 1e3 * median / images,
+        "iterations_per_second": 1 / median,
+        "ratio_to_published": medians["published/fp32"] / median if "published/fp32" in medians else None,
+        "ratio_to_best_rival": min(rivals) / median if rivals else None,
+        "percent_of_floor": 100 * least / median,
+        "samples": samples[key],
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
+def _numerics(errors: tuple[float, float], allowed: list[float]) -> dict[str, Any]:
+    return {
+        "gradient_error": errors[0],
+        "loss_error": errors[1],
+        "allowed_errors": allowed,
+        "matches": all(error <= bound for error, bound in zip(errors, allowed, strict=True)),
+    }
+
+
+def _allowed(
+    problem: harness.Problem, precision: str, errors: dict[str, tuple[float, float]], exact: tuple[torch.Tensor, torch.Tensor]
+) -> list[float]:
+    """Largest errors of gradient and losses that count as a match.
+
+    Twice the largest of: the published loop's in this precision, the eager one's, and what the float64 loop itself does when its weights
+    change by a rounding. The last is not small: a ReLU whose input is 0 to rounding flips, and Adam's first steps have the size of the
+    learning rate whatever the size of the gradient.
+    """
+    own = [f"{name}/{precision}" for name in ("published", "eager") if precision in harness.offered(name, problem.device)]
+    known = [errors[key] if key in errors else _errors_of(key, problem, exact) for key in own]
+    known.append(harness.errors(harness.Published(problem, torch.float64, rounding=_ROUNDING[precision]), exact, COMPARED))
+    return [_FACTOR * max(each) for each in zip(*known, strict=True)]
+
+
+def _errors_of(key: str, problem: harness.Problem, exact: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
+    name, precision = key.split("/")
+    return harness.errors(harness.make_peer(name, problem, precision), exact, COMPARED)
+
+
+def _floor(problem: harness.Problem, precision: str, ceilings: dict[str, float]) -> dict[str, float]:
+    """Operations, bytes and seconds that an iteration must take in this precision, and the ceiling of arithmetic that this uses."""
+    if precision not in ceilings:
+        ceilings[precision] = machine.arithmetic_ceiling(problem.device, precision)
+    peer = harness.make_peer("fused", problem, precision)
+    assert isinstance(peer, harness.Ours)
+    calls = floor.count(peer)
+    return {
+        "operations": sum(call.operations for call in calls),
+        "bytes": sum(call.traffic for call in calls),
+        "seconds": floor.seconds(calls, ceilings[precision], ceilings["copy"]),
+    }
+
+
+def print_tables(result: dict[str, Any]) -> None:
     """One workload for a reader."""
+    console = Console(width=None if sys.stdout.isatty() else 170)
     smaller = "" if result["batch"] == result["published_batch"] else f" (published: {result['published_batch']})"
-    table = Table(title=f"{result['workload']}: batch {result['batch']}{smaller}, {result['size']} px, {result['device']}")
-    for column in (
-        "peer",
-        "precision",
-        "ms/iteration",
-        "10 … 90 %",
-        "ms/image",
-        "× published",
-        "× best rival",
-        "gradient error",
-        "loss error",
-    ):
+    title = f"{result['workload']}: batch {result['batch']}{smaller}, {result['size']} px, {result['device']}, {result['teacher']}"
+    table = Table(title=title)
+    for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "peer" else "right")
     for row in result["rows"]:
         table.add_row(
             row["peer"],
             row["precision"],
-            f"{row['milliseconds']:.1f}",
-            f"{row['milliseconds_10']:.1f} … {row['milliseconds_90']:.1f}",
-            f"{row['milliseconds_per_image']:.2f}",
-            "–" if row["ratio_to_published"] is None else f"{row['ratio_to_published']:.2f}",
-            "–" if row["ratio_to_best_rival"] is None else f"{row['ratio_to_best_rival']:.2f}",
+            f"{row['milliseconds']:.4g}",
+            f"{row['milliseconds_10']:.4g} … {row['milliseconds_90']:.4g}",
+            f"{row['iterations_per_second']:.3g}",
+            f"{row['milliseconds_per_image']:.3g}",
+            _number(row["ratio_to_published"], ".2f"),
+            _number(row["ratio_to_best_rival"], ".2f"),
+            f"{row['percent_of_floor']:.0f}",
+            _number(row["peak_memory_mib"], ".0f"),
+            _number(row["kernels"], "d"),
             f"{row['gradient_error']:.1e}",
             f"{row['loss_error']:.1e}",
         )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    console.print(table)
+    for row in result["ascent"]:
+        console.print(f"  ascent, {row['steps']} steps: {row['peer']} {row['precision']} {1e3 * row['seconds']:.4g} ms", highlight=False)
+    batch = result["whole_batch"]
+    if batch:
+        published = batch["published_seconds"]
+        console.print(
+            f"  whole batch with {batch['iterations']} iterations, files to files: fused {batch['precision']} {batch['seconds']:.3g} s "
+            f"(and {batch['setup_seconds']:.2g} s once per set), published {published:.3g} s",
+            highlight=False,
+        )
+        for each in result["whole_sets"]:
+            console.print(
+                f"  extrapolated, ipc {each['ipc']}, {each['batches']} batches of {each['iterations']} iterations: fused "
+                f"{each['hours']:.3g} h, published {_number(each['published_hours'], '.3g')} h",
+                highlight=False,
+            )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", nargs="+", default=["cifar100-resnet18"], choices=list(harness.WORKLOADS), help="what is distilled")
+    parser.add_argument("--workload", nargs="+", choices=list(harness.WORKLOADS), help="what is distilled; default: a few for the device")
+    parser.add_argument("--teacher", type=Path, help="checkpoint of the teacher, for one workload; default: random weights")
     parser.add_argument("--batch-size", type=int, help="images of a batch; default: as published, smaller on a CPU")
-    parser.add_argument("--iterations", type=int, default=2, help="iterations of one sample")
+    parser.add_argument("--iterations", type=int, help="iterations of one sample; default: 2 on a CPU, 200 on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each peer, taken in turns")
-    parser.add_argument("--precision", nargs="+", choices=["fp32", "tf32", "bf16"], help="only these")
+    parser.add_argument("--precision", nargs="+", choices=list(_ROUNDING), help="only these")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--peers", nargs="+", default=list(harness.PEERS), choices=list(harness.PEERS), help="only these")
     parser.add_argument("--json", type=Path, help="also write everything there, raw samples included")
-    parser.add_argument("--quick", action="store_true", help="fewer samples, and no peer that compiles")
+    parser.add_argument("--quick", action="store_true", help="small workloads, fewer samples, and no peer that compiles")
     options = parser.parse_args(arguments)
+    for name in ("batch_size", "iterations", "rounds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.teacher and len(options.workload or []) != 1:
+        parser.error("--teacher belongs to one workload; name it with --workload")
+    options.iterations = options.iterations or (2 if resolve_device(options.device).type == "cpu" else 200)
     if options.quick:
         options.rounds = min(options.rounds, 3)
         options.peers = [peer for peer in options.peers if peer != "compiled"]

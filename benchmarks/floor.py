@@ -1,0 +1,74 @@
+"""What an iteration would cost if every operator call took no longer than its arithmetic or its memory traffic must."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils.flop_counter import flop_registry
+
+from dwa_fast.tracing import trace
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call of an iteration."""
+
+    operator: str
+    operations: int  # floating-point operations of convolutions and matrix products
+    traffic: int  # bytes: every tensor it reads and every tensor it writes, once
+
+
+def count(peer: harness.Ours) -> list[Call]:
+    """The calls of one iteration of our engine, as it records them: weights frozen, one pass per BatchNorm layer each way."""
+    with peer.lane.active():
+        graph = trace(peer.refinement._iterate)
+    peer.reset()
+
+    def value(node: Node) -> Any:
+        return operator.attrgetter(str(node.target))(graph) if node.op == "get_attr" else node.meta.get("val")
+
+    return [
+        _call(node, torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value), value(node))
+        for node in graph.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not _only_looks(node.target)
+    ]
+
+
+def seconds(calls: list[Call], arithmetic: float, copying: float) -> float:
+    """Σ over the calls of max(operations / arithmetic, traffic / copying); ceilings per second."""
+    return sum(max(call.operations / arithmetic, call.traffic / copying) for call in calls)
+
+
+def _only_looks(target: torch._ops.OpOverload) -> bool:
+    """Whether the call returns another look at its argument's memory, and touches none."""
+    returned = target._schema.returns
+    return bool(returned) and all(each.alias_info is not None and not each.alias_info.is_write for each in returned)
+
+
+def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:
+    target: Any = node.target
+    formula = flop_registry.get(target.overloadpacket)
+    operations = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+    read = _tensors((args, kwargs))
+    if target.overloadpacket is torch.ops.aten.convolution_backward and not args[-1][1]:
+        read = [args[0], args[2]]  # without a weight gradient the input's values are not needed
+    written = [
+        each
+        for given, argument in zip(args, target._schema.arguments, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for each in _tensors(given)
+    ]
+    traffic = sum(each.numel() * each.element_size() for each in [*read, *written, *(_tensors(result) if not written else [])])
+    return Call(str(target), operations, traffic)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+    torch.utils._pytree.tree_map_only(Tensor, lambda each: found.setdefault(id(each), each), value)
+    return list(found.values())

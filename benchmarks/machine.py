@@ -1,0 +1,151 @@
+"""The machine under the benchmarks: its facts, its clock, its memory, and the most that its arithmetic and its memory can do."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from dwa_fast import __version__, ops
+from dwa_fast.backend import resolve
+
+T = TypeVar("T")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Moment:
+    """A point in the work that the current CUDA stream has been given; one minus an earlier one are the device's seconds between them."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Moment) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def clock(device: torch.device) -> Callable[[], Any]:
+    """Two of its readings subtracted are seconds: of the host on a CPU, of the device's own events on a GPU."""
+    return Moment if device.type == "cuda" else time.perf_counter
+
+
+def copy_ceiling(device: torch.device, rounds: int = 15) -> float:
+    """Bytes per second, reads and writes counted, of the fastest of some copies that no cache holds: what moving memory can reach here."""
+    source = torch.rand(2**28 if device.type == "cuda" else 2**26, device=device)  # 1 GiB and 256 MiB
+    target, now, samples = torch.zeros_like(source), clock(device), []
+    for _ in range(rounds):
+        start = now()
+        target.copy_(source)
+        samples.append(now() - start)
+    return 2 * source.nbytes / min(samples)
+
+
+def arithmetic_ceiling(device: torch.device, precision: str, rounds: int = 7) -> float:
+    """Floating-point operations per second of the faster of a large matrix product and a large convolution in that precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    large = device.type == "cuda"
+    size, batch = (8192, 256) if large else (2048, 32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    images = torch.randn(batch, 256, 16, 16, device=device).to(dtype, memory_format=torch.channels_last)
+    kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    now = clock(device)
+    best = 0.0
+    with resolve("fused", precision, str(device)).arithmetic(), torch.no_grad():
+        for work, operations in ((lambda: a @ b, 2 * size**3), (lambda: F.conv2d(images, kernel), 2 * batch * 14 * 14 * 256 * 256 * 9)):
+            for _ in range(rounds):
+                start = now()
+                work()
+                best = max(best, operations / (now() - start))
+    return best
+
+
+def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Commit, versions and machine, for the JSON."""
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False).stdout
+    cuda = device.type == "cuda"
+    return {
+        "commit": commit + ("+changes" if changed.strip() else ""),
+        "command": list(command),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "vector level": ops.cpu_level() if hasattr(ops, "cpu_level") else torch.backends.cpu.get_cpu_capability(),
+        "versions": {"dwa_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "precision flags": {
+            "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+            "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        },
+    }
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def peak_memory_of(build: Callable[[], T], run: Callable[[T], None], device: torch.device) -> tuple[T, float | None]:
+    """What `build` makes, and the MiB that it and `run` hold at most while it runs, beyond what was there before.
+
+    On a GPU these are PyTorch's allocations; on a CPU the resident memory of the process, which only Linux lets one reset: None elsewhere.
+    """
+    _release(device)
+    before = _memory(device, "VmRSS")
+    made = build()
+    run(made)  # its first run may need more than those that follow
+    _release(device)
+    run(made)
+    after = _memory(device, "VmHWM")
+    return made, None if before is None or after is None else after - before
+
+
+def _release(device: torch.device) -> None:
+    """Give back memory that is not used, and forget the peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _STATUS.exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR.write_text("5")
+
+
+def _memory(device: torch.device, kind: Literal["VmRSS", "VmHWM"]) -> float | None:
+    """MiB now, or at the peak."""
+    if device.type == "cuda":
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return (peak if kind == "VmHWM" else now) / 2**20
+    if not _STATUS.exists():
+        return None
+    return next(int(line.split()[1]) / 1024 for line in _STATUS.read_text().splitlines() if line.startswith(kind))
+
+
+def kernels(run: Callable[[], None], device: torch.device) -> int | None:
+    """Kernels that a GPU runs meanwhile, those of a captured graph one by one; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize(device)
+    copies = ("Memcpy", "Memset")
+    return sum(event.device_type == DeviceType.CUDA and not event.name.startswith(copies) for event in seen.events())
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
