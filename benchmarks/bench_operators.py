@@ -138,7 +138,8 @@ class Turns:
         self.kept[self.turn] = ()
         if self.flushing.is_cuda:
             self.flushing.max()  # only read: what is written would have to leave the cache during the call
-            torch.cuda._sleep(_HOLD)
+            with torch.cuda.device(self.flushing.device):
+                torch.cuda._sleep(_HOLD)
 
     def run(self) -> None:
         """The call."""

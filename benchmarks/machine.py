@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import platform
 import subprocess
@@ -22,11 +23,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Moment:
-    """A point in the work that the current CUDA stream has been given; one minus an earlier one are the device's seconds between them."""
+    """A point in the work that a CUDA device's current stream has been given; one minus an earlier one are the device's seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
+        self.event.record(torch.cuda.current_stream(device))
 
     def __sub__(self, earlier: Moment) -> float:
         self.event.synchronize()
@@ -35,7 +36,7 @@ class Moment:
 
 def clock(device: torch.device) -> Callable[[], Any]:
     """Two of its readings subtracted are seconds: of the host on a CPU, of the device's own events on a GPU."""
-    return Moment if device.type == "cuda" else time.perf_counter
+    return functools.partial(Moment, device) if device.type == "cuda" else time.perf_counter
 
 
 def copy_ceiling(device: torch.device, rounds: int = 15) -> float:
