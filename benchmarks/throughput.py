@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
     """All peers of one workload, checked and timed in one process."""
-    horizon = max(COMPARED, options.iterations * (options.rounds + 2))
+    published_iterations = harness.recipe_of(workload).iterations
+    whole = published_iterations if device.type == "cuda" else 2 * options.iterations  # iterations of the whole batch by wall clock
+    horizon = max(COMPARED, options.iterations * (options.rounds + 2), whole)
     problem = harness.make_problem(workload, device, options.batch_size, horizon, teacher=options.teacher)
     exact = harness.numbers(harness.Published(problem, torch.float64), COMPARED)
     peers: dict[str, harness.Peer] = {}
@@ -116,11 +118,9 @@ def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str
     ours = [row for row in rows if row["peer"] == "fused" and row["matches"]]
     if ours:
         best = min(ours, key=lambda row: row["milliseconds"])
-        iterations = harness.recipe_of(workload).iterations
-        short = iterations if device.type == "cuda" else 2 * options.iterations
-        result["whole_batch"] = stages.whole_batches(problem, best["precision"], short)
+        result["whole_batch"] = stages.whole_batches(problem, best["precision"], whole)
         published = next((row for row in rows if row["peer"] == "published"), None)
-        result["whole_sets"] = stages.whole_sets(problem, iterations, result["whole_batch"], best, published)
+        result["whole_sets"] = stages.whole_sets(problem, published_iterations, result["whole_batch"], best, published)
     return result
 
 
