@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from dwa_fast.errors import InputError
 
-_FOREIGN = re.compile(r"(?:GLOBAL|Unsupported class|Unsupported global:) ([\w.]+)")  # how torch names what it refuses to call
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what it refuses to call
 _NAMED = 3  # how many of them an error quotes
 
 
@@ -24,12 +25,22 @@ def read_archive(path: Path, what: str) -> Any:
     """
     if not path.is_file():
         raise InputError(f"{what} {path} does not exist")
+    if _is_compressed(path):
+        raise InputError(f"{what} {path} is a compressed archive, which torch.save never writes; it could be far larger than it looks")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged archives
         if isinstance(error, PermissionError):
             raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
         raise InputError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
+
+
+def _is_compressed(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception:  # an archive of the old kind, or damaged in one of many ways: torch.load will say
+        return False
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -40,7 +51,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is damaged, no PyTorch file, or holds more than tensors"
     return (
         f"it holds more than tensors ({', '.join(foreign)}), which could run code and is left alone; "
-        "where you trust the file, load it in the program that wrote it and save its state_dict() instead"
+        "where you trust the file, load it with the program that wrote it and save the tensors alone (of a module: its state_dict())"
     )
 
 
@@ -50,4 +61,5 @@ def _foreign(path: Path, error: Exception) -> list[str]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an archive of the old kind, which that function cannot list; its first name stands in the message
         names = _FOREIGN.findall(str(error))
+    names = sorted(set(names))
     return names[:_NAMED] + (["…"] if len(names) > _NAMED else [])

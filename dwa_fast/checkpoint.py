@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.architectures import build
+from dwa_fast.architectures import ARCHITECTURES, build
 from dwa_fast.archives import read_archive
+from dwa_fast.config import check_choice, check_integer, check_real
 from dwa_fast.errors import InputError
 from dwa_fast.files import replacing
 
 _NAMED = 3  # how many names of a long list an error quotes
+_MOST_CLASSES, _MOST_PIXELS = 2**24, 4096  # beyond, a description is no network's; it would only fill the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class TeacherInfo:
     channels: int
     size: int
     accuracy: float | None = None  # top-1 on the held-out images, percent
+
+
+_FIELDS = {field.name for field in fields(TeacherInfo)}
 
 
 def save_teacher(path: Path, module: nn.Module, info: TeacherInfo) -> None:
@@ -52,8 +57,7 @@ def load_teacher(
         InputError: the file is not there, cannot be read safely, or holds other weights than the architecture has.
     """
     content = _read(path)
-    described = content.get("dwa_fast")
-    info = TeacherInfo(**described) if isinstance(described, dict) else None
+    info = _described(path, content)
     if info and architecture not in (None, info.architecture):
         raise InputError(f"checkpoint {path} holds a {info.architecture}, not a {architecture}")
     if info and classes not in (None, info.classes):
@@ -63,8 +67,11 @@ def load_teacher(
         if architecture is None:
             raise InputError(f"checkpoint {path} does not say which network it holds; name it with --architecture")
         info = TeacherInfo(architecture=architecture, classes=classes or _last_rows(weights), channels=channels, size=size)
-    module = build(info.architecture, classes=info.classes, channels=info.channels, size=info.size)
-    _fill(path, module, weights, info)
+    shape: dict[str, int] = {"classes": info.classes, "channels": info.channels, "size": info.size}
+    with torch.device("meta"):  # without memory, until the file is known to hold weights of these shapes
+        _check_fit(path, build(info.architecture, **shape), weights, info)
+    module = build(info.architecture, **shape)
+    module.load_state_dict(dict(weights), strict=False)
     return module.eval(), info
 
 
@@ -75,12 +82,35 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
+    """What a checkpoint of ours says about itself, checked; None for others."""
+    described = content.get("dwa_fast")
+    if described is None:
+        return None
+    if not isinstance(described, dict) or not {"architecture", "classes", "channels", "size"} <= described.keys() <= _FIELDS:
+        raise InputError(f"checkpoint {path} does not describe its network as dwa-fast does; make it again with dwa-fast squeeze")
+    info = TeacherInfo(**described)
+    try:
+        check_choice("architecture", info.architecture, list(ARCHITECTURES))
+        for name, most in (("classes", _MOST_CLASSES), ("channels", 3), ("size", _MOST_PIXELS)):
+            check_integer(name, getattr(info, name), 1)
+            check_real(name, getattr(info, name), 1, most)
+        if info.accuracy is not None:
+            check_real("accuracy", info.accuracy, 0, 100)
+    except InputError as error:
+        raise InputError(f"checkpoint {path} describes a network that cannot be: {error}") from error
+    return info
+
+
 def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights inside any of the published shapes, without "module." prefixes."""
     inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     weights = {str(name).removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
     if not weights:
         raise InputError(f"checkpoint {path} holds no weights; wanted a state dict, or one under 'state_dict' or 'model'")
+    for name, value in weights.items():
+        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"checkpoint {path} says that {name} has shape {tuple(value.shape)}, but does not hold as many values")
     return weights
 
 
@@ -92,7 +122,7 @@ def _last_rows(weights: Mapping[str, Tensor]) -> int:
     return matrices[-1].shape[0]
 
 
-def _fill(path: Path, module: nn.Module, weights: Mapping[str, Tensor], info: TeacherInfo) -> None:
+def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Tensor], info: TeacherInfo) -> None:
     own = module.state_dict()
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     foreign = [name for name in weights if name not in own]
@@ -107,4 +137,3 @@ def _fill(path: Path, module: nn.Module, weights: Mapping[str, Tensor], info: Te
                 f"checkpoint {path} does not fit a {info.architecture} with {info.classes} classes: "
                 f"{name} has shape {tuple(value.shape)}, wanted {tuple(own[name].shape)}"
             )
-    module.load_state_dict(dict(weights), strict=False)

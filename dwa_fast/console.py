@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.tree import Tree
 
+from dwa_fast.errors import printable
+
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 
 
@@ -28,24 +30,24 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line."""
-        self._out.print(escape(text), soft_wrap=True, highlight=False)
+        self._out.print(_safe(text), soft_wrap=True, highlight=False)
 
     def error(self, text: str) -> None:
         """One line on standard error."""
-        self._err.print(f"dwa-fast: {escape(text)}", soft_wrap=True, highlight=False)
+        self._err.print(f"dwa-fast: {_safe(text)}", soft_wrap=True, highlight=False)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """A table; the first row is the header."""
-        table = Table(title=title)
+        table = Table(title=_safe(title))
         for number, name in enumerate(rows[0]):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            table.add_column(_safe(name), justify="left" if number == 0 else "right")
         for row in rows[1:]:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(_safe, row))
         self._out.print(table)
 
     def tree(self, title: str, content: Mapping[str, Any]) -> None:
         """Nested values."""
-        tree = Tree(title)
+        tree = Tree(_safe(title))
         _grow(tree, content)
         self._out.print(tree, soft_wrap=True, highlight=False)
 
@@ -56,7 +58,7 @@ class Console:
         with Progress(*columns, console=self._err) as progress:
 
             def track(title: str) -> Callable[[int, int], None]:
-                task = progress.add_task(title, total=None)
+                task = progress.add_task(_safe(title), total=None)
                 return lambda done, total: progress.update(task, completed=done, total=total)
 
             yield track
@@ -71,21 +73,26 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        self._console.print(escape(self.format(record)), soft_wrap=True, highlight=False)
+        self._console.print(_safe(self.format(record)), soft_wrap=True, highlight=False)
+
+
+def _safe(text: str) -> str:
+    """Text of any origin for rich, which reads markup in square brackets."""
+    return escape(printable(text))
 
 
 def _console(stderr: bool) -> rich.console.Console:
-    console = rich.console.Console(stderr=stderr)
-    return console if console.is_terminal else rich.console.Console(stderr=stderr, width=_PLAIN_WIDTH)
+    console = rich.console.Console(stderr=stderr, emoji=False)  # a name such as :x: stays as it is
+    return console if console.is_terminal else rich.console.Console(stderr=stderr, emoji=False, width=_PLAIN_WIDTH)
 
 
 def _grow(tree: Tree, content: Mapping[str, Any]) -> None:
     for name, value in content.items():
         if isinstance(value, Mapping):
-            _grow(tree.add(escape(name)), value)
+            _grow(tree.add(_safe(name)), value)
         elif isinstance(value, list):
-            branch = tree.add(escape(name))
+            branch = tree.add(_safe(name))
             for item in value:
-                branch.add(escape(str(item)))
+                branch.add(_safe(str(item)))
         else:
-            tree.add(escape(f"{name}: {value}"))
+            tree.add(_safe(f"{name}: {value}"))

@@ -154,8 +154,8 @@ def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, 
         if config.size != 32:
             raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
         return _cifar(config.layout, folder, split, download)
-    if config.layout == "tiny" and split == "test" and (folder / _TINY_TABLE).is_file():
-        return _tiny_test(folder, config.size)
+    if config.layout == "tiny" and split == "test":  # its folder "test" holds images without labels
+        return _tiny_test(folder, config.size) if (folder / _TINY_TABLE).is_file() else image_folder(folder / "val", config.size, channels)
     return image_folder(_split_folder(folder, split), config.size, channels)
 
 
@@ -236,13 +236,13 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 def _split_folder(folder: Path, split: Split) -> Path:
     """The sub-folder of a split where there is one (ImageNet: train, val), else the folder itself for training."""
-    names = ("train",) if split == "train" else ("test", "val")
-    for name in names:
-        if (folder / name).is_dir():
-            return folder / name
-    if split == "test":
+    if split == "train":
+        return folder / "train" if (folder / "train").is_dir() else folder
+    held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    if not held_out:
         raise InputError(f"{folder} has no 'val' or 'test' folder with the held-out images")
-    return folder
+    labelled = (path for path in held_out if any(map(os.path.isdir, _entries(str(path)))))  # ImageNet's test images lie there bare
+    return next(labelled, held_out[0])
 
 
 def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet:

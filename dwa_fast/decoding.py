@@ -50,7 +50,8 @@ def decode(file: Path, size: int, channels: int) -> Tensor:
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
         if isinstance(error, OSError) and error.errno not in _DAMAGE:  # the system's own: the file may be good
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
-        raise BadImageError(file, (str(error) or type(error).__name__).splitlines()[0]) from error
+        said = str(error).strip()
+        raise BadImageError(file, said.splitlines()[0] if said else "it is damaged") from error
     if picture.size != (size, size):
         from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
 

@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input."""
+"""The one exception that stands for bad input, and names of any origin made fit for a sentence."""
 
 from __future__ import annotations
 
@@ -8,3 +8,11 @@ class InputError(ValueError):
 
     The command line prints the sentence without a traceback.
     """
+
+
+def printable(text: str) -> str:
+    """Text on one line that changes nothing but the line: what a terminal would obey or a file name can hide is written as its code.
+
+    Control characters (colours, cursor, newline), directions of writing, invisible ones, and bytes of a name that are no text.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

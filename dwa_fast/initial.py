@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -69,9 +70,8 @@ class RealImages:
         self.settings: dict[str, Any] = {"initial_order": config.initial_order}
         self.skipped: dict[str, str] = {}
         self._data, self._normalisation, self._skip = data, normalisation, config.skip_bad_images
-        self._orders = class_orders(data, range(len(data.class_names)), ipc, config.initial_order, seed=seed)
-        self._good: list[list[int]] = [[] for _ in self._orders]  # of each class, those known to be good, in its order
-        self._seen = [0] * len(self._orders)  # of each class, how many of its order are known to be good or bad
+        self._members, self._order, self._seed = class_members(data, ipc), config.initial_order, seed
+        self._walks: dict[int, _Walk] = {}
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(_READERS)
 
@@ -85,19 +85,21 @@ class RealImages:
             return normalise(torch.cat(list(self._pool.map(lambda label: self._find(label, index), labels))), self._normalisation)
 
     def _find(self, label: int, index: int) -> Tensor:
-        good, order = self._good[label], self._orders[label]
-        if index < len(good):
-            return self._data.load([good[index]])
-        while self._seen[label] < len(order):
-            candidate = order[self._seen[label]]
+        if label not in self._walks:
+            self._walks[label] = _Walk(ordered(self._members[label], label, self._order, seed=self._seed))
+        walk = self._walks[label]
+        if index < len(walk.good):
+            return self._data.load([walk.good[index]])
+        while walk.seen < len(walk.order):
+            candidate = walk.order[walk.seen]
             pixels = self._try(candidate)
-            self._seen[label] += 1
+            walk.seen += 1  # not where _try raised: asked again, it is tried again
             if pixels is not None:
-                good.append(candidate)
-                if index < len(good):
+                walk.good.append(candidate)
+                if index < len(walk.good):
                     return pixels
-        name, bad = self._data.class_names[label], len(order) - len(good)
-        raise InputError(f"class {name!r} has {len(good)} good images and {bad} bad ones, but image {index + 1} of it is asked for")
+        name, good, bad = self._data.class_names[label], len(walk.good), walk.seen - len(walk.good)
+        raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, but image {index + 1} of it is asked for")
 
     def _try(self, candidate: int) -> Tensor | None:
         """The pixels, or None where the image is skipped. What a set once skipped stays skipped, even where it has been repaired since."""
@@ -112,6 +114,15 @@ class RealImages:
             log.warning("skipped %s: %s", name, error.cause)
             self.skipped[name] = error.cause
             return None
+
+
+@dataclass
+class _Walk:
+    """The images of one class in the order in which they are taken, and how far they have been looked at."""
+
+    order: list[int]
+    good: list[int] = field(default_factory=list)  # those that could be decoded
+    seen: int = 0  # how many have been tried
 
 
 class TensorImages:
@@ -180,21 +191,25 @@ class Unseen:
         return self._image.expand(len(labels), -1, -1, -1)
 
 
-def class_orders(data: ImageSet, labels: Sequence[int], ipc: int, order: InitialOrder, *, seed: int) -> list[list[int]]:
-    """For each of these classes, the indices of all its images: in a seeded random order, or in that of the set, which is sorted.
+def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:
+    """The indices of the images of each class, in the order of the set.
 
     Raises:
-        InputError: a class has fewer than ipc images.
+        InputError: a class has fewer than ipc.
     """
-    counts = torch.bincount(data.labels, minlength=len(data.class_names))
-    members = torch.argsort(data.labels, stable=True).split(counts.tolist())
-    short = [label for label in labels if counts[label] < ipc]
-    if short:
-        name, count = data.class_names[short[0]], int(counts[short[0]])
-        raise InputError(f"class {name!r} has {count} images, but ipc {ipc} needs as many initial ones")
-    if order == "sorted":
-        return [members[label].tolist() for label in labels]
-    return [members[label][generator(seed, "initial", label).permutation(int(counts[label]))].tolist() for label in labels]
+    counts = torch.bincount(data.labels, minlength=len(data.class_names)).tolist()
+    short = next((label for label, count in enumerate(counts) if count < ipc), None)
+    if short is not None:
+        raise InputError(f"class {data.class_names[short]!r} has {counts[short]} images, but ipc {ipc} needs as many initial ones")
+    members: Sequence[Tensor] = torch.argsort(data.labels, stable=True).split(counts)
+    return members
+
+
+def ordered(members: Tensor, label: int, order: InitialOrder, *, seed: int) -> list[int]:
+    """The images of a class as they are taken: in a random order of its own, or in that of the set, which is sorted by file name."""
+    if order == "sampled":
+        members = members[generator(seed, "initial", label).permutation(len(members))]
+    return [int(index) for index in members.tolist()]
 
 
 def sample(
@@ -207,9 +222,9 @@ def sample(
     """Indices of `ipc` images of a class, drawn without replacement; a smaller ipc draws the first of a larger one's.
 
     Raises:
-        InputError: the class has fewer images.
+        InputError: a class has fewer images.
     """
-    return class_orders(data, [label], ipc, "sampled", seed=seed)[0][:ipc]
+    return ordered(class_members(data, ipc)[label], label, "sampled", seed=seed)[:ipc]
 
 
 def noise(

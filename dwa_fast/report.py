@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dwa_fast.errors import printable
 from dwa_fast.files import replacing
 
+_NAME_LENGTH = 24  # characters of a class name beside its row
 _PANEL_INCHES = 3.2
 _GAP = 2  # pixels between images
 
@@ -40,13 +43,20 @@ def contact_sheet(
     figure = Figure(figsize=(_PANEL_INCHES * len(sheets), _PANEL_INCHES * height / width + 0.5), layout="constrained")
     for number, (axis, (title, sheet)) in enumerate(zip(figure.subplots(1, len(sheets), squeeze=False)[0], sheets.items(), strict=True)):
         axis.imshow(sheet.numpy(), interpolation="nearest")
-        axis.set_title(title)
+        axis.set_title(title, parse_math=False)
         axis.set_xticks([])
         step = (height + _GAP) / len(class_names)
         axis.set_yticks([step * (row + 0.5) - _GAP / 2 for row in range(len(class_names))] if number == 0 else [])
         if number == 0:
-            axis.set_yticklabels(class_names)
+            axis.set_yticklabels([_short(name) for name in class_names], parse_math=False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    with replacing(path) as target:
+    with replacing(path) as target, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead, which is enough for a label
         figure.savefig(target, format="png", dpi=150)
+
+
+def _short(name: str) -> str:
+    """A class name of any origin as a label."""
+    name = printable(name)
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
