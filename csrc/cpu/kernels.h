@@ -54,12 +54,32 @@ struct AdamClip {
   float inverse2;  // 1 / (1 − β₂^t)
 };
 
+// One source line of the adjoint of view.
+struct ViewAdjoint {
+  int64_t width;
+  int64_t channels;
+  bool bfloat16;     // precision of seen: bfloat16 or float32
+  const void* seen;  // gradient of the view of one image, [H, W, C]
+  // The seen lines that read the source line.
+  int64_t readers;
+  const int64_t* line;
+  const float* line_weight;
+  // The seen columns that read source column x: entries column_first[x] … column_first[x + 1] − 1. Null: column (x + roll) mod W alone.
+  const int64_t* column_first;
+  const int64_t* column;
+  const float* column_weight;
+  int64_t roll;
+  float* room;  // [W·C + 4], to work in
+  float* out;   // [W, C]
+};
+
 // Functions of blocks take the first block and the one after the last.
 struct Kernels {
   void (*bn_act_forward)(const BnActForward&, int64_t, int64_t);
   void (*bn_act_backward)(const BnActBackward&, int64_t, int64_t);
   void (*bn_act_weight_backward)(const BnActWeightBackward&, int64_t, int64_t);
   void (*adam_clip)(const AdamClip&, int64_t);  // the first elements, that many
+  void (*view_adjoint)(const ViewAdjoint&);
 };
 
 namespace baseline {

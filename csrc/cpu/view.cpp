@@ -2,6 +2,8 @@
 //
 // Both axes are tables: output pixel o reads source pixels `lower` and `upper`, the second with `weight`. Lines are resampled along the
 // width first, then two of them are blended. The adjoint goes the other way round through the tables' transposes.
+#include "cpu/view.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -13,39 +15,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/level.h"
+
 namespace dwa_fast {
 namespace {
 
 constexpr int64_t kBand = 16;              // output lines that share resampled source lines
 constexpr int64_t kGrainElements = 16384;  // elements that are worth waking a thread for
-
-struct Row {
-  int64_t top, left, height, width, flip, down, right;
-};
-
-Row read_row(const at::Tensor& rows, const at::Tensor& step, int64_t height, int64_t width) {
-  TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 7 && rows.scalar_type() == at::kInt, "rows must be Int [T, 7], got ", rows.scalar_type(),
-              " ", rows.sizes());
-  TORCH_CHECK(step.dim() == 0 && step.scalar_type() == at::kLong, "step must be a Long scalar, got ", step.scalar_type(), " ",
-              step.sizes());
-  const int64_t t = *step.const_data_ptr<int64_t>();
-  TORCH_CHECK_INDEX(0 <= t && t < rows.size(0), "step must be one of the rows, 0 to ", rows.size(0) - 1, ", got ", t);
-  const int32_t* first = rows.const_data_ptr<int32_t>() + t * rows.stride(0);
-  std::array<int64_t, 7> column;
-  for (int64_t i = 0; i < 7; ++i) column[i] = first[i * rows.stride(1)];
-  const Row row{column[0], column[1], column[2], column[3], column[4], column[5], column[6]};
-  TORCH_CHECK_VALUE(
-      row.top >= 0 && row.left >= 0 && row.height > 0 && row.width > 0 && row.top + row.height <= height && row.left + row.width <= width,
-      "the crop of row ", t, " must lie inside the images, ", height, " x ", width, ", got top ", row.top, ", left ", row.left, ", height ",
-      row.height, ", width ", row.width);
-  return row;
-}
-
-// What one output pixel reads along one axis.
-struct Tap {
-  int64_t lower, upper;
-  float weight;  // of upper; lower has the rest
-};
 
 std::vector<Tap> taps(int64_t size, int64_t start, int64_t crop, bool flip, int64_t shift) {
   std::vector<Tap> result(size);
@@ -65,6 +41,79 @@ std::vector<Tap> taps(int64_t size, int64_t start, int64_t crop, bool flip, int6
   }
   return result;
 }
+
+}  // namespace
+
+Row read_row(const at::Tensor& rows, const at::Tensor& step, int64_t height, int64_t width) {
+  TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 7 && rows.scalar_type() == at::kInt, "rows must be Int [T, 7], got ", rows.scalar_type(),
+              " ", rows.sizes());
+  TORCH_CHECK(step.dim() == 0 && step.scalar_type() == at::kLong, "step must be a Long scalar, got ", step.scalar_type(), " ",
+              step.sizes());
+  const int64_t t = *step.const_data_ptr<int64_t>();
+  TORCH_CHECK_INDEX(0 <= t && t < rows.size(0), "step must be one of the rows, 0 to ", rows.size(0) - 1, ", got ", t);
+  const int32_t* first = rows.const_data_ptr<int32_t>() + t * rows.stride(0);
+  std::array<int64_t, 7> column;
+  for (int64_t i = 0; i < 7; ++i) column[i] = first[i * rows.stride(1)];
+  const Row row{column[0], column[1], column[2], column[3], column[4], column[5], column[6]};
+  TORCH_CHECK_VALUE(
+      row.top >= 0 && row.left >= 0 && row.height > 0 && row.width > 0 && row.top + row.height <= height && row.left + row.width <= width,
+      "the crop of row ", t, " must lie inside the images, ", height, " x ", width, ", got top ", row.top, ", left ", row.left, ", height ",
+      row.height, ", width ", row.width);
+  return row;
+}
+
+Readers::Readers(const std::vector<Tap>& taps, int64_t size) : first(size + 1) {
+  for (const Tap& tap : taps) {
+    ++first[tap.lower + 1];
+    if (tap.upper != tap.lower) ++first[tap.upper + 1];
+  }
+  for (int64_t s = 0; s < size; ++s) first[s + 1] += first[s];
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  pixel.resize(first[size]);
+  weight.resize(first[size]);
+  for (size_t o = 0; o < taps.size(); ++o) {
+    const Tap& tap = taps[o];
+    add(next[tap.lower]++, o, 1 - tap.weight);
+    if (tap.upper != tap.lower) add(next[tap.upper]++, o, tap.weight);
+  }
+}
+
+void Readers::add(int64_t entry, size_t o, float share) {
+  pixel[entry] = static_cast<int64_t>(o);
+  weight[entry] = share;
+}
+
+Adjoint::Adjoint(const at::Tensor& seen, const Row& row)
+    : height_(seen.size(2)),
+      length_(seen.size(3) * seen.size(1)),
+      seen_(seen.const_data_ptr()),
+      of_line_(taps(height_, row.top, row.height, false, row.down), height_),
+      of_column_(taps(seen.size(3), row.left, row.width, row.flip != 0, row.right), seen.size(3)) {
+  const int64_t width = seen.size(3);
+  shared_.width = width;
+  shared_.channels = seen.size(1);
+  shared_.bfloat16 = seen.scalar_type() == at::kBFloat16;
+  shared_.roll = (row.right % width + width) % width;
+  const bool rolls_only = row.width == width && row.flip == 0;
+  shared_.column_first = rolls_only ? nullptr : of_column_.first.data();
+  shared_.column = of_column_.pixel.data();
+  shared_.column_weight = of_column_.weight.data();
+}
+
+void Adjoint::collect(int64_t line, float* room, float* out) const {
+  const int64_t y = line % height_, first = of_line_.first[y];
+  const int64_t image = line / height_ * height_ * length_ * (shared_.bfloat16 ? 2 : 4);  // in bytes
+  ViewAdjoint p = shared_;
+  p.seen = static_cast<const char*>(seen_) + image;
+  p.readers = of_line_.first[y + 1] - first;
+  p.line = of_line_.pixel.data() + first;
+  p.line_weight = of_line_.weight.data() + first;
+  p.room = room;
+  p.out = out;
+  kernels().view_adjoint(p);
+}
+
+namespace {
 
 // One source line, resampled along the width, as [W, C].
 void resample_line(const float* source, int64_t pixel_stride, int64_t channel_stride, int64_t channels, const std::vector<Tap>& columns,
@@ -167,64 +216,6 @@ at::Tensor view_forward(const at::Tensor& images, const at::Tensor& rows, const 
   return out;
 }
 
-// The output pixels that read source pixel s: entries first[s] … first[s + 1] − 1, in order.
-struct Readers {
-  Readers(const std::vector<Tap>& taps, int64_t size) : first(size + 1) {
-    for (const Tap& tap : taps) {
-      ++first[tap.lower + 1];
-      if (tap.upper != tap.lower) ++first[tap.upper + 1];
-    }
-    for (int64_t s = 0; s < size; ++s) first[s + 1] += first[s];
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    pixel.resize(first[size]);
-    weight.resize(first[size]);
-    for (size_t o = 0; o < taps.size(); ++o) {
-      const Tap& tap = taps[o];
-      add(next[tap.lower]++, o, 1 - tap.weight);
-      if (tap.upper != tap.lower) add(next[tap.upper]++, o, tap.weight);
-    }
-  }
-  void add(int64_t entry, size_t o, float share) {
-    pixel[entry] = static_cast<int64_t>(o);
-    weight[entry] = share;
-  }
-
-  std::vector<int64_t> first, pixel;
-  std::vector<float> weight;
-};
-
-template <typename T>
-void backward(const at::Tensor& grad, const Row& row, float* out) {
-  const int64_t count = grad.size(0), channels = grad.size(1), height = grad.size(2), width = grad.size(3);
-  const T* const pixels = grad.const_data_ptr<T>();
-  const Readers of_line(taps(height, row.top, row.height, false, row.down), height);
-  const Readers of_column(taps(width, row.left, row.width, row.flip != 0, row.right), width);
-  const int64_t length = width * channels;
-
-  at::parallel_for(0, count * height, std::max<int64_t>(1, kGrainElements / length), [&](int64_t begin, int64_t end) {
-    std::vector<float> line(length);
-    for (int64_t item = begin; item < end; ++item) {
-      const T* image = pixels + item / height * height * length;
-      const int64_t y = item % height;
-      std::fill(line.begin(), line.end(), 0.0f);
-      for (int64_t entry = of_line.first[y]; entry < of_line.first[y + 1]; ++entry) {
-        const T* seen = image + of_line.pixel[entry] * length;
-        const float weight = of_line.weight[entry];
-        for (int64_t i = 0; i < length; ++i) line[i] += weight * static_cast<float>(seen[i]);
-      }
-      float* target = out + item * length;
-      std::fill(target, target + length, 0.0f);
-      if (of_line.first[y] == of_line.first[y + 1]) continue;
-      for (int64_t x = 0; x < width; ++x) {
-        for (int64_t entry = of_column.first[x]; entry < of_column.first[x + 1]; ++entry) {
-          const float* seen = line.data() + of_column.pixel[entry] * channels;
-          for (int64_t c = 0; c < channels; ++c) target[x * channels + c] += of_column.weight[entry] * seen[c];
-        }
-      }
-    }
-  });
-}
-
 at::Tensor view_backward(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& step) {
   TORCH_CHECK(grad.dim() == 4, "grad must be [N, C, H, W], got shape ", grad.sizes());
   TORCH_CHECK(grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16, "grad must be float32 or bfloat16 on a CPU, got ",
@@ -234,11 +225,13 @@ at::Tensor view_backward(const at::Tensor& grad, const at::Tensor& rows, const a
   if (grad.numel() == 0) return out;
   const Row row = read_row(rows, step, grad.size(2), grad.size(3));
   const at::Tensor dense = grad.contiguous(kFormat);
-  if (grad.scalar_type() == at::kFloat) {
-    backward<float>(dense, row, out.data_ptr<float>());
-  } else {
-    backward<c10::BFloat16>(dense, row, out.data_ptr<float>());
-  }
+  const Adjoint adjoint(dense, row);
+  const int64_t lines = grad.size(0) * grad.size(2), length = grad.size(1) * grad.size(3);
+  float* const pixels = out.data_ptr<float>();
+  at::parallel_for(0, lines, std::max<int64_t>(1, kGrainElements / length), [&](int64_t begin, int64_t end) {
+    std::vector<float> room(adjoint.room());
+    for (int64_t line = begin; line < end; ++line) adjoint.collect(line, room.data(), pixels + line * length);
+  });
   return out;
 }
 

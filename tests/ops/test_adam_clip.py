@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,27 +13,12 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
+from tests.ops.conftest import LEVELS
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (50, 3, 32, 32), (3, 5, 17, 9), (1, 20, 3, 3), (2, 4097, 1, 2), (0, 3, 8, 8)]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 CHANGED = ("images", "exp_avg", "exp_avg_sq")
 Inputs = dict[str, Any]
-
-
-@pytest.fixture
-def use_level() -> Iterator[Callable[[str], None]]:
-    """Sets the instruction set for one test; one that the machine lacks skips it."""
-    best = ops.cpu_level()
-    extension = importlib.import_module("dwa_fast._C")
-
-    def use(level: str) -> None:
-        if LEVELS.index(level) > LEVELS.index(best):
-            pytest.skip(f"this machine's instructions end at {best}")
-        extension.set_cpu_level(level)
-
-    yield use
-    extension.set_cpu_level(best)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

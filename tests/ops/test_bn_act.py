@@ -6,7 +6,7 @@ import importlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
+from tests.ops.conftest import LEVELS
 
 EPS = 1e-5
 SHAPES = [
@@ -29,27 +30,12 @@ SHAPES = [
 ]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
 DTYPES = [torch.float32, torch.bfloat16]
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 VARIANTS = list(itertools.product([False, True], [False, True]))
 Inputs = dict[str, Any]
 
 
 def extension() -> Any:
     return importlib.import_module("dwa_fast._C")
-
-
-@pytest.fixture
-def use_level() -> Iterator[Callable[[str], None]]:
-    """Sets the instruction set for one test; one that the machine lacks skips it."""
-    best = ops.cpu_level()
-
-    def use(level: str) -> None:
-        if LEVELS.index(level) > LEVELS.index(best):
-            pytest.skip(f"this machine's instructions end at {best}")
-        extension().set_cpu_level(level)
-
-    yield use
-    extension().set_cpu_level(best)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

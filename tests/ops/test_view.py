@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
+from tests.ops.conftest import LEVELS
 
 H, W = 20, 15
 ROWS = {
@@ -81,6 +83,19 @@ def test_matches_float64(layout: str, dtype: torch.dtype, row: tuple[int, ...], 
         unit = 2.0 ** (-9 if dtype == torch.bfloat16 else -23)
         assert error(seen, expected) <= max(2 * error(plain, expected), unit)
         assert error(gradient, expected_gradient) <= max(2 * error(plain_gradient, expected_gradient), 2**-22)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_collects_alike(level: str, dtype: torch.dtype, use_level: Callable[[str], None]) -> None:
+    """The adjoint in every vector width, with channels that fill vectors of four and that do not."""
+    use_level(level)
+    for row in ROWS.values():
+        for count, channels in [*SIZES, (2, 8), (1, 21)]:
+            _, gradient = run(ops.view, pixels(count, channels), row, dtype)
+            _, plain = run(reference.view, pixels(count, channels), row, dtype)
+            _, expected = run(reference.view, pixels(count, channels), row, dtype, double=True)
+            assert error(gradient, expected) <= max(2 * error(plain, expected), 2**-22)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
