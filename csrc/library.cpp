@@ -35,6 +35,9 @@ TORCH_LIBRARY(dwa_fast, m) {
   m.def(
       "adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor learning_rates, Tensor step, "
       "Tensor low, Tensor high, float beta1, float beta2, float eps) -> ()");
+  m.def(
+      "view_adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows, Tensor learning_rates, "
+      "Tensor step, Tensor low, Tensor high, float loss_scale, float beta1, float beta2, float eps) -> ()");
 }
 
 namespace {

@@ -26,6 +26,24 @@ def _power(base, exponent):
 
 
 @triton.jit
+def adam_rates(learning_rates, step, BETA1: tl.constexpr, BETA2: tl.constexpr):
+    """lr_t/(1−β₁^(t+1)) and √(1−β₂^(t+1)) of step t = `step`."""
+    row = tl.load(step)
+    rate = tl.load(learning_rates + row).to(tl.float64) / (1.0 - _power(BETA1, row + 1))
+    root = tl.sqrt(1.0 - _power(BETA2, row + 1))
+    return rate.to(tl.float32), root.to(tl.float32)
+
+
+@triton.jit
+def adam_step(x, g, m, v, rate, root, lowest, highest, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+    """x, m and v after a step with gradient g. NaN stays NaN."""
+    m += (g - m) * (1.0 - BETA1)
+    v = v * BETA2 + g * g * (1.0 - BETA2)
+    x -= rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + EPS)
+    return tl.where(x < lowest, lowest, tl.where(x > highest, highest, x)), m, v
+
+
+@triton.jit
 def _adam_clip_kernel(
     images, gradient, exp_avg, exp_avg_sq, learning_rates, step, low, high, count, inner,
     CHANNELS: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,18 +59,12 @@ def _adam_clip_kernel(
     m = tl.load(exp_avg + base + lane, mask=inside)
     v = tl.load(exp_avg_sq + base + lane, mask=inside)
     x = tl.load(images + base + lane, mask=inside)
-    row = tl.load(step)
-    rate = tl.load(learning_rates + row).to(tl.float64) / (1.0 - _power(BETA1, row + 1))
-    root = tl.sqrt(1.0 - _power(BETA2, row + 1))
+    rate, root = adam_rates(learning_rates, step, BETA1, BETA2)
     channel = ((base % (inner * CHANNELS)).to(tl.int32) + lane) // inner % CHANNELS
     lowest = tl.load(low + channel, mask=inside)
     highest = tl.load(high + channel, mask=inside)
 
-    m += (g - m) * (1.0 - BETA1)
-    v = v * BETA2 + g * g * (1.0 - BETA2)
-    denominator = tl.div_rn(tl.sqrt_rn(v), root.to(tl.float32)) + EPS
-    x -= rate.to(tl.float32) * tl.div_rn(m, denominator)
-    x = tl.where(x < lowest, lowest, tl.where(x > highest, highest, x))
+    x, m, v = adam_step(x, g, m, v, rate, root, lowest, highest, BETA1, BETA2, EPS)
     tl.store(exp_avg + base + lane, m, mask=inside)
     tl.store(exp_avg_sq + base + lane, v, mask=inside)
     tl.store(images + base + lane, x, mask=inside)

@@ -16,7 +16,7 @@ from dwa_fast.kernels.layout import channels_last, on_device_of
 
 _SPAN = 128  # elements of one image line, one per thread: what depends on the column is computed once for all lines of a program
 _TILE = 1024  # elements of a program, 8 per thread
-_WARPS = 4
+WARPS = 4
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def _parameters(rows, step):
 
 
 @triton.jit
-def _place(LINES: tl.constexpr, SPAN: tl.constexpr):
+def element(LINES: tl.constexpr, SPAN: tl.constexpr):
     """Line of the batch and place in that line of every element of a program; a vector, so that lanes lie along the line."""
-    element = tl.arange(0, LINES * SPAN)
-    return tl.program_id(0) * LINES + element // SPAN, tl.program_id(1) * SPAN + element % SPAN
+    lane = tl.arange(0, LINES * SPAN)
+    return tl.program_id(0) * LINES + lane // SPAN, tl.program_id(1) * SPAN + lane % SPAN
 
 
 # An aligned pitch would widen the stores, and with them spread the lanes over the gathers, which cost more.
@@ -55,7 +55,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """out = roll(flip(resize(crop(images))))   with the parameters in row `step` of the schedule; out is [N, H, W, C] in memory."""
     top, left, crop_height, crop_width, flip, down, right = _parameters(rows, step)
-    line, place = _place(LINES, SPAN)
+    line, place = element(LINES, SPAN)
     inside = (line < lines) & (place < pitch)
 
     y = _numerator(_wrapped(line % height, -down, height), crop_height, height)
@@ -100,15 +100,13 @@ def _share(reader, position, crop, size):
     return tl.div_rn(tl.where(exists, tl.maximum(2 * size - distance, 0), 0).to(tl.float32), (2 * size).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["lines", "pitch"])
-def _backward_kernel(
-    grad, rows, step, grad_images, lines, pitch, height, width,
+@triton.jit
+def adjoint(
+    grad, rows, step, line, place, inside, pitch, height, width,
     CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """grad_images_s = Σ weight(o, s) grad_o   over the output pixels o that read source pixel s; both are [N, H, W, C] in memory."""
+    """Σ weight(o, s) grad_o   over the output pixels o that read source pixel s, for the elements of a program; grad is [N, H, W, C]."""
     top, left, crop_height, crop_width, flip, down, right = _parameters(rows, step)
-    line, place = _place(LINES, SPAN)
-    inside = (line < lines) & (place < pitch)
     y, x = line % height - top, place // CHANNELS - left
     image = grad + (line // height).to(tl.int64) * height * pitch + place % CHANNELS
 
@@ -136,10 +134,22 @@ def _backward_kernel(
             total += share_y * share_x * value
             next_x += 1
         next_y += 1
+    return total
+
+
+@triton.jit(do_not_specialize=["lines", "pitch"])
+def _backward_kernel(
+    grad, rows, step, grad_images, lines, pitch, height, width,
+    CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """grad_images_s = Σ weight(o, s) grad_o   over the output pixels o that read source pixel s; both are [N, H, W, C] in memory."""
+    line, place = element(LINES, SPAN)
+    inside = (line < lines) & (place < pitch)
+    total = adjoint(grad, rows, step, line, place, inside, pitch, height, width, CHANNELS, LINES, SPAN)
     tl.store(grad_images + line.to(tl.int64) * pitch + place, total, mask=inside)
 
 
-def _cut(lines: int, pitch: int) -> tuple[tuple[int, int], dict[str, int]]:
+def cut(lines: int, pitch: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the lines and elements of a line that a program takes; short lines are taken more at a time."""
     span = min(triton.next_power_of_2(pitch), _SPAN)
     return (triton.cdiv(lines, _TILE // span), triton.cdiv(pitch, span)), {"LINES": _TILE // span, "SPAN": span}
@@ -157,11 +167,11 @@ def view_forward(
         return out
     count, channels, height, width = images.shape
     lines, pitch = count * height, width * channels
-    grid, tile = _cut(lines, pitch)
+    grid, tile = cut(lines, pitch)
     with on_device_of(images):
         _forward_kernel[grid](
             images, rows.contiguous(), step, out, lines, pitch, height, width, *images.stride(),
-            CHANNELS=channels, **tile, num_warps=_WARPS,
+            CHANNELS=channels, **tile, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -178,9 +188,9 @@ def view_backward(
         return grad_images
     count, channels, height, width = grad.shape
     lines, pitch = count * height, width * channels
-    grid, tile = _cut(lines, pitch)
+    grid, tile = cut(lines, pitch)
     with on_device_of(grad):
         _backward_kernel[grid](
-            grad, rows.contiguous(), step, grad_images, lines, pitch, height, width, CHANNELS=channels, **tile, num_warps=_WARPS
+            grad, rows.contiguous(), step, grad_images, lines, pitch, height, width, CHANNELS=channels, **tile, num_warps=WARPS
         )
     return grad_images

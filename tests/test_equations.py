@@ -135,6 +135,40 @@ def test_first_adam_step_by_hand() -> None:
     assert images.flatten().tolist() == pytest.approx([-0.25 * 3 / (3 + 1e-8), 0.25 * 4e-8 / (4e-8 + 1e-8)], rel=1e-12)
 
 
+def test_view_adam_clip_collects_by_hand() -> None:
+    """The view of test_view_resizes_bilinearly: columns 2 and 3 collect from all four, in the shares in which these read them."""
+    rows = torch.tensor([[1, 2, 1, 2, 0, 0, 0]], dtype=torch.int32)
+    images, exp_avg, exp_avg_sq = (torch.zeros(1, 1, 4, 4, dtype=torch.float64) for _ in range(3))
+    gradient = torch.tensor([1.0, 10, 100, 1000]).expand(1, 1, 4, 4)
+    rates, bounds = torch.tensor([0.25]), (torch.tensor([-0.125]), torch.tensor([0.125]))
+    ops.view_adam_clip_(images, gradient, exp_avg, exp_avg_sq, rows, rates, torch.tensor(0), *bounds, loss_scale=4.0)
+    collected = torch.zeros(4, 4)
+    collected[1, 2:] = torch.tensor([1 + 7.5 + 25, 2.5 + 75 + 1000])  # times four lines, divided by the scale of the loss
+    assert torch.equal(exp_avg[0, 0], 0.5 * collected.double())
+    assert torch.allclose(exp_avg_sq[0, 0], 0.1 * collected.double().square(), rtol=1e-12)
+    assert torch.equal(images[0, 0], -0.125 * (collected > 0))
+
+
+@pytest.mark.parametrize("row", [[0, 0, 5, 4, 0, 3, 2], [1, 0, 3, 2, 1, 2, 1]])
+def test_view_adam_clip_is_adam_on_a_loss_of_the_view(row: list[int]) -> None:
+    rows, rates = torch.tensor([row] * 3, dtype=torch.int32), torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
+    images = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    low, high = torch.tensor([-1.0, -0.5, -INF], dtype=torch.float64), torch.tensor([1.0, 0.5, INF], dtype=torch.float64)
+    expected = nn.Parameter(images.clone())
+    optimizer = torch.optim.Adam([expected], betas=(0.5, 0.9), eps=1e-8)
+    exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
+    for step, rate in enumerate(rates):
+        weights = torch.randn_like(images)
+        ops.view_adam_clip_(images, 1024 * weights, exp_avg, exp_avg_sq, rows, rates, torch.tensor(step), low, high, loss_scale=1024.0)
+        optimizer.param_groups[0]["lr"] = float(rate)
+        optimizer.zero_grad()
+        (ops.view(expected, rows, torch.tensor(step)) * weights).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            expected.copy_(torch.minimum(torch.maximum(expected, low[:, None, None]), high[:, None, None]))
+        assert torch.allclose(images, expected, rtol=1e-12, atol=0)
+
+
 def test_ascend_by_hand() -> None:
     weights, compute = torch.tensor([1.0, 2.0]), torch.empty(2, dtype=torch.bfloat16)
     norm = ops.ascend_(weights, torch.tensor([3.0, 4.0]), 0.5, compute=compute)

@@ -1,4 +1,6 @@
 // m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   x ← clamp(x − lr_t · m/(1−β₁^(t+1)) / (√(v/(1−β₂^(t+1))) + ε), low_c, high_c)
+#include "cpu/adam_clip.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -28,20 +30,12 @@ void check_bound(const at::Tensor& tensor, const char* name, const at::Tensor& i
   TORCH_CHECK(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
 }
 
-// One bound per element of a stretch: the channels' bounds over and over.
-std::vector<float> repeat(const float* bounds, int64_t channels, int64_t times) {
-  std::vector<float> result;
-  result.reserve(channels * times);
-  for (int64_t i = 0; i < times; ++i) result.insert(result.end(), bounds, bounds + channels);
-  return result;
-}
+}  // namespace
 
-void adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
-                const at::Tensor& learning_rates, const at::Tensor& step, const at::Tensor& low, const at::Tensor& high, double beta1,
-                double beta2, double eps) {
+void check_adam_clip(const at::Tensor& images, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& learning_rates,
+                     const at::Tensor& step, const at::Tensor& low, const at::Tensor& high) {
   TORCH_CHECK(images.dim() == 4, "images must be [N, C, H, W], got shape ", images.sizes());
   check_images(images, "images", images);
-  check_images(gradient, "gradient", images);
   check_images(exp_avg, "exp_avg", images);
   check_images(exp_avg_sq, "exp_avg_sq", images);
   TORCH_CHECK(learning_rates.dim() == 1 && learning_rates.scalar_type() == at::kFloat, "learning_rates must be Float [T], got ",
@@ -50,9 +44,42 @@ void adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor& exp_
               step.sizes());
   check_bound(low, "low", images);
   check_bound(high, "high", images);
+}
+
+AdamClip adam_clip_numbers(const at::Tensor& learning_rates, const at::Tensor& step, double gradient_scale, double beta1, double beta2,
+                           double eps) {
   const int64_t t = *step.const_data_ptr<int64_t>();
   TORCH_CHECK_INDEX(0 <= t && t < learning_rates.size(0), "step must be a row of learning_rates, 0 to ", learning_rates.size(0) - 1,
                     ", got ", t);
+  const auto steps = static_cast<double>(t + 1);
+  AdamClip numbers{};
+  numbers.gradient_scale = static_cast<float>(gradient_scale);
+  numbers.one_minus_beta1 = static_cast<float>(1 - beta1);
+  numbers.beta2 = static_cast<float>(beta2);
+  numbers.one_minus_beta2 = static_cast<float>(1 - beta2);
+  numbers.eps = static_cast<float>(eps);
+  numbers.rate = static_cast<float>(learning_rates.const_data_ptr<float>()[t * learning_rates.stride(0)] / (1 - std::pow(beta1, steps)));
+  numbers.inverse2 = static_cast<float>(1 / (1 - std::pow(beta2, steps)));
+  return numbers;
+}
+
+std::vector<float> repeat(const at::Tensor& bounds, int64_t times) {
+  const at::Tensor dense = bounds.contiguous();
+  const float* first = dense.const_data_ptr<float>();
+  std::vector<float> result;
+  result.reserve(bounds.size(0) * times);
+  for (int64_t i = 0; i < times; ++i) result.insert(result.end(), first, first + bounds.size(0));
+  return result;
+}
+
+namespace {
+
+void adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
+                const at::Tensor& learning_rates, const at::Tensor& step, const at::Tensor& low, const at::Tensor& high, double beta1,
+                double beta2, double eps) {
+  check_adam_clip(images, exp_avg, exp_avg_sq, learning_rates, step, low, high);
+  check_images(gradient, "gradient", images);
+  AdamClip shared = adam_clip_numbers(learning_rates, step, 1, beta1, beta2, eps);
   if (images.numel() == 0) return;
 
   // Tensors that lie otherwise than channels-last or contiguous, or otherwise than the images, are copied and copied back.
@@ -66,19 +93,10 @@ void adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor& exp_
   const float* highs = dense_high.const_data_ptr<float>();
   const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
   const int64_t times = std::max<int64_t>(1, kStretch / channels);
-  const std::vector<float> all_low = innermost ? repeat(lows, channels, times) : std::vector<float>();
-  const std::vector<float> all_high = innermost ? repeat(highs, channels, times) : std::vector<float>();
+  const std::vector<float> all_low = innermost ? repeat(low, times) : std::vector<float>();
+  const std::vector<float> all_high = innermost ? repeat(high, times) : std::vector<float>();
   const int64_t stretch = innermost ? channels * times : pixels;
-
-  AdamClip shared{};
   shared.bound_per_element = innermost;
-  shared.one_minus_beta1 = static_cast<float>(1 - beta1);
-  shared.beta2 = static_cast<float>(beta2);
-  shared.one_minus_beta2 = static_cast<float>(1 - beta2);
-  shared.eps = static_cast<float>(eps);
-  const auto steps = static_cast<double>(t + 1);
-  shared.rate = static_cast<float>(learning_rates.const_data_ptr<float>()[t * learning_rates.stride(0)] / (1 - std::pow(beta1, steps)));
-  shared.inverse2 = static_cast<float>(1 / (1 - std::pow(beta2, steps)));
 
   const int64_t count = x.numel();
   const int64_t stretches = (count + stretch - 1) / stretch;

@@ -1,10 +1,10 @@
-// adam_clip_ on the vectors of one level; included inside its namespace.
+// Adam and the clamp on the vectors of one level; included inside its namespace.
 
 template <bool Partial>
 static inline void adam_clip_vector(const AdamClip& p, int64_t i, int lanes) {
   const auto at = [&](const float* base) { return Partial ? load(base + i, lanes) : load(base + i); };
   const auto to = [&](float* base, Vec v) { Partial ? store(base + i, v, lanes) : store(base + i, v); };
-  const Vec g = at(p.gradient);
+  const Vec g = mul(all(p.gradient_scale), at(p.gradient));
   const Vec old = at(p.exp_avg);
   const Vec m = fma(all(p.one_minus_beta1), sub(g, old), old);
   const Vec v = fma(mul(all(p.one_minus_beta2), g), g, mul(all(p.beta2), at(p.exp_avg_sq)));

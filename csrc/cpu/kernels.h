@@ -49,6 +49,7 @@ struct AdamClip {
   const float* low;  // one bound per element of the stretch, or one for all of it
   const float* high;
   bool bound_per_element;
+  float gradient_scale;  // what the gradient is multiplied with first
   float one_minus_beta1, beta2, one_minus_beta2, eps;
   float rate;      // lr / (1 − β₁^t)
   float inverse2;  // 1 / (1 − β₂^t)

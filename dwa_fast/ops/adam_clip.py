@@ -45,8 +45,12 @@ def adam_clip_(
         IndexError: on a CPU, there is no such row.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
-    _check(images, gradient, exp_avg, exp_avg_sq, learning_rates, step, low, high)
-    beta1, beta2 = _check_numbers(betas, eps)
+    check_state(images, gradient, exp_avg, exp_avg_sq, learning_rates, step, low, high)
+    if gradient.dtype is not torch.float32:
+        raise TypeError(f"gradient must be float32, got {str(gradient.dtype).removeprefix('torch.')}")
+    if torch.is_grad_enabled() and (images.requires_grad or gradient.requires_grad):
+        raise ValueError("adam_clip_ is not differentiable: call it under torch.no_grad(), or with tensors that do not require grad")
+    beta1, beta2 = check_numbers(betas, eps)
     if images.is_cuda:
         update = _triton().adam_clip_
     else:
@@ -77,7 +81,7 @@ def _adam_clip_fake(
     return None
 
 
-def _check(
+def check_state(
     images: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
@@ -87,6 +91,7 @@ def _check(
     low: Tensor,
     high: Tensor,
 ) -> None:
+    """Refuse tensors that do not fit the images; the precision of the gradient is left to the operator."""
     named = {
         "images": images,
         "gradient": gradient,
@@ -101,7 +106,7 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         wanted = torch.int64 if name == "step" else torch.float32
-        if tensor.dtype is not wanted:
+        if tensor.dtype is not wanted and name != "gradient":
             raise TypeError(f"{name} must be {str(wanted).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.device != images.device:
             raise ValueError(f"{name} must be on the device of images, {images.device}, got {tensor.device}")
@@ -117,11 +122,10 @@ def _check(
         raise ValueError(f"learning_rates must be [T], got shape {tuple(learning_rates.shape)}")
     if step.dim() != 0:
         raise ValueError(f"step must be [], got shape {tuple(step.shape)}")
-    if torch.is_grad_enabled() and (images.requires_grad or gradient.requires_grad):
-        raise ValueError("adam_clip_ is not differentiable: call it under torch.no_grad(), or with tensors that do not require grad")
 
 
-def _check_numbers(betas: tuple[float, float], eps: float) -> tuple[float, float]:
+def check_numbers(betas: tuple[float, float], eps: float) -> tuple[float, float]:
+    """β₁ and β₂ as numbers; refuses what Adam cannot use."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, Real) for beta in betas):
         raise TypeError(f"betas must be two numbers, got {betas!r}")
     if not all(0 <= beta < 1 for beta in betas):

@@ -81,7 +81,8 @@ def _backward_fake(grad: Tensor, rows: Tensor, step: Tensor) -> Tensor:
     return torch.empty(grad.shape, dtype=torch.float32, device=grad.device, memory_format=torch.channels_last)
 
 
-def _check(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> None:
+def check_schedule(images: Tensor, rows: Tensor, step: Tensor) -> None:
+    """Refuse images of the wrong kind, and a schedule that does not fit them."""
     for name, tensor, wanted in (("images", images, torch.float32), ("rows", rows, torch.int32), ("step", step, torch.int64)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -95,11 +96,20 @@ def _check(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> No
         raise ValueError(f"rows must be [T, 7], got shape {tuple(rows.shape)}")
     if step.dim() != 0:
         raise ValueError(f"step must be [], got shape {tuple(step.shape)}")
+
+
+def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a precision that a view cannot have on that device."""
+    offered = _CUDA_DTYPES if device.type == "cuda" else _CPU_DTYPES
+    if dtype not in offered:
+        raise TypeError(f"{name} must be {' or '.join(map(_name, offered))} on {device.type}, got {_name(dtype)}")
+
+
+def _check(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> None:
+    check_schedule(images, rows, step)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    offered = _CUDA_DTYPES if images.is_cuda else _CPU_DTYPES
-    if dtype not in offered:
-        raise TypeError(f"dtype must be {' or '.join(map(_name, offered))} on {images.device.type}, got {_name(dtype)}")
+    check_precision("dtype", dtype, images.device)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -93,6 +93,28 @@ def adam_clip_(
     images.clamp_(low[:, None, None], high[:, None, None])
 
 
+def view_adam_clip_(
+    images: Tensor,  # [N, C, H, W], changed in place
+    gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
+    exp_avg: Tensor,  # [N, C, H, W], changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
+    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    learning_rates: Tensor,  # [T]
+    step: Tensor,  # [] int64, counted from 0: the row of both
+    low: Tensor,  # [C]
+    high: Tensor,  # [C]
+    loss_scale: float = 1.0,
+    betas: tuple[float, float] = (0.5, 0.9),
+    eps: float = 1e-8,
+) -> None:
+    """The adjoint of the row's view, divided by the scale of the loss, then `adam_clip_` with it."""
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_(True)
+        seen = view(leaf, rows, step)
+    (adjoint,) = torch.autograd.grad(seen, leaf, gradient.to(images.dtype))
+    adam_clip_(images, adjoint * (1 / loss_scale), exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
+
+
 def ascend_(
     weights: Tensor,  # [P], changed in place
     gradients: Tensor,  # [P]

@@ -10,30 +10,13 @@ import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
+from tests.kernels.cases import BETAS, EPS, State
 from tests.kernels.support import assert_as_good_as_pytorch, captured, error
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.adam_clip")
 
-BETAS, EPS = (0.5, 0.9), 1e-8
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 1, 8, 8), (4, 3, 16, 16), (2, 17, 3, 31)]
-
-
-class State:
-    """Images, gradient and Adam's moments as they are in the middle of a run, with the schedule and the bounds of the pixels."""
-
-    def __init__(self, shape: tuple[int, ...], device: torch.device | str, layout: torch.memory_format, iterations: int = 2000) -> None:
-        def tensor(scale: float) -> Tensor:
-            return (scale * torch.randn(shape)).to(device).contiguous(memory_format=layout)
-
-        self.images, self.gradient, self.exp_avg = tensor(1.0), tensor(1e-4), tensor(1e-4)
-        self.exp_avg_sq = tensor(1e-4).square()
-        self.learning_rates = 0.25 * (1 + torch.arange(iterations).mul(math.pi / iterations).cos()).div(2).to(device)
-        self.low = torch.linspace(-2.0, -1.0, shape[1]).to(device)
-        self.high = torch.linspace(1.0, 2.5, shape[1]).to(device)
-
-    def changing(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [tensor.to(dtype, copy=True) for tensor in (self.images, self.exp_avg, self.exp_avg_sq)]
 
 
 def step_of(count: int, device: torch.device | str) -> Tensor:

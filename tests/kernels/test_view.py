@@ -9,37 +9,11 @@ import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
+from tests.kernels.cases import CASES, Row, schedule
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured, error
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.view")
-
-Row = tuple[int, int, int, int, int, int, int]  # top, left, height, width; flip; roll down, right
-
-# Shape of the images, and one view of them.
-VIEWS: list[tuple[tuple[int, int, int, int], Row]] = [
-    ((1, 1, 1, 1), (0, 0, 1, 1, 0, 0, 0)),
-    ((1, 1, 1, 1), (0, 0, 1, 1, 1, 3, 2)),
-    ((2, 3, 8, 8), (0, 0, 8, 8, 0, 0, 0)),
-    ((2, 3, 8, 8), (0, 0, 8, 8, 0, 4, 3)),
-    ((2, 3, 8, 8), (0, 0, 8, 8, 1, 0, 0)),
-    ((2, 3, 8, 8), (2, 1, 5, 6, 1, 1, 7)),
-    ((2, 3, 8, 8), (3, 4, 1, 1, 1, 2, 5)),  # one pixel
-    ((1, 3, 8, 8), (7, 0, 1, 8, 0, 1, 0)),  # one line
-    ((1, 3, 8, 8), (0, 7, 8, 1, 1, 0, 1)),  # one column
-    ((1, 3, 8, 8), (0, 0, 4, 4, 0, 9, -3)),  # rolls past the size, and backwards
-    ((3, 2, 9, 13), (4, 6, 5, 7, 1, 2, 4)),
-    ((1, 5, 13, 6), (0, 0, 12, 6, 0, 0, 1)),
-    ((1, 17, 4, 5), (1, 0, 3, 4, 1, 1, 1)),
-    ((1, 3, 3, 140), (0, 30, 2, 100, 1, 1, 32)),  # wider than a program
-    ((1, 3, 32, 32), (10, 3, 9, 10, 1, 4, 4)),  # the smallest published crop
-]
-CASES = [pytest.param(shape, row, id=f"{'x'.join(map(str, shape))}-{','.join(map(str, row))}") for shape, row in VIEWS]
-
-
-def schedule(row: Row, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Three rows, of which the step selects the middle one; the others are no legal crops."""
-    return torch.tensor([[-1] * 7, row, [99] * 7], dtype=torch.int32, device=device), torch.tensor(1, device=device)
 
 
 def plain_adjoint(grad: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:

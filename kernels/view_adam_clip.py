@@ -1,0 +1,72 @@
+"""Triton twin of dwa_fast.ops.view_adam_clip_: the adjoint of the view, Adam and the clamp in one pass over the pixels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwa_fast.kernels.adam_clip import adam_rates, adam_step
+from dwa_fast.kernels.layout import channels_last, on_device_of
+from dwa_fast.kernels.view import WARPS, adjoint, cut, element
+
+
+@triton.jit(do_not_specialize=["lines", "pitch"])
+def _view_adam_clip_kernel(
+    images, gradient, exp_avg, exp_avg_sq, rows, learning_rates, step, low, high, lines, pitch, height, width,
+    CHANNELS: tl.constexpr, GRADIENT_SCALE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    LINES: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """g_s = GRADIENT_SCALE · Σ weight(o, s) gradient_o   over the output pixels o that read source pixel s, then Adam and the clamp with g.
+
+    All are [N, H, W, C] in memory. NaN stays NaN.
+    """
+    line, place = element(LINES, SPAN)
+    inside = (line < lines) & (place < pitch)
+    g = GRADIENT_SCALE * adjoint(gradient, rows, step, line, place, inside, pitch, height, width, CHANNELS, LINES, SPAN)
+
+    # Loaded this late because the gather needs the registers: before it, half as many programs would fit a multiprocessor.
+    offset = line.to(tl.int64) * pitch + place
+    m = tl.load(exp_avg + offset, mask=inside)
+    v = tl.load(exp_avg_sq + offset, mask=inside)
+    x = tl.load(images + offset, mask=inside)
+    rate, root = adam_rates(learning_rates, step, BETA1, BETA2)
+    lowest = tl.load(low + place % CHANNELS, mask=inside)
+    highest = tl.load(high + place % CHANNELS, mask=inside)
+    x, m, v = adam_step(x, g, m, v, rate, root, lowest, highest, BETA1, BETA2, EPS)
+    tl.store(exp_avg + offset, m, mask=inside)
+    tl.store(exp_avg_sq + offset, v, mask=inside)
+    tl.store(images + offset, x, mask=inside)
+
+
+def view_adam_clip_(
+    images: Tensor,  # [N, C, H, W] float32, changed in place
+    gradient: Tensor,  # [N, C, H, W] float32, bfloat16 or float16, with respect to the view
+    exp_avg: Tensor,  # [N, C, H, W] float32, changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W] float32, changed in place
+    rows: Tensor,  # [T, 7] int32
+    learning_rates: Tensor,  # [T] float32
+    step: Tensor,  # [] int64, counted from 0
+    low: Tensor,  # [C] float32
+    high: Tensor,  # [C] float32
+    loss_scale: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One launch; arguments as in dwa_fast.ops.view_adam_clip_. Tensors that are not channels-last are copied, and copied back."""
+    if images.numel() == 0:
+        return
+    count, channels, height, width = images.shape
+    lines, pitch = count * height, width * channels
+    grid, tile = cut(lines, pitch)
+    given = (images, exp_avg, exp_avg_sq)
+    x, m, v = (channels_last(tensor) for tensor in given)
+    with on_device_of(images):
+        _view_adam_clip_kernel[grid](
+            x, channels_last(gradient), m, v, rows.contiguous(), learning_rates, step, low, high, lines, pitch, height, width,
+            CHANNELS=channels, GRADIENT_SCALE=1 / loss_scale, BETA1=beta1, BETA2=beta2, EPS=eps, **tile, num_warps=WARPS,
+        )  # fmt: skip
+    for tensor, worked_on in zip(given, (x, m, v), strict=True):
+        if worked_on is not tensor:
+            tensor.copy_(worked_on)
