@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast import compiled
 from dwa_fast.architectures import build
-from dwa_fast.backend import Execution, Operators, precisions, resolve
+from dwa_fast.backend import Execution, precisions, resolve, tuned
 from dwa_fast.checkpoint import load_teacher
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.recipes import full_recipe
@@ -209,8 +208,7 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        plain = Operators(name, matching_loss=compiled.matching_loss, view=compiled.view, adam_clip_=compiled.adam_clip_)
-        return Ours(problem, Execution(name, plain, problem.device, precision))
+        return Ours(problem, Execution(name, tuned(name), problem.device, precision))
     return Ours(problem, resolve(name, precision, str(problem.device)))  # type: ignore[arg-type]
 
 

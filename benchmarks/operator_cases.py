@@ -282,6 +282,21 @@ def _adam_clip(operators: Operators, inputs: Inputs) -> Call:
     return call
 
 
+def _view_adam_clip(operators: Operators, inputs: Inputs) -> Call:
+    names = ("images", "seen_gradient", "exp_avg", "exp_avg_sq", "rows", "learning_rates", "step", "low", "high")
+
+    def call() -> tuple[Tensor, ...]:
+        operators.view_adam_clip_(*(inputs[name] for name in names))
+        return inputs["images"], inputs["exp_avg"], inputs["exp_avg_sq"]
+
+    return call
+
+
+def _view_adam_clip_traffic(inputs: Inputs) -> int:
+    """Reads the gradient of the view, x, m and v; writes x, m and v."""
+    return inputs["seen_gradient"].nbytes + 6 * inputs["images"].nbytes
+
+
 def _arena(subject: Weights, dtype: torch.dtype, device: torch.device) -> Inputs:
     weights = 0.02 * torch.randn(subject.count, device=device)
     compute = None if dtype == torch.float32 else weights.to(dtype)
@@ -322,6 +337,7 @@ OPERATORS = (
     Operator("view adjoint", _images, _pictures, _view_adjoint, lambda inputs: inputs["seen_gradient"].nbytes + inputs["images"].nbytes),
     # Reads x, g, m and v; writes x, m and v.
     Operator("adam_clip_", _images, _pictures, _adam_clip, lambda inputs: 7 * inputs["images"].nbytes, ("fp32",)),
+    Operator("view_adam_clip_", _images, _pictures, _view_adam_clip, _view_adam_clip_traffic),
     Operator("ascend_", _weights, _arena, _ascend, _ascend_traffic),
 )
 

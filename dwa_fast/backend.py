@@ -20,7 +20,7 @@ from dwa_fast.reference import ops as plain
 
 log = logging.getLogger("dwa_fast")
 
-OPERATORS = ("bn_act", "matching_loss", "view", "adam_clip_", "ascend_")
+OPERATORS = ("bn_act", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
@@ -28,13 +28,14 @@ _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, b
 
 @dataclass(frozen=True)
 class Operators:
-    """The five operators that a run calls; signatures as in `reference.ops`."""
+    """The operators that a run calls; signatures as in `reference.ops`."""
 
     name: str
     bn_act: Callable[..., tuple[Tensor, Tensor]] = plain.bn_act
     matching_loss: Callable[..., Tensor] = plain.matching_loss
     view: Callable[..., Tensor] = plain.view
     adam_clip_: Callable[..., None] = plain.adam_clip_
+    view_adam_clip_: Callable[..., None] = plain.view_adam_clip_
     ascend_: Callable[..., Tensor] = plain.ascend_
     fuses: bool = False  # whether bn_act is worth tracing the teacher for
     implementations: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, _PLAIN))
@@ -172,15 +173,25 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def tuned(name: str) -> Operators:
+    """Plain operators that read schedule and counter as tensors: for TorchInductor, and for CUDA graphs."""
+    return Operators(
+        name,
+        matching_loss=compiled.matching_loss,
+        view=compiled.view,
+        adam_clip_=compiled.adam_clip_,
+        view_adam_clip_=compiled.view_adam_clip_,
+    )
+
+
 def _operators(backend: str, device: torch.device) -> Operators:
     if backend == "fused":
         return _fused(device)
-    if backend == "compiled":
-        return Operators(backend, matching_loss=compiled.matching_loss, view=compiled.view, adam_clip_=compiled.adam_clip_)
-    return Operators(backend)
+    return tuned(backend) if backend == "compiled" else Operators(backend)
 
 
 def _fused(device: torch.device) -> Operators:
     kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
     implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
-    return Operators("fused", ops.bn_act, ops.matching_loss, ops.view, ops.adam_clip_, ops.ascend_, True, implementations)
+    calls = ops.bn_act, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
+    return Operators("fused", *calls, True, implementations)

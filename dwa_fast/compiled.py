@@ -47,10 +47,7 @@ def view(
     dtype: torch.dtype | None = None,  # of the result; None: as the images
 ) -> Tensor:  # [N, C, H, W]
     """The view of one iteration, as a product with one sparse matrix of interpolation weights per axis."""
-    row = rows.index_select(0, step[None])[0]
-    top, left, height, width, flip, down, right = row.unbind()
-    vertical = _weights(images.shape[2], top, height, torch.zeros_like(flip), down, images)
-    horizontal = _weights(images.shape[3], left, width, flip, right, images)
+    vertical, horizontal = _weights(images, rows, step)
     return (vertical @ images @ horizontal.T).to(dtype or images.dtype)
 
 
@@ -76,21 +73,46 @@ def adam_clip_(
     images.copy_(torch.minimum(torch.maximum(moved, low[:, None, None]), high[:, None, None]))
 
 
+def view_adam_clip_(
+    images: Tensor,  # [N, C, H, W], changed in place
+    gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
+    exp_avg: Tensor,  # [N, C, H, W], changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
+    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    learning_rates: Tensor,  # [T]
+    step: Tensor,  # [] int64, counted from 0: the row of both
+    low: Tensor,  # [C]
+    high: Tensor,  # [C]
+    loss_scale: float = 1.0,
+    betas: tuple[float, float] = (0.5, 0.9),
+    eps: float = 1e-8,
+) -> None:
+    """The adjoint of the view, as products with the transposes of its matrices, then `adam_clip_` with it."""
+    vertical, horizontal = _weights(images, rows, step)
+    adjoint = vertical.T @ (gradient.to(images.dtype) @ horizontal)
+    if loss_scale != 1:
+        adjoint = adjoint * (1 / loss_scale)
+    adam_clip_(images, adjoint, exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
+
+
 def _weights(
-    size: int,
-    start: Tensor,  # [] first pixel of the crop
-    extent: Tensor,  # [] pixels of the crop
-    flip: Tensor,  # [] 0 or 1
-    roll: Tensor,  # [] pixels
-    like: Tensor,
-) -> Tensor:  # [size, size]: weight of each source pixel (column) in each seen pixel (row)
-    """Bilinear interpolation along one axis, with half-pixel centres, after flip and roll."""
-    index = torch.arange(size, device=like.device)
+    images: Tensor,  # [N, C, H, W]
+    rows: Tensor,  # [T, 7]
+    step: Tensor,  # []
+) -> tuple[Tensor, Tensor]:  # [H, H] and [W, W]: weight of each source pixel (column) in each seen pixel (row)
+    """Bilinear interpolation along both axes, with half-pixel centres, after flip and roll; both at once, for half the launches."""
+    height, width = images.shape[2:]
+    row = rows.index_select(0, step[None])[0][:, None]
+    start, extent, roll = row[0:2], row[2:4].to(images.dtype), row[5:7]  # [2, 1]: down and right
+    axis = torch.arange(2, device=images.device)[:, None]
+    size = height + axis * (width - height)
+    index = torch.arange(max(height, width), device=images.device)
     seen = (index - roll) % size
-    seen = torch.where(flip > 0, size - 1 - seen, seen)
-    position = ((seen.to(like.dtype) + 0.5) * (extent.to(like.dtype) / size) - 0.5).clamp_min(0)
+    seen = torch.where(axis * row[4] > 0, size - 1 - seen, seen)
+    position = ((seen.to(images.dtype) + 0.5) * (extent / size) - 0.5).clamp_min(0)
     lower = position.floor()
-    upper = torch.minimum(lower + 1, extent.to(like.dtype) - 1)
-    fraction = (position - lower)[:, None]
-    source = index - start
-    return (source == lower[:, None]) * (1 - fraction) + (source == upper[:, None]) * fraction
+    upper = torch.minimum(lower + 1, extent - 1)
+    fraction = (position - lower)[:, :, None]
+    source = (index - start)[:, None]
+    both = (source == lower[:, :, None]) * (1 - fraction) + (source == upper[:, :, None]) * fraction
+    return both[0, :height, :height], both[1, :width, :width]

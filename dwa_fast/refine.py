@@ -66,13 +66,11 @@ class Refinement:
     def _iterate(self) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
         operators, scale = self.classifier.operators, self.execution.loss_scale
-        leaf = self.images.detach().requires_grad_(True)
-        seen = operators.view(leaf, self.rows, self.step, self.execution.dtype)
+        seen = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
         terms = self._terms(seen)
-        (gradient,) = torch.autograd.grad(self._objective(terms, seen) * scale, leaf)
-        if scale != 1:
-            gradient = gradient * (1 / scale)
-        operators.adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, self.learning_rates, self.step, self.low, self.high)
+        (gradient,) = torch.autograd.grad(self._objective(terms, seen) * scale, seen)
+        schedule = self.rows, self.learning_rates, self.step
+        operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
         self.losses.index_copy_(0, self.step[None], terms.detach()[None])
         self.step.add_(1).remainder_(self.config.iterations)
 

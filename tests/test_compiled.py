@@ -46,3 +46,18 @@ def test_adam_clip() -> None:
             each.adam_clip_(images, gradient, first, second, rates, torch.tensor(step), low, high)
     for got, wanted in zip(*states, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**14])
+@pytest.mark.parametrize("view", ["roll", "crop"])
+def test_view_adam_clip(view: str, loss_scale: float) -> None:
+    schedule = draw_schedule(small_config(view=view, jitter=5, iterations=10), 9, 14, seed=0, batch=0)
+    states = [[torch.zeros(2, 3, 9, 14, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
+    low, high = -torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    for step in range(10):
+        gradient = torch.randn(2, 3, 9, 14)
+        for each, (images, first, second) in zip((compiled, ops), states, strict=True):
+            given = images, gradient, first, second, schedule.rows, schedule.learning_rates, torch.tensor(step)
+            each.view_adam_clip_(*given, low, high, loss_scale)
+    for got, wanted in zip(*states, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-13)
