@@ -13,7 +13,7 @@ from torch import nn
 from dwa_fast.config import InitialConfig, SynthesisConfig, check_integer
 from dwa_fast.datasets import ImageSet, denormalise
 from dwa_fast.errors import InputError
-from dwa_fast.initial import initial_images
+from dwa_fast.initial import initial_images, unseen
 from dwa_fast.storage import ImageStore
 from dwa_fast.synthesis import Batch, Synthesizer, count_all
 
@@ -63,7 +63,7 @@ def distill(
     check_integer("ipc", ipc, 1)
     classes = len(data.class_names)
     start = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
-    run = Synthesizer(teacher, start.load([0], 0), config)
+    run = Synthesizer(teacher, unseen(data), config)
     if run.classes != classes:
         raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")
     settings = {**asdict(config), **run.execution.describe(), **start.settings, "seed": seed, **(origin or {})}

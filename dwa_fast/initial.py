@@ -35,7 +35,7 @@ class InitialImages(Protocol):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Files that were no images, and why, as far as they have been met."""
+        """Files that were no images, and why, as far as they have been met. Those that a set has skipped before are put in first."""
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """Image `index` of each of these classes, [n, C, S, S], normalised."""
@@ -57,7 +57,7 @@ def initial_images(
     if not synthesis.sees_images:
         if config.initial_tensors:
             raise InputError("initial_tensors would not be used: a noise start without directed adjustment sees no images")
-        return Unseen(data, seed)
+        return NoImages(data)
     if config.initial_tensors:
         return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
     return RealImages(data, synthesis, config, ipc=ipc, seed=seed)
@@ -178,17 +178,22 @@ def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
     return content.detach().float().contiguous()
 
 
-class Unseen:
-    """What stands for initial images where nothing looks at them: noise of the right shape."""
+class NoImages:
+    """What stands for initial images where nothing looks at them."""
 
-    def __init__(self, data: ImageSet, seed: int) -> None:
+    def __init__(self, data: ImageSet) -> None:
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-        self._image = normal(generator(seed, "unseen"), data.image_shape)
+        self._image = unseen(data)
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """The same noise for each of these classes, [n, C, S, S]."""
         return self._image.expand(len(labels), -1, -1, -1)
+
+
+def unseen(data: ImageSet) -> Tensor:
+    """Noise of the shape of an image of the set, [1, C, S, S], to try a teacher with before anything is decoded."""
+    return normal(generator(0, "unseen"), (1, *data.image_shape))
 
 
 def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:

@@ -130,16 +130,17 @@ def distil(data: FileSet | MemorySet, output: Path, ipc: int = 2, config: Any = 
     return distill(small_teacher(), data, config, ipc=ipc, output=output, initial=InitialConfig(**settings))
 
 
-def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", [0, 3])
+def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path, label: int) -> None:
     write_files(tmp_path / "data")
-    damaged = tmp_path / "data" / "c3" / "0.png"
+    damaged = tmp_path / "data" / f"c{label}" / "0.png"
     good = damaged.read_bytes()
     damaged.write_bytes(b"")
     settings: dict[str, Any] = {"initial_order": "sorted", "skip_bad_images": True}
     distil(files(tmp_path / "data"), tmp_path / "whole", 2, **settings)
     distil(files(tmp_path / "data"), tmp_path / "set", 1, **settings)
     manifest = read_manifest(tmp_path / "set")
-    assert manifest["skipped"] == {"c3/0.png": "it is empty"}
+    assert manifest["skipped"] == {f"c{label}/0.png": "it is empty"}
     assert manifest["settings"]["initial_order"] == "sorted"
     damaged.write_bytes(good)  # repaired in between: the set goes on as it began
     distil(files(tmp_path / "data"), tmp_path / "set", 2, initial_order="sorted")
