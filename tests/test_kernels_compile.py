@@ -33,7 +33,11 @@ WIDE = {
     "ascend._update_kernel",
     "bn_act._backward_kernel",
     "bn_act._forward_kernel",
+    "moments._backward_kernel",
+    "moments._forward_kernel",
 }
+
+SUMS = {"ascend._square_sum_kernel", "moments._forward_kernel"}  # of those, the ones that store sums alone
 
 
 class Launch(NamedTuple):
@@ -76,7 +80,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from torch import Tensor
 
-    from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, view, view_adam_clip
+    from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, moments, view, view_adam_clip
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device="meta")
@@ -97,6 +101,14 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                     case = f"{dtype}{' skip' * has_skip}{' relu' * relu} C={shape[1]}"
                     yield case, partial(both_ways, shape, dtype, has_skip, relu)
     yield "torch.bfloat16 skip relu C=58, odd size", partial(both_ways, (3, 58, 7, 7), torch.bfloat16, True, True)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for shape in [(100, 64, 32, 32), (100, 512, 4, 4), (100, 64, 112, 112)]:
+                y, mean = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout), tensor(shape[1])
+                case = f"{dtype} {str(layout).removeprefix('torch.')} C={shape[1]} {shape[2]} px"
+                yield case, partial(moments.moments_forward, y, mean)
+                yield case, partial(moments.moments_backward, tensor(2, shape[1]), y, mean)
 
     long = torch.int64
     sums, offsets, counts = tensor(2, 26560), tensor(54, dtype=long), tensor(53, dtype=long)
@@ -257,7 +269,7 @@ else:
             assert row["registers"] * row["warps"] * 32 <= 32768, f"fewer than two programs fit a multiprocessor: {row}"
             if row["kernel"] in WIDE and "odd" not in row["case"]:
                 assert row["load"] == 16, row
-                assert row["store"] == (16 if row["kernel"] != "ascend._square_sum_kernel" else 4), row
+                assert row["store"] == (4 if row["kernel"] in SUMS else 16), row
                 assert row["run"] >= 128, row
             if row["kernel"].startswith("view"):
                 assert row["run"] >= 64, row

@@ -12,7 +12,7 @@ ORDER = """
     _version errors config seeding files archives views recipes decoding datasets architectures
     reference reference.ops reference.loop
     priors tracing compiled
-    ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.view ops.view_adam_clip ops
+    ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.moments ops.view ops.view_adam_clip ops
     backend
     checkpoint stem rewrite teacher initial program repeat ascent refine storage
     synthesis

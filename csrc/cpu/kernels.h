@@ -41,6 +41,14 @@ struct BnActWeightBackward : BnAct {
   double* partials;  // [blocks, 2, C]: each block's Σ mask·gz·(y − m) and Σ mask·gz
 };
 
+// In the rows of a channels-last tensor, or in the planes of a contiguous one.
+struct Moments : BnAct {
+  int64_t plane;           // H·W of a contiguous tensor; 0: channels-last
+  float* partials;         // forward: [blocks, 2, C] of rows, [N·C, 2] of planes: Σ(y − m) and Σ(y − m)²
+  const float* grad_sums;  // backward: [2, C]
+  void* grad_y;            // backward
+};
+
 struct AdamClip {
   float* images;
   const float* gradient;
@@ -79,7 +87,9 @@ struct Kernels {
   void (*bn_act_forward)(const BnActForward&, int64_t, int64_t);
   void (*bn_act_backward)(const BnActBackward&, int64_t, int64_t);
   void (*bn_act_weight_backward)(const BnActWeightBackward&, int64_t, int64_t);
-  void (*adam_clip)(const AdamClip&, int64_t);  // the first elements, that many
+  void (*moments)(const Moments&, int64_t, int64_t);           // the range is of planes in a contiguous tensor
+  void (*moments_backward)(const Moments&, int64_t, int64_t);  // as above
+  void (*adam_clip)(const AdamClip&, int64_t);                 // the first elements, that many
   void (*view_adjoint)(const ViewAdjoint&);
 };
 

@@ -6,8 +6,11 @@ using Bf16 = uint16_t;  // its bits
 // The operators on those vectors.
 #include "cpu/adam_clip_kernel.h"
 #include "cpu/bn_act_kernels.h"
+#include "cpu/moments_kernels.h"
 #include "cpu/view_kernel.h"
 }  // namespace
 
-const Kernels kKernels = {bn_act_forward, bn_act_backward, bn_act_weight_backward, adam_clip, view_adjoint};
+const Kernels kKernels = {
+    bn_act_forward, bn_act_backward, bn_act_weight_backward, moments, moments_backward, adam_clip, view_adjoint,
+};
 }  // namespace dwa_fast::DWA_FAST_LEVEL

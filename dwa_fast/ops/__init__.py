@@ -12,10 +12,23 @@ from dwa_fast.ops.adam_clip import adam_clip_
 from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.bn_act import bn_act
 from dwa_fast.ops.matching_loss import matching_loss
+from dwa_fast.ops.moments import moments
 from dwa_fast.ops.view import view
 from dwa_fast.ops.view_adam_clip import view_adam_clip_
 
-__all__ = ["adam_clip_", "ascend_", "bn_act", "built_with", "cause", "cpu_level", "load", "matching_loss", "view", "view_adam_clip_"]
+__all__ = [
+    "adam_clip_",
+    "ascend_",
+    "bn_act",
+    "built_with",
+    "cause",
+    "cpu_level",
+    "load",
+    "matching_loss",
+    "moments",
+    "view",
+    "view_adam_clip_",
+]
 
 
 def cpu_level() -> str:

@@ -26,9 +26,16 @@ def bn_act(
     z = F.batch_norm(y, mean, var, weight, bias, training=False, eps=eps)
     if skip is not None:
         z = z + skip
+    return (z.relu() if relu else z), moments(y, mean)
+
+
+def moments(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C]
+) -> Tensor:  # [2, C] float32 or wider
+    """Σ(y − m) and Σ(y − m)² over N, H and W."""
     shifted = y.to(torch.promote_types(y.dtype, torch.float32)) - mean[:, None, None]
-    sums = torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))])
-    return (z.relu() if relu else z), sums
+    return torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))])
 
 
 def matching_loss(

@@ -1,0 +1,79 @@
+"""moments in Triton, interpreted on a CPU and real on a GPU, against its plain twin in float64."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwa_fast.reference import ops as reference
+from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
+
+pytest.importorskip("triton", reason="this PyTorch comes without Triton")
+kernel = importlib.import_module("dwa_fast.kernels.moments")
+
+SHAPES = [(1, 1, 3, 7), (2, 3, 5, 7), (40, 5, 2, 2), (3, 24, 4, 4), (2, 58, 9, 8), (5, 130, 1, 1)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def both_ways(y: Tensor, mean: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return kernel.moments_forward(y, mean), kernel.moments_backward(grad, y, mean)
+
+
+def assert_matches(y: Tensor) -> None:
+    mean, grad = torch.randn(y.shape[1], device=y.device), torch.randn(2, y.shape[1], device=y.device)
+    found = both_ways(y, mean, grad)
+    others = []
+    for dtype in (y.dtype, torch.float64):
+        wide = torch.promote_types(dtype, torch.float32)
+        leaf = y.detach().to(dtype).requires_grad_()
+        sums = reference.moments(leaf, mean.to(wide))
+        others.append((sums.detach(), torch.autograd.grad(sums, leaf, grad.to(wide))[0]))
+    for result, plain, expected in zip(found, *others, strict=True):
+        assert_as_good_as_pytorch(result, plain, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> None:
+    assert_matches(torch.randn(shape).to(device, dtype).contiguous(memory_format=layout))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_programs_loop_over_tiles(
+    layout: torch.memory_format, programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Fewer programs than tiles: each takes several, the last ones not all equally many."""
+    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    assert_matches(torch.randn(150, 8, 3, 2, device=device).contiguous(memory_format=layout))
+
+
+def test_strides_with_gaps(device: torch.device) -> None:
+    assert_matches(torch.randn(4, 6, 5, 9, device=device)[:, ::2, :, 1:8])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (3, 0, 2, 2)])
+def test_nothing_to_read(shape: tuple[int, ...], device: torch.device) -> None:
+    sums, gradient = both_ways(
+        torch.randn(shape, device=device), torch.randn(shape[1], device=device), torch.randn(2, shape[1], device=device)
+    )
+    assert sums.tolist() == [[0.0] * shape[1]] * 2
+    assert gradient.shape == shape
+
+
+def test_same_bits_again(device: torch.device) -> None:
+    y, mean, grad = torch.randn(9, 20, 8, 8, device=device), torch.randn(20, device=device), torch.randn(2, 20, device=device)
+    for first, second in zip(both_ways(y, mean, grad), both_ways(y, mean, grad), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    y, mean, grad = torch.randn(9, 20, 8, 8, device="cuda"), torch.randn(20, device="cuda"), torch.randn(2, 20, device="cuda")
+    called = both_ways(y, mean, grad)
+    for expected, replayed in zip(called, captured(lambda: both_ways(y, mean, grad)), strict=True):
+        assert torch.equal(expected, replayed)
