@@ -20,7 +20,7 @@ from dwa_fast.reference import ops as plain
 
 log = logging.getLogger("dwa_fast")
 
-OPERATORS = ("bn_act", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_")
+OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
@@ -28,10 +28,11 @@ _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, b
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators that a run calls; signatures as in `reference.ops`."""
+    """The operators that a run or a hook calls; signatures as in `reference.ops`."""
 
     name: str
     bn_act: Callable[..., tuple[Tensor, Tensor]] = plain.bn_act
+    moments: Callable[..., Tensor] = plain.moments
     matching_loss: Callable[..., Tensor] = plain.matching_loss
     view: Callable[..., Tensor] = plain.view
     adam_clip_: Callable[..., None] = plain.adam_clip_
@@ -184,6 +185,18 @@ def tuned(name: str) -> Operators:
     )
 
 
+@functools.cache
+def operators_for(device: torch.device, dtype: torch.dtype) -> Operators:
+    """What a hook measures features of a precision with: fused operators where they can run, else plain ones, and a line in the log."""
+    causes = fused_causes(device) if device.type in ("cpu", "cuda") else [f"they do not run on {device.type}"]
+    if not causes and dtype not in {_DTYPES[precision] for precision in precisions("fused", device)}:
+        causes = [f"they do not compute in {str(dtype).removeprefix('torch.')} on {device.type}"]
+    if not causes:
+        return _fused(device)
+    log.warning("BatchNorm statistics are measured with %s, not by the fused operators: %s", _PLAIN, "; ".join(causes))
+    return Operators("reference")
+
+
 def _operators(backend: str, device: torch.device) -> Operators:
     if backend == "fused":
         return _fused(device)
@@ -193,5 +206,5 @@ def _operators(backend: str, device: torch.device) -> Operators:
 def _fused(device: torch.device) -> Operators:
     kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
     implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
-    calls = ops.bn_act, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
+    calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
     return Operators("fused", *calls, True, implementations)

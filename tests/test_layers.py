@@ -17,6 +17,7 @@ ORDER = """
     checkpoint stem rewrite teacher initial program repeat ascent refine storage
     synthesis
     augment training squeeze validate diversity report distill
+    compat.hooks compat.perterb compat
     demo console commands cli
     __init__ __main__
 """.split()

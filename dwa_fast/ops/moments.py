@@ -42,11 +42,6 @@ def moments(
     return sums
 
 
-def takes(y: Tensor) -> bool:
-    """Whether the operator computes in the precision of y on its device."""
-    return y.dtype in (_CUDA_DTYPES if y.is_cuda else _CPU_DTYPES)
-
-
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, mean: Tensor) -> Tensor:
@@ -86,7 +81,7 @@ def _check(y: Tensor, mean: Tensor) -> None:
     for name, tensor in (("y", y), ("mean", mean)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not takes(y):
+    if y.dtype not in (_CUDA_DTYPES if y.is_cuda else _CPU_DTYPES):
         wanted = "float32, bfloat16 or float16" if y.is_cuda else "float32 or bfloat16"
         raise TypeError(f"y must be {wanted} on {y.device.type}, got {str(y.dtype).removeprefix('torch.')}")
     if y.dim() != 4:

@@ -1,0 +1,233 @@
+"""BNFeatureHook: values and gradients of the published computation, in eager loops of any layout and precision."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dwa_fast import InputError
+from dwa_fast.backend import operators_for
+from dwa_fast.compat import BNFeatureHook
+from tests.nets import real_images, small_teacher
+
+
+@pytest.fixture(autouse=True)
+def chosen_anew() -> None:
+    """Operators are chosen, and the choice is said, once per process; each test chooses anew."""
+    operators_for.cache_clear()
+
+
+def layer(channels: int = 6, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.BatchNorm2d:
+    """A trained layer in eval mode."""
+    made = nn.BatchNorm2d(channels).eval()
+    made.running_mean, made.running_var = torch.randn(channels), torch.rand(channels) + 0.3
+    return made.to(device, dtype)
+
+
+def as_published(y: Tensor, module: nn.BatchNorm2d, r_var: float = 1.0) -> Tensor:
+    """The definition, in the precision of y, by automatic differentiation."""
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    flat = y.transpose(0, 1).flatten(1)
+    mean, var = module.running_mean.to(y.dtype) - flat.mean(1), module.running_var.to(y.dtype) - flat.var(1, unbiased=False)
+    return r_var * var.norm() + mean.norm()
+
+
+def gradient(value: Tensor, leaf: Tensor) -> Tensor:
+    return torch.autograd.grad(value, leaf)[0]
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    return float((result.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("r_var", [None, 11.0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 4e-3)])
+def test_value_and_gradient_are_the_published_ones(
+    dtype: torch.dtype, rounding: float, layout: torch.memory_format, r_var: float | None, device: torch.device
+) -> None:
+    """Errors against float64 are at most twice those of the definition in the same precision, or a few roundings."""
+    module = layer(20, device, dtype)
+    hook = BNFeatureHook(module) if r_var is None else BNFeatureHook(module, Namespace(r_var=r_var))
+    y = torch.randn(5, 20, 6, 7).to(device, dtype).contiguous(memory_format=layout).requires_grad_()
+    output = module(y)
+    exact = y.detach().double().requires_grad_()
+    expected = as_published(exact, module, r_var or 1.0)
+    plain = y.detach().requires_grad_()
+    published = as_published(plain, module, r_var or 1.0)
+    assert torch.equal(output, nn.functional.batch_norm(y, *buffers(module), eps=module.eps))
+    assert hook.r_feature.shape == ()
+    assert error(hook.r_feature, expected) <= max(2 * error(published, expected), 2e-7)
+    wanted = gradient(expected, exact)
+    assert error(gradient(hook.r_feature, y), wanted) <= max(2 * error(gradient(published, plain), wanted), rounding)
+
+
+def buffers(module: nn.BatchNorm2d) -> tuple[Any, Any, Any, Any]:
+    return module.running_mean, module.running_var, module.weight, module.bias
+
+
+def losses(network: nn.Module, images: Tensor, hooks: list[Any]) -> tuple[Tensor, Tensor]:
+    """Logits and matching loss of a network, as recover loops write it."""
+    logits = network(images)
+    return logits, torch.stack([hook.r_feature * (10.0 if i == 0 else 1.0) for i, hook in enumerate(hooks)]).sum()
+
+
+class Plain:
+    """The published class: the definition at each forward pass."""
+
+    def __init__(self, module: nn.BatchNorm2d) -> None:
+        self.hook = module.register_forward_hook(self.hook_fn)
+
+    def hook_fn(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.r_feature = as_published(inputs[0], module)
+
+
+def batchnorms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wrap", [lambda network: network, nn.DataParallel], ids=["bare", "DataParallel"])
+def test_a_whole_network(wrap: Callable[[nn.Module], nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """Gradients of the images through every layer; the weights have gradients too, as in DWA's loop."""
+    network = small_teacher().to(device, dtype)
+    images = real_images(6)[0].to(device, dtype)
+    results = []
+    for kind in (Plain, BNFeatureHook):
+        hooks = [kind(module) for module in batchnorms(network)]
+        leaf = images.clone().requires_grad_()
+        logits, matching = losses(wrap(network), leaf, hooks)
+        results.append([logits, matching, *torch.autograd.grad(logits.square().sum() + matching, [leaf, *network.parameters()])])
+        for hook in hooks:
+            hook.hook.remove()
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for ours, published in zip(*results, strict=True):
+        assert error(published, ours.double()) < tolerance
+    assert torch.equal(results[0][0], results[1][0])  # the forward pass is not touched
+
+
+def test_in_train_mode_the_running_statistics_are_those_after_the_pass() -> None:
+    module = layer().train()
+    hook = BNFeatureHook(module)
+    y = torch.randn(8, 6, 3, 3)
+    module(y)
+    assert error(hook.r_feature, as_published(y.double(), module)) < 1e-6
+
+
+def test_the_gradient_of_a_distance_of_zero_is_zero() -> None:
+    module = layer()
+    y = torch.randn(4, 6, 5, 5)
+    module.running_mean, module.running_var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+    hook = BNFeatureHook(module)
+    module(y.requires_grad_())
+    assert gradient(hook.r_feature, y).isfinite().all()
+
+
+def test_close_takes_it_off() -> None:
+    module = layer()
+    hook = BNFeatureHook(module)
+    assert len(module._forward_hooks) == 1
+    assert not hasattr(hook, "r_feature")
+    module(torch.randn(2, 6, 3, 3))
+    before = hook.r_feature
+    hook.close()
+    module(torch.randn(2, 6, 3, 3))
+    assert hook.r_feature is before
+    assert not module._forward_hooks
+
+
+def test_batches_of_several_sizes_through_one_hook() -> None:
+    module = layer()
+    hook = BNFeatureHook(module)
+    for shape in [(4, 6, 5, 5), (2, 6, 5, 5), (4, 6, 5, 5), (1, 6, 1, 2)]:
+        y = torch.randn(shape)
+        module(y)
+        assert error(hook.r_feature, as_published(y.double(), module)) < 1e-6
+
+
+def test_a_copied_network_has_hooks_of_its_own() -> None:
+    """Also after a forward pass, whose result cannot be copied."""
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), layer())
+    hook = BNFeatureHook(network[1])  # type: ignore[arg-type]
+    network(torch.randn(2, 1, 5, 5))
+    before = hook.r_feature
+    twin = copy.deepcopy(network)
+    twin(torch.randn(2, 1, 5, 5))
+    (bound,) = twin[1]._forward_hooks.values()
+    assert bound.__self__ is not hook
+    assert bound.__self__.r_feature != before
+    assert hook.r_feature is before
+    bound.__self__.close()
+    assert not twin[1]._forward_hooks
+    assert network[1]._forward_hooks
+
+
+def test_several_devices_are_refused() -> None:
+    """What nn.DataParallel hands to each device, made without one."""
+    module = layer()
+    BNFeatureHook(module)
+    replica = module._replicate_for_data_parallel()
+    replica.weight = replica.bias = None
+    with pytest.raises(InputError, match=r"cannot follow nn\.DataParallel over several devices: every replica sees only its part"):
+        replica(torch.randn(2, 6, 3, 3))
+
+
+def test_without_operators_plain_ones_measure_aloud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("dwa_fast.ops.cause", lambda: "the extension is not built")
+    module = layer()
+    hook = BNFeatureHook(module)
+    y = torch.randn(3, 6, 4, 4)
+    for _ in range(2):
+        module(y)
+    assert error(hook.r_feature, as_published(y.double(), module)) < 1e-6
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "measured with plain PyTorch, not by the fused operators: the extension is not built" in caplog.text
+
+
+def test_double_precision_is_plain_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    module = layer(dtype=torch.float64)
+    BNFeatureHook(module)
+    module(torch.randn(2, 6, 3, 3, dtype=torch.float64))
+    assert "they do not compute in float64 on cpu" in caplog.text
+
+
+def test_nothing_is_said_where_they_run(caplog: pytest.LogCaptureFixture, device: torch.device) -> None:
+    module = layer(device=device)
+    BNFeatureHook(module)
+    module(torch.randn(2, 6, 3, 3, device=device))
+    assert operators_for(torch.device(device), torch.float32).name == "fused"
+    assert not caplog.records
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no layer": (lambda: BNFeatureHook(nn.ReLU()), TypeError, "BNFeatureHook wants an nn.BatchNorm2d, got ReLU"),
+    "no statistics": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3, track_running_stats=False)),
+        InputError,
+        "BNFeatureHook wants a BatchNorm2d that keeps running statistics; it needs track_running_stats=True",
+    ),
+    "r_var": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), Namespace(r_var=-1)),
+        InputError,
+        "r_var must be a finite number of at least 0, got -1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_input(make: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        make()
+
+
+def test_a_namespace_without_r_var_weighs_the_variance_with_1() -> None:
+    assert BNFeatureHook(layer(), Namespace(lr=0.1)).r_var == 1.0
