@@ -97,6 +97,13 @@ def png(width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 0
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def tiff(bits: int, rows: bytes) -> bytes:
+    """A grey TIFF of 8 × 8 pixels of so many bits, without compression; Pillow itself writes none of 12 bits."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(rows)}
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
 LEVELS = np.full((8, 8), 0x8040, np.uint16)  # 128 of 255
 ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [square("RGB", (0, 0, 255))]}
 DECODED: dict[str, tuple[str, Callable[[Path], Any], tuple[int, int, int]]] = {
@@ -115,6 +122,7 @@ DECODED: dict[str, tuple[str, Callable[[Path], Any], tuple[int, int, int]]] = {
     "16-bit png": ("x.png", lambda path: Image.fromarray(LEVELS).save(path), (128, 128, 128)),
     "16-bit tiff": ("x.tif", lambda path: Image.fromarray(LEVELS).save(path), (128, 128, 128)),
     "16-bit tiff, high byte first": ("x.tif", lambda path: Image.fromarray(LEVELS.astype(">u2")).save(path), (128, 128, 128)),
+    "12-bit tiff": ("x.tif", lambda path: path.write_bytes(tiff(12, bytes([0x80, 0x48, 0x04] * 32))), (128, 128, 128)),
     "16-bit pgm": ("x.pgm", lambda path: path.write_bytes(b"P5 8 8 65535\n" + LEVELS.astype(">u2").tobytes()), (128, 128, 128)),
     "12-bit pgm": ("x.pgm", lambda path: path.write_bytes(b"P5 8 8 4095\n" + (LEVELS >> 4).astype(">u2").tobytes()), (128, 128, 128)),
     "16-bit white": ("x.png", lambda path: Image.fromarray(LEVELS * 0 + 65535).save(path), (255, 255, 255)),
