@@ -7,25 +7,34 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dwa_fast.errors import InputError
 
-OK, FAILED, INTERRUPTED = 0, 1, 130  # and 2 for wrong usage
+OK, FAILED, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # and 2 for wrong usage
 
 _DESCRIPTIONS = {
     "demo": "The whole method on real digits, on a CPU, in minutes.",
     "squeeze": "Train a teacher on the real images.",
     "synthesize": "Distil a data set into a few images per class.",
     "validate": "Train students on a distilled set and test them.",
+    "verify": "Check a distilled set against its manifest, file by file.",
     "info": "What was built, what this machine has, which back-end would run.",
 }
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it; whatever stops cleanly on Ctrl-C stops cleanly on this."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0 (done), 1 (input that cannot be used, one sentence on standard error), 2 (wrong flags) or 130 (Ctrl-C)."""
+    """Entry point; exits with 0 (done), 1 (input that cannot be used, one sentence on standard error), 2 (wrong flags), 130 (Ctrl-C)
+    or 143 (SIGTERM).
+    """
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -35,19 +44,37 @@ def run(arguments: Sequence[str]) -> int:
 
     console = Console()
     try:
-        _parse(arguments).run(console)
+        with _terminable():
+            _parse(arguments).run(console)
     except InputError as error:
         console.error(str(error))
     except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         console.error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         console.error("stopped; everything finished so far is kept, and the same command goes on from there")
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     else:
         return OK
     return FAILED
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises _Terminated; in a thread of a larger program, whose signals are its own, it does not."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(arguments: Sequence[str]) -> Any:

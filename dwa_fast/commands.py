@@ -17,7 +17,7 @@ import tyro
 from dwa_fast import backend, ops
 from dwa_fast._version import __version__
 from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_integer
+from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig, check_integer
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet, Split, image_folder, load
 from dwa_fast.demo import DemoConfig, run_demo, table
@@ -26,9 +26,11 @@ from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, output_folder, write_json
 from dwa_fast.recipes import full_recipe
 from dwa_fast.squeeze import squeeze
+from dwa_fast.storage import read_manifest
 from dwa_fast.teacher import prepare
 from dwa_fast.training import top1
 from dwa_fast.validate import validate
+from dwa_fast.verify import problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,9 @@ class Synthesize(Data):
     seed: int = 0  # All random draws derive from it.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
+    threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was begun, or all.
     config: tyro.conf.OmitArgPrefixes[SynthesisConfig]
+    form: tyro.conf.OmitArgPrefixes[StorageConfig] = field(default_factory=StorageConfig)
 
     def run(self, console: Console) -> None:
         """Distil into the folder."""
@@ -136,6 +140,8 @@ class Synthesize(Data):
                 initial=self.initial,
                 seed=self.seed,
                 origin=origin,
+                form=self.form,
+                threads=self.threads,
                 progress=track(f"{self.method}, ipc {self.ipc}"),
             )
         total = self.ipc * len(train.class_names)
@@ -182,6 +188,25 @@ class Validate(Data):
         if self.output:
             summary = {"accuracy_mean": result.mean, "accuracy_std": result.std, **asdict(result)}
             write_json(self.output, {"dwa_fast": __version__, "images": str(self.images), "student": self.student, **summary})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a distilled set against its manifest: that it is complete, and every file there, unchanged, and no other."""
+
+    images: tyro.conf.Positional[Path]  # The distilled set: a folder with a manifest.json.
+
+    def run(self, console: Console) -> None:
+        """Print a line per problem; raises InputError where there is one."""
+        count = 0
+        for problem in problems(self.images):
+            console.say(problem)
+            count += 1
+        if count:
+            raise InputError(
+                f"{self.images}: {count} problem{'s' if count > 1 else ''}; the command that made the set makes it whole again"
+            )
+        console.say(f"{self.images}: complete, {len(read_manifest(self.images)['images'])} images, every file as it was written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,5 +281,6 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
         "squeeze": Squeeze(**data, output=missing, architecture=recipe.architecture, config=recipe.squeeze),
         "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
         "validate": Validate(**data, teacher=missing, images=missing, student=recipe.architecture, config=recipe.validation),
+        "verify": Verify(images=missing),
         "info": Info(),
     }

@@ -26,6 +26,7 @@ Mixing = Literal["none", "mixup", "cutmix"]
 Optimiser = Literal["adamw", "sgd"]
 SoftOrHard = Literal["soft", "hard"]
 TeacherMode = Literal["eval", "train"]
+ImageFormat = Literal["png", "jpeg"]
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -165,6 +166,26 @@ class InitialConfig:
 
     def __post_init__(self) -> None:
         check_choice("initial_order", self.initial_order, InitialOrder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """How a set is written."""
+
+    image_format: ImageFormat = "png"  # Files of the images: png (lossless) or jpeg.
+    jpeg_quality: int = 95  # Quality of jpeg files, 1 to 100; their colours are stored in full resolution.
+    losses_every: int = 10  # Iterations between two entries of losses.jsonl; 0: no such file.
+
+    def __post_init__(self) -> None:
+        check_choice("image_format", self.image_format, ImageFormat)
+        check_integer("jpeg_quality", self.jpeg_quality, 1)
+        check_real("jpeg_quality", self.jpeg_quality, 1, 100)
+        check_integer("losses_every", self.losses_every, 0)
+
+    def describe(self) -> dict[str, str | int]:
+        """What the bytes of the files depend on."""
+        quality = {"jpeg_quality": self.jpeg_quality} if self.image_format == "jpeg" else {}
+        return {"image_format": self.image_format, **quality, "losses_every": self.losses_every}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dwa_fast import report
 from dwa_fast._version import __version__
 from dwa_fast.backend import resolve
 from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.config import check_integer
+from dwa_fast.config import StorageConfig, check_integer
 from dwa_fast.datasets import ImageSet, image_folder, load, normalise
 from dwa_fast.distill import distill
 from dwa_fast.diversity import class_diversity
@@ -25,7 +25,7 @@ from dwa_fast.files import checksum, output_folder, write_json
 from dwa_fast.initial import sample
 from dwa_fast.recipes import full_recipe
 from dwa_fast.squeeze import squeeze
-from dwa_fast.storage import ImageStore
+from dwa_fast.storage import ImageStore, WorkItem, to_levels
 from dwa_fast.training import top1
 from dwa_fast.validate import validate
 
@@ -162,12 +162,14 @@ def _row(
 
 def _copy_real(folder: Path, train: ImageSet, ipc: int, seed: int) -> None:
     """The plain baseline: the very images that the other sets start from."""
-    classes = len(train.class_names)
-    store = ImageStore(folder, {"recipe": "digits", "method": "real", "seed": seed}, train.class_names)
-    members = [sample(train, label, ipc, seed=seed) for label in range(classes)]
-    for index in range(ipc):
-        store.write(train.load([chosen[index] for chosen in members]), list(range(classes)), index)
-    store.finish()
+    classes = list(range(len(train.class_names)))
+    settings = {"recipe": "digits", "method": "real", "seed": seed}
+    store = ImageStore(folder, settings, train.class_names, StorageConfig(losses_every=0))
+    members = [sample(train, label, ipc, seed=seed) for label in classes]
+    items = [WorkItem(index, index, classes) for index in range(ipc)]
+    for item in items:
+        store.write(item, to_levels(train.load([chosen[item.index] for chosen in members])))
+    store.finish(items)
 
 
 def _contact_sheet(output: Path, config: DemoConfig, train: ImageSet) -> None:

@@ -1,10 +1,16 @@
-"""A distilled set on disk: one PNG per image in class folders, and a manifest that says how they came to be."""
+"""A distilled set on disk: images in class folders, the losses, and a manifest that says how they came to be."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,100 +19,238 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dwa_fast import losses as log_file
 from dwa_fast._version import __version__
+from dwa_fast.config import StorageConfig
 from dwa_fast.errors import InputError
-from dwa_fast.files import checksum, output_folder, replacing, write_json
+from dwa_fast.files import checksum, is_left_over, output_folder, replacing, sync_folder, write_json
+from dwa_fast.journal import Journal, read_journals, remove_journals
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
+_FORMAT = 2
+_THREADS = 8  # that compress, write or check the images of a set
+
+log = logging.getLogger("dwa_fast")
 
 
-def image_name(label: int, index: int, classes: int) -> str:
+@dataclass(frozen=True)
+class WorkItem:
+    """One batch: image `index` of each of these classes."""
+
+    number: int  # picks the random streams
+    index: int
+    labels: list[int]
+
+
+def image_name(label: int, index: int, classes: int, suffix: str = "png") -> str:
     """Path of one image inside a set, as the published code names it; class numbers get more digits beyond a thousand classes."""
     digits = max(3, len(str(classes - 1)))
-    return f"new{label:0{digits}d}/class{label:0{digits}d}_id{index:03d}.png"
+    return f"new{label:0{digits}d}/class{label:0{digits}d}_id{index:03d}.{suffix}"
+
+
+def to_levels(
+    pixels: Tensor,  # [n, C, H, W] in [0, 1], on any device
+) -> Tensor:  # [n, C, H, W] uint8 on the CPU
+    """Pixels as an image file holds them: rounded, and clamped where they leave the range."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 class ImageStore:
-    """Writes a set and knows which of its images are there. The manifest names an image only once its file is whole."""
+    """Writes a set batch by batch, and knows which batches are there.
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    What is finished stands in a journal until the set is complete, then in the manifest. Several processes may write one set: what
+    they write is the same, whoever writes it, and the last of them to finish writes the manifest.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], class_names: Sequence[str], form: StorageConfig | None = None) -> None:
         """Open a folder, or go on with the set in it.
 
         Args:
-            settings: everything that the images depend on; JSON values.
+            settings: everything else that the images depend on; JSON values.
+            form: how images and losses are written.
         Raises:
             InputError: the folder cannot be written, or holds a set of other settings.
         """
         self.folder = output_folder(folder)
         self.class_names = list(class_names)
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.checksums: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}  # real images that could not be used, and why
+        self.form = form or StorageConfig()
+        self.settings: dict[str, Any] = json.loads(json.dumps({**settings, **self.form.describe()}))
         self.complete = False
-        if (folder / MANIFEST).exists():
-            self._resume(read_manifest(folder))
-        self._write_manifest()
+        self._images: dict[str, str] = {}  # name → checksum
+        self._losses: dict[int, str] = {}  # number of the batch → its lines
+        self.skipped: dict[str, str] = {}  # real images that could not be used, and why
+        self._whole: set[int] = set()  # batches that this process has written, or found whole
+        self._versions = [versions()]  # those that the set was begun with, then others that it was continued with
+        self._digest = _check([self.settings, self.class_names])
+        self._journal = Journal(self.folder, self._digest)
+        if not (folder / MANIFEST).exists():
+            self._write_manifest()
+        self._read()  # also what was just written: at the same moment, another process may have begun a set of other settings
 
-    def has(self, label: int, index: int) -> bool:
-        """Whether that image is there, whole."""
-        name = image_name(label, index, len(self.class_names))
-        return name in self.checksums and (self.folder / name).is_file() and checksum(self.folder / name) == self.checksums[name]
+    def unfinished(self, items: Iterable[WorkItem]) -> list[WorkItem]:
+        """Those batches of which an image or the losses are not there, whole."""
+        asked = [item for item in items if item.number not in self._whole]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            whole = pool.map(self._is_whole, asked)
+            self._whole |= {item.number for item, good in zip(asked, whole, strict=True) if good}
+        return [item for item in asked if item.number not in self._whole]
+
+    def begin(self) -> None:
+        """Say in the manifest that the set is being worked on, and remove what dead processes have left."""
+        self._tidy()
+        if versions() not in self._versions:
+            log.warning("%s was begun with %s; what is still to be made may differ in its last bits", self.folder, self._versions[0])
+            self._versions.append(versions())
+        elif not self.complete:
+            return
+        self.complete = False
+        self._write_manifest()
 
     def write(
         self,
-        pixels: Tensor,  # [n, C, H, W] in [0, 1]
-        labels: Sequence[int],
-        index: int,
+        item: WorkItem,
+        levels: Tensor,  # [n, C, H, W] uint8 on the CPU, in the order of item.labels
+        losses: Tensor | None = None,  # [T, 3] on the CPU
+        skipped: Mapping[str, str] | None = None,  # real images that could not be used so far, and why
     ) -> None:
-        """Write image `index` of each of these classes, then the manifest."""
-        levels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        for image, label in zip(levels, labels, strict=True):
-            name = image_name(label, index, len(self.class_names))
-            path = self.folder / name
-            path.parent.mkdir(exist_ok=True)
-            with replacing(path) as target:
-                _picture(image).save(target, format="PNG")
-            self.checksums[name] = checksum(path)
-        self._write_manifest()
+        """Write a batch; when this returns, it is on the disk and in the journal.
 
-    def finish(self) -> None:
-        """Say in the manifest that the set is complete."""
-        self.complete = True
-        self._write_manifest()
+        Raises:
+            InputError: the disk is full, the folder is read-only, or the like; the sentence names the file.
+        """
+        names = [self._name(label, item.index) for label in item.labels]
+        self._make_folders({(self.folder / name).parent for name in names})
+        with ThreadPoolExecutor(_THREADS) as pool:
+            sums = list(pool.map(self._write_image, names, levels))
+        rows = [] if losses is None else log_file.recorded(losses, self.form.losses_every)
+        images = dict(zip(names, sums, strict=True))
+        self.skipped |= skipped or {}
+        self._journal.append({"item": item.number, "images": images, "losses": rows, "skipped": self.skipped})
+        self._images |= images
+        if rows:
+            self._losses[item.number] = log_file.as_text(item.number, rows)
+        self._whole.add(item.number)
 
-    def _resume(self, manifest: Mapping[str, Any]) -> None:
-        before = manifest["settings"]
-        changed = [key for key in sorted({*before, *self.settings}) if before.get(key) != self.settings.get(key)]
+    def finish(self, items: Iterable[WorkItem]) -> list[WorkItem]:
+        """Complete the set if all these batches are there, whoever wrote them.
+
+        Returns:
+            the batches that are not.
+        """
+        self._read()
+        left = self.unfinished(items)
+        if left:
+            return left
+        if not self.complete:
+            if self._losses:
+                with replacing(self.folder / log_file.LOSSES) as target:
+                    target.write_text(log_file.joined(self._losses.items()), encoding="utf-8")
+            self.complete = True
+            self._write_manifest()
+        self._journal.close()
+        remove_journals(self.folder)
+        self._tidy()
+        return []
+
+    def close(self) -> None:
+        """Close the journal; the set can be opened again."""
+        self._journal.close()
+
+    def _tidy(self) -> None:
+        for path in [*self.folder.glob(".*.part"), *self.folder.glob("new*/.*.part")]:
+            if is_left_over(path):
+                path.unlink(missing_ok=True)
+
+    def _name(self, label: int, index: int) -> str:
+        return image_name(label, index, len(self.class_names), "jpg" if self.form.image_format == "jpeg" else "png")
+
+    def _is_whole(self, item: WorkItem) -> bool:
+        names = [self._name(label, item.index) for label in item.labels]
+        logged = item.number in self._losses or self.form.losses_every == 0
+        return logged and all(name in self._images and _has_checksum(self.folder / name, self._images[name]) for name in names)
+
+    def _make_folders(self, folders: set[Path]) -> None:
+        for folder in folders:
+            if folder.is_symlink():
+                raise InputError(f"{folder} is a symbolic link; images are written into folders of the set itself")
+            try:
+                if not folder.is_dir():
+                    folder.mkdir(exist_ok=True)
+                    sync_folder(self.folder)
+            except OSError as error:
+                raise InputError(f"cannot write {folder}: {error.strerror}") from error
+
+    def _write_image(
+        self,
+        name: str,
+        levels: Tensor,  # [C, H, W] uint8
+    ) -> str:
+        """Write one image and return its checksum."""
+        buffer = io.BytesIO()
+        if self.form.image_format == "jpeg":
+            _picture(levels).save(buffer, format="JPEG", quality=self.form.jpeg_quality, subsampling=0)
+        else:
+            _picture(levels).save(buffer, format="PNG")
+        with replacing(self.folder / name) as target:
+            target.write_bytes(buffer.getvalue())
+        return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+    def _read(self) -> None:
+        """Take over what the disk says: journals first, since they go when the manifest holds what they say."""
+        entries = list(read_journals(self.folder, self._digest))
+        manifest = read_manifest(self.folder)
+        before = manifest["settings"] | {"class_names": manifest["class_names"]}
+        now = self.settings | {"class_names": self.class_names}
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
-            shown = "; ".join(f"{key} was {before.get(key)!r}, is {self.settings.get(key)!r}" for key in changed)
+            shown = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
             raise InputError(f"{self.folder} holds a set made with other settings ({shown}); choose another folder")
-        self.checksums = dict(manifest["images"])
-        self.skipped = dict(manifest.get("skipped", {}))
+        self.complete = manifest["complete"]
+        self._versions = [manifest["versions"], *manifest["continued_with"]]
+        texts = log_file.read_losses(self.folder)
+        wanted = {int(number): digest for number, digest in manifest["losses"].items()}
+        good = {number: texts[number] for number in wanted.keys() & texts.keys() if log_file.digest(texts[number]) == wanted[number]}
+        self._losses = good | self._losses
+        self._images = manifest["images"] | self._images
+        self.skipped = manifest["skipped"] | self.skipped
+        for entry in entries:
+            self._images |= entry["images"]
+            self.skipped |= entry["skipped"]
+            if entry["losses"]:
+                self._losses[entry["item"]] = log_file.as_text(entry["item"], entry["losses"])
 
     def _write_manifest(self) -> None:
+        first, *others = self._versions
         content = {
             "format": _FORMAT,
             "complete": self.complete,
-            "versions": {
-                "dwa_fast": __version__,
-                "torch": torch.__version__,
-                "torchvision": metadata.version("torchvision"),
-                "python": platform.python_version(),
-            },
+            "versions": first,
+            "continued_with": others,
             "settings": self.settings,
             "class_names": self.class_names,
             "skipped": dict(sorted(self.skipped.items())),
-            "images": dict(sorted(self.checksums.items())),
+            "images": dict(sorted(self._images.items())),
+            "losses": {str(number): log_file.digest(text) for number, text in sorted(self._losses.items())},
         }
-        write_json(self.folder / MANIFEST, content)
+        write_json(self.folder / MANIFEST, {**content, "check": _check(content)})
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the bits depend on."""
+    return {
+        "dwa_fast": __version__,
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "python": platform.python_version(),
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a set.
 
     Raises:
-        InputError: it is not there or not ours.
+        InputError: it is not there, not ours, or damaged.
     """
     path = folder / MANIFEST
     try:
@@ -115,9 +259,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("images"), dict):
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path} is no manifest of format {_FORMAT}")
+    if content.pop("check", None) != _check(content) or not all(map(IMAGE_NAME.fullmatch, content["images"])):
+        raise InputError(f"{path} has been changed since dwa-fast wrote it; remove it to make the whole set again")
     return content
+
+
+def _check(content: Any) -> str:
+    """Checksum of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _has_checksum(path: Path, wanted: str) -> bool:
+    try:
+        return checksum(path) == wanted
+    except OSError:
+        return False
+
+
+def _short(value: Any) -> str:
+    """A setting for a sentence: long lists, such as a thousand class names, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _picture(

@@ -1,0 +1,81 @@
+"""Checks a set against its manifest, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dwa_fast.files import checksum, is_left_over, is_temporary
+from dwa_fast.journal import is_journal
+from dwa_fast.losses import LOSSES, digest, read_losses
+from dwa_fast.storage import IMAGE_NAME, MANIFEST, read_manifest
+
+PREVIEW = "preview.png"
+_EVENTS = "events.out.tfevents.*"  # TensorBoard's
+_THREADS = 8  # that read files
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """What is wrong with a set, a sentence each; nothing where it is complete and every file as it was written.
+
+    Raises:
+        InputError: the folder holds no manifest, or a damaged one.
+    """
+    manifest = read_manifest(folder)
+    if not manifest["complete"]:
+        yield "the set is not complete; the command that began it goes on with it"
+    images = manifest["images"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
+    yield from _loss_problems(folder, manifest["losses"])
+    yield from _extras(folder, manifest)
+
+
+def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
+    path = folder / name
+    try:
+        if checksum(path) == wanted:
+            return None
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    try:
+        with Image.open(path) as image:
+            image.load()
+            size = (len(image.getbands()), image.height, image.width)
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+        return f"{name} has changed and is no whole image any more"
+    shape = tuple(settings.get("image_shape", size))
+    return f"{name} has changed" + (f" and has shape {size}, not {shape}" if size != shape else "")
+
+
+def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
+    if wanted and not (folder / LOSSES).is_file():
+        yield f"{LOSSES} is missing"
+        return
+    texts = read_losses(folder)
+    for number, text_digest in wanted.items():
+        if int(number) not in texts:
+            yield f"{LOSSES} has no lines of batch {number}"
+        elif digest(texts[int(number)]) != text_digest:
+            yield f"{LOSSES}: the lines of batch {number} have changed"
+    extra = sorted(texts.keys() - set(map(int, wanted)))
+    if extra:
+        yield f"{LOSSES} has lines of batch {extra[0]}, which the manifest does not name"
+
+
+def _extras(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
+    known = {MANIFEST, LOSSES, PREVIEW, *manifest["images"]}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name))
+        if is_left_over(path):
+            yield f"{name} is left over from a process that died"
+        elif name not in known and not unfinished and not path.is_dir() and not is_temporary(path) and not path.match(_EVENTS):
+            yield f"{name} does not belong to the set"

@@ -1,0 +1,105 @@
+"""Command lines in processes of their own, which tests kill at chosen or random moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Process:
+    """One command line that runs."""
+
+    number: int  # the operating system's
+    log: Path  # standard output and error
+    victims: Victims
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.number, number)
+
+    def wait(self) -> int:
+        """Its exit code, or minus the signal that ended it."""
+        return self.victims.ask({"wait": self.number})
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Of a finished run: its seconds and its operations on files."""
+        content: dict[str, Any] = json.loads(self.output.splitlines()[-1])
+        return content
+
+
+class Victims:
+    """Starts command lines of dwa-fast; one thread each, which is fastest for networks as small as those of tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("victim.py"))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment, bufsize=1
+        )
+
+    def ask(self, order: Mapping[str, Any]) -> int:
+        """Send an order and return its answer."""
+        assert self._server.stdin
+        assert self._server.stdout
+        self._server.stdin.write(json.dumps(order) + "\n")
+        return int(self._server.stdout.readline())
+
+    def start(
+        self,
+        arguments: Sequence[str | Path],
+        folder: Path,
+        *,
+        at_operation: int | None = None,
+        sends: signal.Signals = signal.SIGKILL,
+        after_seconds: float | None = None,
+        largest_file: int | None = None,
+        user: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Process:
+        """Start a command line.
+
+        Args:
+            folder: whose files count as operations.
+            at_operation: at which of them the process sends itself a signal.
+            after_seconds: when it dies on the spot.
+            largest_file: bytes after which its files are full.
+            user: whose rights it has; needs those of root.
+        """
+        self._count += 1
+        log = self._folder / f"{self._count}.log"
+        order = {
+            "arguments": [str(argument) for argument in arguments],
+            "folder": str(folder),
+            "at_operation": at_operation,
+            "signal": int(sends),
+            "after_seconds": after_seconds,
+            "largest_file": largest_file,
+            "user": user,
+            "environment": dict(environment or {}),
+            "log": str(log),
+        }
+        return Process(self.ask(order), log, self)
+
+    def run(self, arguments: Sequence[str | Path], folder: Path, **options: Any) -> tuple[int, Process]:
+        """Start a command line and wait for its end."""
+        process = self.start(arguments, folder, **options)
+        return process.wait(), process
+
+    def close(self) -> None:
+        """End the server; whoever still runs is waited for by nobody."""
+        self._server.communicate()
