@@ -15,14 +15,15 @@ BUILD_TOOLS := setuptools wheel ninja pybind11
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check bench gpu clean prerequisites build
+.PHONY: help demo test test-oldest check bench report gpu clean prerequisites build
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
 	@echo 'make test         environment, build, checks, then every test that needs no GPU'
 	@echo 'make test-oldest  the same tests against the oldest supported PyTorch, on an installed wheel'
 	@echo 'make check        ruff, mypy and clang-format'
-	@echo 'make bench        the benchmark of the whole loop'
+	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
+	@echo 'make report       the part of README.md about speed, and its plots, from the JSON files under benchmarks/results/'
 	@echo 'make gpu          build in the current Python ($(PYTHON)) and run every test that needs a GPU; summary in $(OUT)/'
 	@echo 'make clean        remove what was built and both environments'
 
@@ -83,7 +84,13 @@ test-oldest: $(OLDEST)/.stamp-wheel
 	@$(OLDEST)/bin/pytest -m 'not gpu'
 
 bench: build
-	@$(BIN)/python benchmarks/throughput.py --json benchmark-output/throughput.json
+	@rm -f benchmark-output/throughput.json
+	@$(BIN)/python benchmarks/throughput.py --json benchmark-output/throughput.json; measured=$$?; \
+	$(BIN)/python benchmarks/report.py benchmark-output/throughput.json --markdown benchmark-output/throughput.md \
+	  --plot benchmark-output/throughput.png && echo 'table and plot are beside it' && exit $$measured
+
+report: build
+	@$(BIN)/python benchmarks/report.py --readme
 
 # In the Python at hand, with the packages that it has: a machine with a GPU may have no network.
 gpu:

@@ -1,0 +1,237 @@
+"""Tables and a plot of what throughput.py measured, and the section of README.md that shows what is committed.
+
+python benchmarks/report.py FILE.json [...] --markdown OUT.md --plot OUT.png     also for the gpu.json of `make gpu`
+python benchmarks/report.py --readme                                             from benchmarks/results/*/*.json; `make report`
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bars
+import tables
+
+from dwa_fast.errors import InputError
+from dwa_fast.files import output_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- speed: written by `make report` from benchmarks/results/, not by hand -->"
+END = "<!-- /speed -->"
+_UNMEASURED = {
+    "cpu": "CPU: not measured yet with this version. `make bench` measures in minutes and writes table and plot into `benchmark-output/`.",
+    "cuda": (
+        "GPU: not measured yet. `make gpu` proves and measures everything there with one command and no network; its `gpu.json` belongs "
+        "into `benchmarks/results/<device>/`, and `make report` shows it here."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One JSON file: all of it was measured in one process."""
+
+    path: Path
+    content: dict[str, Any]  # as throughput.py wrote it
+    proof: dict[str, Any]  # all of gpu.json where `make gpu` wrote the file
+    digest: str  # SHA-256 of the file
+
+    @property
+    def machine(self) -> tuple[Path, str, int]:
+        """What runs must share to stand under one heading."""
+        return self.path.parent, self.content["device"], self.content["threads"]
+
+    @property
+    def kind(self) -> str:
+        """cpu or cuda."""
+        kind: str = self.content["workloads"][0]["device"]
+        return kind
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write what was asked for; the tables to the screen where no file was."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    if options.readme:
+        update(ROOT / "README.md", committed(RESULTS))
+        return 0
+    runs = [read(path) for path in options.files]
+    for target in filter(None, (options.markdown, options.plot)):
+        output_folder(target.parent)
+    if options.markdown or not options.plot:
+        text = "\n".join(
+            ["# Iterations of the inner loop, dwa_fast and its peers\n", *(section(each, every_peer=True) for each in grouped(runs))]
+        )
+        if options.markdown:
+            options.markdown.write_text(text, encoding="utf-8")
+        else:
+            print(text)
+    if options.plot:
+        bars.plot([result for run in runs for result in run.content["workloads"]], options.plot, title(runs), digest(runs))
+    return 0
+
+
+def read(path: Path) -> Run:
+    """One file.
+
+    Raises:
+        InputError: it cannot be read, or neither throughput.py nor `make gpu` wrote it.
+    """
+    content = _load(path)
+    found = _measured(content)
+    if not found or not found.get("workloads") or "ceilings" not in found:
+        raise InputError(f"{path} does not hold what this version's benchmarks/throughput.py or `make gpu` measure: measure again")
+    return Run(path, found, content if found is not content else {}, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def _measured(content: Any) -> dict[str, Any] | None:
+    """What throughput.py wrote, by itself or inside of gpu.json; None in a file of another benchmark."""
+    if not isinstance(content, dict):
+        return None
+    found: Any = content.get("throughput", content if "workloads" in content else None)
+    return found if isinstance(found, dict) else None
+
+
+def committed(folder: Path) -> list[Run]:
+    """Every run in the folders of devices; files of other benchmarks are not looked at."""
+    return [read(path) for path in sorted(folder.glob("*/*.json")) if _measured(_load(path)) is not None]
+
+
+def grouped(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs of one machine together, CPUs first."""
+    groups: dict[tuple[Path, str, int], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.machine, []).append(run)
+    return sorted(groups.values(), key=lambda group: group[0].kind)
+
+
+def digest(runs: Sequence[Run]) -> str:
+    """What a plot says that it was drawn from."""
+    return " ".join(run.digest for run in runs)
+
+
+def title(runs: Sequence[Run]) -> str:
+    """The machines, without repetition."""
+    return "; ".join(dict.fromkeys(_machine(run) for run in runs))
+
+
+def _machine(run: Run) -> str:
+    content = run.content
+    return content["device"] if run.kind == "cuda" else f"{content['device']}, {content['threads']} threads, {content['vector level']}"
+
+
+def section(runs: Sequence[Run], *, every_peer: bool = False, figure: str | None = None) -> str:
+    """Heading, facts and tables of one machine."""
+    lines = [f"### {_machine(runs[0])}", "", *(_facts(run, number, len(runs)) for number, run in enumerate(runs, 1)), ""]
+    labelled = [
+        (f"run {number}: " if len(runs) > 1 else "", result) for number, run in enumerate(runs, 1) for result in run.content["workloads"]
+    ]
+    lines += [*tables.iterations(labelled), "", *tables.around(labelled)]
+    if every_peer:
+        lines += ["", *tables.peers(labelled)]
+    if figure:
+        lines += ["", f"![Milliseconds per iteration of every peer on {_machine(runs[0])}, and the floor]({figure})"]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(run: Run, number: int, of: int) -> str:
+    """One line: what ran, on what, and what the machine reached."""
+    content = run.content
+    commit, _, changed = content["commit"].partition("+")
+    versions = [f"{name} {version}" for name, version in content["versions"].items() if version and (name != "cuda" or run.kind == "cuda")]
+    versions += [f"driver {content['driver']}"] if content.get("driver") else []
+    reached = [f"{name} {each / 1e9:.0f} GFLOP/s" for name, each in content["ceilings"].items() if name != "copy"]
+    parts = [
+        f"{f'Run {number}, commit' if of > 1 else 'Commit'} `{commit[:12]}`{' with uncommitted changes' if changed else ''}",
+        f"`{_command(content['command'])}`",
+        ", ".join(versions),
+        f"ceilings in this run: copy {content['ceilings']['copy'] / 1e9:.1f} GB/s, {', '.join(reached)}",
+        *_proof(run.proof),
+    ]
+    return f"- {'; '.join(parts)}."
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What to type, without where the results went."""
+    kept = [each for place, each in enumerate(arguments) if "--json" not in arguments[max(0, place - 1) : place + 1]]
+    return shlex.join(["python", f"benchmarks/{Path(kept[0]).name}", *kept[1:]])
+
+
+def _proof(proof: dict[str, Any]) -> list[str]:
+    """How the tests and memcheck ended, where `make gpu` ran them."""
+    found = []
+    if proof.get("tests"):
+        counts = proof["tests"]["counts"]
+        found.append(f"tests on this GPU: {counts['passed']} passed, {counts['failed'] + counts['error']} failed")
+    if proof.get("memcheck"):
+        errors = proof["memcheck"]["errors"]
+        found.append(f"memcheck of the kernels: {'not finished' if errors is None else f'{errors} errors'}")
+    return found
+
+
+def update(readme: Path, runs: Sequence[Run]) -> None:
+    """Write the section, and the plot beside each folder's files."""
+    readme.write_text(replaced(readme.read_text(encoding="utf-8"), runs, readme.parent), encoding="utf-8")
+    for group in grouped(runs):
+        bars.plot([result for run in group for result in run.content["workloads"]], figure_of(group), title(group), digest(group))
+
+
+def figure_of(runs: Sequence[Run]) -> Path:
+    """Where the plot of a folder lies."""
+    return runs[0].path.with_name("throughput.png")
+
+
+def replaced(text: str, runs: Sequence[Run], root: Path) -> str:
+    """README with the section that those runs give.
+
+    Raises:
+        InputError: the section is not marked, or a folder has runs of several machines.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"README.md needs a line {BEGIN!r} and after it a line {END!r}")
+    groups = grouped(runs)
+    folders = [figure_of(group) for group in groups]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise InputError(f"{folder.parent} holds runs of several machines or numbers of threads: give each a folder of its own")
+    parts = [section(group, figure=figure.relative_to(root).as_posix()) for group, figure in zip(groups, folders, strict=True)]
+    parts += [f"{sentence}\n" for kind, sentence in _UNMEASURED.items() if kind not in [run.kind for run in runs]]
+    return "\n".join([f"{before}{BEGIN}\n", *parts, f"{END}{after}"])
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="what throughput.py or `make gpu` wrote")
+    parser.add_argument("--markdown", type=Path, help="write the tables there; default: to the screen")
+    parser.add_argument("--plot", type=Path, help="write the plot there, a PNG")
+    parser.add_argument("--readme", action="store_true", help="write README.md's section and the plots under benchmarks/results/")
+    options = parser.parse_args(arguments)
+    if options.readme == bool(options.files) or (options.readme and (options.markdown or options.plot)):
+        parser.error("give either files, with --markdown and --plot as you like, or --readme by itself")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"report.py: {error}")
