@@ -8,7 +8,6 @@ OUT ?= gpu-results
 NATIVE := setup.py $(shell find csrc -type f)
 PACKAGE := $(shell find dwa_fast kernels -name '*.py')
 PIP := -m pip install --disable-pip-version-check --quiet
-GPU_WORKLOADS := cifar100-resnet18 cifar100-convnet128 tiny-resnet18 imagenet-resnet18 imagenet-resnet50
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
 # Threads of OpenMP sleep where they wait: spinning costs a factor of ten as soon as anything else runs on the machine.
@@ -24,7 +23,7 @@ help:
 	@echo 'make check        ruff, mypy and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
 	@echo 'make report       the part of README.md about speed, and its plots, from the JSON files under benchmarks/results/'
-	@echo 'make gpu          build in the current Python ($(PYTHON)) and run every test that needs a GPU; summary in $(OUT)/'
+	@echo 'make gpu          build in the current Python ($(PYTHON)), run every test and benchmark that needs a GPU; all in $(OUT)/gpu.json'
 	@echo 'make clean        remove what was built and both environments'
 
 # One sentence about what is missing, before anything is downloaded.
@@ -96,12 +95,7 @@ report: build
 gpu:
 	@'$(PYTHON)' -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs a PyTorch that sees a GPU, and the one of '$(PYTHON)' does not." >&2; exit 1; }
 	@'$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e .
-	@mkdir -p '$(OUT)'
-	@'$(PYTHON)' -m pytest -m gpu --json-summary '$(OUT)/tests.json'; tests=$$?; \
-	'$(PYTHON)' benchmarks/throughput.py --workload $(GPU_WORKLOADS) --iterations 50 --json '$(OUT)/throughput.json'; timed=$$?; \
-	'$(PYTHON)' -c 'import json, pathlib, sys; print(json.dumps({p.stem: json.loads(p.read_text()) for p in map(pathlib.Path, sys.argv[1:]) if p.exists()}, indent=1))' \
-	  '$(OUT)/tests.json' '$(OUT)/throughput.json' > '$(OUT)/gpu.json'; \
-	rm -f '$(OUT)/tests.json' '$(OUT)/throughput.json'; exit $$((tests + timed))
+	@'$(PYTHON)' benchmarks/gpu_proof.py --output '$(OUT)'
 
 clean:
 	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output benchmark-output $(OUT)

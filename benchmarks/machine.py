@@ -79,6 +79,7 @@ def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "commit": commit + ("+changes" if changed.strip() else ""),
         "command": list(command),
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "driver": driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "vector level": ops.cpu_level() if hasattr(ops, "cpu_level") else torch.backends.cpu.get_cpu_capability(),
         "versions": {"dwa_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
@@ -87,6 +88,17 @@ def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
             "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         },
     }
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's driver, where there is its tool to ask."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return asked.stdout.partition("\n")[0].strip() or None
 
 
 def processor() -> str:
