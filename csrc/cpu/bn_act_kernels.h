@@ -1,9 +1,10 @@
 // bn_act on the vectors of one level; included inside its namespace.
 //
-// A strip is kUnroll vectors of channels (one at the end), whose coefficients and sums stay in registers over the rows of a block.
+// A block is read in tiles of few rows, nearly in memory's order, a tile in strips: kUnroll vectors of channels (one at the end), whose
+// coefficients and sums stay in registers over the rows of the tile.
 // Pointers are copied to locals: the compiler must assume that stores of vectors change the arguments.
 
-// Where the strip starts and what it covers.
+// Where a strip starts and what it covers.
 struct Strip {
   int64_t first_row, last_row, channel;
   int lanes;  // channels of its last vector
@@ -52,6 +53,18 @@ static inline void put(T* p, Vec v, int lanes) {
   }
 }
 
+// A row of a strip that comes up kAhead rows later. Where a row is several strips the hardware does not foresee their order; where it is
+// one, memory is read straight on.
+constexpr int64_t kAhead = 16;
+constexpr int kWhole = kUnroll * kWidth;
+constexpr int kLine = 64;
+
+template <int U, typename T>
+static inline void prefetch(const T* p) {
+  constexpr int kSecondLevel = 2;  // of the cache
+  for (int i = 0; i < U * kWidth; i += kLine / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i, 0, kSecondLevel);
+}
+
 // m, a = γ/√(v + ε) and β of a strip: z = a(y − m) + β, in both directions by the same arithmetic.
 template <int U, bool Partial>
 struct Coefficients {
@@ -67,41 +80,36 @@ struct Coefficients {
   }
 };
 
-// Two sums per channel, in registers over a few rows, then added to those in memory, [2, C]: two short chains of roundings, not a long one.
-constexpr int64_t kSumRows = 8;
-constexpr int64_t kWeightSumRows = 4;  // the gradients of weights cancel
+// Two sums per channel over the rows of a tile: in registers, then in a buffer, [2, kPanel], from which `flush` adds them to the block's.
+// So they are two short chains of roundings, not a long one, and the sums of a block, which the tile has driven out of the first-level
+// cache, are fetched in their order.
+constexpr int64_t kPanel = 2048;  // channels at a time, a multiple of kWidth: the buffer takes 16 KB
 
-template <int U, bool Partial>
+template <int U>
 struct Sums {
   Vec first[U], second[U];
 
   Sums() {
     for (int u = 0; u < U; ++u) first[u] = second[u] = all(0);
   }
-  void add_to(float* sums, int64_t channels, const Strip& strip) const {
+  void put_to(float* sums) const {
     for (int u = 0; u < U; ++u) {
-      float* const one = sums + strip.channel + u * kWidth;
-      put<Partial>(one, add(get<Partial>(one, strip.lanes), first[u]), strip.lanes);
-      put<Partial>(one + channels, add(get<Partial>(one + channels, strip.lanes), second[u]), strip.lanes);
-    }
-  }
-  void add_to(double* sums, int64_t channels, const Strip& strip) const {
-    float lanes[2][kWidth];
-    for (int u = 0; u < U; ++u) {
-      double* const one = sums + strip.channel + u * kWidth;
-      store(lanes[0], first[u]);
-      store(lanes[1], second[u]);
-      for (int i = 0; i < (Partial ? strip.lanes : kWidth); ++i) {
-        one[i] += lanes[0][i];
-        one[channels + i] += lanes[1][i];
-      }
+      store(sums + u * kWidth, first[u]);
+      store(sums + kPanel + u * kWidth, second[u]);
     }
   }
 };
 
+template <typename Sum>
+static inline void flush(const float* of_tile, Sum* sums, int64_t channels, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) sums[c] += of_tile[c];
+  for (int64_t c = 0; c < count; ++c) sums[channels + c] += of_tile[kPanel + c];
+}
+
 template <typename T, bool Skip, bool Relu>
 struct Forward {
   using Arguments = BnActForward;
+  static constexpr int64_t kTileRows = 8;
 
   template <int U, bool Partial>
   static void run(const BnActForward& p, const Strip& strip, float* sums) {
@@ -114,27 +122,30 @@ struct Forward {
     uint8_t* const mask = p.mask;
     const int64_t channels = p.channels;
     const int lanes = strip.lanes;
-    const int64_t last = strip.last_row * channels + strip.channel;
-    for (int64_t start = strip.first_row * channels + strip.channel; start < last;) {
-      const int64_t stop = start + kSumRows * channels < last ? start + kSumRows * channels : last;
-      Sums<U, Partial> sum;
-      for (; start < stop; start += channels) {
-        uint64_t bits = 0;
-        for (int u = 0; u < U; ++u) {
-          const int64_t i = start + u * kWidth;
-          const Vec shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
-          sum.first[u] = add(sum.first[u], shifted);
-          sum.second[u] = fma(shifted, shifted, sum.second[u]);
-          Vec z = fma(of.scale[u], shifted, of.bias[u]);
-          if constexpr (Skip) z = add(z, get<Partial>(skip + i, lanes));
-          if constexpr (Skip && Relu) bits |= static_cast<uint64_t>(positive(z)) << (u * kWidth);
-          if constexpr (Relu) z = larger(all(0), z);
-          put<Partial>(result + i, z, lanes);
-        }
-        if constexpr (Skip && Relu) put_bits(mask, start, Partial ? bits & ((1u << lanes) - 1) : bits, count, bytes);
+    const bool several = channels > kWhole;
+    const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
+    Sums<U> sum;
+    for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      if (several) {
+        prefetch<U>(y + start + ahead);
+        prefetch<U>(result + start + ahead);
+        if constexpr (Skip) prefetch<U>(skip + start + ahead);
       }
-      sum.add_to(sums, channels, strip);
+      uint64_t bits = 0;
+      for (int u = 0; u < U; ++u) {
+        const int64_t i = start + u * kWidth;
+        const Vec shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
+        sum.first[u] = add(sum.first[u], shifted);
+        sum.second[u] = fma(shifted, shifted, sum.second[u]);
+        Vec z = fma(of.scale[u], shifted, of.bias[u]);
+        if constexpr (Skip) z = add(z, get<Partial>(skip + i, lanes));
+        if constexpr (Skip && Relu) bits |= static_cast<uint64_t>(positive(z)) << (u * kWidth);
+        if constexpr (Relu) z = larger(all(0), z);
+        put<Partial>(result + i, z, lanes);
+      }
+      if constexpr (Skip && Relu) put_bits(mask, start, Partial ? bits & ((1u << lanes) - 1) : bits, count, bytes);
     }
+    sum.put_to(sums);
   }
 };
 
@@ -151,6 +162,7 @@ static inline Vec masked(Vec grad, Vec shifted, const Coefficients<U, Partial>& 
 template <typename T, Mask From, bool Moments>
 struct Backward {
   using Arguments = BnActBackward;
+  static constexpr int64_t kTileRows = 4;
 
   template <int U, bool Partial>
   static void run(const BnActBackward& p, const Strip& strip, float*) {
@@ -173,8 +185,15 @@ struct Backward {
     const uint8_t* const mask = p.mask;
     const int64_t channels = p.channels;
     const int lanes = strip.lanes;
-    const int64_t last = strip.last_row * channels + strip.channel;
+    const bool several = channels > kWhole;
+    const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
     for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      if (several) {
+        if constexpr (Moments || From == Mask::kRecomputed) prefetch<U>(y + start + ahead);
+        prefetch<U>(grad_z + start + ahead);
+        prefetch<U>(grad_y + start + ahead);
+        if constexpr (From == Mask::kSaved) prefetch<U>(grad_skip + start + ahead);
+      }
       uint64_t bits = 0;
       if constexpr (From == Mask::kSaved) bits = get_bits(mask, start, count, bytes);
       for (int u = 0; u < U; ++u) {
@@ -196,9 +215,10 @@ struct Backward {
 template <typename T, Mask From>
 struct WeightBackward {
   using Arguments = BnActWeightBackward;
+  static constexpr int64_t kTileRows = 4;  // no more: these sums cancel
 
   template <int U, bool Partial>
-  static void run(const BnActWeightBackward& p, const Strip& strip, double* sums) {
+  static void run(const BnActWeightBackward& p, const Strip& strip, float* sums) {
     const Coefficients<U, Partial> of(p, strip);
     const bool bytes = p.channels % 8 == 0;
     const int count = (U - 1) * kWidth + (Partial ? strip.lanes : kWidth);
@@ -207,51 +227,52 @@ struct WeightBackward {
     const uint8_t* const mask = p.mask;
     const int64_t channels = p.channels;
     const int lanes = strip.lanes;
-    const int64_t last = strip.last_row * channels + strip.channel;
-    for (int64_t start = strip.first_row * channels + strip.channel; start < last;) {
-      const int64_t stop = start + kWeightSumRows * channels < last ? start + kWeightSumRows * channels : last;
-      Sums<U, Partial> sum;
-      for (; start < stop; start += channels) {
-        uint64_t bits = 0;
-        if constexpr (From == Mask::kSaved) bits = get_bits(mask, start, count, bytes);
-        for (int u = 0; u < U; ++u) {
-          const int64_t i = start + u * kWidth;
-          const Vec shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
-          const Vec grad = masked<From>(get<Partial>(grad_z + i, lanes), shifted, of, u, bits);
-          sum.first[u] = fma(grad, shifted, sum.first[u]);
-          sum.second[u] = add(sum.second[u], grad);
-        }
+    const bool several = channels > kWhole;
+    const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
+    Sums<U> sum;
+    for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      if (several) {
+        prefetch<U>(y + start + ahead);
+        prefetch<U>(grad_z + start + ahead);
       }
-      sum.add_to(sums, channels, strip);
+      uint64_t bits = 0;
+      if constexpr (From == Mask::kSaved) bits = get_bits(mask, start, count, bytes);
+      for (int u = 0; u < U; ++u) {
+        const int64_t i = start + u * kWidth;
+        const Vec shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
+        const Vec grad = masked<From>(get<Partial>(grad_z + i, lanes), shifted, of, u, bits);
+        sum.first[u] = fma(grad, shifted, sum.first[u]);
+        sum.second[u] = add(sum.second[u], grad);
+      }
     }
+    sum.put_to(sums);
   }
 };
 
-// Where a strip is narrower than a cache line, its rows must stay in the first-level cache until all strips have been read.
-constexpr int kLine = 64;
-constexpr int64_t kTileBytes = 8192;
-
-template <typename Kernel, typename Sum>
-static void over_channels(const typename Kernel::Arguments& p, Strip strip, Sum* sums) {
-  for (; strip.channel + kUnroll * kWidth <= p.channels; strip.channel += kUnroll * kWidth) {
-    Kernel::template run<kUnroll, false>(p, strip, sums);
-  }
-  for (; strip.channel + kWidth <= p.channels; strip.channel += kWidth) Kernel::template run<1, false>(p, strip, sums);
-  strip.lanes = static_cast<int>(p.channels - strip.channel);
+// From the strip's channel to the last one; sums are those of the first strip.
+template <typename Kernel>
+static void over_channels(const typename Kernel::Arguments& p, Strip strip, int64_t last, float* sums) {
+  for (; strip.channel + kWhole <= last; strip.channel += kWhole, sums += kWhole) Kernel::template run<kUnroll, false>(p, strip, sums);
+  for (; strip.channel + kWidth <= last; strip.channel += kWidth, sums += kWidth) Kernel::template run<1, false>(p, strip, sums);
+  strip.lanes = static_cast<int>(last - strip.channel);
   if (strip.lanes > 0) Kernel::template run<1, true>(p, strip, sums);
 }
 
 template <typename Kernel, typename Sum>
 static void over_blocks(const typename Kernel::Arguments& p, Sum* partials, int64_t begin, int64_t end) {
-  const int size = p.bfloat16 ? 2 : 4;
-  const int64_t about = kUnroll * kWidth * size >= kLine ? p.block_rows : kTileBytes / (p.channels * size);
-  const int64_t tile = about < 8 ? 8 : about;
+  constexpr int64_t kTileRows = Kernel::kTileRows;
+  float of_tile[2 * kPanel];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t last = (block + 1) * p.block_rows < p.rows ? (block + 1) * p.block_rows : p.rows;
     Sum* sums = partials == nullptr ? nullptr : partials + block * 2 * p.channels;
     if (sums != nullptr) __builtin_memset(sums, 0, static_cast<unsigned long>(2 * p.channels) * sizeof(Sum));
-    for (int64_t row = block * p.block_rows; row < last; row += tile) {
-      over_channels<Kernel>(p, {row, row + tile < last ? row + tile : last, 0, kWidth}, sums);
+    for (int64_t row = block * p.block_rows; row < last; row += kTileRows) {
+      const int64_t stop = row + kTileRows < last ? row + kTileRows : last;
+      for (int64_t channel = 0; channel < p.channels; channel += kPanel) {
+        const int64_t count = channel + kPanel < p.channels ? kPanel : p.channels - channel;
+        over_channels<Kernel>(p, {row, stop, channel, kWidth}, channel + count, of_tile);
+        if (sums != nullptr) flush(of_tile, sums + channel, p.channels, count);
+      }
     }
   }
 }

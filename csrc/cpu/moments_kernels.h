@@ -5,6 +5,7 @@
 template <typename T>
 struct RowMoments {
   using Arguments = Moments;
+  static constexpr int64_t kTileRows = 8;
 
   template <int U, bool Partial>
   static void run(const Moments& p, const Strip& strip, float* sums) {
@@ -13,25 +14,25 @@ struct RowMoments {
     const T* const y = static_cast<const T*>(p.y);
     const int64_t channels = p.channels;
     const int lanes = strip.lanes;
-    const int64_t last = strip.last_row * channels + strip.channel;
-    for (int64_t start = strip.first_row * channels + strip.channel; start < last;) {
-      const int64_t stop = start + kSumRows * channels < last ? start + kSumRows * channels : last;
-      Sums<U, Partial> sum;
-      for (; start < stop; start += channels) {
-        for (int u = 0; u < U; ++u) {
-          const Vec shifted = sub(get<Partial>(y + start + u * kWidth, lanes), mean[u]);
-          sum.first[u] = add(sum.first[u], shifted);
-          sum.second[u] = fma(shifted, shifted, sum.second[u]);
-        }
+    const bool several = channels > kWhole;
+    const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
+    Sums<U> sum;
+    for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      if (several) prefetch<U>(y + start + ahead);
+      for (int u = 0; u < U; ++u) {
+        const Vec shifted = sub(get<Partial>(y + start + u * kWidth, lanes), mean[u]);
+        sum.first[u] = add(sum.first[u], shifted);
+        sum.second[u] = fma(shifted, shifted, sum.second[u]);
       }
-      sum.add_to(sums, channels, strip);
     }
+    sum.put_to(sums);
   }
 };
 
 template <typename T>
 struct RowMomentsBackward {
   using Arguments = Moments;
+  static constexpr int64_t kTileRows = 4;
 
   template <int U, bool Partial>
   static void run(const Moments& p, const Strip& strip, float*) {
@@ -46,8 +47,13 @@ struct RowMomentsBackward {
     T* const grad_y = static_cast<T*>(p.grad_y);
     const int64_t channels = p.channels;
     const int lanes = strip.lanes;
-    const int64_t last = strip.last_row * channels + strip.channel;
+    const bool several = channels > kWhole;
+    const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
     for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      if (several) {
+        prefetch<U>(y + start + ahead);
+        prefetch<U>(grad_y + start + ahead);
+      }
       for (int u = 0; u < U; ++u) {
         const int64_t i = start + u * kWidth;
         put<Partial>(grad_y + i, fma(slope[u], sub(get<Partial>(y + i, lanes), mean[u]), constant[u]), lanes);
