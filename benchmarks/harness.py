@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import machine
 import torch
@@ -26,6 +28,8 @@ from dwa_fast.teacher import prepare
 from dwa_fast.views import Schedule, draw_schedule
 
 SEED = 0
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -225,22 +229,33 @@ def seconds(peer: Peer, iterations: int, device: torch.device) -> float:
     """Seconds per iteration of some iterations, the device's work included."""
     if peer.step + iterations > peer.problem.config.iterations:
         peer.reset()
-    machine.wait(device)
-    start = time.perf_counter()
-    peer.advance(iterations)
-    machine.wait(device)
-    return (time.perf_counter() - start) / iterations
+    return machine.timed(lambda: peer.advance(iterations), device) / iterations
+
+
+def warm_up(jobs: Mapping[Name, Callable[[], object]], least: float = 0.0) -> None:
+    """Run all of them for nothing: once, or for as many turns as take that many seconds."""
+    until = time.perf_counter() + least
+    while True:
+        for job in jobs.values():
+            job()
+        if time.perf_counter() >= until:
+            return
+
+
+def in_turns(jobs: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
+    """What every job returns, `rounds` times, taken in turns so that all see the same machine."""
+    samples: dict[Name, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            samples[name].append(job())
+    return samples
 
 
 def interleaved(peers: dict[str, Peer], iterations: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per iteration of every peer, `rounds` samples each, taken in turns so that all see the same machine."""
-    for peer in peers.values():
-        seconds(peer, iterations, device)
-    samples: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, peer in peers.items():
-            samples[name].append(seconds(peer, iterations, device))
-    return samples
+    """Seconds per iteration of every peer, `rounds` samples each, taken in turns."""
+    jobs = {name: functools.partial(seconds, peer, iterations, device) for name, peer in peers.items()}
+    warm_up(jobs)
+    return in_turns(jobs, rounds)
 
 
 def numbers(peer: Peer, iterations: int) -> tuple[Tensor, Tensor]:
