@@ -20,10 +20,7 @@ TORCH_LIBRARY(dwa_fast, m) {
       "-> (Tensor z, Tensor sums, Tensor mask)");
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor mask, bool has_skip, bool relu) -> (Tensor grad_y, Tensor grad_skip)");
-  m.def(
-      "bn_act_weight_backward(Tensor grad_z, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor mask, "
-      "bool has_skip, bool relu) -> Tensor");
+      "Tensor mask, bool has_skip, bool relu, bool parameters=False) -> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters)");
   m.def(
       "matching_loss_forward(Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights) "
       "-> (Tensor loss, Tensor norms)");

@@ -160,10 +160,11 @@ void check_mask(const at::Tensor& mask, const Layer& layer, bool has_skip, bool 
               "mask must be what bn_act_forward returned, uint8 [", bytes, "], got ", mask.scalar_type(), " ", mask.sizes());
 }
 
-std::tuple<at::Tensor, at::Tensor> bn_act_backward(const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y,
-                                                   const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, double eps, const at::Tensor& mask, bool has_skip,
-                                                   bool relu) {
+// With `parameters` also (Σ mask·gz·(y − m)/√(v + ε), Σ mask·gz), [2, C]: the gradients of γ and β
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward(const at::Tensor& grad_z, const OptionalTensor& grad_sums,
+                                                               const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                               const at::Tensor& mask, bool has_skip, bool relu, bool parameters) {
   const Layer layer(y, mean, var, weight, bias, eps);
   check_like(grad_z, "grad_z", y);
   check_mask(mask, layer, has_skip, relu);
@@ -179,6 +180,8 @@ std::tuple<at::Tensor, at::Tensor> bn_act_backward(const at::Tensor& grad_z, con
   Result grad_y(y);
   std::optional<Result> grad_skip;
   if (saved) grad_skip.emplace(y);
+  at::Tensor partials;
+  if (parameters) partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kDouble));
 
   BnActBackward p{};
   layer.fill(p, relu);
@@ -187,28 +190,10 @@ std::tuple<at::Tensor, at::Tensor> bn_act_backward(const at::Tensor& grad_z, con
   p.mask = saved ? mask.const_data_ptr<uint8_t>() : nullptr;
   p.grad_y = grad_y.written.data_ptr();
   p.grad_skip = saved ? grad_skip->written.data_ptr() : nullptr;
+  p.partials = parameters ? partials.data_ptr<double>() : nullptr;
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_backward(p, begin, end); });
-  return {grad_y.finish(), saved ? grad_skip->finish() : at::empty({0}, y.options())};
-}
-
-// (Σ mask·gz·(y − m)/√(v + ε), Σ mask·gz), [2, C]: the gradients of γ and β
-at::Tensor bn_act_weight_backward(const at::Tensor& grad_z, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
-                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps, const at::Tensor& mask,
-                                  bool has_skip, bool relu) {
-  const Layer layer(y, mean, var, weight, bias, eps);
-  check_like(grad_z, "grad_z", y);
-  check_mask(mask, layer, has_skip, relu);
-  const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kDouble));
-
-  BnActWeightBackward p{};
-  layer.fill(p, relu);
-  p.grad_z = dense_grad.const_data_ptr();
-  p.mask = has_skip && relu ? mask.const_data_ptr<uint8_t>() : nullptr;
-  p.partials = partials.data_ptr<double>();
-  layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_weight_backward(p, begin, end); });
-
-  return layer.combine<double>(partials, true);
+  return {grad_y.finish(), saved ? grad_skip->finish() : at::empty({0}, y.options()),
+          parameters ? layer.combine<double>(partials, true) : at::empty({0}, mean.options())};
 }
 
 }  // namespace
@@ -217,5 +202,4 @@ at::Tensor bn_act_weight_backward(const at::Tensor& grad_z, const at::Tensor& y,
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
   m.impl("bn_act_forward", TORCH_FN(dwa_fast::bn_act_forward));
   m.impl("bn_act_backward", TORCH_FN(dwa_fast::bn_act_backward));
-  m.impl("bn_act_weight_backward", TORCH_FN(dwa_fast::bn_act_weight_backward));
 }

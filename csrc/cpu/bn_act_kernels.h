@@ -159,13 +159,13 @@ static inline Vec masked(Vec grad, Vec shifted, const Coefficients<U, Partial>& 
   return grad;
 }
 
-template <typename T, Mask From, bool Moments>
+template <typename T, Mask From, bool Moments, bool Parameters>
 struct Backward {
   using Arguments = BnActBackward;
-  static constexpr int64_t kTileRows = 4;
+  static constexpr int64_t kTileRows = 4;  // no more: the sums for γ and β cancel
 
   template <int U, bool Partial>
-  static void run(const BnActBackward& p, const Strip& strip, float*) {
+  static void run(const BnActBackward& p, const Strip& strip, float* sums) {
     const Coefficients<U, Partial> of(p, strip);
     const bool bytes = p.channels % 8 == 0;
     const int count = (U - 1) * kWidth + (Partial ? strip.lanes : kWidth);
@@ -187,9 +187,10 @@ struct Backward {
     const int lanes = strip.lanes;
     const bool several = channels > kWhole;
     const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
+    [[maybe_unused]] Sums<U> sum;
     for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
       if (several) {
-        if constexpr (Moments || From == Mask::kRecomputed) prefetch<U>(y + start + ahead);
+        if constexpr (Moments || Parameters || From == Mask::kRecomputed) prefetch<U>(y + start + ahead);
         prefetch<U>(grad_z + start + ahead);
         prefetch<U>(grad_y + start + ahead);
         if constexpr (From == Mask::kSaved) prefetch<U>(grad_skip + start + ahead);
@@ -199,53 +200,21 @@ struct Backward {
       for (int u = 0; u < U; ++u) {
         const int64_t i = start + u * kWidth;
         Vec shifted = all(0);
-        if constexpr (Moments || From == Mask::kRecomputed) {
+        if constexpr (Moments || Parameters || From == Mask::kRecomputed) {
           shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
         }
         const Vec grad = masked<From>(get<Partial>(grad_z + i, lanes), shifted, of, u, bits);
+        if constexpr (Parameters) {
+          sum.first[u] = fma(grad, shifted, sum.first[u]);
+          sum.second[u] = add(sum.second[u], grad);
+        }
         if constexpr (From == Mask::kSaved) put<Partial>(grad_skip + i, grad, lanes);
         Vec result = mul(of.scale[u], grad);
         if constexpr (Moments) result = fma(slope[u], shifted, fma(of.scale[u], grad, constant[u]));
         put<Partial>(grad_y + i, result, lanes);
       }
     }
-  }
-};
-
-template <typename T, Mask From>
-struct WeightBackward {
-  using Arguments = BnActWeightBackward;
-  static constexpr int64_t kTileRows = 4;  // no more: these sums cancel
-
-  template <int U, bool Partial>
-  static void run(const BnActWeightBackward& p, const Strip& strip, float* sums) {
-    const Coefficients<U, Partial> of(p, strip);
-    const bool bytes = p.channels % 8 == 0;
-    const int count = (U - 1) * kWidth + (Partial ? strip.lanes : kWidth);
-    const T* const y = static_cast<const T*>(p.y);
-    const T* const grad_z = static_cast<const T*>(p.grad_z);
-    const uint8_t* const mask = p.mask;
-    const int64_t channels = p.channels;
-    const int lanes = strip.lanes;
-    const bool several = channels > kWhole;
-    const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
-    Sums<U> sum;
-    for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
-      if (several) {
-        prefetch<U>(y + start + ahead);
-        prefetch<U>(grad_z + start + ahead);
-      }
-      uint64_t bits = 0;
-      if constexpr (From == Mask::kSaved) bits = get_bits(mask, start, count, bytes);
-      for (int u = 0; u < U; ++u) {
-        const int64_t i = start + u * kWidth;
-        const Vec shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
-        const Vec grad = masked<From>(get<Partial>(grad_z + i, lanes), shifted, of, u, bits);
-        sum.first[u] = fma(grad, shifted, sum.first[u]);
-        sum.second[u] = add(sum.second[u], grad);
-      }
-    }
-    sum.put_to(sums);
+    if constexpr (Parameters) sum.put_to(sums);
   }
 };
 
@@ -292,19 +261,19 @@ static void forward(const BnActForward& p, int64_t begin, int64_t end) {
   return over_blocks<Forward<T, false, false>>(p, p.partials, begin, end);
 }
 
-template <typename T, bool Moments>
+template <typename T, bool Moments, bool Parameters>
 static void backward(const BnActBackward& p, int64_t begin, int64_t end) {
-  float* const none = nullptr;
-  if (p.mask != nullptr) return over_blocks<Backward<T, Mask::kSaved, Moments>>(p, none, begin, end);
-  if (p.relu) return over_blocks<Backward<T, Mask::kRecomputed, Moments>>(p, none, begin, end);
-  return over_blocks<Backward<T, Mask::kNone, Moments>>(p, none, begin, end);
+  if (p.mask != nullptr) return over_blocks<Backward<T, Mask::kSaved, Moments, Parameters>>(p, p.partials, begin, end);
+  if (p.relu) return over_blocks<Backward<T, Mask::kRecomputed, Moments, Parameters>>(p, p.partials, begin, end);
+  return over_blocks<Backward<T, Mask::kNone, Moments, Parameters>>(p, p.partials, begin, end);
 }
 
 template <typename T>
-static void weight_backward(const BnActWeightBackward& p, int64_t begin, int64_t end) {
-  if (p.mask != nullptr) return over_blocks<WeightBackward<T, Mask::kSaved>>(p, p.partials, begin, end);
-  if (p.relu) return over_blocks<WeightBackward<T, Mask::kRecomputed>>(p, p.partials, begin, end);
-  return over_blocks<WeightBackward<T, Mask::kNone>>(p, p.partials, begin, end);
+static void backward(const BnActBackward& p, int64_t begin, int64_t end) {
+  if (p.grad_sums != nullptr && p.partials != nullptr) return backward<T, true, true>(p, begin, end);
+  if (p.grad_sums != nullptr) return backward<T, true, false>(p, begin, end);
+  if (p.partials != nullptr) return backward<T, false, true>(p, begin, end);
+  return backward<T, false, false>(p, begin, end);
 }
 
 static void bn_act_forward(const BnActForward& p, int64_t begin, int64_t end) {
@@ -312,10 +281,5 @@ static void bn_act_forward(const BnActForward& p, int64_t begin, int64_t end) {
 }
 
 static void bn_act_backward(const BnActBackward& p, int64_t begin, int64_t end) {
-  if (p.grad_sums != nullptr) return p.bfloat16 ? backward<Bf16, true>(p, begin, end) : backward<float, true>(p, begin, end);
-  p.bfloat16 ? backward<Bf16, false>(p, begin, end) : backward<float, false>(p, begin, end);
-}
-
-static void bn_act_weight_backward(const BnActWeightBackward& p, int64_t begin, int64_t end) {
-  p.bfloat16 ? weight_backward<Bf16>(p, begin, end) : weight_backward<float>(p, begin, end);
+  p.bfloat16 ? backward<Bf16>(p, begin, end) : backward<float>(p, begin, end);
 }

@@ -32,13 +32,8 @@ struct BnActBackward : BnAct {
   const float* grad_sums;  // [2, C] or null: 0
   const uint8_t* mask;     // null: recomputed from y where relu is set
   void* grad_y;
-  void* grad_skip;  // with mask
-};
-
-struct BnActWeightBackward : BnAct {
-  const void* grad_z;
-  const uint8_t* mask;
-  double* partials;  // [blocks, 2, C]: each block's Σ mask·gz·(y − m) and Σ mask·gz
+  void* grad_skip;   // with mask
+  double* partials;  // [blocks, 2, C] or null: each block's Σ mask·gz·(y − m) and Σ mask·gz
 };
 
 // In the rows of a channels-last tensor, or in the planes of a contiguous one.
@@ -86,7 +81,6 @@ struct ViewAdjoint {
 struct Kernels {
   void (*bn_act_forward)(const BnActForward&, int64_t, int64_t);
   void (*bn_act_backward)(const BnActBackward&, int64_t, int64_t);
-  void (*bn_act_weight_backward)(const BnActWeightBackward&, int64_t, int64_t);
   void (*moments)(const Moments&, int64_t, int64_t);           // the range is of planes in a contiguous tensor
   void (*moments_backward)(const Moments&, int64_t, int64_t);  // as above
   void (*adam_clip)(const AdamClip&, int64_t);                 // the first elements, that many

@@ -11,6 +11,6 @@ using Bf16 = uint16_t;  // its bits
 }  // namespace
 
 const Kernels kKernels = {
-    bn_act_forward, bn_act_backward, bn_act_weight_backward, moments, moments_backward, adam_clip, view_adjoint,
+    bn_act_forward, bn_act_backward, moments, moments_backward, adam_clip, view_adjoint,
 };
 }  // namespace dwa_fast::DWA_FAST_LEVEL

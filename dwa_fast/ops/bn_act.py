@@ -30,7 +30,7 @@ def bn_act(
 
         z = relu(γ(y − m)/√(v + ε) + β [+ skip]),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
 
-    Differentiable in y, skip, weight and bias, once; y and the gradient of z are read once, on a CPU once more for γ and β:
+    Differentiable in y, skip, weight and bias, once; y and the gradient of z are read once:
 
         ∂L/∂skip = mask · ∂L/∂z,   ∂L/∂y = mask · γ/√(v + ε) · ∂L/∂z + ∂L/∂sums₁ + 2 ∂L/∂sums₂ (y − m)
         ∂L/∂γ = Σ mask · ∂L/∂z (y − m)/√(v + ε),   ∂L/∂β = Σ mask · ∂L/∂z
@@ -90,14 +90,9 @@ class _BnAct(torch.autograd.Function):
         layer = y, mean, var, weight, bias, ctx.eps, mask, ctx.has_skip, ctx.relu
         masked, parameters = ctx.has_skip and ctx.relu, needs_weight or needs_bias
         grad_y = grad_skip = both = None
-        if y.is_cuda:
-            if needs_y or parameters or (needs_skip and masked):
-                grad_y, grad_skip, both = _triton().bn_act_backward(grad_z, grad_sums, *layer, parameters)
-        else:
-            if needs_y or (needs_skip and masked):
-                grad_y, grad_skip = torch.ops.dwa_fast.bn_act_backward.default(grad_z, grad_sums, *layer)
-            if parameters:
-                both = torch.ops.dwa_fast.bn_act_weight_backward.default(grad_z, *layer)
+        if needs_y or parameters or (needs_skip and masked):
+            backward = _triton().bn_act_backward if y.is_cuda else torch.ops.dwa_fast.bn_act_backward.default
+            grad_y, grad_skip, both = backward(grad_z, grad_sums, *layer, parameters)
         if not masked:
             grad_skip = grad_z
         grad_weight = both[0] if both is not None and needs_weight else None
@@ -132,24 +127,10 @@ def _backward_fake(
     mask: Tensor,
     has_skip: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y), torch.empty_like(y) if has_skip and relu else y.new_empty(0)
-
-
-@_library.fake("bn_act_weight_backward")
-def _weight_backward_fake(
-    grad_z: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    mask: Tensor,
-    has_skip: bool,
-    relu: bool,
-) -> Tensor:
-    return torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)
+    parameters: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
+    return torch.empty_like(y), torch.empty_like(y) if has_skip and relu else y.new_empty(0), of_parameters
 
 
 def _check(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None) -> None:

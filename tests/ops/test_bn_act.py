@@ -296,6 +296,23 @@ def test_gradients_of_any_strides(device: torch.device) -> None:
         torch.testing.assert_close(y.grad, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
+def test_gradients_of_weight_and_bias_only_where_asked(dtype: torch.dtype, skip: bool, relu: bool) -> None:
+    """Frozen weights cost nothing, and the other gradients keep every bit."""
+    ops.load()
+    inputs = make((3, 67, 7, 5), dtype, skip=skip, relu=relu)
+    forward = tuple(inputs.values())
+    layer = (*forward[:6], torch.ops.dwa_fast.bn_act_forward(*forward)[2], skip, relu)
+    grad = torch.randn_like(inputs["y"])
+    for grad_sums in (None, torch.randn(2, 67)):
+        frozen = torch.ops.dwa_fast.bn_act_backward(grad, grad_sums, *layer)
+        asked = torch.ops.dwa_fast.bn_act_backward(grad, grad_sums, *layer, True)
+        assert (frozen[2].shape, asked[2].shape) == ((0,), (2, 67))
+        assert torch.equal(frozen[0], asked[0])
+        assert torch.equal(frozen[1], asked[1])
+
+
 def test_second_derivatives_are_refused() -> None:
     inputs = make((2, 4, 3, 3))
     inputs["y"].requires_grad_()
@@ -317,7 +334,7 @@ def test_opcheck(layout: str, skip: bool, relu: bool) -> None:
     grad = torch.randn_like(inputs["y"])
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, torch.randn(2, 19), *shared))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared))
-    torch.library.opcheck(torch.ops.dwa_fast.bn_act_weight_backward.default, (grad, *shared))
+    torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, True))
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
