@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dwa_fast.backend import Execution, Operators
 from dwa_fast.errors import InputError
+from dwa_fast.pointwise import replace_strided_pointwise
 from dwa_fast.rewrite import BatchNormAct, Rewritten, batchnorm_layers, rewrite
 
 log = logging.getLogger("dwa_fast")
@@ -114,6 +115,8 @@ def prepare(
     if layers.keys() == {""}:
         raise InputError("teacher must be a classifier that gives [N, classes] logits, got a single BatchNorm2d")
     module = copy.deepcopy(module).eval().requires_grad_(False).to(execution.device, execution.master_dtype)
+    if execution.device.type == "cpu" and execution.channels_last:
+        replace_strided_pointwise(module)
     trial = images[:2].to(execution.device, execution.master_dtype)
     classes = _count_classes(module, trial)
     network = Network(rewrite(module, execution.operators, trial), execution.operators)

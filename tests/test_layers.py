@@ -14,7 +14,7 @@ ORDER = """
     priors tracing compiled
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.moments ops.view ops.view_adam_clip ops
     backend
-    checkpoint stem rewrite teacher initial program repeat ascent refine journal losses storage
+    checkpoint pointwise stem rewrite teacher initial program repeat ascent refine journal losses storage
     synthesis
     augment training squeeze validate diversity report verify distill
     compat.hooks compat.perterb compat
