@@ -27,8 +27,10 @@ class BadImageError(InputError):
         self.cause = cause
 
 
-def decode(file: Path, size: int, channels: int) -> Tensor:
+def decode(file: Path, size: int, channels: int, *, squash: bool = False) -> Tensor:
     """One image file as [C, size, size], float32 in [0, 1]: the shorter side resized to `size`, the centre kept.
+
+    With `squash` all of the picture is kept, and both sides are resized to `size`, as DWA's released script does.
 
     Colours are those of torchvision's default loader: CMYK as Pillow converts it, no rotation by EXIF, no colour profile, the first frame
     of an animation. Where that loader would give garbage we differ: what is transparent lies on white, and 16-bit grey is scaled to 8 bits.
@@ -55,7 +57,8 @@ def decode(file: Path, size: int, channels: int) -> Tensor:
     if picture.size != (size, size):
         from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
 
-        picture = functional.center_crop(functional.resize(picture, [size], antialias=True), [size, size])
+        picture = functional.resize(picture, [size, size] if squash else [size], antialias=True)
+        picture = functional.center_crop(picture, [size, size])
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
     return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
 

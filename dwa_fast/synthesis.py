@@ -117,7 +117,7 @@ class Synthesizer:
         Args:
             progress: called with the iterations that every batch has finished.
         """
-        with _memory_errors(self.execution, batches):
+        with memory_errors(self.execution, batches):
             return self._run(batches, seed, progress)
 
     def _run(self, batches: Sequence[Batch], seed: int, progress: Callable[[int], None] | None) -> list[tuple[Tensor, Tensor]]:
@@ -203,7 +203,7 @@ def check_label_range(labels: Tensor, classes: int) -> None:
 
 
 @contextmanager
-def _memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[None]:
+def memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[None]:
     """Turns an allocation that failed into one sentence."""
     try:
         yield

@@ -17,7 +17,7 @@ ORDER = """
     checkpoint pointwise stem rewrite teacher initial program repeat ascent refine journal losses storage
     synthesis
     augment training squeeze validate diversity report verify distill
-    compat.hooks compat.perterb compat
+    compat.hooks compat.perterb compat.namespace compat.recover compat
     demo console commands cli
     __init__ __main__
 """.split()

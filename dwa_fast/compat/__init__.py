@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from dwa_fast.compat.hooks import BNFeatureHook
 from dwa_fast.compat.perterb import Perterb
+from dwa_fast.compat.recover import get_images
 
-__all__ = ["BNFeatureHook", "Perterb"]
+__all__ = ["BNFeatureHook", "Perterb", "get_images"]

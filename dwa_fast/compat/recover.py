@@ -1,0 +1,247 @@
+"""`get_images` of SRe2L, CDA and DWA: the whole recover loop of one image index, on the fused engine."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dwa_fast.compat.namespace import Recovery, read_namespace
+from dwa_fast.config import BackendName, Precision, check_integer
+from dwa_fast.datasets import denormalise, normalise
+from dwa_fast.decoding import decode
+from dwa_fast.errors import InputError
+from dwa_fast.files import output_folder, replacing
+from dwa_fast.initial import read_tensor, tensor_file
+from dwa_fast.priors import mean_norm, total_variation
+from dwa_fast.refine import Refinement
+from dwa_fast.seeding import generator, normal
+from dwa_fast.storage import image_name
+from dwa_fast.synthesis import Batch, Lane, Synthesizer, memory_errors
+
+log = logging.getLogger("dwa_fast")
+
+Display = Callable[[Tensor, Tensor], Any]  # called with normalised images and their classes
+
+_EVERY = 100  # iterations from one display to the next, as published
+_READERS = 8  # threads that decode initial images
+
+
+def get_images(
+    args: Any,
+    model_teacher: nn.Module,
+    hook_for_display: Display | int | None = None,
+    ipc_id: int | None = None,
+    *,
+    recipe: str | None = None,
+    seed: int = 0,
+    backend: BackendName = "auto",
+    precision: Precision = "auto",
+    device: str | None = None,
+) -> Tensor:
+    """Make image `ipc_id` of every class, as the function of that name in SRe2L, CDA and DWA does.
+
+    Called `get_images(args, teacher, hook_for_display, ipc_id)`, or as in DWA's ImageNet script `get_images(args, teacher, ipc_id)`.
+    Fields that `args` lacks have the defaults of its code base. Images are written only where `args.store_best_images` is set, to
+    args.syn_data_path/new007/class007_id000.jpg and so on, as JPEG like the published ones. What the published loops do beside their
+    papers is not done: no random numbers without a seed, no drift of the weights from batch to batch, no gradients of the ascent in
+    Adam's first step; files of a class folder are taken in sorted order.
+
+    Args:
+        args: the namespace of the script: iteration, batch_size, lr, jitter, r_bn, first_bn_multiplier, syn_data_path, store_best_images,
+            verifier, verifier_arch; also r_var, rho, steps, init_path, sorted_path and dataset (DWA), easy2hard_mode and milestone (CDA),
+            tv_l2 and l2_scale (SRe2L). An unknown field is ignored with one warning.
+        model_teacher: classifier in eval mode, bare or in nn.DataParallel; it is copied, never changed.
+        hook_for_display: called every 100 iterations with images and their classes, before it the losses are printed.
+        ipc_id: index of the images within their classes, at least 0.
+        recipe: the recipe whose pixels, normalisation and view hold, where the code bases do not know the data set.
+        seed: at least 0; all random draws derive from it, `ipc_id` and the batch.
+        backend, precision: as in `SynthesisConfig`.
+        device: where to compute; default: where the teacher is.
+    Returns:
+        losses of every iteration, [batches, T, 3] on the CPU: cross-entropy, R_mean, R_var.
+    Raises:
+        TypeError: the teacher is no module.
+        InputError: a field of args, the teacher or an initial image cannot be used.
+    """
+    verified = ipc_id is None  # DWA's ImageNet script, which loads the verifier itself
+    index = hook_for_display if ipc_id is None else ipc_id
+    check_integer("ipc_id", index, 0)
+    assert isinstance(index, int)
+    display = None if verified or not callable(hook_for_display) else hook_for_display
+    if not isinstance(model_teacher, nn.Module):
+        raise TypeError(f"model_teacher must be a torch.nn.Module, got {type(model_teacher).__name__}")
+    where = device or str(next(iter(model_teacher.parameters()), torch.empty(0)).device)
+    asked = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=where)
+    _warn_of_devices(len(model_teacher.device_ids) if isinstance(model_teacher, nn.DataParallel) else 1)
+    shape = asked.config.channels, asked.size, asked.size
+    run = Synthesizer(model_teacher, normal(generator(0, "unseen"), (1, *shape)), asked.config)
+    classes = asked.classes or run.classes
+    if run.classes != classes:
+        raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
+    if verified and asked.verifier:
+        display = _verifier(asked.verifier_arch, run.execution.device)
+    losses = []
+    for batch in _batches(asked, classes, index):
+        with memory_errors(run.execution, [batch]):
+            images, terms = _refine(run.lanes[0], batch, seed, asked, display)
+        losses.append(terms.float().cpu())
+        if asked.output:
+            _store(asked.output, denormalise(images, asked.config), batch.labels, index, classes)
+    return torch.stack(losses)
+
+
+@functools.cache
+def _warn_of_devices(count: int) -> None:
+    """Say once that the other devices of nn.DataParallel stay idle."""
+    if count > 1:
+        log.warning(
+            "get_images computes on the first of the %d devices of nn.DataParallel: a split batch would have other statistics; "
+            "run one process per device, each with its own ipc_start and ipc_end",
+            count,
+        )
+
+
+def _batches(asked: Recovery, classes: int, index: int) -> Iterator[Batch]:
+    """The class batches of one image index, with their initial images."""
+    size = asked.config.batch_size
+    starts = range(0, classes, size)
+    load = _initial_images(asked, classes, index)
+    for number, start in enumerate(starts):
+        labels = torch.arange(start, min(start + size, classes))
+        yield Batch(index * len(starts) + number, load(labels), labels)
+
+
+def _initial_images(asked: Recovery, classes: int, index: int) -> Callable[[Tensor], Tensor]:
+    """What gives image `index` of some classes, [n, C, S, S], normalised."""
+    shape, folder = (asked.config.channels, asked.size, asked.size), asked.init_path
+    if folder is None:
+        return lambda labels: normal(generator(0, "unseen"), (1, *shape)).expand(len(labels), -1, -1, -1)
+    if asked.config.view == "roll" or tensor_file(folder, index).exists():  # as DWA's CIFAR script has them
+        tensors = read_tensor(tensor_file(folder, index), (classes, *shape))
+        return lambda labels: tensors[labels]
+    folders = _class_folders(folder, asked.sorted_path, classes)
+
+    def read(label: int) -> Tensor:
+        return decode(_nth_file(folders[label], index), asked.size, asked.config.channels, squash=True)
+
+    def load(labels: Tensor) -> Tensor:
+        with ThreadPoolExecutor(_READERS) as pool:
+            return normalise(torch.stack(list(pool.map(read, labels.tolist()))), asked.config)
+
+    return load
+
+
+def _class_folders(folder: Path, names: list[str] | None, classes: int) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"args.init_path must be a folder with a sub-folder of images per class, got {folder}")
+    names = names or sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if len(names) < classes:
+        raise InputError(f"args.init_path {folder} has {len(names)} class folders, wanted {classes}")
+    return [folder / name for name in names]
+
+
+def _nth_file(folder: Path, index: int) -> Path:
+    """Image `index` of a class folder, in sorted order."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # here: torchvision loads Triton, which importing dwa_fast must not
+
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+    if index >= len(names):
+        raise InputError(f"class folder {folder} has {len(names)} images, but image {index} of it is asked for (counted from 0)")
+    return folder / names[index]
+
+
+def _refine(lane: Lane, batch: Batch, seed: int, asked: Recovery, display: Display | None) -> tuple[Tensor, Tensor]:
+    """Refined images and losses of a batch, shown on the way where asked."""
+    refinement, total = lane.begin(batch, seed), asked.config.iterations
+    stops = range(0, total, _EVERY) if display or asked.verifier else range(0)
+    done = 0
+    for stop in sorted({*stops, total - 1}) if stops and asked.code_base == "cda" else stops:
+        _advance(lane, refinement, stop - done)
+        images, _ = lane.finish(refinement)
+        _advance(lane, refinement, 1)
+        done = stop + 1
+        _show(lane, refinement, images, batch.labels, stop, asked, display)
+    _advance(lane, refinement, total - done)
+    return lane.finish(refinement)
+
+
+def _advance(lane: Lane, refinement: Refinement, iterations: int) -> None:
+    """Some iterations, in pieces, so that Ctrl-C is heard."""
+    piece = 1 if lane.execution.device.type == "cpu" else 10
+    for start in range(0, iterations, piece):
+        with lane.active():
+            refinement.advance(min(piece, iterations - start))
+
+
+def _show(
+    lane: Lane,
+    refinement: Refinement,
+    images: Tensor,  # [B, C, S, S] before the iteration
+    labels: Tensor,
+    iteration: int,
+    asked: Recovery,
+    display: Display | None,
+) -> None:
+    """Losses of an iteration, and what the display says to its images, as the published loops print them."""
+    _, losses = lane.finish(refinement)
+    labels = labels.to(images.device)
+    row = torch.tensor(iteration, device=images.device)
+    seen = lane.network.operators.view(images, refinement.rows, row, images.dtype)
+    ce, mean, var = losses[iteration].tolist()
+    config = asked.config
+    prior = config.tv_l2 * float(total_variation(seen)) + config.l2_scale * float(mean_norm(seen))
+    print(f"------------iteration {iteration}----------")
+    print("loss_ce", ce)
+    print("loss_r_bn_feature", mean + asked.r_var * var)
+    print("loss_total", ce + config.lambda_mean * mean + config.lambda_var * var + prior)
+    if display is None:
+        return
+    with torch.no_grad():
+        if asked.code_base == "cda" or asked.config.view == "roll":  # the scripts that show the view too
+            display(seen, labels)
+        display(images, labels)
+
+
+def _verifier(name: str, device: torch.device) -> Display:
+    """Prints how many images a network of torchvision's with its ImageNet weights takes for what they should be."""
+    import torchvision.models
+
+    try:
+        network = torchvision.models.get_model(name, weights="IMAGENET1K_V1").eval().requires_grad_(False).to(device)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"args.verifier_arch must be a classifier of torchvision with ImageNet weights, got {name!r}") from error
+    except OSError as error:
+        raise InputError(f"the ImageNet weights of verifier {name!r} cannot be fetched: {error}") from error
+
+    def display(images: Tensor, labels: Tensor) -> None:
+        print("Verifier accuracy: ", 100 * float((network(images.float()).argmax(1) == labels).double().mean()))
+
+    return display
+
+
+def _store(
+    folder: Path,
+    pixels: Tensor,  # [n, C, S, S]
+    labels: Tensor,  # [n]
+    index: int,
+    classes: int,
+) -> None:
+    """JPEG files of Pillow's default quality, levels cut off rather than rounded: as published."""
+    levels = (pixels.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    for image, label in zip(levels, labels.tolist(), strict=True):
+        path = folder / Path(image_name(label, index, classes)).with_suffix(".jpg")
+        output_folder(path.parent)
+        with replacing(path) as target:
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(target, format="JPEG")
