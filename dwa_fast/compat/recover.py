@@ -241,7 +241,7 @@ def _store(
     """JPEG files of Pillow's default quality, levels cut off rather than rounded: as published."""
     levels = (pixels.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     for image, label in zip(levels, labels.tolist(), strict=True):
-        path = folder / Path(image_name(label, index, classes)).with_suffix(".jpg")
+        path = folder / image_name(label, index, classes, "jpg")
         output_folder(path.parent)
         with replacing(path) as target:
             Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(target, format="JPEG")
