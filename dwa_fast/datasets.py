@@ -16,6 +16,7 @@ from torch import Tensor
 from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.decoding import decode
 from dwa_fast.errors import InputError
+from dwa_fast.files import below, entries
 
 Split = Literal["train", "test"]
 
@@ -205,7 +206,7 @@ def _class_folders(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
-    names = [entry.name for entry in _entries(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
+    names = [entry.name for entry in entries(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
     if not names:
         raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
     return names
@@ -216,22 +217,9 @@ def _images(folder: Path, class_name: str) -> Iterator[str]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     prefix = os.path.join(folder, "")
-    waiting = _entries(prefix + class_name)[::-1]  # a list, not recursion: folders can be nested deeper than Python's stack
-    while waiting:
-        entry = waiting.pop()
-        if entry.is_dir(follow_symlinks=False):
-            waiting += _entries(entry.path)[::-1]
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
+    for entry in below(prefix + class_name):
+        if entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
             yield entry.path[len(prefix) :]
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted by name; the entries know their kind without another look at the disk."""
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def _split_folder(folder: Path, split: Split) -> Path:
@@ -241,7 +229,7 @@ def _split_folder(folder: Path, split: Split) -> Path:
     held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     if not held_out:
         raise InputError(f"{folder} has no 'val' or 'test' folder with the held-out images")
-    labelled = (path for path in held_out if any(map(os.path.isdir, _entries(str(path)))))  # ImageNet's test images lie there bare
+    labelled = (path for path in held_out if any(map(os.path.isdir, entries(str(path)))))  # ImageNet's test images lie there bare
     return next(labelled, held_out[0])
 
 

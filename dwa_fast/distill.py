@@ -18,6 +18,8 @@ from dwa_fast.initial import initial_images, unseen
 from dwa_fast.storage import MANIFEST, ImageStore, WorkItem, read_manifest, to_levels
 from dwa_fast.synthesis import Batch, Synthesizer, count_all
 
+_MOST_THREADS = 1024  # a manifest that asks for more is not ours
+
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 
 
@@ -92,7 +94,8 @@ def distill(
 
 def _begun_with(output: Path) -> int | None:
     """CPU threads that the set in a folder is computed with, if there is one."""
-    return read_manifest(output)["settings"].get("threads") if (output / MANIFEST).is_file() else None
+    threads = read_manifest(output)["settings"].get("threads") if (output / MANIFEST).exists() else None
+    return threads if type(threads) is int and 0 < threads <= _MOST_THREADS else None
 
 
 @contextlib.contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dwa_fast.errors import InputError
 
@@ -27,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     try:
+        _create(temporary)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -35,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -55,19 +59,18 @@ def is_temporary(path: Path) -> bool:
 def is_left_over(path: Path) -> bool:
     """Whether this is a temporary file whose process has died, so that nobody will finish or remove it."""
     match = _PART.fullmatch(path.name)
-    if not match:
-        return False
-    if match["host"] != _host():
-        try:
-            return time.time() - path.stat().st_mtime > _STALE_SECONDS
-        except FileNotFoundError:
-            return False
-    process = int(match["process"])
-    if process == os.getpid():
-        return True
     try:
+        if not match or stat.S_ISDIR(path.lstat().st_mode):
+            return False
+        if match["host"] != _host():
+            return time.time() - path.lstat().st_mtime > _STALE_SECONDS
+        process = int(match["process"])
+        if process == os.getpid():
+            return True
         os.kill(process, 0)
-    except ProcessLookupError:
+    except FileNotFoundError:
+        return False
+    except (ProcessLookupError, OverflowError):  # there is no such process, or cannot be one of that number
         return True
     except PermissionError:  # it lives, under another user
         pass
@@ -80,9 +83,47 @@ def write_json(path: Path, content: Any) -> None:
         target.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_regular(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, or a pipe or a device, which might never end.
+    """
+    with _open_regular(path) as file:
+        return file.read()
+
+
+def below(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder that is no folder itself, in sorted order. Links to folders are given, not entered: there can be no loop.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    waiting = entries(folder)[::-1]  # a list, not recursion: folders can be nested deeper than Python's stack
+    while waiting:
+        entry = waiting.pop()
+        if entry.is_dir(follow_symlinks=False):
+            waiting += entries(entry.path)[::-1]
+        else:
+            yield entry
+
+
+def entries(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, sorted by name; the entries know their kind without another look at the disk.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
+    with _open_regular(path) as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
         )
@@ -97,11 +138,27 @@ def output_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = _temporary(path / "probe")
-        probe.touch()
+        _create(probe)
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}") from error
     return path
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to would make us wait
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+        raise OSError(code, os.strerror(code), str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def _create(temporary: Path) -> None:
+    """Make the file anew, so that nothing is written through a link that someone has put in its place."""
+    temporary.unlink(missing_ok=True)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
 
 def _temporary(path: Path) -> Path:

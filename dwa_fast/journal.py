@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.files import sync_folder
+from dwa_fast.files import read_regular, sync_folder
 
 _PATTERN = ".journal-*.jsonl"
 
@@ -59,15 +59,18 @@ def read_journals(folder: Path, settings: str) -> Iterator[dict[str, Any]]:
     """
     for path in sorted(folder.glob(_PATTERN)):
         try:
-            lines = path.read_bytes().split(b"\n")[:-1]  # the last one has no end: it is empty, or torn
+            lines = read_regular(path).split(b"\n")[:-1]  # the last one has no end: it is empty, or torn
         except FileNotFoundError:  # another process has just finished the set
             continue
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
+                good = isinstance(entry, dict) and entry.pop("check", None) == _check(entry, settings)
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict) and entry.pop("check", None) == _check(entry, settings):
+            if good:
                 yield entry
 
 

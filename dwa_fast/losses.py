@@ -9,6 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dwa_fast.errors import InputError
+from dwa_fast.files import read_regular
+
 LOSSES = "losses.jsonl"
 
 Rows = list[list[float]]  # of one batch: iteration (from 1), cross-entropy, R_mean, R_var
@@ -41,13 +44,15 @@ def read_losses(folder: Path) -> dict[int, str]:
     """The lines of each batch of a set's log, without those that are damaged; nothing where there is no log."""
     found: dict[int, str] = {}
     try:
-        lines = (folder / LOSSES).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_regular(folder / LOSSES).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return found
+    except OSError as error:
+        raise InputError(f"{folder / LOSSES} cannot be read: {error.strerror}") from error
     for line in lines:
         try:
             item = json.loads(line)["item"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         if isinstance(item, int):
             found[item] = found.get(item, "") + line

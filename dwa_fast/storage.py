@@ -23,7 +23,7 @@ from dwa_fast import losses as log_file
 from dwa_fast._version import __version__
 from dwa_fast.config import StorageConfig
 from dwa_fast.errors import InputError
-from dwa_fast.files import checksum, is_left_over, output_folder, replacing, sync_folder, write_json
+from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, replacing, sync_folder, write_json
 from dwa_fast.journal import Journal, read_journals, remove_journals
 
 MANIFEST = "manifest.json"
@@ -198,7 +198,7 @@ class ImageStore:
 
     def _read(self) -> None:
         """Take over what the disk says: journals first, since they go when the manifest holds what they say."""
-        entries = list(read_journals(self.folder, self._digest))
+        entries = list(filter(_is_entry, read_journals(self.folder, self._digest)))
         manifest = read_manifest(self.folder)
         before = manifest["settings"] | {"class_names": manifest["class_names"]}
         now = self.settings | {"class_names": self.class_names}
@@ -254,16 +254,53 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path} is no manifest of format {_FORMAT}")
-    if content.pop("check", None) != _check(content) or not all(map(IMAGE_NAME.fullmatch, content["images"])):
+    if content.pop("check", None) != _check(content) or not _is_manifest(content):
         raise InputError(f"{path} has been changed since dwa-fast wrote it; remove it to make the whole set again")
     return content
+
+
+def _is_manifest(content: dict[str, Any]) -> bool:
+    """Whether every part is there and of its type: a manifest may come from anywhere, with its own checksum."""
+    lists = all(isinstance(content.get(key), list) for key in ("continued_with", "class_names"))
+    maps = all(isinstance(content.get(key), dict) for key in ("versions", "settings", "skipped", "images", "losses"))
+    return (
+        lists
+        and maps
+        and isinstance(content.get("complete"), bool)
+        and all(isinstance(name, str) for name in content["class_names"])
+        and all(_holds_text(part) for part in (content["versions"], *content["continued_with"], content["skipped"], content["losses"]))
+        and all(map(str.isdecimal, content["losses"]))
+        and _holds_images(content["images"])
+    )
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether an entry of a journal is what `ImageStore.write` puts there."""
+    rows = entry.get("losses")
+    return (
+        entry.keys() == {"item", "images", "losses", "skipped"}
+        and type(entry["item"]) is int
+        and _holds_images(entry["images"])
+        and _holds_text(entry["skipped"])
+        and isinstance(rows, list)
+        and all(isinstance(row, list) and [type(value) for value in row] == [int, float, float, float] for row in rows)
+    )
+
+
+def _holds_images(value: Any) -> bool:
+    """Whether this maps names of images, which never lead out of the set, to checksums."""
+    return _holds_text(value) and all(map(IMAGE_NAME.fullmatch, value))
+
+
+def _holds_text(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _check(content: Any) -> str:

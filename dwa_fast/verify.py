@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from dwa_fast.files import checksum, is_left_over, is_temporary
+from dwa_fast.files import below, checksum, is_left_over, is_temporary
 from dwa_fast.journal import is_journal
 from dwa_fast.losses import LOSSES, digest, read_losses
 from dwa_fast.storage import IMAGE_NAME, MANIFEST, read_manifest
@@ -37,6 +38,8 @@ def problems(folder: Path) -> Iterator[str]:
 
 def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
     path = folder / name
+    if path.is_symlink() or path.parent.is_symlink():
+        return f"{name} is or lies behind a symbolic link"
     try:
         if checksum(path) == wanted:
             return None
@@ -45,12 +48,12 @@ def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, 
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:  # no other: Pillow's EPS reader starts Ghostscript
             image.load()
-            size = (len(image.getbands()), image.height, image.width)
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+            size = [len(image.getbands()), image.height, image.width]
+    except Exception:  # Pillow raises a dozen kinds for damaged files
         return f"{name} has changed and is no whole image any more"
-    shape = tuple(settings.get("image_shape", size))
+    shape = settings.get("image_shape", size)
     return f"{name} has changed" + (f" and has shape {size}, not {shape}" if size != shape else "")
 
 
@@ -72,10 +75,11 @@ def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
 def _extras(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
     known = {MANIFEST, LOSSES, PREVIEW, *manifest["images"]}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    prefix = os.path.join(folder, "")
+    for entry in below(prefix):
+        path, name = Path(entry.path), entry.path[len(prefix) :]
         unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name))
         if is_left_over(path):
             yield f"{name} is left over from a process that died"
-        elif name not in known and not unfinished and not path.is_dir() and not is_temporary(path) and not path.match(_EVENTS):
+        elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):
             yield f"{name} does not belong to the set"

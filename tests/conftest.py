@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.hostile import contents
+
 # Triton reads this where a kernel is decorated, so it must be set before any test imports dwa_fast.kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -64,3 +66,14 @@ def settled() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A folder that must be the same after the test, and that would hold the canary."""
+    folder = tmp_path / "outside"
+    (folder / "new000").mkdir(parents=True)
+    (folder / "precious.txt").write_text("precious")
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before

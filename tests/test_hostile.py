@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
-import stat
 import struct
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 
 from dwa_fast import InputError, distill, report
 from dwa_fast.architectures import SmallResNet
@@ -31,36 +29,8 @@ from dwa_fast.decoding import BadImageError, decode
 from dwa_fast.errors import printable
 from dwa_fast.initial import class_members, read_tensor
 from dwa_fast.storage import read_manifest
+from tests.hostile import POSTSCRIPT, Harmful, ghostscript
 from tests.nets import SIZE, small_config, small_set, small_teacher
-
-
-class Harmful:
-    """Unpickling this makes a folder: the canary."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
-
-
-def contents(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder: what files hold and where links lead."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder that must be the same after the test, and that would hold the canary."""
-    folder = tmp_path / "outside"
-    (folder / "new000").mkdir(parents=True)
-    (folder / "precious.txt").write_text("precious")
-    before = contents(folder)
-    yield folder
-    assert contents(folder) == before
 
 
 def test_the_canary_sings(tmp_path: Path) -> None:
@@ -174,11 +144,8 @@ def test_cifar_with_code_is_refused(tmp_path: Path, outside: Path) -> None:
 
 
 def test_postscript_in_disguise_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    canary, program, path = tmp_path / "canary", tmp_path / "gs", tmp_path / "x.png"
-    program.write_text(f"#!/bin/sh\ntouch '{canary}'\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(program))
+    canary, path = ghostscript(tmp_path, monkeypatch), tmp_path / "x.png"
+    path.write_bytes(POSTSCRIPT)
     with pytest.raises(BadImageError, match="it is in none of the formats"):
         decode(path, 8, 3)
     assert not canary.exists()
@@ -334,17 +301,3 @@ def test_contact_sheet_of_hostile_names(tmp_path: Path) -> None:
     report.contact_sheet(tmp_path / "sheet.png", {"$\\bad{$": torch.rand(12, 1, 8, 8)}, names)
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.width < 2000
-
-
-MANIFESTS: dict[str, tuple[Any, str]] = {
-    "list": ([], "is no manifest of format 1"),
-    "nothing": ({}, "is no manifest of format 1"),
-}
-
-
-@pytest.mark.parametrize(("content", "message"), MANIFESTS.values(), ids=MANIFESTS.keys())
-def test_manifests(tmp_path: Path, outside: Path, content: Any, message: str) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        distill(small_teacher(), small_set(), small_config(iterations=1), ipc=1, output=tmp_path / "set")

@@ -53,7 +53,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing": (NAME, Path.unlink, f"{NAME} is missing"),
     "folder": ("new001", shutil.rmtree, f"{NAME} is missing"),
     "changed": (NAME, lambda path: Image.new("RGB", (6, 4), (9, 9, 9)).save(path), f"{NAME} has changed"),
-    "size": (NAME, other_size, f"{NAME} has changed and has shape (3, 4, 5), not (3, 4, 6)"),
+    "size": (NAME, other_size, f"{NAME} has changed and has shape [3, 4, 5], not [3, 4, 6]"),
     "no image": (NAME, lambda path: path.write_bytes(b"x"), f"{NAME} has changed and is no whole image any more"),
     "torn": (NAME, lambda path: path.write_bytes(path.read_bytes()[:40]), f"{NAME} has changed and is no whole image any more"),
     "folder for image": (NAME, image_to_folder, f"{NAME} cannot be read: Is a directory"),
