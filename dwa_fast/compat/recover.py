@@ -168,16 +168,16 @@ def _refine(lane: Lane, batch: Batch, seed: int, asked: Recovery, display: Displ
     stops = range(0, total, _EVERY) if display or asked.verifier else range(0)
     done = 0
     for stop in sorted({*stops, total - 1}) if stops and asked.code_base == "cda" else stops:
-        _advance(lane, refinement, stop - done)
+        advance(lane, refinement, stop - done)
         images, _ = lane.finish(refinement)
-        _advance(lane, refinement, 1)
+        advance(lane, refinement, 1)
         done = stop + 1
         _show(lane, refinement, images, batch.labels, stop, asked, display)
-    _advance(lane, refinement, total - done)
+    advance(lane, refinement, total - done)
     return lane.finish(refinement)
 
 
-def _advance(lane: Lane, refinement: Refinement, iterations: int) -> None:
+def advance(lane: Lane, refinement: Refinement, iterations: int) -> None:
     """Some iterations, in pieces, so that Ctrl-C is heard."""
     piece = 1 if lane.execution.device.type == "cpu" else 10
     for start in range(0, iterations, piece):
