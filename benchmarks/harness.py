@@ -266,9 +266,10 @@ def numbers(peer: Peer, iterations: int) -> tuple[Tensor, Tensor]:
 
 
 def errors(peer: Peer, exact: tuple[Tensor, Tensor], iterations: int) -> tuple[float, float]:
-    """Relative errors of both."""
+    """Relative errors of both; of the gradient, the median over the images."""
     gradient, losses = numbers(peer, iterations)
-    return distance(gradient, exact[0]), distance(losses, exact[1])
+    of_images = [distance(own, wanted) for own, wanted in zip(gradient, exact[0], strict=True)]
+    return statistics.median(of_images), distance(losses, exact[1])
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

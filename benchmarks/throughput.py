@@ -35,7 +35,7 @@ _COLUMNS = (
     "peer|precision|ms/iteration|10 … 90 %|it/s|ms/image|× published|× best rival|% of floor|peak MiB|kernels|gradient|losses"
 ).split("|")
 DEFAULT_WORKLOADS = {"cuda": ["cifar100-resnet18", "cifar100-convnet128", "tiny-resnet18", "imagenet-resnet18", "imagenet-resnet50"]}
-DEFAULT_WORKLOADS["cpu"] = ["cifar100-resnet18", "cifar100-convnet128", "imagenet-resnet18"]
+DEFAULT_WORKLOADS["cpu"] = ["cifar100-resnet18", "cifar100-convnet128"]
 QUICK_WORKLOADS = ["digits", "cifar100-convnet128"]
 
 
@@ -99,7 +99,7 @@ def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str
     for row in rows:
         if not row["matches"]:
             row["ratio_to_published"] = row["ratio_to_best_rival"] = None
-    ascents = stages.ascents(problem, peers, min(3, options.rounds))
+    ascents = stages.ascents(problem, peers, 1 if device.type == "cpu" else 3)
     result = {
         "workload": workload.name,
         "teacher": str(options.teacher) if options.teacher else "random weights",
@@ -163,8 +163,9 @@ def _allowed(
     """Largest errors of gradient and losses that count as a match.
 
     Twice the largest of: the published loop's in this precision, the eager one's, and what the float64 loop itself does when its weights
-    change by a rounding. The last is not small: a ReLU whose input is 0 to rounding flips, and Adam's first steps have the size of the
-    learning rate whatever the size of the gradient.
+    change by a rounding. That is not small for losses after some iterations: Adam's first steps have the size of the learning rate whatever
+    the size of the gradient. Gradients are compared image by image and the median counts, because a ReLU whose input is 0 to rounding
+    flips in some images and not in others, for every peer, and moves their gradients by up to 1e-2.
     """
     own = [f"{name}/{precision}" for name in ("published", "eager") if precision in harness.offered(name, problem.device)]
     known = [errors[key] if key in errors else _errors_of(key, problem, exact) for key in own]
