@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("csrc", "kernels", "dwa_fast", "tests", "benchmarks")
+SHIPPED = ("csrc", "kernels", "dwa_fast", "tests", "benchmarks", "docs")
 
 
 def run_python(code: str, folder: Path) -> str:
@@ -58,7 +58,7 @@ def sources(folder: str, *suffixes: str) -> set[str]:
 def test_sdist_holds_everything_that_builds_and_tests(sdist: set[str]) -> None:
     wanted = {"LICENSE", "CHANGELOG.md", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
     for folder in SHIPPED:
-        wanted |= sources(folder, ".py", ".cpp", ".cu", ".cuh", ".h", ".typed")
+        wanted |= sources(folder, ".py", ".cpp", ".cu", ".cuh", ".h", ".typed", ".md", ".png")
     assert wanted <= sdist, f"missing from the sdist: {sorted(wanted - sdist)}"
 
 

@@ -66,8 +66,11 @@ def read_namespace(
         teacher: shows the data set by its number of classes where neither `recipe` nor `args.dataset` names it.
         recipe: the recipe whose pixels, normalisation and view hold, for data sets that the code bases do not know.
     Raises:
+        TypeError: args has no attributes.
         InputError: a field cannot be used.
     """
+    if not hasattr(args, "__dict__"):
+        raise TypeError(f"args must be a namespace such as argparse gives, got {type(args).__name__}")
     given = vars(args)
     _warn_of(tuple(sorted(given.keys() - {*_DEFAULTS, *_OTHERS, *_ELSEWHERE})))
     code_base = _code_base(given)

@@ -69,7 +69,7 @@ def get_images(
     Returns:
         losses of every iteration, [batches, T, 3] on the CPU: cross-entropy, R_mean, R_var.
     Raises:
-        TypeError: the teacher is no module.
+        TypeError: the teacher is no module, or args no namespace.
         InputError: a field of args, the teacher or an initial image cannot be used.
     """
     verified = ipc_id is None  # DWA's ImageNet script, which loads the verifier itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import re
@@ -38,13 +39,13 @@ def pocket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def teacher() -> nn.Module:
-    return colour_teacher(CLASSES, SIZE, (8, 8, 8))
+    return copy.deepcopy(colour_teacher(CLASSES, SIZE, (8, 8, 8)))
 
 
 def run(*rest: Any, network: nn.Module | None = None, **fields: Any) -> Tensor:
     """get_images on a plain back-end: what is tested here does not depend on it."""
     args = Namespace(**{**FIELDS, **fields})
-    return get_images(args, network or teacher(), *rest, recipe="pocket", backend="reference")
+    return get_images(args, network or teacher(), *rest, recipe="pocket", backend="reference", device="cpu")
 
 
 def files(folder: Path) -> list[str]:

@@ -127,3 +127,8 @@ def test_unknown_data_sets_are_refused(classes: int, fields: dict[str, Any], mes
 def test_a_teacher_without_a_linear_layer_needs_a_name() -> None:
     with pytest.raises(InputError, match="a teacher of no known number of classes"):
         read_namespace(Namespace(), nn.Conv2d(3, 5, 1), recipe=None, backend="auto", precision="auto", device="auto")
+
+
+def test_a_dictionary_is_no_namespace() -> None:
+    with pytest.raises(TypeError, match="args must be a namespace such as argparse gives, got dict"):
+        read_namespace({"lr": 0.1}, teacher(1000), recipe=None, backend="auto", precision="auto", device="auto")

@@ -66,8 +66,8 @@ class Case:
 
     def ours(self, output: str, precision: Any) -> tuple[Tensor, Tensor]:
         """Losses as the loop counts them, and images as they are on disk."""
-        teacher = nn.DataParallel(self.teacher)
-        losses = get_images(self.args(output), teacher, None, 2, recipe=self.recipe, precision=precision)
+        teacher = nn.DataParallel(copy.deepcopy(self.teacher))  # which takes it to a GPU where there is one
+        losses = get_images(self.args(output), teacher, None, 2, recipe=self.recipe, precision=precision, device="cpu")
         total = losses[..., 1] + self.asked().r_var * losses[..., 2]
         return torch.stack([losses[..., 0], total], -1), on_disk(self.folder / output)
 
