@@ -160,6 +160,15 @@ def test_class_folders_are_read_in_sorted_order_and_squashed(tmp_path: Path) -> 
     assert torch.allclose(start[0], wanted, atol=1e-6)
 
 
+def test_files_of_a_class_are_in_sorted_order_whatever_the_disk_says(tmp_path: Path) -> None:
+    folder = pictures(tmp_path, {name: [] for name in "abcd"})
+    for number in (5, 2, 9, 0, 7, 1, 8, 3, 6, 4):
+        for name in "abcd":
+            Image.new("RGB", (8, 8), (20 * number,) * 3).save(folder / name / f"{number}.png")
+    greys = [float(start_of(folder, index).mean() * 255) for index in range(10)]
+    assert greys == pytest.approx([20.0 * number for number in range(10)], abs=1e-3)
+
+
 def test_the_namespaces_own_order_of_classes(tmp_path: Path) -> None:
     folder = pictures(tmp_path, {"b": [40], "a": [20], "d": [80], "c": [60], "e": [99]})
     start = start_of(folder, 0, sorted_path=["d", "a", "b", "c"])
