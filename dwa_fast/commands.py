@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import tyro
 
-from dwa_fast import backend, ops
+from dwa_fast import backend, ops, workers
 from dwa_fast._version import __version__
 from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig, check_integer
@@ -24,6 +24,7 @@ from dwa_fast.demo import DemoConfig, run_demo, table
 from dwa_fast.distill import distill
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, output_folder, write_json
+from dwa_fast.losses import Rows
 from dwa_fast.recipes import full_recipe
 from dwa_fast.squeeze import squeeze
 from dwa_fast.storage import read_manifest
@@ -120,6 +121,7 @@ class Synthesize(Data):
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was begun, or all.
+    shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
     config: tyro.conf.OmitArgPrefixes[SynthesisConfig]
     form: tyro.conf.OmitArgPrefixes[StorageConfig] = field(default_factory=StorageConfig)
 
@@ -130,11 +132,16 @@ class Synthesize(Data):
         train = self.load("train", self.config.channels)
         module, _ = read_teacher(self, self.teacher, self.architecture, len(train.class_names), self.config.channels)
         origin = {"recipe": self.recipe, "method": self.method, "teacher": checksum(self.teacher)}
-        with console.bars() as track:
+        if workers.launched() and self.shard:
+            raise InputError("--shard is for processes that know nothing of each other; those of torchrun share the work by themselves")
+        team = workers.elastic() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
+        config = replace(self.config, device=workers.own_device(self.config.device))
+        with console.bars(shown=workers.rank() == 0) as track:
+            bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
                 module,
                 train,
-                self.config,
+                config,
                 ipc=self.ipc,
                 output=self.output,
                 initial=self.initial,
@@ -142,10 +149,23 @@ class Synthesize(Data):
                 origin=origin,
                 form=self.form,
                 threads=self.threads,
-                progress=track(f"{self.method}, ipc {self.ipc}"),
+                workers=team,
+                progress=bar,
+                observer=lambda item, rows: bar.note(_shown(rows)),
             )
-        total = self.ipc * len(train.class_names)
-        console.say(f"{self.output}: {total} images, {made} of them made now" if made < total else f"{self.output}: {total} images")
+        console.say(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")
+
+    def _made(self, made: int, total: int) -> str:
+        if workers.launched():
+            return f"{total} images, {made} of them made now by worker {workers.rank()}"
+        if not read_manifest(self.output)["complete"]:
+            return f"{made} images of shard {self.shard} made now; complete with the other shards"
+        return f"{total} images" + (f", {made} of them made now" if made < total else "")
+
+
+def _shown(rows: Rows) -> str:
+    """The last losses of a batch, for a progress bar."""
+    return f"ce {rows[-1][1]:.3g}, mean {rows[-1][2]:.3g}, var {rows[-1][3]:.3g}" if rows else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ Optimiser = Literal["adamw", "sgd"]
 SoftOrHard = Literal["soft", "hard"]
 TeacherMode = Literal["eval", "train"]
 ImageFormat = Literal["png", "jpeg"]
+Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -175,15 +176,18 @@ class StorageConfig:
     image_format: ImageFormat = "png"  # Files of the images: png (lossless) or jpeg.
     jpeg_quality: int = 95  # Quality of jpeg files, 1 to 100; their colours are stored in full resolution.
     losses_every: int = 10  # Iterations between two entries of losses.jsonl; 0: no such file.
+    preview: bool = False  # Also draw preview.png, a contact sheet of the first ten images of the first ten classes, as they are finished.
+    track: Tracker = "none"  # Also send the losses to tensorboard or wandb (Weights & Biases), where that is installed.
 
     def __post_init__(self) -> None:
         check_choice("image_format", self.image_format, ImageFormat)
         check_integer("jpeg_quality", self.jpeg_quality, 1)
         check_real("jpeg_quality", self.jpeg_quality, 1, 100)
         check_integer("losses_every", self.losses_every, 0)
+        check_choice("track", self.track, Tracker)
 
     def describe(self) -> dict[str, str | int]:
-        """What the bytes of the files depend on."""
+        """What the bytes of the set depend on."""
         quality = {"jpeg_quality": self.jpeg_quality} if self.image_format == "jpeg" else {}
         return {"image_format": self.image_format, **quality, "losses_every": self.losses_every}
 

@@ -9,8 +9,19 @@ from typing import Any
 
 import rich.console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from dwa_fast.errors import printable
@@ -52,16 +63,43 @@ class Console:
         self._out.print(tree, soft_wrap=True, highlight=False)
 
     @contextmanager
-    def bars(self) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-        """Progress bars: gives a function that starts a bar of a title and returns what moves it."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._err) as progress:
+    def bars(self, *, shown: bool = True) -> Iterator[Callable[[str], Bar]]:
+        """Progress bars: gives a function that starts a bar of a title."""
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+        )
+        with Progress(*columns, console=self._err, disable=not shown) as progress:
+            yield lambda title: Bar(progress, progress.add_task(_safe(title), total=None, note=""))
 
-            def track(title: str) -> Callable[[int, int], None]:
-                task = progress.add_task(_safe(title), total=None)
-                return lambda done, total: progress.update(task, completed=done, total=total)
 
-            yield track
+class Bar:
+    """One progress bar: called with what is done and the whole, it moves."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task, self._begun = progress, task, False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Move the bar. What is done at the first call was done before, and says nothing about the rate."""
+        if not self._begun:
+            self._progress.reset(self._task, completed=done, total=total)
+            self._begun = True
+        self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Show a few words behind the bar."""
+        self._progress.update(self._task, note=_safe(text))
+
+
+class _Rate(ProgressColumn):
+    """How many per second; seconds for each where it is less than one."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of a bar; nothing before there is one."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
 class _Lines(logging.Handler):

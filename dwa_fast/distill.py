@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check_integer
-from dwa_fast.datasets import ImageSet, denormalise
+from dwa_fast.datasets import ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.initial import initial_images, unseen
-from dwa_fast.storage import MANIFEST, ImageStore, WorkItem, read_manifest, to_levels
-from dwa_fast.synthesis import Batch, Synthesizer, count_all
+from dwa_fast.preview import Preview
+from dwa_fast.production import Line, Observer, Progress
+from dwa_fast.storage import MANIFEST, ImageStore, WorkItem, read_manifest
+from dwa_fast.synthesis import Synthesizer
+from dwa_fast.tracking import tracked
+from dwa_fast.workers import Shard, StoreLostError, Workers, threads_alone
 
 _MOST_THREADS = 1024  # a manifest that asks for more is not ours
-
-Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 
 
 def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
@@ -41,7 +43,9 @@ def distill(
     origin: Mapping[str, Any] | None = None,
     form: StorageConfig | None = None,
     threads: int | None = None,
+    workers: Workers | None = None,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> int:
     """Write `ipc` images of every class of `data` into `output`; images that are there already are kept.
 
@@ -52,12 +56,14 @@ def distill(
         origin: what else the images depend on (teacher's checksum, recipe); kept in the manifest.
         form: how images and losses are written.
         threads: CPU threads to compute with, at least 1, on which the last bits depend where the device is a CPU. None: those that the
-            set in the folder was begun with; for a new set, as many as PyTorch would take.
+            set in the folder was begun with; for a new set, as many as PyTorch takes in a process alone.
+        workers: who else makes the set, and what is left for this process; default: nobody, and everything.
         progress: called with the iterations finished and the iterations in all; kept items count as finished.
+        observer: called with each batch that is on the disk and its recorded losses, in another thread.
     Returns:
         the number of images that this call made.
     Raises:
-        InputError: as `synthesize`; or a class has fewer than ipc images, or the folder holds a set of other settings.
+        InputError: as `synthesize`; or a class has fewer than ipc images, the folder holds a set of other settings or cannot be written.
     """
     check_integer("ipc", ipc, 1)
     if threads is not None:
@@ -70,26 +76,45 @@ def distill(
     settings = {**asdict(config), **run.execution.describe(), **start.settings, "seed": seed, "image_shape": list(data.image_shape)}
     settings |= {"real_images": len(data.labels), **(origin or {})}
     del settings["concurrent_batches"]  # changes how fast, not what
-    if run.execution.device.type == "cpu":
-        settings["threads"] = threads = threads or _begun_with(output) or torch.get_num_threads()
     items = work_list(classes, ipc, config.batch_size)
-    with _computing(threads), contextlib.closing(ImageStore(output, settings, data.class_names, form)) as store:
-        start.skipped.update(store.skipped)
+
+    def opened() -> ImageStore:
+        if run.execution.device.type == "cpu":
+            settings["threads"] = threads or _begun_with(output) or threads_alone()
+        return ImageStore(output, settings, data.class_names, form)
+
+    surveyed: list[tuple[ImageStore, int]] = []  # the set and its number of missing batches, where this process has looked
+
+    def survey() -> list[int]:
+        store = opened()
         missing = store.unfinished(items)
         if missing:
             store.begin()
-        total, kept = len(items) * config.iterations, (len(items) - len(missing)) * config.iterations
-        if progress:
-            progress(kept, total)
-        for first in range(0, len(missing), config.concurrent_batches):
-            group = missing[first : first + config.concurrent_batches]
-            tick = count_all(progress, kept + first * config.iterations, len(group), total)
-            batches = [Batch(item.number, start.load(item.labels, item.index), torch.tensor(item.labels)) for item in group]
-            results = run.run(batches, seed=seed, progress=tick)
-            for item, (refined, losses) in zip(group, results, strict=True):
-                store.write(item, to_levels(denormalise(refined, config)), losses.cpu(), dict(start.skipped))
-        store.finish(items)
-    return sum(len(item.labels) for item in missing)
+        surveyed.append((store, len(missing)))
+        return [item.number for item in missing]
+
+    with workers or Shard() as team:
+        todo = team.begin(survey)
+        store, missing = surveyed[0] if surveyed else (opened(), len(todo))
+        start.skipped.update(store.skipped)
+        with contextlib.closing(store), _computing(store.settings.get("threads")):
+            line = Line(run, start, store, team, items, seed=seed)
+            line.kept, line.todo, line.progress = len(items) - missing, len(todo), progress
+            line.preview = Preview(store, data.image_shape, ipc) if store.form.preview else None
+            with tracked(store.form.track, output, store.settings) as trackers:
+                line.observers = [*trackers, *([observer] if observer else [])]
+                made = line.produce()
+            _finish(team, line, output)
+    return made
+
+
+def _finish(team: Workers, line: Line, output: Path) -> None:
+    """Complete the set; where the store of the workers ended with the worker that did it, that is as well."""
+    try:
+        team.finish(line.complete)
+    except StoreLostError:
+        if not read_manifest(output)["complete"]:
+            raise
 
 
 def _begun_with(output: Path) -> int | None:

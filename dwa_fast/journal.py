@@ -45,11 +45,13 @@ class Journal:
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    def close(self) -> bool:
+        """Close the file, and say whether there was one open."""
+        if self._descriptor is None:
+            return False
+        os.close(self._descriptor)
+        self._descriptor = None
+        return True
 
 
 def read_journals(folder: Path, settings: str) -> Iterator[dict[str, Any]]:

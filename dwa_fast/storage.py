@@ -113,13 +113,15 @@ class ImageStore:
         levels: Tensor,  # [n, C, H, W] uint8 on the CPU, in the order of item.labels
         losses: Tensor | None = None,  # [T, 3] on the CPU
         skipped: Mapping[str, str] | None = None,  # real images that could not be used so far, and why
-    ) -> None:
+    ) -> log_file.Rows:
         """Write a batch; when this returns, it is on the disk and in the journal.
 
+        Returns:
+            the losses that were recorded.
         Raises:
             InputError: the disk is full, the folder is read-only, or the like; the sentence names the file.
         """
-        names = [self._name(label, item.index) for label in item.labels]
+        names = [self.name(label, item.index) for label in item.labels]
         self._make_folders({(self.folder / name).parent for name in names})
         with ThreadPoolExecutor(_THREADS) as pool:
             sums = list(pool.map(self._write_image, names, levels))
@@ -131,6 +133,7 @@ class ImageStore:
         if rows:
             self._losses[item.number] = log_file.as_text(item.number, rows)
         self._whole.add(item.number)
+        return rows
 
     def finish(self, items: Iterable[WorkItem]) -> list[WorkItem]:
         """Complete the set if all these batches are there, whoever wrote them.
@@ -154,19 +157,21 @@ class ImageStore:
         return []
 
     def close(self) -> None:
-        """Close the journal; the set can be opened again."""
-        self._journal.close()
+        """Close the journal; the set can be opened again. Where others have completed it meanwhile, the journal goes."""
+        if self._journal.close() and read_manifest(self.folder)["complete"]:
+            self._journal.path.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
         for path in [*self.folder.glob(".*.part"), *self.folder.glob("new*/.*.part")]:
             if is_left_over(path):
                 path.unlink(missing_ok=True)
 
-    def _name(self, label: int, index: int) -> str:
+    def name(self, label: int, index: int) -> str:
+        """Path of an image, below the folder."""
         return image_name(label, index, len(self.class_names), "jpg" if self.form.image_format == "jpeg" else "png")
 
     def _is_whole(self, item: WorkItem) -> bool:
-        names = [self._name(label, item.index) for label in item.labels]
+        names = [self.name(label, item.index) for label in item.labels]
         logged = item.number in self._losses or self.form.losses_every == 0
         return logged and all(name in self._images and _has_checksum(self.folder / name, self._images[name]) for name in names)
 

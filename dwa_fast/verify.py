@@ -13,9 +13,9 @@ from PIL import Image
 from dwa_fast.files import below, checksum, is_left_over, is_temporary
 from dwa_fast.journal import is_journal
 from dwa_fast.losses import LOSSES, digest, read_losses
+from dwa_fast.preview import PREVIEW
 from dwa_fast.storage import IMAGE_NAME, MANIFEST, read_manifest
 
-PREVIEW = "preview.png"
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _THREADS = 8  # that read files
 

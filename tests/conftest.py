@@ -7,11 +7,15 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.hostile import contents
+
+if TYPE_CHECKING:
+    from tests.processes import Bench
 
 # Triton reads this where a kernel is decorated, so it must be set before any test imports dwa_fast.kernels.
 if not torch.cuda.is_available():
@@ -77,3 +81,12 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     before = contents(folder)
     yield folder
     assert contents(folder) == before
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Command lines in processes that can be killed."""
+    from tests.processes import make_bench
+
+    with make_bench(tmp_path_factory.mktemp("bench")) as made:
+        yield made

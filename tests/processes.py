@@ -7,10 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dwa_fast.architectures import build
+from dwa_fast.checkpoint import TeacherInfo, save_teacher
+
+SIZE = 8
+QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--ipc", "3", "--backend", "reference"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,12 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
         os.kill(self.number, number)
+
+    def wait_for_stop(self) -> None:
+        """Return once it has stopped itself."""
+        while (state := Path(f"/proc/{self.number}/stat").read_text().rsplit(")", 1)[1].split()[0]) != "T":
+            assert state != "Z", f"it came to its end: {self.output}"
+            time.sleep(0.02)
 
     def wait(self) -> int:
         """Its exit code, or minus the signal that ended it."""
@@ -95,11 +111,48 @@ class Victims:
         }
         return Process(self.ask(order), log, self)
 
-    def run(self, arguments: Sequence[str | Path], folder: Path, **options: Any) -> tuple[int, Process]:
-        """Start a command line and wait for its end."""
-        process = self.start(arguments, folder, **options)
-        return process.wait(), process
-
     def close(self) -> None:
         """End the server; whoever still runs is waited for by nobody."""
         self._server.communicate()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs the command line of these tests."""
+
+    teacher: Path
+    whole: dict[str, bytes]  # the files of a run that nothing happened to
+    operations: int  # of that run, on files
+    victims: Victims
+
+    def command(self, folder: Path) -> list[str]:
+        """The command line that makes the set in a folder."""
+        return ["synthesize", "--recipe", "digits", "--teacher", str(self.teacher), "--output", str(folder), *QUICK, "--threads", "1"]
+
+    def start(self, folder: Path, *more: str, **options: Any) -> Process:
+        """Start a run in a process of its own; options as those of Victims.start."""
+        return self.victims.start([*self.command(folder), *more], folder, **options)
+
+    def run(self, folder: Path, *more: str, **options: Any) -> tuple[int, Process]:
+        """Start a run, and wait for its end."""
+        process = self.start(folder, *more, **options)
+        return process.wait(), process
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def make_bench(folder: Path) -> Iterator[Bench]:
+    """What the tests of faults and of workers share; its teacher and the undisturbed set lie in the folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build("small-resnet", classes=10, channels=1, size=SIZE)
+    save_teacher(folder / "teacher.pt", module, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
+    victims = Victims(folder)
+    code, process = Bench(folder / "teacher.pt", {}, 0, victims).run(folder / "whole")
+    assert code == 0, process.output
+    yield Bench(folder / "teacher.pt", contents(folder / "whole"), process.report["operations"], victims)
+    victims.close()

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import HashStore
 
 from dwa_fast import InputError, distill
 from dwa_fast.distill import WorkItem, work_list
 from dwa_fast.files import checksum, replacing
 from dwa_fast.initial import sample
 from dwa_fast.storage import ImageStore, image_name, read_manifest
+from dwa_fast.workers import Elastic
 from tests.nets import small_config, small_set, small_teacher
 
 
-def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, **settings: Any) -> int:
-    config = small_config(**{"iterations": 4, "batch_size": 4, **settings})
-    return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed, threads=threads)
+def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, **more: Any) -> int:
+    """A small set; more are settings of the synthesis, and what distill itself takes."""
+    hooks = {name: more.pop(name) for name in ("progress", "observer", "workers") if name in more}
+    config = small_config(**{"iterations": 4, "batch_size": 4, **more})
+    return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed, threads=threads, **hooks)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,3 +169,53 @@ def test_set_goes_on_with_the_threads_that_it_was_begun_with(tmp_path: Path) -> 
         run(tmp_path / "set", threads=2)
     with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
         run(tmp_path / "set", threads=0)
+
+
+def test_the_next_batches_are_computed_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the next initial images are read meanwhile."""
+    run(tmp_path / "whole")
+    write, later = ImageStore.write, threading.Event()
+
+    def slowly(store: ImageStore, item: WorkItem, *rest: Any) -> Any:
+        if item.number == 0:
+            assert later.wait(60)  # for what happens only after this batch
+        return write(store, item, *rest)
+
+    def progress(done: int, total: int) -> None:
+        if done > 2 * 4:
+            later.set()
+
+    monkeypatch.setattr(ImageStore, "write", slowly)
+    assert run(tmp_path / "slow", progress=progress) == 20
+    assert contents(tmp_path / "slow") == contents(tmp_path / "whole")
+
+
+def test_failed_write_ends_the_run_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    write = ImageStore.write
+
+    def fail(store: ImageStore, item: WorkItem, *rest: Any) -> Any:
+        if item.number == 2:
+            raise InputError("cannot write x.png: No space left on device")
+        return write(store, item, *rest)
+
+    monkeypatch.setattr(ImageStore, "write", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        run(tmp_path / "full")
+    monkeypatch.undo()
+    assert run(tmp_path / "full") <= 20 - 8
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+def test_observer_hears_of_every_batch_with_its_losses(tmp_path: Path) -> None:
+    heard: dict[int, list[float]] = {}
+    run(tmp_path, observer=lambda item, rows: heard.update({item.number: [row[0] for row in rows]}))
+    assert heard == {number: [1, 4] for number in range(6)}
+
+
+def test_batch_that_another_worker_only_claims_to_have_made(tmp_path: Path) -> None:
+    store = HashStore()
+    store.set("dwa_fast/run/batch/0", "done")
+    with pytest.raises(InputError, match="files of 1 batches were damaged or removed meanwhile; the same command makes them again"):
+        run(tmp_path, workers=Elastic(store, "run"))
+    assert run(tmp_path) == 4

@@ -7,60 +7,17 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from dwa_fast.architectures import build
-from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.cli import run
 from dwa_fast.storage import image_name, read_manifest
 from dwa_fast.verify import problems
-from tests.nets import SIZE
-from tests.processes import Process, Victims
+from tests.processes import Bench, contents
 
-QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--ipc", "3", "--backend", "reference"]
 NOBODY = 65534  # a user without rights, on every Unix
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Runs the command line of these tests."""
-
-    teacher: Path
-    whole: dict[str, bytes]  # the files of a run that nothing happened to
-    operations: int  # of that run, on files
-    victims: Victims
-
-    def command(self, folder: Path) -> list[str]:
-        """The command line that makes the set in a folder."""
-        return ["synthesize", "--recipe", "digits", "--teacher", str(self.teacher), "--output", str(folder), *QUICK, "--threads", "1"]
-
-    def run(self, folder: Path, at_operation: int | None = None, sends: signal.Signals = signal.SIGKILL) -> tuple[int, Process]:
-        """One run in a process of its own."""
-        return self.victims.run(self.command(folder), folder, at_operation=at_operation, sends=sends)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("bench")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = build("small-resnet", classes=10, channels=1, size=SIZE)
-    save_teacher(folder / "teacher.pt", module, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
-    victims = Victims(folder)
-    code, process = victims.run(Bench(folder / "teacher.pt", {}, 0, victims).command(folder / "whole"), folder / "whole")
-    assert code == 0, process.output
-    yield Bench(folder / "teacher.pt", contents(folder / "whole"), process.report["operations"], victims)
-    victims.close()
 
 
 def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
@@ -101,7 +58,7 @@ def test_stopped_politely(bench: Bench, tmp_path: Path, sends: signal.Signals, w
 @pytest.mark.parametrize("largest_file", [1000, 2500, 3000])
 def test_full_disk(bench: Bench, tmp_path: Path, largest_file: int) -> None:
     """No file may grow beyond a few bytes: the first manifest, an image or the journal cannot be written to its end."""
-    code, process = bench.victims.run(bench.command(tmp_path), tmp_path, largest_file=largest_file)
+    code, process = bench.run(tmp_path, largest_file=largest_file)
     assert code == 1, process.output
     (error,) = [line for line in process.output.splitlines() if line.startswith("dwa-fast: ")]
     assert f"cannot write {tmp_path}" in error
@@ -120,8 +77,7 @@ def test_read_only_folder(bench: Bench) -> None:
         shutil.copy(bench.teacher, teacher)
         for path in (Path(name), teacher, folder):
             path.chmod(0o555)
-        command = [str(teacher) if argument == str(bench.teacher) else argument for argument in bench.command(folder)]
-        code, process = bench.victims.run(command, folder, user=NOBODY if os.geteuid() == 0 else None)
+        code, process = bench.run(folder, "--teacher", str(teacher), user=NOBODY if os.geteuid() == 0 else None)
         for path in (Path(name), folder):
             path.chmod(0o755)
     assert code == 1, process.output

@@ -14,9 +14,11 @@ ORDER = """
     priors tracing compiled
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.moments ops.view ops.view_adam_clip ops
     backend
-    checkpoint pointwise stem rewrite teacher initial program repeat ascent refine journal losses storage
+    checkpoint pointwise stem rewrite teacher initial program repeat ascent refine
+    journal losses storage tracking pipeline workers
     synthesis
-    augment training squeeze validate diversity report verify distill
+    augment training squeeze validate diversity report
+    preview verify production distill
     compat.hooks compat.perterb compat.namespace compat.recover compat
     demo console commands cli
     __init__ __main__

@@ -16,6 +16,8 @@ import time
 import traceback
 from typing import Any
 
+from dwa_fast import workers
+
 NEEDED = "dwa_fast.cli dwa_fast.commands torchvision.transforms.v2 sklearn.datasets sklearn.model_selection importlib.readers".split()
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 
@@ -42,6 +44,7 @@ def serve(order: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.environ.update(order["environment"])
+    workers.LEASE_SECONDS = 1.5
     operations = count_operations(order["folder"], order["signal"], order["at_operation"])
     if order["after_seconds"]:  # SIGALRM, which nothing handles, ends the process on the spot
         signal.setitimer(signal.ITIMER_REAL, order["after_seconds"])
