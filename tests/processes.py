@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dwa_fast.architectures import build
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
@@ -123,6 +125,7 @@ class Bench:
     teacher: Path
     whole: dict[str, bytes]  # the files of a run that nothing happened to
     operations: int  # of that run, on files
+    seconds: float  # of that run
     victims: Victims
 
     def command(self, folder: Path) -> list[str]:
@@ -144,6 +147,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def launcher(world: int, store: TCPStore, rank: int = 0) -> dict[str, str]:
+    """The environment that PyTorch's elastic launcher gives a worker; the store is that of its agent."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
+
+
+def agent_store() -> TCPStore:
+    """The store of an elastic launcher, which lives as long as it is held."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
+
+
 @contextmanager
 def make_bench(folder: Path) -> Iterator[Bench]:
     """What the tests of faults and of workers share; its teacher and the undisturbed set lie in the folder."""
@@ -152,7 +175,7 @@ def make_bench(folder: Path) -> Iterator[Bench]:
         module = build("small-resnet", classes=10, channels=1, size=SIZE)
     save_teacher(folder / "teacher.pt", module, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
     victims = Victims(folder)
-    code, process = Bench(folder / "teacher.pt", {}, 0, victims).run(folder / "whole")
+    code, process = Bench(folder / "teacher.pt", {}, 0, 0.0, victims).run(folder / "whole")
     assert code == 0, process.output
-    yield Bench(folder / "teacher.pt", contents(folder / "whole"), process.report["operations"], victims)
+    yield Bench(folder / "teacher.pt", contents(folder / "whole"), process.report["operations"], process.report["seconds"], victims)
     victims.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import random
 import signal
@@ -20,27 +19,8 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from dwa_fast import InputError, workers
 from dwa_fast.storage import read_manifest
 from dwa_fast.verify import problems
-from dwa_fast.workers import Elastic, Shard, StoppedError, StoreLostError, threads_alone
-from tests.processes import Bench, contents
-
-
-def launcher(world: int, store: TCPStore, rank: int = 0) -> dict[str, str]:
-    """The environment that PyTorch's elastic launcher gives a worker; the store is that of its agent."""
-    return {
-        "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-    }
-
-
-def agent_store() -> TCPStore:
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
+from dwa_fast.workers import Elastic, Shard, StoppedError, StoreLostError, own_device, rank, threads_alone
+from tests.processes import Bench, agent_store, contents, launcher
 
 
 @pytest.fixture
@@ -50,7 +30,7 @@ def store() -> TCPStore:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_workers_makes_the_same_bytes(bench: Bench, tmp_path: Path, store: TCPStore, world: int) -> None:
-    processes = [bench.start(tmp_path, environment=launcher(world, store, rank)) for rank in range(world)]
+    processes = [bench.start(tmp_path, environment=launcher(world, store, number)) for number in range(world)]
     assert [process.wait() for process in processes] == [0] * world, [process.output for process in processes]
     assert contents(tmp_path) == bench.whole
     made = [int(process.output.split("30 images, ")[1].split()[0]) for process in processes]
@@ -63,7 +43,7 @@ def test_batches_of_a_dead_worker_are_made_by_others(bench: Bench, tmp_path: Pat
     at = random.Random(seed).randint(1, bench.operations)
     doomed = bench.start(tmp_path, environment=launcher(3, store), at_operation=at, sends=signal.SIGSTOP)
     doomed.wait_for_stop()
-    others = [bench.start(tmp_path, environment=launcher(3, store, rank)) for rank in (1, 2)]
+    others = [bench.start(tmp_path, environment=launcher(3, store, number)) for number in (1, 2)]
     doomed.send(signal.SIGKILL)
     assert [process.wait() for process in others] == [0, 0], [process.output for process in others]
     assert doomed.wait() == -signal.SIGKILL
@@ -237,6 +217,18 @@ def test_threads_of_several_workers_are_those_of_one_alone(monkeypatch: pytest.M
     assert threads_alone() == 2
     monkeypatch.undo()
     assert 1 <= workers._cores() <= (os.cpu_count() or 1)
+
+
+def test_workers_of_a_machine_share_its_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert (own_device("auto"), rank()) == ("auto", 0)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "3", "RANK": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert [own_device(device) for device in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert (current, rank()) == ([1, 1], 7)
 
 
 def test_shard_under_the_launcher_is_refused(bench: Bench, tmp_path: Path, store: TCPStore) -> None:
