@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwa_fast import report
+from dwa_fast import pictures
 from dwa_fast._version import __version__
 from dwa_fast.backend import resolve
 from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
@@ -177,7 +177,7 @@ def _contact_sheet(output: Path, config: DemoConfig, train: ImageSet) -> None:
     size = full_recipe("digits").data.size
     sets = {METHODS[method]: image_folder(output / set_folder(method, ipc), size, 1, per_class=ipc) for method in _shown(config.methods)}
     panels = {f"{title}, ipc {ipc}": images.load(range(len(images.labels))) for title, images in sets.items()}
-    report.contact_sheet(output / "contact-sheet.png", panels, train.class_names)
+    pictures.contact_sheet(output / "contact-sheet.png", panels, train.class_names)
 
 
 def _shown(methods: Sequence[str]) -> list[str]:

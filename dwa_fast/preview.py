@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dwa_fast.files import read_regular, replacing
-from dwa_fast.report import mosaic
+from dwa_fast.pictures import mosaic
 from dwa_fast.storage import ImageStore, WorkItem
 
 PREVIEW = "preview.png"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dwa_fast.cli import run
 from dwa_fast.files import checksum
-from dwa_fast.report import contact_sheet, mosaic
+from dwa_fast.pictures import contact_sheet, mosaic
 from dwa_fast.storage import read_manifest
 
 ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "2"]

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from dwa_fast import InputError, distill, report
+from dwa_fast import InputError, distill, pictures
 from dwa_fast.architectures import SmallResNet
 from dwa_fast.archives import read_archive
 from dwa_fast.checkpoint import load_teacher
@@ -298,6 +298,6 @@ def test_what_is_printed_is_plain(text: str, plain: str, capsys: pytest.CaptureF
 
 def test_contact_sheet_of_hostile_names(tmp_path: Path) -> None:
     names = ["$\\frac{$", "two\nlines", "x" * 5000, "漢字", os.fsdecode(b"\xff"), "\x1b[31m"]
-    report.contact_sheet(tmp_path / "sheet.png", {"$\\bad{$": torch.rand(12, 1, 8, 8)}, names)
+    pictures.contact_sheet(tmp_path / "sheet.png", {"$\\bad{$": torch.rand(12, 1, 8, 8)}, names)
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.width < 2000

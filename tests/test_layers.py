@@ -17,10 +17,12 @@ ORDER = """
     checkpoint pointwise stem rewrite teacher initial program repeat ascent refine
     journal losses storage tracking pipeline workers
     synthesis
-    augment training squeeze validate diversity report
+    records augment training squeeze validate diversity pictures
     preview verify production distill
     compat.hooks compat.perterb compat.namespace compat.recover compat
-    demo console commands cli
+    demo console
+    commands.data commands.pipeline commands.inspect commands.demo commands
+    cli
     __init__ __main__
 """.split()
 

@@ -1,4 +1,4 @@
-"""Pictures and tables of a run."""
+"""Pictures of sets of images."""
 
 from __future__ import annotations
 

@@ -1,0 +1,30 @@
+"""The commands, one dataclass each: its fields are the flags, the comments behind them the help, `run` what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tyro
+
+from dwa_fast.commands.demo import Demo
+from dwa_fast.commands.inspect import Info, Verify
+from dwa_fast.commands.pipeline import Squeeze, Synthesize, Validate
+from dwa_fast.demo import DemoConfig
+from dwa_fast.recipes import full_recipe
+
+
+def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
+    """Every command with its defaults; those of a data set are the recipe's."""
+    recipe = full_recipe(recipe_name or "digits", method=method)
+    given: Any = recipe.name if recipe_name else tyro.MISSING
+    data = {"recipe": given, "size": recipe.data.size}
+    missing: Any = tyro.MISSING
+    return {
+        "demo": Demo(output=missing, config=DemoConfig()),
+        "squeeze": Squeeze(**data, output=missing, architecture=recipe.architecture, config=recipe.squeeze),
+        "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
+        "validate": Validate(**data, teacher=missing, images=missing, student=recipe.architecture, config=recipe.validation),
+        "verify": Verify(images=missing),
+        "info": Info(),
+    }

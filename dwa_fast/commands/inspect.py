@@ -1,0 +1,93 @@
+"""The commands that look and change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from dwa_fast import backend, ops
+from dwa_fast._version import __version__
+from dwa_fast.checkpoint import TeacherInfo, load_teacher
+from dwa_fast.console import Console
+from dwa_fast.errors import InputError
+from dwa_fast.storage import read_manifest
+from dwa_fast.teacher import prepare
+from dwa_fast.verify import problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a distilled set against its manifest: that it is complete, and every file there, unchanged, and no other."""
+
+    images: tyro.conf.Positional[Path]  # The distilled set: a folder with a manifest.json.
+
+    def run(self, console: Console) -> None:
+        """Print a line per problem; raises InputError where there is one."""
+        count = 0
+        for problem in problems(self.images):
+            console.say(problem)
+            count += 1
+        if count:
+            raise InputError(
+                f"{self.images}: {count} problem{'s' if count > 1 else ''}; the command that made the set makes it whole again"
+            )
+        console.say(f"{self.images}: complete, {len(read_manifest(self.images)['images'])} images, every file as it was written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Say what was built, what this machine has, which back-end would run, and why the others cannot."""
+
+    teacher: Path | None = None  # Also describe this checkpoint.
+    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself.
+    json: bool = False  # Print JSON instead of text.
+
+    def run(self, console: Console) -> None:
+        """Print it."""
+        content = machine()
+        if self.teacher:
+            module, info = load_teacher(self.teacher, architecture=self.architecture)
+            content["teacher"] = {**asdict(info), **_fused_layers(module, info)}
+        if self.json:
+            print(json.dumps(content, indent=2))
+        else:
+            console.tree("dwa-fast", content)
+
+
+def _fused_layers(module: torch.nn.Module, info: TeacherInfo) -> dict[str, Any]:
+    """What the fused back-end makes of each BatchNorm layer of a teacher."""
+    execution = backend.resolve("auto", "auto", "cpu")
+    network, _ = prepare(module, torch.zeros(2, info.channels, info.size, info.size), execution)
+    return {"traced": network.traced, "fused": {name: layer.extra_repr() for name, layer in network.layers.items()}}
+
+
+def machine() -> dict[str, Any]:
+    """What `info` prints."""
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cause = ops.cause()
+    return {
+        "versions": {
+            "dwa_fast": __version__,
+            "torch": torch.__version__,
+            "torchvision": metadata.version("torchvision"),
+            "python": platform.python_version(),
+        },
+        "extension": {"not usable": cause} if cause else ops.built_with(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "vector instructions": torch.backends.cpu.get_cpu_capability(),
+            "CUDA devices": devices or "none",
+        },
+        "back-ends": backend.describe(backend.resolve_device("auto")),
+        "auto": backend.resolve("auto", "auto", "auto").describe(),
+    }
