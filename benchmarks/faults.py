@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**machine.facts(torch.device("cpu"), sys.argv), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({**machine.facts(torch.device("cpu"), sys.argv), "images": IMAGES, "rows": rows}, indent=1) + "\n"
+        )
     return 0 if all(outcome["equal"] for row in rows for outcome in row["outcomes"]) else 1
 
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def steps(folder: Path) -> list[Step]:
     """What to run; results go through files in `folder`."""
-    files = {name: folder / f"{name}.json" for name in ("tests", "throughput", "operators", "memcheck")}
+    files = {name: folder / f"{name}.json" for name in ("tests", "throughput", "anatomy", "operators", "memcheck")}
     log, python, checker = folder / "memcheck.log", sys.executable, shutil.which("compute-sanitizer")
     test = [python, "-m", "pytest", "-m", "gpu", "--json-summary"]
     found = [
@@ -62,6 +62,11 @@ def steps(folder: Path) -> list[Step]:
             "throughput",
             [python, "benchmarks/throughput.py", "--iterations", "50", "--json", str(files["throughput"])],
             lambda: content(files["throughput"]),
+        ),
+        Step(
+            "anatomy",
+            [python, "benchmarks/anatomy.py", "--json", str(files["anatomy"])],
+            lambda: content(files["anatomy"]),
         ),
         Step(
             "operators",

@@ -123,6 +123,12 @@ def _distinct_layers(network: Network) -> list[Subject]:
     return sorted(dict.fromkeys(layers(network)), key=lambda layer: (math.prod(layer.shape[1:]), layer.skip), reverse=True)
 
 
+def _inputs_of_layers(network: Network) -> list[Subject]:
+    """What the layers read, whatever comes behind them."""
+    shapes = dict.fromkeys(layer.shape for layer in layers(network))
+    return [Layer(shape, skip=False, relu=False) for shape in sorted(shapes, key=lambda shape: math.prod(shape[1:]), reverse=True)]
+
+
 def _all_layers(network: Network) -> list[Subject]:
     found = layers(network)
     counts = tuple(network.workload.batch * math.prod(layer.shape[2:]) for layer in found)
@@ -201,6 +207,27 @@ def _bn_act_backward_traffic(inputs: Inputs) -> int:
 
 def _mask_bytes(inputs: Inputs) -> int:
     return math.ceil(inputs["y"].numel() / 8) if inputs["relu"] and inputs["skip"] is not None else 0
+
+
+def _moments(operators: Operators, inputs: Inputs) -> Call:
+    inputs["y"].requires_grad_()
+    return lambda: (operators.moments(inputs["y"], inputs["mean"]),)
+
+
+def _moments_backward(operators: Operators, inputs: Inputs) -> Call:
+    leaf = inputs["y"].requires_grad_()
+    sums = operators.moments(leaf, inputs["mean"])
+    return lambda: torch.autograd.grad(sums, leaf, inputs["grad_sums"], retain_graph=True)
+
+
+def _moments_traffic(inputs: Inputs) -> int:
+    """Reads y and m; writes both sums."""
+    return inputs["y"].nbytes + 3 * inputs["mean"].nbytes
+
+
+def _moments_backward_traffic(inputs: Inputs) -> int:
+    """Reads y, m and the gradient of both sums; writes ∂L/∂y."""
+    return 2 * inputs["y"].nbytes + 3 * inputs["mean"].nbytes
 
 
 def _statistics(subject: Layers, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -332,6 +359,8 @@ OPERATORS = (
     Operator("bn_act", _distinct_layers, _features, _bn_act, _bn_act_traffic),
     Operator("bn_act backward", _distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
     Operator("bn_act backward, ascent", _distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
+    Operator("moments", _inputs_of_layers, _features, _moments, _moments_traffic),
+    Operator("moments backward", _inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
     Operator("matching_loss, both ways", _all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
     Operator("view", _images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
     Operator("view adjoint", _images, _pictures, _view_adjoint, lambda inputs: inputs["seen_gradient"].nbytes + inputs["images"].nbytes),

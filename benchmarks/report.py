@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bars
+import summaries
 import tables
 
 from dwa_fast.errors import InputError
@@ -147,8 +148,19 @@ def section(runs: Sequence[Run], *, every_peer: bool = False, figure: str | None
     if every_peer:
         lines += ["", *tables.peers(labelled)]
     if figure:
-        lines += ["", f"![Milliseconds per iteration of every peer on {_machine(runs[0])}, and the floor]({figure})"]
+        lines += [
+            "",
+            *_more(runs[0].path.parent, figure),
+            f"![Milliseconds per iteration of every peer on {_machine(runs[0])}, and the floor]({figure})",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _more(folder: Path, figure: str) -> list[str]:
+    """A link to the page of the folder, where there is one."""
+    page = figure.rpartition("/")[0] + "/README.md"
+    what = "where an iteration's time goes, what swapping gains, whole sets, faults, cost curves and every operator"
+    return [f"Also measured there: [{what}]({page}).", ""] if summaries.page(folder) else []
 
 
 def _facts(run: Run, number: int, of: int) -> str:
@@ -191,6 +203,9 @@ def update(readme: Path, runs: Sequence[Run]) -> None:
     readme.write_text(replaced(readme.read_text(encoding="utf-8"), runs, readme.parent), encoding="utf-8")
     for group in grouped(runs):
         bars.plot([result for run in group for result in run.content["workloads"]], figure_of(group), title(group), digest(group))
+        more = summaries.page(figure_of(group).parent)
+        if more:
+            figure_of(group).with_name("README.md").write_text(more, encoding="utf-8")
 
 
 def figure_of(runs: Sequence[Run]) -> Path:

@@ -48,6 +48,9 @@ def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
     assert [kinds.count(kind) for kind in ((False, True), (True, True), (False, False))] == [9, 8, 3]
     assert {layer.shape[1:] for layer in found} == {(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)}
     assert {layer.shape[0] for layer in found if layer.shape[1] == 512} == {workload.batch}
+    inputs = networks._inputs_of_layers(networks.Network(workload, 18, CPU))
+    assert [layer.shape[1:] for layer in inputs] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert not any(layer.skip or layer.relu for layer in inputs)
 
 
 @pytest.fixture
@@ -55,6 +58,7 @@ def small(networks: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
     subjects = {
         networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, True),
+        networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
         networks._all_layers: networks.Layers("small", (3, 8), (50, 20)),
         networks._images: networks.Images((2, 3, 12, 12), "imagenet"),
         networks._weights: networks.Weights("small", 1000),
@@ -80,6 +84,8 @@ def test_traffic(bench: ModuleType, small: list[Any]) -> None:
         ("bn_act", "bf16"): 3 * 2 * features + bits + vectors,
         ("bn_act backward", "bf16"): 4 * 2 * features + bits + vectors,
         ("bn_act backward, ascent", "fp32"): 4 * 4 * features + bits + vectors,
+        ("moments", "bf16"): 2 * features + vectors // 2,
+        ("moments backward", "fp32"): 2 * 4 * features + vectors // 2,
         ("matching_loss, both ways", "fp32"): matching,
         ("view adjoint", "bf16"): (2 + 4) * images,
         ("adam_clip_", "fp32"): 7 * 4 * images,

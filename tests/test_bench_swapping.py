@@ -56,3 +56,12 @@ def test_the_guide_says_how(swapping: ModuleType) -> None:
     assert "python benchmarks/swapping.py" in guide
     for name in importlib.import_module("dwa_fast.compat").__all__:
         assert f"`{name}`" in guide
+
+
+def test_the_guide_shows_what_is_committed() -> None:
+    content = json.loads((ROOT / "benchmarks/results/epyc-avx512bf16-2threads/swapping.json").read_text())
+    wanted = [
+        [row["precision"], f"{row['iteration_gain']:.2f}", f"{row['batch_gain']:.2f}"] for row in content["rows"] if row["way"] != "plain"
+    ]
+    lines = (ROOT / "docs" / "swapping-in.md").read_text(encoding="utf-8").partition("| code base |")[2].splitlines()[2 : 2 + len(wanted)]
+    assert [[cell.strip() for cell in line.strip("|").split("|")][2:] for line in lines] == wanted

@@ -111,19 +111,19 @@ def test_memcheck_where_there_is_its_tool(
 
 def test_without_its_tool(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [step.name for step in proof.steps(tmp_path)] == ["tests", "throughput", "operators"]
+    assert [step.name for step in proof.steps(tmp_path)] == ["tests", "throughput", "anatomy", "operators"]
     assert "compute-sanitizer is not on the PATH" in capsys.readouterr().out
 
 
 def test_commands_are_understood(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmarks take the flags that they are given, and write where they are told to."""
-    _, throughput, operators = proof.steps(tmp_path)[:3]
+    _, throughput, anatomy, operators = proof.steps(tmp_path)[:4]
     assert importlib.import_module("throughput")._parse(throughput.command[2:]).json == tmp_path / "throughput.json"
     bench, passed_on = importlib.import_module("bench_operators"), list[str]()
     monkeypatch.setattr(bench.pytest, "main", lambda arguments: passed_on.extend(arguments) or 0)
     bench.main(operators.command[2:])
     assert passed_on[1:3] == ["--benchmark-json", str(tmp_path / "operators.json")]
-    assert [(ROOT / step.command[1]).exists() for step in (throughput, operators)] == [True, True]
+    assert [(ROOT / step.command[1]).exists() for step in (throughput, anatomy, operators)] == [True, True, True]
 
 
 def test_memcheck_sees_every_kernel(proof: ModuleType) -> None:

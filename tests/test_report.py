@@ -132,6 +132,9 @@ def test_readme_shows_what_is_committed(report: ModuleType) -> None:
     for group in report.grouped(runs):
         with Image.open(report.figure_of(group)) as figure:
             assert figure.text["Source"] == report.digest(group), f"{report.figure_of(group)} is stale: make report"
+        more = report.summaries.page(report.figure_of(group).parent)
+        page = report.figure_of(group).with_name("README.md")
+        assert more == (page.read_text(encoding="utf-8") if page.exists() else None), f"{page} is stale: make report"
 
 
 SUBJECT = "cifar100-resnet18, 32 px, batch 50 (published: 100)"
