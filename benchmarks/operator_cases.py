@@ -129,6 +129,11 @@ def _inputs_of_layers(network: Network) -> list[Subject]:
     return [Layer(shape, skip=False, relu=False) for shape in sorted(shapes, key=lambda shape: math.prod(shape[1:]), reverse=True)]
 
 
+def _pooled(network: Network) -> list[Subject]:
+    """What a ConvNet-128 pools between its blocks, on images of the network's size; the same for every depth."""
+    return [Layer((network.batch(128 * network.workload.size**2), 128, *(network.workload.size,) * 2), skip=False, relu=False)]
+
+
 def _all_layers(network: Network) -> list[Subject]:
     found = layers(network)
     counts = tuple(network.workload.batch * math.prod(layer.shape[2:]) for layer in found)
@@ -218,6 +223,24 @@ def _moments_backward(operators: Operators, inputs: Inputs) -> Call:
     leaf = inputs["y"].requires_grad_()
     sums = operators.moments(leaf, inputs["mean"])
     return lambda: torch.autograd.grad(sums, leaf, inputs["grad_sums"], retain_graph=True)
+
+
+def _mean_pool(operators: Operators, inputs: Inputs) -> Call:
+    inputs["y"].requires_grad_()
+    return lambda: (operators.mean_pool(inputs["y"], 2),)
+
+
+def _mean_pool_backward(operators: Operators, inputs: Inputs) -> Call:
+    leaf = inputs["y"].requires_grad_()
+    z = operators.mean_pool(leaf, 2)
+    gradient = inputs["grad_z"][:, :, : z.shape[2], : z.shape[3]].contiguous(memory_format=torch.channels_last)
+    return lambda: torch.autograd.grad(z, leaf, gradient, retain_graph=True)
+
+
+def _mean_pool_traffic(inputs: Inputs) -> int:
+    """One of both ways: the larger tensor and one of a quarter of its size."""
+    n, c, h, w = inputs["y"].shape
+    return inputs["y"].nbytes + n * c * (h // 2) * (w // 2) * inputs["y"].element_size()
 
 
 def _moments_traffic(inputs: Inputs) -> int:
@@ -359,6 +382,8 @@ OPERATORS = (
     Operator("bn_act", _distinct_layers, _features, _bn_act, _bn_act_traffic),
     Operator("bn_act backward", _distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
     Operator("bn_act backward, ascent", _distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
+    Operator("mean_pool", _pooled, _features, _mean_pool, _mean_pool_traffic),
+    Operator("mean_pool backward", _pooled, _features, _mean_pool_backward, _mean_pool_traffic),
     Operator("moments", _inputs_of_layers, _features, _moments, _moments_traffic),
     Operator("moments backward", _inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
     Operator("matching_loss, both ways", _all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),

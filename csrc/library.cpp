@@ -27,6 +27,8 @@ TORCH_LIBRARY(dwa_fast, m) {
   m.def(
       "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights, Tensor norms) "
       "-> Tensor");
+  m.def("mean_pool_forward(Tensor y, int window) -> Tensor");
+  m.def("mean_pool_backward(Tensor grad_z, int window, int height, int width) -> Tensor");
   m.def("moments_forward(Tensor y, Tensor mean) -> Tensor");
   m.def("moments_backward(Tensor grad_sums, Tensor y, Tensor mean) -> Tensor");
   m.def("view_forward(Tensor images, Tensor rows, Tensor step, ScalarType dtype) -> Tensor");

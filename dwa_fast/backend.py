@@ -20,7 +20,7 @@ from dwa_fast.reference import ops as plain
 
 log = logging.getLogger("dwa_fast")
 
-OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_")
+OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_", "mean_pool")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
@@ -38,6 +38,7 @@ class Operators:
     adam_clip_: Callable[..., None] = plain.adam_clip_
     view_adam_clip_: Callable[..., None] = plain.view_adam_clip_
     ascend_: Callable[..., Tensor] = plain.ascend_
+    mean_pool: Callable[..., Tensor] = plain.mean_pool
     fuses: bool = False  # whether bn_act is worth tracing the teacher for
     implementations: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, _PLAIN))
 
@@ -205,6 +206,8 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 def _fused(device: torch.device) -> Operators:
     kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
-    implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "CUDA C++" if device.type == "cuda" else "C++"}
     calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
-    return Operators("fused", *calls, True, implementations)
+    implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "C++"}
+    if device.type == "cuda":
+        return Operators("fused", *calls, plain.mean_pool, True, implementations | {"ascend_": "CUDA C++", "mean_pool": _PLAIN})
+    return Operators("fused", *calls, ops.mean_pool, True, implementations)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from dwa_fast.backend import Operators
+from dwa_fast.pooling import replace_pools
 from dwa_fast.stem import replace_stems
 
 log = logging.getLogger("dwa_fast")
@@ -111,6 +112,7 @@ def _fused(module: nn.Module, operators: Operators, images: Tensor) -> nn.Module
         if isinstance(layer, nn.BatchNorm2d):
             _fuse(traced, node, BatchNormAct(layer, operators))
     replace_stems(traced)
+    replace_pools(traced, operators.mean_pool)
     traced.graph.lint()
     traced.recompile()
     with torch.no_grad():

@@ -59,6 +59,7 @@ def small(networks: ModuleType) -> list[Any]:
     subjects = {
         networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, True),
         networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
+        networks._pooled: networks.Layer((2, 20, 5, 3), False, False),
         networks._all_layers: networks.Layers("small", (3, 8), (50, 20)),
         networks._images: networks.Images((2, 3, 12, 12), "imagenet"),
         networks._weights: networks.Weights("small", 1000),
@@ -84,6 +85,7 @@ def test_traffic(bench: ModuleType, small: list[Any]) -> None:
         ("bn_act", "bf16"): 3 * 2 * features + bits + vectors,
         ("bn_act backward", "bf16"): 4 * 2 * features + bits + vectors,
         ("bn_act backward, ascent", "fp32"): 4 * 4 * features + bits + vectors,
+        ("mean_pool backward", "bf16"): 2 * features + 2 * 2 * 20 * 2 * 1,
         ("moments", "bf16"): 2 * features + vectors // 2,
         ("moments backward", "fp32"): 2 * 4 * features + vectors // 2,
         ("matching_loss, both ways", "fp32"): matching,

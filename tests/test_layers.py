@@ -12,9 +12,9 @@ ORDER = """
     _version errors config seeding files archives views recipes decoding datasets architectures
     reference reference.ops reference.loop
     priors tracing compiled
-    ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.moments ops.view ops.view_adam_clip ops
+    ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
     backend
-    checkpoint pointwise stem rewrite teacher initial program repeat ascent refine
+    checkpoint pointwise pooling stem rewrite teacher initial program repeat ascent refine
     journal losses storage tracking pipeline workers
     synthesis
     records augment training squeeze validate diversity pictures

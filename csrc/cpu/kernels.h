@@ -44,6 +44,15 @@ struct Moments : BnAct {
   void* grad_y;            // backward
 };
 
+// Means over the windows of a channels-last tensor, [N, H, W, C].
+struct MeanPool {
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  int64_t window;  // pixels of a side
+  bool bfloat16;   // precision: bfloat16 or float32
+};
+
 struct AdamClip {
   float* images;
   const float* gradient;
@@ -83,7 +92,10 @@ struct Kernels {
   void (*bn_act_backward)(const BnActBackward&, int64_t, int64_t);
   void (*moments)(const Moments&, int64_t, int64_t);           // the range is of planes in a contiguous tensor
   void (*moments_backward)(const Moments&, int64_t, int64_t);  // as above
-  void (*adam_clip)(const AdamClip&, int64_t);                 // the first elements, that many
+  void (*mean_pool)(const MeanPool&, const void*, void*);      // the first of the lines that it reads, the line that it writes
+  void (*mean_pool_backward)(const MeanPool&, const void*, void*,
+                             bool);             // the line that it reads, the first that it writes, if none follow
+  void (*adam_clip)(const AdamClip&, int64_t);  // the first elements, that many
   void (*view_adjoint)(const ViewAdjoint&);
 };
 

@@ -12,6 +12,7 @@ from dwa_fast.ops.adam_clip import adam_clip_
 from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.bn_act import bn_act
 from dwa_fast.ops.matching_loss import matching_loss
+from dwa_fast.ops.mean_pool import mean_pool
 from dwa_fast.ops.moments import moments
 from dwa_fast.ops.view import view
 from dwa_fast.ops.view_adam_clip import view_adam_clip_
@@ -25,6 +26,7 @@ __all__ = [
     "cpu_level",
     "load",
     "matching_loss",
+    "mean_pool",
     "moments",
     "view",
     "view_adam_clip_",

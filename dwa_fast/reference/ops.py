@@ -38,6 +38,14 @@ def moments(
     return torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))])
 
 
+def mean_pool(
+    y: Tensor,  # [N, C, H, W]
+    window: int,
+) -> Tensor:  # [N, C, H // window, W // window]
+    """The mean of every window of `window` × `window` pixels."""
+    return F.avg_pool2d(y, window)
+
+
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
     variances: Tensor,  # [ΣC] running variances v
