@@ -1,77 +1,128 @@
-"""Training views, drawn per image and made for a whole batch at once on the device; pixels in [0, 1] in and out."""
+"""Training views and mixes: drawn on the host for a whole batch, then made at once on the device; pixels in [0, 1] in and out.
+
+What is drawn is a value of its own, so that it can be kept beside the labels that a teacher gave for it.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwa_fast.config import Mixing, SqueezeConfig, ValidationConfig
+from dwa_fast.config import SqueezeConfig, ValidationConfig
 
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random resized crop of the published training recipes
 
 
-def augment(
-    pixels: Tensor,  # [B, C, H, W]
-    config: SqueezeConfig | ValidationConfig,
-    source: np.random.Generator,
-) -> Tensor:  # [B, C, H, W]
-    """Random crop and flip as the configuration says."""
+@dataclass(frozen=True)
+class Views:
+    """How each image of a batch is seen; what is None is not done. On the CPU."""
+
+    offsets: Tensor | None = None  # [B, 2] int16: first row and column of the crop, in the padded image
+    flipped: Tensor | None = None  # [B] bool
+    crops: Tensor | None = None  # [B, 4] float32: width (negative: mirrored) and height, shares of the image; centre x and y, −1 … 1
+
+
+@dataclass(frozen=True)
+class Mix:
+    """With which other image of the batch each is mixed."""
+
+    partner: Tensor | None = None  # [B] int64 on the CPU; None: not mixed
+    share: float = 1.0  # of the image itself
+    box: tuple[int, int, int, int] | None = None  # top, bottom, left, right of what CutMix pastes; None: blended
+
+
+def draw_views(count: int, config: SqueezeConfig | ValidationConfig, source: np.random.Generator) -> Views:
+    """Random crops and flips of `count` images as the configuration says."""
     if config.augmentation == "resized-crop":
-        return _resized_crop(pixels, config.flip, source)
+        return Views(crops=_draw_crops(count, config.flip, source))
+    offsets = flipped = None
     if config.augmentation == "pad-crop":
-        pixels = _pad_crop(pixels, config.padding, source)
+        offsets = torch.from_numpy(source.integers(0, 2 * config.padding + 1, (2, count)).T.astype(np.int16))
     if config.flip > 0:
-        flipped = torch.from_numpy(source.random(len(pixels)) < config.flip).to(pixels.device)
-        pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
+        flipped = torch.from_numpy(source.random(count) < config.flip)
+    return Views(offsets, flipped)
+
+
+def apply_views(
+    pixels: Tensor,  # [B, C, H, W]
+    views: Views,
+    padding: int,  # of pad-crop, pixels
+) -> Tensor:  # [B, C, H, W]
+    """The images as they are seen."""
+    if views.crops is not None:
+        return _resized_crop(pixels, views.crops.to(pixels))
+    if views.offsets is not None:
+        pixels = _pad_crop(pixels, padding, views.offsets.to(pixels.device, torch.int64))
+    if views.flipped is not None:
+        pixels = torch.where(views.flipped.to(pixels.device)[:, None, None, None], pixels.flip(3), pixels)
     return pixels
 
 
-def mix(
-    images: Tensor,  # [B, C, H, W]
-    mixing: Mixing,
-    alpha: float,
+def draw_mix(
+    count: int,
+    image_size: tuple[int, int],  # height, width
+    config: SqueezeConfig | ValidationConfig,
     source: np.random.Generator,
-) -> tuple[Tensor, Tensor, float]:  # mixed images; partner of each image [B]; share of the image itself
+) -> Mix:
     """Mixup (blend) or CutMix (paste a box) with a random partner; the share is drawn from Beta(alpha, alpha)."""
-    if mixing == "none":
-        return images, torch.arange(len(images), device=images.device), 1.0
-    partner = torch.from_numpy(source.permutation(len(images))).to(images.device)
-    share = float(source.beta(alpha, alpha))
-    if mixing == "mixup":
-        return share * images + (1 - share) * images[partner], partner, share
-    height, width = images.shape[2:]
+    if not isinstance(config, ValidationConfig) or config.mixing == "none":
+        return Mix()
+    partner = torch.from_numpy(source.permutation(count))
+    share = float(source.beta(config.mixing_alpha, config.mixing_alpha))
+    if config.mixing == "mixup":
+        return Mix(partner, share)
+    height, width = image_size
     side = math.sqrt(1 - share)
     y, x = int(source.integers(height)), int(source.integers(width))
     top, bottom = max(0, y - int(height * side) // 2), min(height, y + int(height * side) // 2)
     left, right = max(0, x - int(width * side) // 2), min(width, x + int(width * side) // 2)
+    return Mix(partner, 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def apply_mix(
+    images: Tensor,  # [B, C, H, W]
+    mix: Mix,
+) -> Tensor:  # [B, C, H, W]
+    """The images, each with its partner."""
+    if mix.partner is None:
+        return images
+    partner = mix.partner.to(images.device)
+    if mix.box is None:
+        return mix.share * images + (1 - mix.share) * images[partner]
+    top, bottom, left, right = mix.box
     images = images.clone()
     images[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
-    return images, partner, 1 - (bottom - top) * (right - left) / (height * width)
+    return images
 
 
-def _pad_crop(pixels: Tensor, padding: int, source: np.random.Generator) -> Tensor:
+def _pad_crop(pixels: Tensor, padding: int, offsets: Tensor) -> Tensor:
     count, _, height, width = pixels.shape
     padded = F.pad(pixels, [padding] * 4)
-    offsets = torch.from_numpy(source.integers(0, 2 * padding + 1, (2, count))).to(pixels.device)
-    rows = offsets[0, :, None] + torch.arange(height, device=pixels.device)
-    columns = offsets[1, :, None] + torch.arange(width, device=pixels.device)
+    rows = offsets[:, :1] + torch.arange(height, device=pixels.device)
+    columns = offsets[:, 1:] + torch.arange(width, device=pixels.device)
     image = torch.arange(count, device=pixels.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _resized_crop(pixels: Tensor, flip: float, source: np.random.Generator) -> Tensor:
-    """A crop of random area and ratio per image, resized bilinearly; shrunk to the image where it would not fit."""
-    count = len(pixels)
+def _draw_crops(count: int, flip: float, source: np.random.Generator) -> Tensor:
+    """Crops of random area and ratio; shrunk to the image where they would not fit."""
     area = source.uniform(*_SCALE, count)
     ratio = np.exp(source.uniform(math.log(_RATIO[0]), math.log(_RATIO[1]), count))
-    width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)  # shares of the image
-    x, y = source.uniform(-1, 1, count) * (1 - width), source.uniform(-1, 1, count) * (1 - height)  # centre, −1 … 1
+    width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
+    x, y = source.uniform(-1, 1, count) * (1 - width), source.uniform(-1, 1, count) * (1 - height)
     mirrored = np.where(source.random(count) < flip, -width, width)
-    zero = np.zeros(count)
-    theta = torch.from_numpy(np.stack([[mirrored, zero, x], [zero, height, y]]).transpose(2, 0, 1)).to(pixels)
+    return torch.from_numpy(np.stack([mirrored, height, x, y], axis=1).astype(np.float32))
+
+
+def _resized_crop(pixels: Tensor, crops: Tensor) -> Tensor:
+    """Each crop resized bilinearly to the whole image."""
+    width, height, x, y = crops.unbind(1)
+    zero = torch.zeros_like(width)
+    theta = torch.stack([torch.stack([width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -21,6 +21,7 @@ _DESCRIPTIONS = {
     "demo": "The whole method on real digits, on a CPU, in minutes.",
     "squeeze": "Train a teacher on the real images.",
     "synthesize": "Distil a data set into a few images per class.",
+    "relabel": "Keep the teacher's soft labels of a distilled set on disk.",
     "validate": "Train students on a distilled set and test them.",
     "verify": "Check a distilled set against its manifest, file by file.",
     "info": "What was built, what this machine has, which back-end would run.",

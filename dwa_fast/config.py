@@ -20,6 +20,7 @@ Initial = Literal["real", "noise"]
 InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
+TrainingPrecision = Literal["auto", "fp32", "bf16"]
 Layout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
 Augmentation = Literal["pad-crop", "resized-crop", "none"]
 Mixing = Literal["none", "mixup", "cutmix"]
@@ -204,6 +205,8 @@ class SqueezeConfig(Normalisation):
     augmentation: Augmentation = "pad-crop"  # Random crop after padding, random resized crop, or none.
     padding: int = 4  # Padding of pad-crop, pixels, at least 0.
     flip: float = 0.5  # Probability of a horizontal flip, 0 to 1.
+    precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
+    memory_limit: float = 2.0  # Largest set that is kept on the device, GiB as bytes; larger ones are read from disk over and over.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +236,8 @@ class ValidationConfig(Normalisation):
     scale_loss: bool = False  # Multiply the soft loss by temperature².
     teacher_mode: TeacherMode = "eval"  # The published CIFAR script leaves the teacher in train mode.
     students: int = 3  # Students trained, each from a seed of its own, at least 1.
+    precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
+    memory_limit: float = 2.0  # Largest set that is kept on the device, GiB as bytes; larger ones are read from disk over and over.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -263,3 +268,5 @@ def _check_training(config: SqueezeConfig | ValidationConfig) -> None:
     check_choice("augmentation", config.augmentation, Augmentation)
     check_integer("padding", config.padding, 0)
     check_real("flip", config.flip, 0, 1)
+    check_choice("precision", config.precision, TrainingPrecision)
+    check_real("memory_limit", config.memory_limit, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import DataConfig, Normalisation, check_choice
-from dwa_fast.decoding import decode
+from dwa_fast.decoding import BadImageError, decode
 from dwa_fast.errors import InputError
 from dwa_fast.files import below, entries
 
@@ -100,8 +100,28 @@ class FileSet:
         """
         return torch.stack(list(self._pool.map(self._read, indices)))
 
+    def select(self, indices: Sequence[int]) -> FileSet:
+        """These images alone, in this order."""
+        return replace(self, files=[self.files[index] for index in indices], labels=self.labels[list(indices)])
+
+    def faults(self) -> dict[int, str]:
+        """Images that cannot be decoded, and why; every file is read for it.
+
+        Raises:
+            InputError: a file cannot be opened or read.
+        """
+        causes = self._pool.map(self._fault, range(len(self.files)))
+        return {index: cause for index, cause in enumerate(causes) if cause is not None}
+
     def _read(self, index: int) -> Tensor:
         return decode(self.folder / self.files[index], self.size, self.channels)
+
+    def _fault(self, index: int) -> str | None:
+        try:
+            self._read(index)
+        except BadImageError as error:
+            return error.cause
+        return None
 
 
 def normalise(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from dwa_fast.augment import augment
 from dwa_fast.config import SqueezeConfig
-from dwa_fast.datasets import ImageSet, normalise
-from dwa_fast.seeding import generator
-from dwa_fast.training import Progress, batches, cosine, fresh, step_count
+from dwa_fast.datasets import ImageSet
+from dwa_fast.lessons import Lesson, Lessons, Pixels, RandomDraws
+from dwa_fast.resuming import TrainingState, image_digest
+from dwa_fast.training import Progress, fit, fresh, predict, resolve_precision
 
 
 def squeeze(
@@ -22,6 +25,7 @@ def squeeze(
     device: torch.device,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Path | None = None,
 ) -> nn.Module:
     """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
 
@@ -29,22 +33,31 @@ def squeeze(
         architecture: a name of `architectures.ARCHITECTURES`.
         size: height and width of the images, pixels.
         progress: called with the steps done and the steps in all.
+        keep: file for the state between epochs; the same call goes on from it, to the same bits. Whoever has saved the teacher removes it.
+    Raises:
+        InputError: the file holds the state of a training with other settings, or a set image cannot be read.
     """
-    model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device).train()
+    precision = resolve_precision(config.precision, device)
+    model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
     )
-    source = generator(seed, "squeeze")
-    total, done = config.epochs * step_count(len(data.labels), config.batch_size), 0
-    for _ in range(config.epochs):
-        for indices in batches(len(data.labels), config.batch_size, source):
-            optimizer.param_groups[0]["lr"] = config.learning_rate * cosine(done, total)
-            images = normalise(augment(data.load(indices.tolist()).to(device), config, source), config)
-            loss = F.cross_entropy(model(images), data.labels[indices].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            done += 1
-            if progress:
-                progress(done, total)
+    lessons = Lessons(Pixels(data, device, config.memory_limit), RandomDraws(data, config, seed=seed, purpose="squeeze"), config)
+    settings = {**asdict(config), "architecture": architecture, "size": size, "seed": seed, "precision": precision, "device": device.type}
+    del settings["memory_limit"]  # changes where the images wait, not what they are
+
+    def loss(lesson: Lesson) -> Tensor:
+        return F.cross_entropy(predict(model, lesson.images, precision), lesson.labels)
+
+    fit(
+        model,
+        optimizer,
+        lessons,
+        loss,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        seed=seed,
+        state=TrainingState(keep, settings | {"real_images": image_digest(data)}) if keep else None,
+        progress=progress,
+    )
     return model.eval()

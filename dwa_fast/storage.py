@@ -207,10 +207,8 @@ class ImageStore:
         manifest = read_manifest(self.folder)
         before = manifest["settings"] | {"class_names": manifest["class_names"]}
         now = self.settings | {"class_names": self.class_names}
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if changed:
-            shown = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
-            raise InputError(f"{self.folder} holds a set made with other settings ({shown}); choose another folder")
+        if changed := difference(before, now):
+            raise InputError(f"{self.folder} holds a set made with other settings ({changed}); choose another folder")
         self.complete = manifest["complete"]
         self._versions = [manifest["versions"], *manifest["continued_with"]]
         texts = log_file.read_losses(self.folder)
@@ -239,6 +237,12 @@ class ImageStore:
             "losses": {str(number): log_file.digest(text) for number, text in sorted(self._losses.items())},
         }
         write_json(self.folder / MANIFEST, {**content, "check": _check(content)})
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings have changed, and how, for a sentence; empty where none has."""
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
 
 
 def versions() -> dict[str, str]:

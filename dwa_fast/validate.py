@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.augment import augment, mix
-from dwa_fast.config import ValidationConfig
-from dwa_fast.datasets import ImageSet, normalise
-from dwa_fast.seeding import derive, generator
-from dwa_fast.training import Progress, batches, cosine, fresh, step_count, top1
+from dwa_fast.config import TrainingPrecision, ValidationConfig
+from dwa_fast.datasets import ImageSet
+from dwa_fast.errors import InputError
+from dwa_fast.labels import LabelStore, StoredDraws, view_settings
+from dwa_fast.lessons import Draws, Lesson, Lessons, Pixels, RandomDraws
+from dwa_fast.resuming import KeptStudents, TrainingState, image_digest, refuse_change, weight_digest
+from dwa_fast.seeding import derive
+from dwa_fast.training import Progress, Teach, fit, fresh, predict, resolve_precision, teaching, top1
+
+_NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class ValidationResult:
 def validate(
     distilled: ImageSet,
     test: ImageSet,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     student: str,
     config: ValidationConfig,
     *,
@@ -47,64 +53,136 @@ def validate(
     device: torch.device,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Path | None = None,
+    soft_labels: Path | None = None,
 ) -> ValidationResult:
     """Train `config.students` students and test each.
 
-    Soft labels are the teacher's probabilities for exactly the view that the student sees, computed as training goes.
+    Soft labels are the teacher's probabilities for exactly the view that the student sees, computed as training goes or read from disk.
 
     Args:
         distilled: images to learn from. test: held-out real images.
-        teacher: gives the soft labels; it is copied, never changed.
+        teacher: gives the soft labels; it is copied, never changed. Not needed where they are on disk, nor for hard ones.
         student: a name of `architectures.ARCHITECTURES`.
         size: height and width of the images, pixels.
         progress: called with the steps done and the steps in all, over all students.
+        keep: folder for the accuracies of finished students and the state of the running one. The same call goes on from there, to the
+            same bits; one with more students trains those that are missing.
+        soft_labels: folder that `relabel` wrote. All students then see its views and mixes; they differ in their first weights.
+    Raises:
+        InputError: the folder holds students of other settings, an image cannot be read, or the stored labels are not those of this set,
+            these views and this teacher.
     """
-    teacher = copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train")
-    pixels = distilled.load(range(len(distilled.labels))).to(device)
-    labels = distilled.labels.to(device)
-    steps = config.epochs * step_count(len(labels), config.batch_size)
+    course = _Course(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
+    kept = None
+    if keep:
+        own = {"student": student, "size": size, "seed": seed, "device": device.type, "held_out": image_digest(test)}
+        kept = KeptStudents(keep, {**course.settings, **own})
+    finished = kept.accuracies if kept else {}
     seeds = [derive(seed, "student", index) for index in range(config.students)]
-    accuracies = []
-    for index, own in enumerate(seeds):
-        model = fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=own, device=device)
-
-        def tick(done: int, before: int = index * steps) -> None:
-            if progress:
-                progress(before + done, config.students * steps)
-
-        _train(model, teacher, pixels, labels, config, own, tick, steps)
-        accuracies.append(top1(model, test, config, device))
-    return ValidationResult(accuracies, seeds)
+    for index, each in enumerate(seeds):
+        if index in finished:
+            continue
+        model = fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=each, device=device)
+        course.train(model, each, kept.state(index) if kept else None, _share(progress, index, config.students))
+        finished[index] = top1(model, test, config, device)
+        if kept:
+            kept.add(index, finished[index])
+    return ValidationResult([finished[index] for index in range(config.students)], seeds)
 
 
-def _train(
-    student: nn.Module,
-    teacher: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    config: ValidationConfig,
-    seed: int,
-    tick: Callable[[int], None],
-    steps: int,
-) -> None:
-    student.train()
-    optimizer = _optimizer(student, config)
-    source = generator(seed, "training")
-    warmup = config.warmup_epochs * step_count(len(labels), config.batch_size)
-    done = 0
-    for _ in range(config.epochs):
-        for order in batches(len(labels), config.batch_size, source):
-            indices = torch.from_numpy(order).to(pixels.device)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * cosine(done, steps, warmup)
-            images = normalise(augment(pixels[indices], config, source), config)
-            images, partner, share = mix(images, config.mixing, config.mixing_alpha, source)
-            loss = _loss(student, teacher, images, labels[indices], partner, share, config)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            done += 1
-            tick(done)
+def _share(progress: Progress | None, index: int, students: int) -> Progress | None:
+    """The progress of one student among several."""
+    return (lambda done, total: progress(index * total + done, students * total)) if progress else None
+
+
+def _stored(folder: Path | None, config: ValidationConfig, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
+    """The soft labels on disk, if students are to learn from those.
+
+    Raises:
+        InputError: they are not all there, or are those of other images, views or another teacher; or nothing tells the students anything.
+    """
+    if folder is None:
+        if teacher is None and config.labels == "soft":
+            raise InputError("soft labels come from a teacher or from the disk; name a teacher, or the folder that dwa-fast relabel wrote")
+        return None
+    if config.labels == "hard":
+        raise InputError("stored soft labels are not used by students with hard labels; leave one of the two out")
+    store = LabelStore(folder)
+    wanted = {**view_settings(config), "images": image_digest(distilled), "classes": len(distilled.class_names)}
+    if teacher is not None:
+        wanted |= {"teacher": weight_digest(teacher), "teacher_mode": config.teacher_mode}
+    own = {name: value for name, value in store.settings.items() if name in wanted}
+    refuse_change(folder, "soft labels", own, wanted, "relabel with these settings, or validate with those")
+    if not store.complete:
+        raise InputError(f"{folder} does not hold all of its soft labels yet; the command that began it goes on with it")
+    return store
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What every student goes through."""
+
+    distilled: ImageSet
+    teacher: nn.Module | None
+    labels: LabelStore | None
+    config: ValidationConfig
+    device: torch.device
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the outcome depends on, beside the student and the test."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_OF_A_STUDENT}
+        settings |= {"images": image_digest(self.distilled), "precision": self._precision}
+        if self.labels:
+            return {**settings, "soft_labels": self.labels.identity}
+        if self.teacher is not None and self.config.labels == "soft":
+            return {**settings, "teacher": weight_digest(self.teacher)}
+        return settings
+
+    @cached_property
+    def _pixels(self) -> Pixels:
+        return Pixels(self.distilled, self.device, self.config.memory_limit)
+
+    @property
+    def _precision(self) -> TrainingPrecision:
+        return resolve_precision(self.config.precision, self.device)
+
+    def _draws(self, seed: int) -> Draws:
+        if self.labels is None:
+            return RandomDraws(self.distilled, self.config, seed=seed)
+        return StoredDraws(self.labels, self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
+
+    def _teach(self) -> Teach:
+        if self.labels is None and self.teacher is not None:
+            return teaching(self.teacher, self.config.teacher_mode, self.device)
+
+        def read(lesson: Lesson) -> Tensor:
+            assert lesson.draw.logits is not None
+            return lesson.draw.logits.to(self.device).float()
+
+        return read
+
+    def train(self, student: nn.Module, seed: int, state: TrainingState | None, progress: Progress | None) -> None:
+        """Train one student."""
+        config, teach = self.config, self._teach()
+
+        def loss(lesson: Lesson) -> Tensor:
+            logits = predict(student, lesson.images, self._precision)
+            return hard_loss(logits, lesson) if config.labels == "hard" else soft_loss(logits, teach(lesson), config)
+
+        fit(
+            student,
+            _optimizer(student, config),
+            Lessons(self._pixels, self._draws(seed), config),
+            loss,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            warmup_epochs=config.warmup_epochs,
+            seed=seed,
+            state=state,
+            progress=progress,
+        )
 
 
 def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Optimizer:
@@ -116,13 +194,25 @@ def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
-def _loss(
-    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, partner: Tensor, share: float, config: ValidationConfig
+def soft_loss(
+    logits: Tensor,  # [B, classes], the student's
+    told: Tensor,  # [B, classes], the teacher's
+    config: ValidationConfig,
 ) -> Tensor:
-    logits = student(images)
-    if config.labels == "hard":
-        return share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, labels[partner])
-    with torch.no_grad():
-        target = F.log_softmax(teacher(images) / config.temperature, 1)
+    """Divergence of the student's tempered probabilities from the teacher's, mean over the batch; × temperature² on request."""
+    target = F.log_softmax(told / config.temperature, 1)
     loss = F.kl_div(F.log_softmax(logits / config.temperature, 1), target, reduction="batchmean", log_target=True)
     return loss * config.temperature**2 if config.scale_loss else loss
+
+
+def hard_loss(
+    logits: Tensor,  # [B, classes]
+    lesson: Lesson,
+) -> Tensor:
+    """Cross-entropy; of mixed images, with both classes by their shares."""
+    own = F.cross_entropy(logits, lesson.labels)
+    mix = lesson.draw.mix
+    if mix.partner is None:
+        return own
+    other = F.cross_entropy(logits, lesson.labels[mix.partner.to(logits.device)])
+    return mix.share * own + (1 - mix.share) * other

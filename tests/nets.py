@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +48,13 @@ def small_set(per_class: int = 6) -> MemorySet:
     data = digits("train", SIZE)
     chosen = torch.cat([(data.labels == label).nonzero().flatten()[:per_class] for label in range(10)])
     return MemorySet(data.pixels[chosen], data.labels[chosen], data.class_names)
+
+
+def stop_at(step: int) -> Callable[[int, int], None]:
+    """A progress that presses Ctrl-C."""
+
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return progress

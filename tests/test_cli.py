@@ -18,6 +18,7 @@ from PIL import Image
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.cli import run
 from dwa_fast.files import checksum
+from dwa_fast.records import read_record
 from dwa_fast.storage import read_manifest
 from dwa_fast.verify import problems
 from tests.nets import SIZE, small_teacher
@@ -51,11 +52,17 @@ def test_squeeze_synthesize_validate(teacher: Path, tmp_path: Path, capsys: pyte
     assert manifest["settings"]["teacher"] == checksum(teacher)
     assert (manifest["settings"]["recipe"], manifest["settings"]["method"]) == ("digits", "dwa")
     arguments = ["validate", "--recipe", "digits", "--teacher", str(teacher), "--images", str(tmp_path / "set"), "--size", str(SIZE)]
-    report = tmp_path / "out" / "report.json"
-    assert run([*arguments, "--epochs", "2", "--padding", "1", "--students", "2", "--ipc", "1", "--output", str(report)]) == 0
-    content = json.loads(report.read_text())
-    assert len(content["accuracies"]) == 2
-    assert re.search(rf"small-resnet: {content['accuracy_mean']:.2f} ± \d+\.\d\d % top-1, 2 students", capsys.readouterr().out)
+    quick = ["--epochs", "2", "--padding", "1", "--students", "2", "--ipc", "1", "--output", str(tmp_path / "out")]
+    assert run([*arguments, *quick]) == 0
+    record = read_record(tmp_path / "out" / "record.json")
+    (cell,) = record.data["cells"]
+    assert (cell["recipe"], cell["method"], cell["student"], cell["ipc"]) == ("digits", "dwa", "small-resnet", 1)
+    assert len(cell["accuracies"]) == 2
+    assert re.search(rf"small-resnet: {cell['mean']:.2f} ± \d+\.\d\d % top-1, 2 students", capsys.readouterr().out)
+    assert run([*arguments, *quick]) == 0  # nothing is trained again
+    assert read_record(tmp_path / "out" / "record.json").data == record.data
+    assert run([*arguments, *quick, "--temperature", "3"]) == 1
+    assert "other settings (temperature was 20.0, is 3.0); choose another folder" in capsys.readouterr().err
 
 
 def test_second_run_says_that_all_is_there(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +100,27 @@ def test_own_image_folder(tmp_path: Path) -> None:
     validate = ["validate", *common, "--teacher", str(teacher), "--images", str(output), "--student", "convnet128", "--students", "1"]
     assert run([*validate, *small]) == 0
     assert read_manifest(output)["class_names"] == ["cat", "dog", "eel"]
+
+
+def test_bad_images_stop_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the real images, the held-out ones and the set; a set with names of its own."""
+    for folder in ("data/train", "data/test", "set"):
+        for name in ("cat", "dog"):
+            for index in range(3):
+                path = tmp_path / folder / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), (80 * index, 20, 99)).save(path)
+        (tmp_path / folder / "dog" / "1.png").write_bytes(b"\x89PNG")
+    common = ["--recipe", "folder", "--data", str(tmp_path / "data"), "--size", "32", "--epochs", "1", "--batch-size", "4"]
+    squeeze = ["squeeze", *common, "--architecture", "convnet128", "--output", str(tmp_path / "t.pt")]
+    validate = ["validate", *common, "--teacher", str(tmp_path / "t.pt"), "--images", str(tmp_path / "set"), "--student", "convnet128"]
+    for command in (squeeze, [*validate, "--students", "1", "--ipc", "2"]):
+        assert run(command) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"dog/1\.png is no image that can be read: .*; with --skip-bad-images it is left out", error)
+        assert run([*command, "--skip-bad-images"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("skipped 1 image that cannot be read:\n  dog/1.png: ") == 2
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -170,7 +198,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert usage_error(arguments) == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "squeeze", "synthesize", "validate", "verify", "info"])
+@pytest.mark.parametrize("command", ["demo", "squeeze", "synthesize", "relabel", "validate", "verify", "info"])
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error([command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -9,7 +9,9 @@ import tyro
 
 from dwa_fast.commands.demo import Demo
 from dwa_fast.commands.inspect import Info, Verify
-from dwa_fast.commands.pipeline import Squeeze, Synthesize, Validate
+from dwa_fast.commands.pipeline import Squeeze, Synthesize
+from dwa_fast.commands.relabel import Relabel
+from dwa_fast.commands.students import Validate
 from dwa_fast.demo import DemoConfig
 from dwa_fast.recipes import full_recipe
 
@@ -24,7 +26,8 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
         "demo": Demo(output=missing, config=DemoConfig()),
         "squeeze": Squeeze(**data, output=missing, architecture=recipe.architecture, config=recipe.squeeze),
         "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
-        "validate": Validate(**data, teacher=missing, images=missing, student=recipe.architecture, config=recipe.validation),
+        "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=recipe.validation),
+        "validate": Validate(**data, images=missing, student=recipe.architecture, config=recipe.validation),
         "verify": Verify(images=missing),
         "info": Info(),
     }

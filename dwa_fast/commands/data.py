@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import torch
 
 from dwa_fast.checkpoint import TeacherInfo, load_teacher
 from dwa_fast.config import DataConfig
-from dwa_fast.datasets import ImageSet, Split, load
+from dwa_fast.console import Console
+from dwa_fast.datasets import FileSet, ImageSet, Split, load
+from dwa_fast.decoding import BadImageError
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import full_recipe
 
@@ -42,3 +46,42 @@ def read_teacher(data: Data, path: Path, architecture: str | None, classes: int,
         if architecture is not None or "--architecture" not in str(error):
             raise
     return load_teacher(path, architecture=full_recipe(data.recipe).architecture, classes=classes, channels=channels, size=data.size)
+
+
+_SHOWN = 5  # skipped files that are named
+
+
+def usable(console: Console, data: ImageSet, skip_bad_images: bool) -> ImageSet:
+    """The images, on request without those that cannot be decoded, which are counted and named; every file is read once for it.
+
+    Raises:
+        InputError: nothing is left of a class.
+    """
+    if not skip_bad_images or not isinstance(data, FileSet):
+        return data
+    faults = data.faults()
+    good = data.select([index for index in range(len(data.files)) if index not in faults])
+    say_skipped(console, {data.name(index): cause for index, cause in faults.items()})
+    missing = set(data.labels.tolist()) - set(good.labels.tolist())
+    if missing:
+        raise InputError(f"no image of class {data.class_names[min(missing)]!r} in {data.folder} can be read")
+    return good
+
+
+def say_skipped(console: Console, skipped: Mapping[str, str]) -> None:
+    """Say how many images were left out, and which."""
+    if skipped:
+        console.say(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''} that cannot be read:")
+        for name, cause in list(skipped.items())[:_SHOWN]:
+            console.say(f"  {name}: {cause}")
+        if len(skipped) > _SHOWN:
+            console.say("  …")
+
+
+@contextmanager
+def naming_bad_images() -> Iterator[None]:
+    """Inside, an image that cannot be decoded stops the command with its name and the way out."""
+    try:
+        yield
+    except BadImageError as error:
+        raise InputError(f"{error}; with --skip-bad-images it is left out") from error

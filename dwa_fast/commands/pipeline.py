@@ -1,36 +1,36 @@
-"""The stages one by one: squeeze, synthesize, validate."""
+"""The stages that make a distilled set: squeeze, synthesize."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 import tyro
+from torch import nn
 
 from dwa_fast import backend, workers
-from dwa_fast._version import __version__
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
-from dwa_fast.commands.data import Data, read_teacher
-from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig, check_integer
+from dwa_fast.commands.data import Data, naming_bad_images, read_teacher, usable
+from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.console import Console
-from dwa_fast.datasets import image_folder
 from dwa_fast.distill import distill
 from dwa_fast.errors import InputError
-from dwa_fast.files import checksum, output_folder, write_json
+from dwa_fast.files import checksum, output_folder
 from dwa_fast.losses import Rows
 from dwa_fast.squeeze import squeeze
 from dwa_fast.storage import read_manifest
 from dwa_fast.training import top1
-from dwa_fast.validate import validate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Squeeze(Data):
-    """Train a teacher on the real images."""
+    """Train a teacher on the real images. The same command goes on where it stopped."""
 
     output: Path  # Checkpoint to write, such as teacher.pt.
     architecture: str  # resnet18, resnet34, resnet50, resnet101, the same with -cifar, convnet128, small-resnet.
     overwrite: bool = False  # Replace a checkpoint that is already there.
+    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
@@ -41,16 +41,13 @@ class Squeeze(Data):
             raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
         output_folder(self.output.parent)
         device = backend.resolve_device(self.device)
-        train = self.load("train", self.config.channels)
-        with console.bars() as track:
+        keep = self.output.with_name(f".{self.output.name}.state")
+        with naming_bad_images(), console.bars() as track:
+            train = usable(console, self.load("train", self.config.channels), self.skip_bad_images)
             module = squeeze(
-                train, self.architecture, self.config, size=self.size, device=device, seed=self.seed, progress=track("teacher")
+                train, self.architecture, self.config, size=self.size, device=device, seed=self.seed, progress=track("teacher"), keep=keep
             )
-        try:
-            accuracy = top1(module, self.load("test", self.config.channels), self.config, device)
-        except InputError as error:
-            accuracy = None
-            console.say(f"not tested: {error}")
+        accuracy = self._tested(console, module, device)
         info = TeacherInfo(
             architecture=self.architecture,
             classes=len(train.class_names),
@@ -59,7 +56,17 @@ class Squeeze(Data):
             accuracy=accuracy,
         )
         save_teacher(self.output, module, info)
+        keep.unlink(missing_ok=True)
         console.say(f"{self.output}: {self.architecture}" + ("" if accuracy is None else f", {accuracy:.2f} % top-1 on held-out images"))
+
+    def _tested(self, console: Console, module: nn.Module, device: torch.device) -> float | None:
+        """Top-1 on the held-out images, percent; None where there are none."""
+        try:
+            test = usable(console, self.load("test", self.config.channels), self.skip_bad_images)
+            return top1(module, test, self.config, device)
+        except InputError as error:
+            console.say(f"not tested: {error}")
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,45 +126,3 @@ class Synthesize(Data):
 def _shown(rows: Rows) -> str:
     """The last losses of a batch, for a progress bar."""
     return f"ce {rows[-1][1]:.3g}, mean {rows[-1][2]:.3g}, var {rows[-1][3]:.3g}" if rows else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validate(Data):
-    """Train students on a distilled set and test them on the held-out real images."""
-
-    teacher: Path  # Checkpoint of the teacher, which gives the soft labels.
-    images: Path  # The distilled set: class folders of images.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
-    student: str  # Architecture of the students, as for squeeze --architecture.
-    seed: int = 0  # All random draws derive from it.
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    output: Path | None = None  # Also write the result there, as JSON.
-    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
-
-    def run(self, console: Console) -> None:
-        """Train and test the students."""
-        if self.output:
-            output_folder(self.output.parent)
-        device = backend.resolve_device(self.device)
-        distilled = image_folder(self.images, self.size, self.config.channels, per_class=self.ipc)
-        test = self.load("test", self.config.channels)
-        if len(distilled.class_names) != len(test.class_names):
-            raise InputError(f"{self.images} has {len(distilled.class_names)} classes, the held-out images have {len(test.class_names)}")
-        module, _ = read_teacher(self, self.teacher, self.architecture, len(test.class_names), self.config.channels)
-        with console.bars() as track:
-            result = validate(
-                distilled,
-                test,
-                module,
-                self.student,
-                self.config,
-                size=self.size,
-                device=device,
-                seed=self.seed,
-                progress=track(f"{self.config.students} students"),
-            )
-        console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
-        if self.output:
-            summary = {"accuracy_mean": result.mean, "accuracy_std": result.std, **asdict(result)}
-            write_json(self.output, {"dwa_fast": __version__, "images": str(self.images), "student": self.student, **summary})

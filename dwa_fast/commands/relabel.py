@@ -1,0 +1,47 @@
+"""The command that keeps soft labels on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from dwa_fast import backend
+from dwa_fast.commands.data import naming_bad_images, read_teacher
+from dwa_fast.commands.students import DistilledData
+from dwa_fast.config import ValidationConfig
+from dwa_fast.console import Console
+from dwa_fast.relabel import kept_epochs, label_bytes, relabel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relabel(DistilledData):
+    """Keep the teacher's soft labels for every view of a training on disk. The same command goes on where it stopped.
+
+    Views, mixes and batches are those of validate with the same settings and seed; settings of the students are not used.
+    """
+
+    teacher: Path  # Checkpoint of the teacher.
+    output: Path  # Folder for the labels, for validate --soft-labels.
+    pool: int = 1  # Keep the labels of one epoch in so many, at least 1; students use them again and again. 1: of all.
+    dry_run: bool = False  # Only say how much the labels would take on the disk.
+    seed: int = 0  # All random draws derive from it.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
+
+    def run(self, console: Console) -> None:
+        """Say how much it will be, and write it."""
+        device = backend.resolve_device(self.device)
+        with naming_bad_images(), console.bars(shown=not self.dry_run) as track:
+            distilled, test = self.open_both(console, self.config.channels)
+            images, classes, epochs = len(distilled.labels), len(test.class_names), kept_epochs(self.config, self.pool)
+            size = label_bytes(self.config, images, classes, self.pool) / 2**20
+            console.say(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
+            if self.dry_run:
+                return
+            module, _ = read_teacher(self, self.teacher, self.architecture, classes, self.config.channels)
+            progress = track("soft labels")
+            relabel(distilled, module, self.config, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)
+        console.say(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")

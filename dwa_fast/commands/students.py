@@ -1,0 +1,117 @@
+"""The command that measures a distilled set: students are trained on it, and tested."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from torch import nn
+
+from dwa_fast import backend
+from dwa_fast.commands.data import Data, naming_bad_images, read_teacher, say_skipped, usable
+from dwa_fast.config import ValidationConfig
+from dwa_fast.console import Console
+from dwa_fast.datasets import FileSet, ImageSet
+from dwa_fast.distilled import open_distilled
+from dwa_fast.errors import InputError
+from dwa_fast.files import output_folder
+from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread, write_record
+from dwa_fast.storage import read_manifest
+from dwa_fast.validate import ValidationResult, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilledData(Data):
+    """A distilled set, and the real data that it stands for."""
+
+    images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
+    ipc: int | None = None  # Take the first images of each class only; default: all.
+    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
+
+    def open_both(self, console: Console, channels: int) -> tuple[FileSet, ImageSet]:
+        """The distilled images, and the held-out real ones."""
+        test = usable(console, self.load("test", channels), self.skip_bad_images)
+        distilled, skipped = open_distilled(
+            self.images, self.size, channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
+        )
+        say_skipped(console, skipped)
+        return distilled, test
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validate(DistilledData):
+    """Train students on a distilled set and test them on the held-out real images. The same command goes on where it stopped."""
+
+    teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed for those on disk and hard ones.
+    soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed as training goes.
+    student: str  # Architecture of the students, as for squeeze --architecture.
+    seed: int = 0  # All random draws derive from it.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    output: Path | None = None  # Folder for record.json and for what a stopped run goes on from.
+    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
+
+    def run(self, console: Console) -> None:
+        """Train and test the students."""
+        started = time.perf_counter()
+        if self.output:
+            output_folder(self.output)
+        device = backend.resolve_device(self.device)
+        with naming_bad_images(), console.bars() as track:
+            distilled, test = self.open_both(console, self.config.channels)
+            result = validate(
+                distilled,
+                test,
+                self._teacher(len(test.class_names)),
+                self.student,
+                self.config,
+                size=self.size,
+                device=device,
+                seed=self.seed,
+                progress=track(f"{self.config.students} students"),
+                keep=self.output,
+                soft_labels=self.soft_labels,
+            )
+        console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
+        if self.output:
+            per_class = int(distilled.labels.bincount().min())
+            record = self._record(result, per_class)
+            write_record(self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
+
+    def _teacher(self, classes: int) -> nn.Module | None:
+        if self.teacher is None:
+            return None
+        return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels)[0]
+
+    def _record(self, result: ValidationResult, ipc: int) -> Record:
+        title = f"{self.student} on {self.images.name}, ipc {ipc}"
+        rows = [[str(seed), f"{accuracy:.2f}"] for seed, accuracy in zip(result.seeds, result.accuracies, strict=True)]
+        cell = {
+            "recipe": self.recipe,
+            "method": self._method(),
+            "student": self.student,
+            "ipc": ipc,
+            "mean": result.mean,
+            "std": result.std,
+            "accuracies": result.accuracies,
+            "seeds": result.seeds,
+        }
+        return Record(
+            kind="validate",
+            title=title,
+            command=command_line(),
+            settings={name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()},
+            tables=[Table(title=title, columns=["student", "top-1 %"], rows=[*rows, ["mean", mean_and_spread(result.mean, result.std)]])],
+            data={"cells": [cell]},
+        )
+
+    def _method(self) -> str:
+        """How a set of ours was made; another program's goes by the name of its folder."""
+        settings: dict[str, Any] = {}
+        with suppress(InputError):
+            settings = read_manifest(self.images)["settings"]
+        return str(settings.get("method", self.images.name))

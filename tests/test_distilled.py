@@ -1,0 +1,94 @@
+"""Sets of other programs: their folders, their names, their order, and damaged files in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dwa_fast import InputError
+from dwa_fast.distilled import open_distilled
+
+WNIDS = ["n01440764", "n01443537", "n02102040"]
+
+
+def write_image(path: Path, level: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), level, dtype=np.uint8)).save(path)
+
+
+FORMATS = {  # how each program calls image i of class c
+    "SRe2L, CDA, DWA": lambda label, index: f"new{label:03d}/class{label:03d}_id{index:03d}.jpg",
+    "RDED": lambda label, index: f"{label:05d}/class{label:05d}_id{index:05d}.jpg",
+    "RDED by wnid": lambda label, index: f"{WNIDS[label]}/class{label:05d}_id{index:05d}.jpg",
+    "any names": lambda label, index: f"{WNIDS[label]}/{'cab'[index]} picture.PNG",
+    "bare numbers": lambda label, index: f"{label}/{index}.png",
+    "dwa-fast": lambda label, index: f"new{label:03d}/class{label:03d}_id{index:03d}.png",
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_sets_of_other_programs(tmp_path: Path, form: str) -> None:
+    """Every image gets its own class, and the first ones of a class are the first by name."""
+    for label in range(3):
+        for index in range(3):
+            write_image(tmp_path / FORMATS[form](label, index), 60 * label + 10 * index)
+    data, skipped = open_distilled(tmp_path, 8, 3, WNIDS)
+    assert not skipped
+    assert data.class_names == WNIDS
+    levels = (data.load(range(9)).mean((1, 2, 3)) * 255).round().int()
+    assert (levels // 60).tolist() == data.labels.tolist()
+    first, _ = open_distilled(tmp_path, 8, 3, WNIDS, per_class=2)
+    assert first.files == sorted(data.files)[0:2] + sorted(data.files)[3:5] + sorted(data.files)[6:8]
+
+
+def test_folders_are_matched_by_name_and_by_number_not_by_position(tmp_path: Path) -> None:
+    names = [str(label) for label in range(12)]
+    for label in range(12):
+        write_image(tmp_path / "numbers" / f"new{label}" / "0.png", 20 * label)  # sorted: new0, new1, new10, new11, new2, …
+        write_image(tmp_path / "names" / f"class {11 - label:02d}" / "0.png", 20 * label)
+    for folder, real in (("numbers", names), ("names", [f"class {11 - label:02d}" for label in range(12)])):
+        data, _ = open_distilled(tmp_path / folder, 8, 3, real)
+        levels = (data.load(range(12)).mean((1, 2, 3)) * 255).round().to(torch.int64)
+        assert (levels // 20).tolist() == data.labels.tolist()
+        assert data.labels.tolist() != list(range(12))
+
+
+WRONG = {
+    "other names": (
+        ["cat", "dog", "eel"],
+        "are neither named as .* nor numbered from 0: cat, dog, eel; the classes: n01440764, n01443537, ",
+    ),
+    "from 1": (["new001", "new002", "new003"], "are neither named as the held-out images' classes nor numbered from 0: new001"),
+    "twice": (["0", "00", "1"], "are neither named as"),
+    "one too many": (["0", "1", "2", "3"], "has 4 classes, the held-out images have 3"),
+    "one wnid of others": ([*WNIDS[:2], "n99999999"], "are neither named as"),
+}
+
+
+@pytest.mark.parametrize(("folders", "message"), WRONG.values(), ids=WRONG.keys())
+def test_folders_that_could_be_any_class_are_refused(tmp_path: Path, folders: list[str], message: str) -> None:
+    for name in folders:
+        write_image(tmp_path / name / "0.png", 0)
+    with pytest.raises(InputError, match=message):
+        open_distilled(tmp_path, 8, 3, WNIDS)
+
+
+def test_bad_images_are_named_or_skipped(tmp_path: Path) -> None:
+    for label in range(3):
+        for index in range(3):
+            write_image(tmp_path / FORMATS["RDED"](label, index), 60 * label + 10 * index)
+    bad = tmp_path / FORMATS["RDED"](1, 0)
+    bad.write_bytes(bad.read_bytes()[:100])
+    data, _ = open_distilled(tmp_path, 8, 3, WNIDS)
+    with pytest.raises(InputError, match=r"class00001_id00000\.jpg is no image that can be read"):
+        data.load(range(9))
+    data, skipped = open_distilled(tmp_path, 8, 3, WNIDS, per_class=2, skip_bad_images=True)
+    assert list(skipped) == [FORMATS["RDED"](1, 0)]
+    assert data.files[2:4] == [FORMATS["RDED"](1, 1), FORMATS["RDED"](1, 2)]  # the next one takes its place
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(InputError, match=r"class 'n01443537' of .* has 2 images that can be read, wanted at least 3"):
+        open_distilled(tmp_path, 8, 3, WNIDS, per_class=3, skip_bad_images=True)
