@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -117,7 +117,7 @@ def read_record(path: Path) -> Record:
     """
     try:
         content = json.loads(read_regular(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.pop("dwa_fast_record", None) != _FORMAT:
         raise InputError(f"{path} is no record of this dwa_fast; make it again with the command that made it")
@@ -127,13 +127,34 @@ def read_record(path: Path) -> Record:
         for chart in content["charts"]:
             object.__setattr__(chart, "series", [Series(**each) for each in chart.series])
         record = Record(**content)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise InputError(f"{path} is no whole record: {error}") from error
+    wrong = next(_wrong(record), None)
+    if wrong:
+        raise InputError(f"{path} is no whole record: {wrong}")
     for picture in record.pictures:
         place = PurePosixPath(picture.file)
         if place.is_absolute() or ".." in place.parts:
             raise InputError(f"{path} names a picture outside of its folder: {picture.file!r}")
     return record
+
+
+def _wrong(record: Record) -> Iterator[str]:
+    """What is of another type than it should be, for a record may come from anywhere; figures are checked where they are drawn."""
+    for name in ("kind", "title", "summary", "command"):
+        if not isinstance(getattr(record, name), str):
+            yield f"{name} is no text"
+    for name in ("settings", "environment", "data"):
+        if not isinstance(getattr(record, name), dict):
+            yield f"{name} is no mapping"
+    if not isinstance(record.seconds, (int, float, type(None))):
+        yield "seconds is no number"
+    for table in record.tables:
+        if not isinstance(table.columns, list) or not all(isinstance(row, list) and len(row) == len(table.columns) for row in table.rows):
+            yield f"table {table.title!r} needs {table.columns!r} in every row"
+    for picture in record.pictures:
+        if not isinstance(picture.file, str):
+            yield f"picture {picture.title!r} names no file"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -17,11 +17,11 @@ ORDER = """
     checkpoint pointwise pooling stem rewrite teacher initial program repeat ascent refine
     journal losses storage tracking pipeline workers
     synthesis
-    records distilled augment lessons resuming training squeeze labels validate relabel diversity pictures
+    records distilled augment lessons resuming training squeeze labels validate relabel diversity pictures plots
     preview verify production distill
     compat.hooks compat.perterb compat.namespace compat.recover compat
     demo console
-    commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands
+    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands
     cli
     __init__ __main__
 """.split()

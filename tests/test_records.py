@@ -45,6 +45,16 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         ('{"dwa_fast_record": 99}', "is no record of this dwa_fast"),
         ('{"dwa_fast_record": 1, "kind": "x", "title": "y", "colour": 1}', "is no whole record: .*colour"),
         ('{"dwa_fast_record": 1, "kind": "x", "title": "y", "tables": [1]}', "is no whole record"),
+        ('{"dwa_fast_record": 1, "kind": "x", "title": "y", "charts": 1}', "is no whole record"),
+        ('{"dwa_fast_record": 1, "kind": "x", "title": ["y"]}', "is no whole record: title is no text"),
+        ('{"dwa_fast_record": 1, "kind": "x", "title": "y", "settings": []}', "is no whole record: settings is no mapping"),
+        ('{"dwa_fast_record": 1, "kind": "x", "title": "y", "seconds": "1"}', "is no whole record: seconds is no number"),
+        (
+            '{"dwa_fast_record": 1, "kind": "x", "title": "y", "tables": [{"title": "t", "columns": ["a", "b"], "rows": [["1"]]}]}',
+            r"is no whole record: table 't' needs \['a', 'b'\] in every row",
+        ),
+        ('{"dwa_fast_record": 1, "kind": "x", "title": "y", "pictures": [{"title": "z", "file": 1}]}', "picture 'z' names no file"),
+        ("[" * 100_000, "cannot be read"),
         (
             '{"dwa_fast_record": 1, "kind": "x", "title": "y", "pictures": [{"title": "z", "file": "../p"}]}',
             "outside of its folder: '../p'",

@@ -1,0 +1,50 @@
+"""What every command does with what it found: a record and its figures in the folder, the tables on the screen."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dwa_fast.console import Console
+from dwa_fast.plots import Figure, draw
+from dwa_fast.records import RECORD, Record, write_record
+
+
+def finish(console: Console, folder: Path, record: Record) -> None:
+    """Write `record.json`, draw every figure as a PNG beside it (chart-1.png, heat-map-1.png, scatter-1.png, …) and print the tables.
+
+    The peak memory of this process is added to the environment.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    write_record(folder, replace(record, environment={**record.environment, **_peak_memory()}))
+    files = [RECORD]
+    kinds: dict[str, Sequence[Figure]] = {"chart": record.charts, "heat-map": record.heat_maps, "scatter": record.scatters}
+    for kind, figures in kinds.items():
+        for number, figure in enumerate(figures, 1):
+            files.append(f"{kind}-{number}.png")
+            draw(figure, folder / files[-1])
+    for table in record.tables:
+        console.table(table.title, [table.columns, *table.rows])
+        if table.note:
+            console.say(table.note)
+    if record.summary:
+        console.say(record.summary)
+    files += [picture.file for picture in record.pictures]
+    console.say(f"{folder} holds {', '.join(files)}")
+
+
+def _peak_memory() -> dict[str, int]:
+    """Of the process, and on GPUs where it used one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in, bytes
+    found = {"peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20}
+    if torch.cuda.is_initialized():
+        peaks = (torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        found["peak memory of a GPU, MiB"] = max(peaks) // 2**20
+    return found
