@@ -23,6 +23,7 @@ _DESCRIPTIONS = {
     "synthesize": "Distil a data set into a few images per class.",
     "relabel": "Keep the teacher's soft labels of a distilled set on disk.",
     "validate": "Train students on a distilled set and test them.",
+    "report": "Make one page of every run and every distilled set below some folders.",
     "verify": "Check a distilled set against its manifest, file by file.",
     "info": "What was built, what this machine has, which back-end would run.",
 }

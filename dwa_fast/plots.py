@@ -243,7 +243,7 @@ def _scatter(canvas: Canvas, figure: Scatter, *, note: bool) -> Axes:
     for (name, points), colour, marker in zip(figure.groups.items(), cycle(COLOURS), cycle(_MARKERS)):
         pairs = [_numbers(figure, name, point, 2) for point in points]
         x, y = np.array(pairs).reshape(-1, 2).T
-        handles.append(axis.scatter(x, y, s=9 if many else 16, color=colour, marker=marker, alpha=0.75, linewidths=0, rasterized=many))
+        handles.append(axis.scatter(x, y, s=9 if many else 16, color=colour, marker=marker, alpha=0.85, linewidths=0, rasterized=many))
     axis.set_aspect("equal", adjustable="datalim")
     axis.set_xticks([])
     axis.set_yticks([])

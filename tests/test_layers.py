@@ -19,9 +19,10 @@ ORDER = """
     synthesis
     records distilled augment lessons resuming training squeeze labels validate relabel diversity pictures plots
     preview verify production distill
+    published report.findings report.document report.contents report.style report.page report.markdown report
     compat.hooks compat.perterb compat.namespace compat.recover compat
     demo console
-    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands
+    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.report commands
     cli
     __init__ __main__
 """.split()

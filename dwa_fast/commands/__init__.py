@@ -11,6 +11,7 @@ from dwa_fast.commands.demo import Demo
 from dwa_fast.commands.inspect import Info, Verify
 from dwa_fast.commands.pipeline import Squeeze, Synthesize
 from dwa_fast.commands.relabel import Relabel
+from dwa_fast.commands.report import Report
 from dwa_fast.commands.students import Validate
 from dwa_fast.demo import DemoConfig
 from dwa_fast.recipes import full_recipe
@@ -28,6 +29,7 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
         "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
         "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=recipe.validation),
         "validate": Validate(**data, images=missing, student=recipe.architecture, config=recipe.validation),
+        "report": Report(folders=missing),
         "verify": Verify(images=missing),
         "info": Info(),
     }

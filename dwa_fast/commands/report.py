@@ -1,0 +1,36 @@
+"""The command that makes a page of what the others found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from dwa_fast.console import Console
+from dwa_fast.errors import InputError
+from dwa_fast.report import write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Make one HTML page, and the same as Markdown, of every run and every distilled set below some folders.
+
+    The page needs nothing beside it; the Markdown has its pictures in a folder beside it. Results stand beside the published ones where
+    the setting is the published one.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # Folders to look through for record.json and manifest.json.
+    output: Path = Path("report.html")  # The page; the Markdown is called the same with .md.
+    title: str = "Runs and distilled sets"  # Heading of the page.
+
+    def run(self, console: Console) -> None:
+        """Write it, and name what was left out."""
+        if not self.folders:
+            raise InputError("report needs at least one folder to look through")
+        document = write_report(self.folders, self.output, self.title)
+        for sentence in document.left_out:
+            console.say(f"left out: {sentence}")
+        runs, sets = len(document.runs), len(document.sets)
+        counts = f"{runs} run{'s' * (runs != 1)}, {sets} distilled set{'s' * (sets != 1)}"
+        console.say(f"{self.output}: {counts}; the same as Markdown in {self.output.with_suffix('.md')}")

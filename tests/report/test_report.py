@@ -1,0 +1,152 @@
+"""The report as a whole: what is found, what is left out, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dwa_fast.cli import run
+from dwa_fast.records import RECORD
+from dwa_fast.report import write_report
+from dwa_fast.storage import MANIFEST
+from tests.hostile import contents
+from tests.report.material import make_run, make_set
+
+
+def files(folder: Path) -> dict[str, bytes | str]:
+    return {name: content for name, content in contents(folder).items() if content != ""}
+
+
+def test_command_writes_page_and_markdown(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "b" / RECORD).write_text("[")
+    assert run(["report", str(runs), "--output", str(tmp_path / "out" / "page.html"), "--title", "Tables"]) == 0
+    said = capsys.readouterr().out
+    assert f"left out: {runs}/b/{RECORD} cannot be read" in said
+    assert f"{tmp_path}/out/page.html: 1 run, 1 distilled set; the same as Markdown in {tmp_path}/out/page.md" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["page-files", "page.html", "page.md"]
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("page.html", "page.md"))
+    for shown in (page, text):
+        assert "Tables" in shown
+        assert "λ" in shown
+        assert "cannot be read" in shown
+    for number in (3, 4, 5, 6):
+        assert f"(page-files/run-1-{number}.png)" in text
+    assert sorted(path.name for path in (tmp_path / "out" / "page-files").iterdir()) == [
+        *(f"run-1-{number}.png" for number in (3, 4, 5, 6)),
+        "set-1-1.png",
+    ]
+
+
+def test_same_runs_same_bytes(runs: Path, tmp_path: Path) -> None:
+    before = contents(runs)
+    for name in "ab":
+        write_report([runs], tmp_path / name / "page.html", "t")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert contents(runs) == before
+    write_report([runs], tmp_path / "a" / "page.html", "t")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_what_lies_below_two_folders_is_shown_once(runs: Path, tmp_path: Path) -> None:
+    document = write_report([runs / "a", runs], tmp_path / "page.html", "t")
+    assert [section.line.split(" · ")[1] for section in document.runs] == ["a", "runs/b"]
+
+
+def test_a_report_among_the_runs_is_not_reported(runs: Path) -> None:
+    first = write_report([runs], runs / "report.html", "t")
+    assert write_report([runs], runs / "report.html", "t") == first
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "record": (lambda folder: (folder / RECORD).write_text("{}"), "a/record.json is no record of this dwa_fast"),
+    "deep": (lambda folder: (folder / RECORD).write_text("[" * 100_000), "a/record.json cannot be read"),
+    "manifest": (lambda folder: (folder / MANIFEST).write_text('{"name": "a web app"}'), "a/manifest.json is no manifest of format"),
+    "figure": (
+        lambda folder: (folder / RECORD).write_text((folder / RECORD).read_text().replace("0.2", '"0.2"')),
+        "runs/a: 'a sweep' needs finite numbers in 's', got '0.2'",
+    ),
+    "escape": (
+        lambda folder: (folder / RECORD).write_text((folder / RECORD).read_text().replace("sheet.png", "../../../etc/passwd")),
+        "names a picture outside of its folder: '../../../etc/passwd'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), BROKEN.values(), ids=BROKEN.keys())
+def test_what_is_broken_is_named_and_left_out(runs: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
+    damage(runs / "a")
+    document = write_report([runs], tmp_path / "page.html", "t")
+    (said,) = document.left_out
+    assert sentence in said
+    assert "Again" in [section.title for section in document.runs]
+
+
+def test_pictures_outside_of_the_folder_are_not_shown(runs: Path, tmp_path: Path) -> None:
+    secret = make_run(tmp_path / "secret") / "sheet.png"
+    (runs / "a" / "sheet.png").unlink()
+    (runs / "a" / "sheet.png").symlink_to(secret)
+    (runs / "b" / "sheet.png").write_bytes(b"%!PS-Adobe")
+    write_report([runs], tmp_path / "page.html", "t")
+    page = (tmp_path / "page.html").read_text()
+    assert "a sheet: sheet.png cannot be shown: it lies outside of the folder of its record" in page
+    assert "a sheet: sheet.png cannot be shown: cannot identify image file" in page
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no folder": (["report", "nowhere"], "nowhere is not a folder"),
+    "none given": (["report"], "report needs at least one folder to look through"),
+    "empty": (["report", "empty"], "no record and no distilled set that can be shown lies below empty"),
+    "all broken": (["report", "broken"], "lies below broken (broken/record.json is no record of this dwa_fast"),
+    "suffix": (["report", "runs", "--output", "page.pdf"], "the report is an HTML page, NAME.html; got 'page.pdf'"),
+    "another file": (["report", "runs", "--output", "README.html"], "README.md is no report of dwa-fast, and would be lost"),
+    "a folder": (["report", "runs", "--output", "taken.html"], "cannot write taken.html"),
+    "link": (["report", "runs", "--output", "link.html"], "link-files is a symbolic link"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
+def test_bad_input_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    make_run(tmp_path / "runs")
+    (tmp_path / "README.md").write_text("# Mine")
+    for name in ("empty", "broken", "taken.html", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / RECORD).write_text("{}")
+    (tmp_path / "link-files").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 1
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert message in errors
+    assert contents(tmp_path) == before
+
+
+def test_many_classes_are_cut_and_said(tmp_path: Path) -> None:
+    make_set(tmp_path / "large", classes=60, ipc=1)
+    document = write_report([tmp_path / "large"], tmp_path / "page.html", "t")
+    (section,) = document.sets
+    assert section.line == "large · 60 images of 60 classes"
+    page = (tmp_path / "page.html").read_text()
+    assert "The image of each of the first 10 of 60 classes, a row per class" in page
+    assert "class 9<" in page
+    assert "class 10<" not in page
+
+
+def test_record_of_foreign_types_does_no_harm(tmp_path: Path) -> None:
+    """Every value of a whole record replaced by one of another type, one at a time: shown or left out, never an error."""
+    content = json.loads((make_run(tmp_path / "good") / RECORD).read_text())
+    for number, name in enumerate(content):
+        for kind, value in enumerate((None, 7, "x", [1], {"a": [{}]})):
+            folder = tmp_path / "runs" / f"{number}-{kind}"
+            folder.mkdir(parents=True)
+            (folder / RECORD).write_text(
+                json.dumps(content | {name: value, **({} if name == "charts" else {"charts": []}), "heat_maps": [], "scatters": []})
+            )
+    document = write_report([tmp_path / "good", tmp_path / "runs"], tmp_path / "page.html", "t")
+    assert len(document.runs) + len(document.left_out) == 1 + 5 * len(content)
+    assert len(document.left_out) > 2 * len(content)
