@@ -22,7 +22,8 @@ ORDER = """
     published report.findings report.document report.contents report.style report.page report.markdown report
     compat.hooks compat.perterb compat.namespace compat.recover compat
     demo console
-    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.report commands
+    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.report
+    commands
     cli
     __init__ __main__
 """.split()
