@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dwa_fast import published
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.cli import run
 from dwa_fast.files import checksum
@@ -45,7 +46,9 @@ def usage_error(arguments: Sequence[str]) -> int:
     return int(stop.value.code or 0)
 
 
-def test_squeeze_synthesize_validate(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_squeeze_synthesize_validate(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert synthesize(teacher, tmp_path / "set") == 0
     assert f"{tmp_path / 'set'}: 20 images" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "set")
@@ -58,6 +61,10 @@ def test_squeeze_synthesize_validate(teacher: Path, tmp_path: Path, capsys: pyte
     (cell,) = record.data["cells"]
     assert (cell["recipe"], cell["method"], cell["student"], cell["ipc"]) == ("digits", "dwa", "small-resnet", 1)
     assert len(cell["accuracies"]) == 2
+    monkeypatch.setitem(published._DWA, ("digits", "small-resnet", 1), 50.0)  # as if the paper had it
+    beside = published.beside_published(record)
+    assert beside
+    assert beside.note.endswith("differ from what was published in: batch_size, epochs, iterations, padding, size, steps.")
     assert re.search(rf"small-resnet: {cell['mean']:.2f} ± \d+\.\d\d % top-1, 2 students", capsys.readouterr().out)
     assert run([*arguments, *quick]) == 0  # nothing is trained again
     assert read_record(tmp_path / "out" / "record.json").data == record.data

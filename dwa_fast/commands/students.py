@@ -12,14 +12,16 @@ import tyro
 from torch import nn
 
 from dwa_fast import backend
+from dwa_fast.checkpoint import TeacherInfo
 from dwa_fast.commands.data import Data, naming_bad_images, read_teacher, say_skipped, usable
+from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet, ImageSet
 from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
-from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread, write_record
+from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread
 from dwa_fast.storage import read_manifest
 from dwa_fast.validate import ValidationResult, validate
 
@@ -63,10 +65,11 @@ class Validate(DistilledData):
         device = backend.resolve_device(self.device)
         with naming_bad_images(), console.bars() as track:
             distilled, test = self.open_both(console, self.config.channels)
+            teacher, info = self._teacher(len(test.class_names))
             result = validate(
                 distilled,
                 test,
-                self._teacher(len(test.class_names)),
+                teacher,
                 self.student,
                 self.config,
                 size=self.size,
@@ -79,20 +82,21 @@ class Validate(DistilledData):
         console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
         if self.output:
             per_class = int(distilled.labels.bincount().min())
-            record = self._record(result, per_class)
-            write_record(self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
+            record = self._record(result, per_class, info)
+            finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
 
-    def _teacher(self, classes: int) -> nn.Module | None:
+    def _teacher(self, classes: int) -> tuple[nn.Module | None, TeacherInfo | None]:
         if self.teacher is None:
-            return None
-        return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels)[0]
+            return None, None
+        return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels)
 
-    def _record(self, result: ValidationResult, ipc: int) -> Record:
+    def _record(self, result: ValidationResult, ipc: int, teacher: TeacherInfo | None) -> Record:
+        made = self._set_settings()
         title = f"{self.student} on {self.images.name}, ipc {ipc}"
         rows = [[str(seed), f"{accuracy:.2f}"] for seed, accuracy in zip(result.seeds, result.accuracies, strict=True)]
         cell = {
             "recipe": self.recipe,
-            "method": self._method(),
+            "method": str(made.get("method", self.images.name)),  # another program's set goes by the name of its folder
             "student": self.student,
             "ipc": ipc,
             "mean": result.mean,
@@ -104,14 +108,18 @@ class Validate(DistilledData):
             kind="validate",
             title=title,
             command=command_line(),
-            settings={name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()},
+            settings={
+                **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items() if name != "config"},
+                "teacher": {"file": str(self.teacher), "architecture": teacher.architecture} if teacher else {},
+                "validation": asdict(self.config),
+                "synthesis": made,
+            },
             tables=[Table(title=title, columns=["student", "top-1 %"], rows=[*rows, ["mean", mean_and_spread(result.mean, result.std)]])],
             data={"cells": [cell]},
         )
 
-    def _method(self) -> str:
-        """How a set of ours was made; another program's goes by the name of its folder."""
-        settings: dict[str, Any] = {}
+    def _set_settings(self) -> dict[str, Any]:
+        """How a set of ours was made; nothing of another program's."""
         with suppress(InputError):
-            settings = read_manifest(self.images)["settings"]
-        return str(settings.get("method", self.images.name))
+            return dict(read_manifest(self.images)["settings"])
+        return {}
