@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from dwa_fast import published
+from dwa_fast.architectures import ARCHITECTURES, build
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.cli import run
 from dwa_fast.files import checksum
@@ -86,8 +87,6 @@ def test_method_changes_the_defaults(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_bare_state_dict_is_taken_for_the_recipe_architecture(tmp_path: Path) -> None:
-    from dwa_fast.architectures import build
-
     torch.save({"state_dict": build("small-resnet", classes=10, channels=1).state_dict()}, tmp_path / "bare.pt")
     assert synthesize(tmp_path / "bare.pt", tmp_path / "set") == 0
 
@@ -220,6 +219,13 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
     usage_error(["synthesize", "--recipe", "tiny", "--help"])
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "--learning-rate FLOAT Adam's first learning rate, above 0; falls to 0 on a cosine. (default: 0.1)" in text
+
+
+@pytest.mark.parametrize(("command", "flag"), [("squeeze", "--architecture"), ("validate", "--student")])
+def test_help_names_every_architecture(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error([command, "--recipe", "digits", "--help"])
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert f"One of {', '.join(ARCHITECTURES)}." in text.split(f" {flag} ", 1)[1]
 
 
 def test_info_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:

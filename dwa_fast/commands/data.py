@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
+from dwa_fast.architectures import ARCHITECTURES
 from dwa_fast.checkpoint import TeacherInfo, load_teacher
 from dwa_fast.config import DataConfig
 from dwa_fast.console import Console
@@ -16,6 +19,8 @@ from dwa_fast.datasets import FileSet, ImageSet, Split, load
 from dwa_fast.decoding import BadImageError
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import full_recipe
+
+Architecture = Annotated[str, tyro.conf.arg(help=f"One of {', '.join(ARCHITECTURES)}.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from dwa_fast import backend, workers
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
-from dwa_fast.commands.data import Data, naming_bad_images, read_teacher, usable
+from dwa_fast.commands.data import Architecture, Data, naming_bad_images, read_teacher, usable
 from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.console import Console
 from dwa_fast.distill import distill
@@ -28,7 +28,7 @@ class Squeeze(Data):
     """Train a teacher on the real images. The same command goes on where it stopped."""
 
     output: Path  # Checkpoint to write, such as teacher.pt.
-    architecture: str  # resnet18, resnet34, resnet50, resnet101, the same with -cifar, convnet128, small-resnet.
+    architecture: Architecture
     overwrite: bool = False  # Replace a checkpoint that is already there.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
     seed: int = 0  # All random draws derive from it.

@@ -13,7 +13,7 @@ from torch import nn
 
 from dwa_fast import backend
 from dwa_fast.checkpoint import TeacherInfo
-from dwa_fast.commands.data import Data, naming_bad_images, read_teacher, say_skipped, usable
+from dwa_fast.commands.data import Architecture, Data, naming_bad_images, read_teacher, say_skipped, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
 from dwa_fast.console import Console
@@ -50,7 +50,7 @@ class Validate(DistilledData):
 
     teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed for those on disk and hard ones.
     soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed as training goes.
-    student: str  # Architecture of the students, as for squeeze --architecture.
+    student: Architecture
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
