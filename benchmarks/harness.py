@@ -23,6 +23,7 @@ from dwa_fast.config import SynthesisConfig
 from dwa_fast.recipes import full_recipe
 from dwa_fast.reference.loop import StatisticsHook, see
 from dwa_fast.refine import Refinement
+from dwa_fast.rewrite import batchnorm_layers
 from dwa_fast.synthesis import Batch, Lane
 from dwa_fast.teacher import prepare
 from dwa_fast.views import Schedule, draw_schedule
@@ -98,7 +99,7 @@ def make_problem(workload: Workload, device: torch.device, batch: int | None, it
 def _random_teacher(workload: Workload, config: SynthesisConfig, device: torch.device, count: int) -> nn.Module:
     """Random weights whose BatchNorm statistics come from such pictures, so that activations and losses are of the usual size."""
     teacher = build(workload.architecture, classes=workload.classes, channels=config.channels, size=workload.size).to(device)
-    layers = [layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = list(batchnorm_layers(teacher).values())
     teacher.train()
     with torch.no_grad():
         for layer in layers:
@@ -132,7 +133,7 @@ class Published:
         for p in self.model.parameters():  # each changed by up to `rounding` times itself
             p.mul_(1 + rounding * (2 * torch.rand(p.shape, generator=source, dtype=dtype, device=problem.device) - 1))
         self.model.requires_grad_(True)
-        self.hooks = [StatisticsHook(layer) for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        self.hooks = [StatisticsHook(layer) for layer in batchnorm_layers(self.model).values()]
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=problem.device)[:, None, None] for bound in problem.config.bounds)
         self.reset()
 

@@ -1,4 +1,4 @@
-"""Rewrites a teacher so that every BatchNorm2d, with the addition and ReLU behind it where they can be traced, is one operator call."""
+"""Rewrites a teacher so that every BatchNorm layer, with the addition and ReLU behind it where they can be traced, is one operator call."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from dwa_fast.stem import replace_stems
 
 log = logging.getLogger("dwa_fast")
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # the layers whose input statistics are matched
+
 _ADDITIONS = {operator.add, torch.add}
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
@@ -29,12 +32,12 @@ _AGREEMENT = 1e-3  # largest relative difference of the logits at which a traced
 
 
 class BatchNormAct(nn.Module):
-    """A BatchNorm2d in eval mode, with what was fused into it, that keeps the shifted moments of its input for the matching loss."""
+    """A BatchNorm layer in eval mode, with what was fused into it, that keeps the shifted moments of its input for the matching loss."""
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, layer: nn.BatchNorm2d, operators: Operators) -> None:
+    def __init__(self, layer: BatchNorm, operators: Operators) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
         self.register_buffer("running_mean", layer.running_mean)
@@ -47,15 +50,15 @@ class BatchNormAct(nn.Module):
 
     def forward(
         self,
-        y: Tensor,  # [N, C, H, W]
-        skip: Tensor | None = None,  # [N, C, H, W]
-    ) -> Tensor:  # [N, C, H, W]
+        y: Tensor,  # [N, C], or with positions in one, two or three dimensions behind
+        skip: Tensor | None = None,  # like y
+    ) -> Tensor:  # like y
         """relu(BatchNorm(y) [+ skip]) with the running statistics."""
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        z, sums = self.operators.bn_act(y, *statistics, skip, self.relu)
+        z, sums = self.operators.bn_act(planes(y), *statistics, None if skip is None else planes(skip), self.relu)
         self.sums.append(sums)
         self.count = y.numel() // y.shape[1]
-        return z
+        return z if y.dim() == 4 else z.view(y.shape)
 
     def extra_repr(self) -> str:
         """What was fused, as `dwa-fast info` shows it."""
@@ -71,9 +74,18 @@ class Rewritten:
     traced: bool  # whether neighbours of the BatchNorm layers could be fused
 
 
-def batchnorm_layers(module: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """Every BatchNorm2d by name, in module order."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+def batchnorm_layers(module: nn.Module) -> dict[str, BatchNorm]:
+    """Every BatchNorm layer, 1d, 2d or 3d, by name, in module order."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BATCHNORM)}
+
+
+def planes(
+    features: Tensor,  # [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]
+) -> Tensor:  # [N, C, H, W]
+    """The input of a BatchNorm layer as the operators take it; tokens [N, S, C], transposed, are a channels-last tensor where they lie."""
+    if features.dim() == 4:
+        return features
+    return features.flatten(3) if features.dim() > 4 else features.view(*features.shape, *[1] * (4 - features.dim()))
 
 
 def rewrite(
@@ -81,7 +93,7 @@ def rewrite(
     operators: Operators,
     images: Tensor,  # [n, C, H, W]: the logits for these must stay what they were
 ) -> Rewritten:
-    """Replace every BatchNorm2d of `module`, which is consumed; neighbours are fused where it can be traced and still gives its logits."""
+    """Replace every BatchNorm layer of `module`, which is consumed; neighbours are fused where tracing works and keeps the logits."""
     names = list(batchnorm_layers(module))
     if operators.fuses:
         fused = _fused(module, operators, images)
@@ -109,7 +121,7 @@ def _fused(module: nn.Module, operators: Operators, images: Tensor) -> nn.Module
     _erase_identities(traced)
     for node in list(traced.graph.nodes):
         layer = _submodule(traced, node)
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, BATCHNORM):
             _fuse(traced, node, BatchNormAct(layer, operators))
     replace_stems(traced)
     replace_pools(traced, operators.mean_pool)

@@ -147,7 +147,7 @@ def synthesize(
     own θ̃ (Eq. 11) and minimises CE + λ_mean·R_mean + λ_var·R_var over its pixels (Eq. 15). Same seed, same device, same bits.
 
     Args:
-        teacher: classifier with BatchNorm2d layers; it is copied, never changed.
+        teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed.
         images: [N, C, H, W], floating, normalised with `config.mean` and `config.std`: initial images, and what the ascent sees.
         labels: [N], integers in 0 … classes − 1.
         config: settings, for example `recipe("cifar100")`.

@@ -99,7 +99,7 @@ def prepare(
 
     Raises:
         TypeError: teacher is not a module.
-        InputError: it has no BatchNorm2d, keeps no running statistics, cannot take the images, or gives no [N, classes] logits.
+        InputError: it has no BatchNorm layer, keeps no running statistics, cannot take the images, or gives no [N, classes] logits.
     """
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
@@ -108,12 +108,14 @@ def prepare(
         log.warning("teacher was in train mode; a copy of it in eval mode is used")
     layers = batchnorm_layers(module)
     if not layers:
-        raise InputError(f"teacher must have BatchNorm2d layers, whose statistics are matched; {type(module).__name__} has none")
+        raise InputError(
+            f"teacher must have BatchNorm layers (1d, 2d or 3d), whose statistics are matched; {type(module).__name__} has none"
+        )
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(f"BatchNorm layer {name!r} keeps no running statistics; it needs track_running_stats=True")
     if layers.keys() == {""}:
-        raise InputError("teacher must be a classifier that gives [N, classes] logits, got a single BatchNorm2d")
+        raise InputError(f"teacher must be a classifier that gives [N, classes] logits, got a single {type(module).__name__}")
     module = copy.deepcopy(module).eval().requires_grad_(False).to(execution.device, execution.master_dtype)
     if execution.device.type == "cpu" and execution.channels_last:
         replace_strided_pointwise(module)
@@ -130,7 +132,7 @@ def prepare(
 def _count_classes(module: nn.Module, images: Tensor) -> int:
     try:
         logits = module(images)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:  # of a product, of a BatchNorm layer, of a transformer
         raise InputError(f"teacher cannot take images of shape {tuple(images.shape[1:])}: {str(error).splitlines()[0]}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

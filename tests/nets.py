@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast import SynthesisConfig
 from dwa_fast.architectures import SmallResNet
 from dwa_fast.datasets import MemorySet, digits, normalise
 from dwa_fast.recipes import recipe
+from dwa_fast.reference.loop import BATCHNORM, StatisticsHook
+from dwa_fast.teacher import Network
 
 SIZE = 8
 
@@ -58,3 +61,41 @@ def stop_at(step: int) -> Callable[[int, int], None]:
             raise KeyboardInterrupt
 
     return progress
+
+
+def alive(module: nn.Module) -> nn.Module:
+    """The module in eval mode with statistics, scales and shifts that are not those of a fresh one."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in module.modules():
+        if isinstance(layer, BATCHNORM):
+            for value, low, high in ((layer.weight, 0.7, 1.3), (layer.bias, -0.3, 0.3), (layer.running_mean, -0.3, 0.3)):
+                value.data.uniform_(low, high, generator=generator)  # type: ignore[union-attr]
+            layer.running_var.uniform_(0.7, 1.3, generator=generator)  # type: ignore[union-attr]
+    return module.eval()
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """‖got − wanted‖ / ‖wanted‖."""
+    return float((got.detach() - wanted.detach()).norm() / wanted.detach().norm())
+
+
+def image_gradient(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the whole loss, and its three terms."""
+    leaf = images.clone().requires_grad_(True)
+    terms = torch.cat([F.cross_entropy(network(leaf), labels)[None], network.matching(10.0)])
+    (gradient,) = torch.autograd.grad(terms @ torch.tensor([1.0, 0.01, 0.11]), leaf)
+    return gradient, terms
+
+
+def expected_gradient(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the unmodified module, by the loop's hooks."""
+    hooks = [StatisticsHook(layer) for layer in module.modules() if isinstance(layer, BATCHNORM)]
+    leaf = images.clone().requires_grad_(True)
+    ce = F.cross_entropy(module(leaf), labels)
+    weights = [10.0] + [1.0] * (len(hooks) - 1)
+    mean = sum(w * hook.mean_distance for w, hook in zip(weights, hooks, strict=True))
+    var = sum(w * hook.var_distance for w, hook in zip(weights, hooks, strict=True))
+    (gradient,) = torch.autograd.grad(ce + 0.01 * mean + 0.11 * var, leaf)
+    for hook in hooks:
+        hook.close()
+    return gradient, torch.stack([ce, torch.as_tensor(mean), torch.as_tensor(var)])

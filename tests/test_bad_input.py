@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast import InputError, recipe, synthesize
+from dwa_fast.architectures import build
 from dwa_fast.config import DataConfig, SqueezeConfig, ValidationConfig
 from tests.nets import real_images, small_config, small_teacher
 
@@ -69,7 +70,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no BatchNorm": (
         {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))},
         InputError,
-        "teacher must have BatchNorm2d layers, whose statistics are matched; Sequential has none",
+        "teacher must have BatchNorm layers (1d, 2d or 3d), whose statistics are matched; Sequential has none",
     ),
     "no statistics": (
         {"teacher": without_running_statistics()},
@@ -96,6 +97,16 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"images": torch.zeros(4, 1, 9, 9), "teacher": Twice().eval()},
         InputError,
         "teacher cannot take images of shape (1, 9, 9)",
+    ),
+    "image size of a transformer": (
+        {"teacher": build("deit-tiny-bn", classes=10, channels=1, size=16).eval()},
+        InputError,
+        "teacher cannot take images of shape (1, 8, 8): Wrong image height! Expected 16 but got 8!",
+    ),
+    "single BatchNorm1d": (
+        {"teacher": nn.BatchNorm1d(1).eval()},
+        InputError,
+        "teacher must be a classifier that gives [N, classes] logits, got a single BatchNorm1d",
     ),
     "config type": ({"config": {"iterations": 3}}, TypeError, "config must be a SynthesisConfig, such as recipe('cifar100'), got dict"),
     "seed": ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),

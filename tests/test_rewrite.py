@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dwa_fast import InputError
 from dwa_fast.architectures import build
 from dwa_fast.backend import resolve
-from dwa_fast.reference.loop import StatisticsHook
-from dwa_fast.teacher import Network, prepare
+from dwa_fast.teacher import prepare
+from tests.nets import alive, distance, expected_gradient, image_gradient
 
 MODELS = torchvision.models
 TEACHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -48,42 +48,6 @@ FUSED = {  # layers in all, with an addition, with a ReLU
     "efficientnet_b0": (49, 9, 0),
     "densenet121": (121, 0, 121),
 }
-
-
-def alive(module: nn.Module) -> nn.Module:
-    """The module in eval mode with statistics, scales and shifts that are not those of a fresh one."""
-    generator = torch.Generator().manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            for value, low, high in ((layer.weight, 0.7, 1.3), (layer.bias, -0.3, 0.3), (layer.running_mean, -0.3, 0.3)):
-                value.data.uniform_(low, high, generator=generator)  # type: ignore[union-attr]
-            layer.running_var.uniform_(0.7, 1.3, generator=generator)  # type: ignore[union-attr]
-    return module.eval()
-
-
-def distance(got: Tensor, wanted: Tensor) -> float:
-    return float((got.detach() - wanted.detach()).norm() / wanted.detach().norm())
-
-
-def image_gradient(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the whole loss, and its three terms."""
-    leaf = images.clone().requires_grad_(True)
-    terms = torch.cat([F.cross_entropy(network(leaf), labels)[None], network.matching(10.0)])
-    (gradient,) = torch.autograd.grad(terms @ torch.tensor([1.0, 0.01, 0.11]), leaf)
-    return gradient, terms
-
-
-def expected_gradient(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    hooks = [StatisticsHook(layer) for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    leaf = images.clone().requires_grad_(True)
-    ce = F.cross_entropy(module(leaf), labels)
-    weights = [10.0] + [1.0] * (len(hooks) - 1)
-    mean = sum(w * hook.mean_distance for w, hook in zip(weights, hooks, strict=True))
-    var = sum(w * hook.var_distance for w, hook in zip(weights, hooks, strict=True))
-    (gradient,) = torch.autograd.grad(ce + 0.01 * mean + 0.11 * var, leaf)
-    for hook in hooks:
-        hook.close()
-    return gradient, torch.stack([ce, torch.as_tensor(mean), torch.as_tensor(var)])
 
 
 @pytest.mark.parametrize("name", TEACHERS)

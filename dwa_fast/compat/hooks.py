@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dwa_fast.backend import operators_for
 from dwa_fast.config import check_real
 from dwa_fast.errors import InputError
+from dwa_fast.rewrite import BATCHNORM, planes
 
 
 class _Constants(NamedTuple):
@@ -40,16 +41,16 @@ class BNFeatureHook:
         """Hook onto a layer.
 
         Args:
-            module: an nn.BatchNorm2d with running statistics.
+            module: an nn.BatchNorm2d, or a 1d or 3d one, with running statistics.
             args: as in DWA, a namespace whose `r_var` weighs the variance; without it 1, as in SRe2L and CDA.
         Raises:
-            TypeError: module is no nn.BatchNorm2d.
+            TypeError: module is no such layer.
             InputError: it keeps no running statistics, or r_var is no number of at least 0.
         """
-        if not isinstance(module, nn.BatchNorm2d):
-            raise TypeError(f"BNFeatureHook wants an nn.BatchNorm2d, got {type(module).__name__}")
+        if not isinstance(module, BATCHNORM):
+            raise TypeError(f"BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got {type(module).__name__}")
         if module.running_mean is None or module.running_var is None:
-            raise InputError("BNFeatureHook wants a BatchNorm2d that keeps running statistics; it needs track_running_stats=True")
+            raise InputError("BNFeatureHook wants a BatchNorm layer that keeps running statistics; it needs track_running_stats=True")
         self.r_var = getattr(args, "r_var", 1.0)
         check_real("r_var", self.r_var, 0)
         self._constants: dict[tuple[torch.device, torch.dtype, int, int], _Constants] = {}
@@ -68,7 +69,7 @@ class BNFeatureHook:
             )
         y = input[0]
         operators, wide = operators_for(y.device, y.dtype), torch.promote_types(y.dtype, torch.float32)
-        sums = operators.moments(y, module.running_mean.detach().to(wide))
+        sums = operators.moments(planes(y), module.running_mean.detach().to(wide))
         offsets, counts, weights, factors = self._of(y, wide)
         terms = operators.matching_loss(sums, module.running_var.detach().to(wide), offsets, counts, weights)
         self.r_feature = terms @ factors

@@ -17,6 +17,8 @@ from dwa_fast.config import SynthesisConfig
 from dwa_fast.seeding import generator, normal
 from dwa_fast.views import Schedule, draw_schedule
 
+BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # the published loop knows the second alone; all have the same statistics
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quirks:
@@ -44,7 +46,7 @@ class LoopResult:
 class StatisticsHook:
     """Distance of one BatchNorm layer's input from its running statistics, taken at each forward pass."""
 
-    def __init__(self, layer: nn.BatchNorm2d) -> None:
+    def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
         self.layer = layer
         self.mean_distance = torch.empty(0)
         self.var_distance = torch.empty(0)
@@ -77,7 +79,7 @@ def recover(
     model = copy.deepcopy(teacher).to(images.device, images.dtype).eval()
     original = copy.deepcopy(model).requires_grad_(False)
     source = original if config.matching_weights == "original" else model
-    hooks = [StatisticsHook(layer) for layer in source.modules() if isinstance(layer, nn.BatchNorm2d)]
+    hooks = [StatisticsHook(layer) for layer in source.modules() if isinstance(layer, BATCHNORM)]
     finished, losses = [], []
     for number, start in enumerate(range(0, len(images), config.batch_size)):
         stop = start + config.batch_size

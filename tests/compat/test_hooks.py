@@ -116,6 +116,23 @@ def test_a_whole_network(wrapped: bool, dtype: torch.dtype, device: torch.device
     assert torch.equal(results[0][0], results[1][0])  # the forward pass is not touched
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(nn.BatchNorm1d, (5, 20)), (nn.BatchNorm1d, (5, 20, 7)), (nn.BatchNorm3d, (5, 20, 2, 3, 4))],
+    ids=["[N, C]", "[N, C, L]", "[N, C, D, H, W]"],
+)
+def test_layers_of_other_dimensions(kind: type[nn.Module], shape: tuple[int, ...], device: torch.device) -> None:
+    module: Any = kind(20).eval()
+    module.running_mean, module.running_var = torch.randn(20), torch.rand(20) + 0.3
+    hook = BNFeatureHook(module.to(device))
+    y = torch.randn(shape, device=device, requires_grad=True)
+    module(y)
+    exact = y.detach().double().requires_grad_()
+    expected = as_published(exact, module)
+    assert error(hook.r_feature, expected) < 1e-6
+    assert error(gradient(hook.r_feature, y), gradient(expected, exact)) < 1e-5
+
+
 def test_in_train_mode_the_running_statistics_are_those_after_the_pass() -> None:
     module = layer().train()
     hook = BNFeatureHook(module)
@@ -210,11 +227,11 @@ def test_nothing_is_said_where_they_run(caplog: pytest.LogCaptureFixture, device
 
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no layer": (lambda: BNFeatureHook(nn.ReLU()), TypeError, "BNFeatureHook wants an nn.BatchNorm2d, got ReLU"),
+    "no layer": (lambda: BNFeatureHook(nn.ReLU()), TypeError, "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got ReLU"),
     "no statistics": (
         lambda: BNFeatureHook(nn.BatchNorm2d(3, track_running_stats=False)),
         InputError,
-        "BNFeatureHook wants a BatchNorm2d that keeps running statistics; it needs track_running_stats=True",
+        "BNFeatureHook wants a BatchNorm layer that keeps running statistics; it needs track_running_stats=True",
     ),
     "r_var": (
         lambda: BNFeatureHook(nn.BatchNorm2d(3), Namespace(r_var=-1)),
