@@ -19,7 +19,7 @@ ORDER = """
     synthesis
     records distilled augment lessons resuming training squeeze labels validate relabel diversity pictures plots
     preview verify production distill
-    published report.findings report.document report.contents report.style report.page report.markdown report
+    published report.findings report.document report.values report.sets report.contents report.style report.page report.markdown report
     compat.hooks compat.perterb compat.namespace compat.recover compat
     demo console
     commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.report

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from dwa_fast.config import check_integer
 from dwa_fast.console import Console
 from dwa_fast.errors import InputError
 from dwa_fast.report import write_report
@@ -23,14 +24,16 @@ class Report:
     folders: tyro.conf.Positional[tuple[Path, ...]]  # Folders to look through for record.json and manifest.json.
     output: Path = Path("report.html")  # The page; the Markdown is called the same with .md.
     title: str = "Runs and distilled sets"  # Heading of the page.
+    sets: int = 24  # Kinds of distilled sets shown, at most; sets that differ in their seed alone are one kind, of which one is shown.
 
     def run(self, console: Console) -> None:
         """Write it, and name what was left out."""
         if not self.folders:
             raise InputError("report needs at least one folder to look through")
-        document = write_report(self.folders, self.output, self.title)
+        check_integer("sets", self.sets, 0)
+        document = write_report(self.folders, self.output, self.title, most_sets=self.sets)
         for sentence in document.left_out:
             console.say(f"left out: {sentence}")
         runs, sets = len(document.runs), len(document.sets)
-        counts = f"{runs} run{'s' * (runs != 1)}, {sets} distilled set{'s' * (sets != 1)}"
+        counts = f"{runs} run{'s' * (runs != 1)}, {sets} kind{'s' * (sets != 1)} of distilled sets"
         console.say(f"{self.output}: {counts}; the same as Markdown in {self.output.with_suffix('.md')}")

@@ -16,13 +16,14 @@ _MARK = "written by dwa-fast report"
 _HEAD = 200  # bytes at the beginning of a file in which the mark stands
 
 
-def write_report(folders: Sequence[Path], output: Path, title: str) -> Document:
+def write_report(folders: Sequence[Path], output: Path, title: str, *, most_sets: int = 24) -> Document:
     """Write what lies below some folders as one HTML page, and as Markdown beside it with its pictures in NAME-files.
 
     The same records and sets give the same bytes.
 
     Args:
         output: the page, NAME.html.
+        most_sets: kinds of distilled sets that are shown, at most; sets that differ in their seed alone are one kind.
     Raises:
         InputError: there is nothing to show, a folder cannot be read, or a file cannot be written or is no report that could be replaced.
     """
@@ -33,7 +34,7 @@ def write_report(folders: Sequence[Path], output: Path, title: str) -> Document:
         _check_replaceable(path)
     if pictures.is_symlink():
         raise InputError(f"{pictures} is a symbolic link; pictures are written into a folder beside the report")
-    document = gather(folders, title)
+    document = gather(folders, title, most_sets)
     output_folder(output.parent)
     markdown, images = as_markdown(document, _MARK, pictures.name)
     if images:

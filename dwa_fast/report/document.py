@@ -71,4 +71,5 @@ class Document:
     title: str
     runs: Sequence[Section]
     sets: Sequence[Section]
+    sets_note: str  # what is not shown of them
     left_out: Sequence[str]  # a sentence each

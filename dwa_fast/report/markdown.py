@@ -31,6 +31,7 @@ def as_markdown(document: Document, mark: str, folder: str) -> tuple[str, dict[s
             else:
                 lines += _block(block)
             lines.append("")
+    lines += [_text(document.sets_note), ""] if document.sets_note else []
     if document.left_out:
         lines += ["## Left out", "", *(f"- {_text(each)}" for each in document.left_out), ""]
     return "\n".join(lines), pictures

@@ -39,7 +39,7 @@ def as_page(document: Document, mark: str) -> str:
             *_contents(document),
             "<main>",
             *(line for section in document.runs for line in _section(section)),
-            *_sets(document.sets),
+            *_sets(document),
             *_left_out(document.left_out),
             "</main>",
             "</div>",
@@ -59,10 +59,12 @@ def _contents(document: Document) -> list[str]:
     return [*lines, "</nav>"]
 
 
-def _sets(sections: Sequence[Section]) -> list[str]:
-    if not sections:
+def _sets(document: Document) -> list[str]:
+    if not document.sets and not document.sets_note:
         return []
-    return ["<h2>Distilled sets</h2>", '<div class="sets">', *(line for each in sections for line in _section(each, level=3)), "</div>"]
+    note = [f"<p>{_text(document.sets_note)}</p>"] if document.sets_note else []
+    sections = (line for each in document.sets for line in _section(each, level=3))
+    return ["<h2>Distilled sets</h2>", *note, '<div class="sets">', *sections, "</div>"]
 
 
 def _left_out(sentences: Sequence[str]) -> list[str]:

@@ -47,9 +47,9 @@ def make_run(folder: Path, record: Record = WHOLE) -> Path:
     return folder
 
 
-def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = True) -> Path:
+def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = True, **changes: Any) -> Path:
     """A set of images of 8 pixels; those of class c and index i have the level 10 c + i."""
-    settings = {"recipe": "digits", "method": "dwa", "image_shape": [1, 8, 8], "seed": 0}
+    settings = {"recipe": "digits", "method": "dwa", "image_shape": [1, 8, 8], "seed": 0, **changes}
     store = ImageStore(folder, settings, [f"class {label}" for label in range(classes)], StorageConfig(losses_every=0))
     items = [WorkItem(index, index, list(range(classes))) for index in range(ipc)]
     for item in items:

@@ -25,7 +25,7 @@ def test_command_writes_page_and_markdown(runs: Path, tmp_path: Path, capsys: py
     assert run(["report", str(runs), "--output", str(tmp_path / "out" / "page.html"), "--title", "Tables"]) == 0
     said = capsys.readouterr().out
     assert f"left out: {runs}/b/{RECORD} cannot be read" in said
-    assert f"{tmp_path}/out/page.html: 1 run, 1 distilled set; the same as Markdown in {tmp_path}/out/page.md" in said
+    assert f"{tmp_path}/out/page.html: 1 run, 1 kind of distilled sets; the same as Markdown in {tmp_path}/out/page.md" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["page-files", "page.html", "page.md"]
     page, text = ((tmp_path / "out" / name).read_text() for name in ("page.html", "page.md"))
     for shown in (page, text):
@@ -100,6 +100,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "none given": (["report"], "report needs at least one folder to look through"),
     "empty": (["report", "empty"], "no record and no distilled set that can be shown lies below empty"),
     "all broken": (["report", "broken"], "lies below broken (broken/record.json is no record of this dwa_fast"),
+    "sets": (["report", "runs", "--sets", "-1"], "sets must be an integer of at least 0, got -1"),
     "suffix": (["report", "runs", "--output", "page.pdf"], "the report is an HTML page, NAME.html; got 'page.pdf'"),
     "another file": (["report", "runs", "--output", "README.html"], "README.md is no report of dwa-fast, and would be lost"),
     "a folder": (["report", "runs", "--output", "taken.html"], "cannot write taken.html"),
@@ -135,6 +136,21 @@ def test_many_classes_are_cut_and_said(tmp_path: Path) -> None:
     assert "The image of each of the first 10 of 60 classes, a row per class" in page
     assert "class 9<" in page
     assert "class 10<" not in page
+
+
+def test_sets_that_differ_in_their_seed_alone_are_shown_once(tmp_path: Path) -> None:
+    for name, changes in {"a": {"seed": 0}, "b": {"seed": 1}, "c": {"seed": 0, "rho": 0.1}, "d": {"seed": 2}}.items():
+        make_set(tmp_path / "sets" / name, **changes)
+    document = write_report([tmp_path / "sets"], tmp_path / "page.html", "t")
+    assert [(each.title, each.line) for each in document.sets] == [
+        ("dwa, digits, ipc 2", "sets/a · 6 images of 3 classes · 2 more sets with another seed"),
+        ("dwa, digits, ipc 2, rho 0.1", "sets/c · 6 images of 3 classes"),
+    ]
+    assert not document.sets_note
+    document = write_report([tmp_path / "sets"], tmp_path / "page.html", "t", most_sets=1)
+    assert len(document.sets) == 1
+    for name in ("page.html", "page.md"):
+        assert "Shown: 1 of 2 kinds of sets; --sets 2 shows all." in (tmp_path / name).read_text()
 
 
 def test_record_of_foreign_types_does_no_harm(tmp_path: Path) -> None:

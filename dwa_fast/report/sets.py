@@ -1,0 +1,116 @@
+"""What a report says about distilled sets: a contact sheet of each kind, and how it was made."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from dwa_fast.decoding import decode
+from dwa_fast.errors import InputError
+from dwa_fast.files import read_regular
+from dwa_fast.pictures import mosaic
+from dwa_fast.published import COMPUTING
+from dwa_fast.recipes import METHODS, RECIPES, full_recipe
+from dwa_fast.report.document import Block, Facts, Image, Paragraph, Section
+from dwa_fast.report.findings import DistilledSet
+from dwa_fast.report.values import groups, shown
+from dwa_fast.storage import image_name
+
+_CLASSES, _IMAGES = 10, 10  # of a set that are shown, at most: the first ones
+_TILE = 64  # pixels to which larger images are shrunk in a contact sheet
+_SHOWN_TILE = 32  # pixels to which smaller ones are enlarged, about
+_MISSING = 0.5  # grey
+_CHANGES = 4  # settings that are not the recipe's, in a title
+
+
+def kinds(sets: Sequence[DistilledSet]) -> list[list[DistilledSet]]:
+    """Sets that differ in nothing but their seed together."""
+    together: dict[str, list[DistilledSet]] = {}
+    for each in sets:
+        settings = {name: value for name, value in each.manifest["settings"].items() if name != "seed"}
+        content = [settings, each.manifest["class_names"], len(each.manifest["images"]), each.manifest["complete"]]
+        together.setdefault(json.dumps(content, sort_keys=True), []).append(each)
+    return list(together.values())
+
+
+def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
+    """The first of the sets of a kind."""
+    found = alike[0]
+    manifest, settings = found.manifest, found.manifest["settings"]
+    classes, count = len(manifest["class_names"]), len(manifest["images"])
+    ipc = count // classes if classes else 0
+    origin = [str(settings[name]) for name in ("method", "recipe") if name in settings]
+    blocks: list[Block] = [*_sheet(found, ipc), Facts("Settings", groups(settings))]
+    if manifest["skipped"]:
+        blocks.append(Facts("Real images that could not be used", groups(manifest["skipped"])))
+    blocks.append(Facts("Versions", groups(manifest["versions"])))
+    state = "" if manifest["complete"] else " · not complete"
+    more = len(alike) - 1
+    others = f" · {more} more set{'s' * (more > 1)} with another seed" if more else ""
+    title = ", ".join([*origin, f"ipc {ipc}", *_changes(settings)])
+    return Section(anchor, title, f"{found.place} · {count} images of {classes} classes{state}{others}", blocks)
+
+
+def _changes(settings: Mapping[str, Any]) -> list[str]:
+    """The settings of a set that are not those of its recipe and method, for its title."""
+    recipe, method = str(settings.get("recipe")), str(settings.get("method"))
+    if recipe not in RECIPES or method not in METHODS:
+        return []
+    own = json.loads(json.dumps(asdict(full_recipe(recipe, method=method).synthesis)))
+    changed = [f"{name} {shown(settings[name])}" for name in own if name not in COMPUTING and settings.get(name, own[name]) != own[name]]
+    return changed if len(changed) <= _CHANGES else [*changed[:_CHANGES], "…"]
+
+
+def _sheet(found: DistilledSet, ipc: int) -> list[Block]:
+    """The first images of the first classes, a row per class; grey where there is none."""
+    names = found.manifest["class_names"]
+    rows, columns = min(len(names), _CLASSES), min(ipc, _IMAGES)
+    if not rows or not columns:
+        return [Paragraph("No whole row of images yet.")]
+    paths = [_path(found, *divmod(place, columns)) for place in range(rows * columns)]
+    sides = [_side(path) for path in paths]
+    size = min([_TILE, *filter(None, sides)])
+    tiles = [_tile(path, size) if side else _blank(size) for path, side in zip(paths, sides, strict=True)]
+    levels = (mosaic(torch.stack(tiles), columns) * 255).round().to(torch.uint8)
+    times = max(1, round(_SHOWN_TILE / size))
+    levels = levels.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    image, buffer = PIL.Image.fromarray(levels.numpy()), io.BytesIO()
+    image.save(buffer, format="PNG")
+    which = f"the first {rows} of {len(names)} classes" if rows < len(names) else f"all {rows} classes"
+    number = f"the first {columns} of {ipc} images" if columns < ipc else f"all {columns} images" if columns > 1 else "the image"
+    title = f"{number} of each of {which}, a row per class"
+    return [Image(title[0].upper() + title[1:], buffer.getvalue(), *image.size, rows=names[:rows])]
+
+
+def _path(found: DistilledSet, label: int, index: int) -> Path:
+    suffix = "jpg" if found.manifest["settings"].get("image_format") == "jpeg" else "png"
+    return found.folder / image_name(label, index, len(found.manifest["class_names"]), suffix)
+
+
+def _side(path: Path) -> int | None:
+    """Pixels of the shorter side of an image; None where there is none, or only behind a link, which may lead anywhere."""
+    try:
+        with PIL.Image.open(io.BytesIO(read_regular(path)), formats=("PNG", "JPEG")) as image:
+            return None if path.is_symlink() or path.parent.is_symlink() else min(image.size)
+    except Exception:  # not there yet, or damaged in one of the dozen ways that Pillow knows
+        return None
+
+
+def _tile(path: Path, size: int) -> Tensor:
+    """An image as [3, S, S] in [0, 1]."""
+    try:
+        return decode(path, size, 3)
+    except InputError:  # damaged further on
+        return _blank(size)
+
+
+def _blank(size: int) -> Tensor:
+    return torch.full((3, size, size), _MISSING)
