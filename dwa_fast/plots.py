@@ -36,6 +36,7 @@ _LIGHT_AND_DARK = "<style>svg{color:#1b1c1d}@media(prefers-color-scheme:dark){sv
 _WIDTH, _HEIGHT = 4.8, 3.4  # inches: text of 9 points stays readable where the figure is as wide as a phone
 _WIDEST = 40.0  # inches, however much there is to show
 _GREATEST = 1e100  # beyond, the axes overflow
+_APART = 3.0  # points between the error bars of neighbouring curves
 _DPI = 160
 _TITLE_CHARACTERS = 56  # in a line
 _LEGEND_CHARACTERS = 62  # in a line
@@ -130,7 +131,7 @@ def _chart(canvas: Canvas, chart: Chart) -> Axes:
     axis.grid(axis="y", alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     numbers = all(map(_is_number, chart.x))
-    handles = _curves(axis, chart, values, spreads) if numbers else _bars(canvas, axis, chart, values, spreads)
+    handles = _curves(canvas, axis, chart, values, spreads) if numbers else _bars(canvas, axis, chart, values, spreads)
     axis.set_xlabel(printable(str(chart.x_label)), parse_math=False)
     axis.set_ylabel(printable(str(chart.y_label)), parse_math=False)
     if len(chart.series) > 1:
@@ -138,7 +139,7 @@ def _chart(canvas: Canvas, chart: Chart) -> Axes:
     return axis
 
 
-def _curves(axis: Axes, chart: Chart, values: list[_Values], spreads: list[_Values | None]) -> list[Any]:
+def _curves(canvas: Canvas, axis: Axes, chart: Chart, values: list[_Values], spreads: list[_Values | None]) -> list[Any]:
     """Draws them; gives the handles for the legend, as `_bars` does."""
     x = np.array(_numbers(chart, "x", chart.x, len(chart.x)))
     order = np.argsort(x, kind="stable")
@@ -167,7 +168,21 @@ def _curves(axis: Axes, chart: Chart, values: list[_Values], spreads: list[_Valu
     if (np.diff(np.unique(places)) >= _TICKS_APART * np.ptp(places)).all():
         axis.set_xticks(x[order], [f"{each:g}" for each in x[order]], parse_math=False)
         axis.set_xticks([], minor=True)
+    if any(each is not None for each in spreads):
+        _set_apart(canvas, axis, handles)
     return handles
+
+
+def _set_apart(canvas: Canvas, axis: Axes, handles: Sequence[Any]) -> None:
+    """Move the curves a little sideways, so that their error bars do not lie on each other."""
+    from matplotlib.transforms import ScaledTranslation
+
+    axis.autoscale_view()
+    axis.autoscale(enable=False)  # the limits stay those of the numbers
+    for number, handle in enumerate(handles):
+        points = _APART * (number - (len(handles) - 1) / 2)
+        for artist in handle.get_children():
+            artist.set_transform(axis.transData + ScaledTranslation(points / 72, 0, canvas.dpi_scale_trans))
 
 
 def _bars(canvas: Canvas, axis: Axes, chart: Chart, values: list[_Values], spreads: list[_Values | None]) -> list[Any]:

@@ -98,17 +98,30 @@ def test_identifiers_of_different_figures_differ() -> None:
     assert not names(CURVES) & names(replace(CURVES, y_label="another"))
 
 
-def test_pixels_show_the_data(tmp_path: Path) -> None:
-    """A taller bar has more pixels of its colour; on a white ground."""
-    chart = Chart(
-        title="t", x_label="x", y_label="y", x=["a"], series=[Series(name="low", values=[1.0]), Series(name="high", values=[3.0])]
-    )
-    draw(chart, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
+def drawn(figure: Figure, folder: Path) -> list[int]:
+    """How many pixels have each of the first two colours."""
+    draw(figure, folder / "a.png")
+    with Image.open(folder / "a.png") as image:
         pixels = np.asarray(image.convert("RGB"))
-    low, high = (int((pixels == [int(colour[place : place + 2], 16) for place in (1, 3, 5)]).all(-1).sum()) for colour in COLOURS[:2])
-    assert 2.5 < high / low < 3.5
     assert (pixels[0] == 255).all()
+    return [int((pixels == [int(colour[place : place + 2], 16) for place in (1, 3, 5)]).all(-1).sum()) for colour in COLOURS[:2]]
+
+
+def test_a_taller_bar_has_more_pixels(tmp_path: Path) -> None:
+    series = [Series(name="low", values=[1.0]), Series(name="high", values=[3.0])]
+    low, high = drawn(Chart(title="t", x_label="x", y_label="y", x=["a"], series=series), tmp_path)
+    assert 2.5 < high / low < 3.5
+
+
+@pytest.mark.parametrize("spreads", [[], [0.1, 0.1, 0.1]])
+@pytest.mark.parametrize("log_x", [False, True])
+@pytest.mark.parametrize("x", [[1, 2, 3], [0, 0.1, 10]])
+def test_curves_are_in_the_picture(tmp_path: Path, spreads: list[float], log_x: bool, x: list[float]) -> None:
+    """A flat and a crooked curve: both cross the picture, the crooked one on a longer way."""
+    series = [Series(name="a", values=[1, 1, 1], spreads=spreads), Series(name="b", values=[1, 9, 2], spreads=spreads)]
+    flat, crooked = drawn(Chart(title="t", x_label="x", y_label="y", x=x, series=series, log_x=log_x), tmp_path)
+    assert flat > 1000
+    assert crooked > 1.1 * flat
 
 
 def test_many_points_become_pixels() -> None:
