@@ -33,7 +33,7 @@ figcaption{margin-top:.5rem;max-width:44rem}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.9375rem;font-variant-numeric:tabular-nums}
 th,td{padding:.375rem .875rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;padding-left:0}
+th:first-child{position:sticky;left:0;background:var(--page);text-align:left;padding-left:0}
 thead th{color:var(--soft);font-weight:600;font-size:.875rem;vertical-align:bottom}
 tbody th{font-weight:500}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:0 2.5rem;align-items:start}
@@ -54,7 +54,7 @@ dl div{display:grid;grid-template-columns:minmax(0,14rem) minmax(0,1fr);gap:.25r
   border-bottom:1px solid var(--line)}
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:30rem){dl div{grid-template-columns:minmax(0,1fr)}}
+@media(max-width:30rem){th,td{padding:.375rem .5rem}dl div{grid-template-columns:minmax(0,1fr)}}
 @media(min-width:64rem){
   .layout{display:grid;grid-template-columns:14rem minmax(0,1fr);column-gap:3.5rem;padding-top:2.5rem}
   header,main{grid-column:2}
