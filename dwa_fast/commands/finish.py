@@ -18,7 +18,7 @@ from dwa_fast.records import RECORD, Record, write_record
 def finish(console: Console, folder: Path, record: Record) -> None:
     """Write `record.json`, draw every figure as a PNG beside it (chart-1.png, heat-map-1.png, scatter-1.png, …) and print the tables.
 
-    The peak memory of this process is added to the environment.
+    The peak memory of the command is added to the environment.
 
     Raises:
         InputError: the folder cannot be written.
@@ -41,9 +41,10 @@ def finish(console: Console, folder: Path, record: Record) -> None:
 
 
 def _peak_memory() -> dict[str, int]:
-    """Of the process, and on GPUs where it used one."""
+    """Of this process or the largest one that it started, and on GPUs where it used one."""
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in, bytes
-    found = {"peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20}
+    peak = max(resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    found = {"peak memory, MiB": peak * unit // 2**20}
     if torch.cuda.is_initialized():
         peaks = (torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
         found["peak memory of a GPU, MiB"] = max(peaks) // 2**20
