@@ -97,7 +97,7 @@ def distill(
         todo = team.begin(survey)
         store, missing = surveyed[0] if surveyed else (opened(), len(todo))
         start.skipped.update(store.skipped)
-        with contextlib.closing(store), _computing(store.settings.get("threads")):
+        with contextlib.closing(store), computing(store.settings.get("threads")):
             line = Line(run, start, store, team, items, seed=seed)
             line.kept, line.todo, line.progress = len(items) - missing, len(todo), progress
             line.preview = Preview(store, data.image_shape, ipc) if store.form.preview else None
@@ -124,7 +124,7 @@ def _begun_with(output: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _computing(threads: int | None) -> Iterator[None]:
+def computing(threads: int | None) -> Iterator[None]:
     """Inside, PyTorch computes with that many CPU threads; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

@@ -146,7 +146,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "epochs": (["squeeze", "--recipe", "digits", "--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
     "architecture": (["squeeze", "--recipe", "digits", "--architecture", "vit"], "unknown architecture 'vit'; known: resnet18, "),
     "demo ipc": (["demo", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
-    "demo method": (["demo", "--methods", "mtt"], "unknown method 'mtt'; known: real, sre2l, real-start, random-step, dwa"),
+    "demo method": (["demo", "--methods", "mtt"], "unknown method 'mtt'; known: real, sre2l, cda, real-start,"),
     "threads": (["synthesize", "--recipe", "digits", "--threads", "0"], "threads must be an integer of at least 1, got 0"),
     "no set": (["verify", "nowhere"], "nowhere holds no manifest.json; it is not a set written by dwa-fast"),
     "info": (["info", "--teacher", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
@@ -204,7 +204,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert usage_error(arguments) == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "squeeze", "synthesize", "relabel", "validate", "verify", "info"])
+@pytest.mark.parametrize("command", ["demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "verify", "info"])
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error([command, "--help"]) == 0
     text = capsys.readouterr().out

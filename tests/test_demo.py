@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +12,44 @@ from PIL import Image
 from dwa_fast.cli import run
 from dwa_fast.files import checksum
 from dwa_fast.pictures import contact_sheet, mosaic
+from dwa_fast.records import read_record
 from dwa_fast.storage import read_manifest
 
-ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "2"]
+ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "2", "--jobs", "1"]
+TITLES = {
+    "real": "random real images",
+    "sre2l": "SRe2L",
+    "real-start": "real start",
+    "random-step": "random step",
+    "dwa": "DWA",
+}
 
 
-def test_demo_writes_report_images_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_writes_record_images_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*ARGUMENTS, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["teacher"]["accuracy"] >= 98
-    assert report["teacher"]["test_images"] == 450
-    assert [(row["method"], row["ipc"]) for row in report["sets"]] == [
-        (method, ipc) for ipc in (1, 2) for method in ("real", "sre2l", "real-start", "random-step", "dwa")
-    ]
-    for row in report["sets"]:
-        assert len(row["accuracies"]) == len(row["seeds"]) == 2
-        assert np.mean(row["accuracies"]) == pytest.approx(row["accuracy_mean"])
-        assert np.std(row["accuracies"], ddof=1) == pytest.approx(row["accuracy_std"])
-        assert (row["diversity"] is None) == (row["ipc"] == 1)
-        assert row["title"] in printed
-        manifest = read_manifest(tmp_path / row["folder"])
+    record = read_record(tmp_path / "record.json")
+    assert record.data["teacher"]["accuracy"] >= 98
+    assert record.data["teacher"]["test_images"] == 450
+    assert f"Teacher: {record.data['teacher']['accuracy']:.1f} % top-1 on 450 held-out digits." in printed
+    found = {(row["method"], row["ipc"]): row for row in record.data["cells"]}
+    assert found.keys() == {(method, ipc) for ipc in (1, 2) for method in TITLES}
+    lines = {(row[0], row[1]): row[2:] for row in record.tables[0].rows}
+    assert list(lines) == [(title, ipc) for ipc in "12" for title in TITLES.values()]
+    for (method, ipc), row in found.items():
+        assert len(row["accuracies"]) == 2
+        assert np.mean(row["accuracies"]) == pytest.approx(row["mean"])
+        assert np.std(row["accuracies"], ddof=1) == pytest.approx(row["std"])
+        reached, diversity = lines[TITLES[method], str(ipc)]
+        assert reached == f"{row['mean']:.1f} ± {row['std']:.1f}"
+        assert reached in printed
+        assert (diversity == "–") == (ipc == 1)
+    sets = list((tmp_path / "sets").iterdir())
+    assert len(sets) == len(TITLES)
+    for folder in sets:
+        manifest = read_manifest(folder)
         assert manifest["complete"]
-        assert len(manifest["images"]) == 10 * row["ipc"]
+        assert len(manifest["images"]) == 20
     with Image.open(tmp_path / "contact-sheet.png") as picture:
         assert picture.width > 1000
         assert np.asarray(picture.convert("L")).std() > 30
@@ -43,8 +57,7 @@ def test_demo_writes_report_images_and_picture(tmp_path: Path, capsys: pytest.Ca
     before = {path: checksum(path) for path in tmp_path.rglob("*.p*") if path.suffix in (".png", ".pt")}
     assert run([*ARGUMENTS, "--output", str(tmp_path)]) == 0
     assert {path: checksum(path) for path in before} == before
-    again = json.loads((tmp_path / "report.json").read_text())
-    assert [row["accuracies"] for row in again["sets"]] == [row["accuracies"] for row in report["sets"]]
+    assert read_record(tmp_path / "record.json").data == record.data
 
 
 def test_mosaic_lays_images_out_in_rows() -> None:

@@ -21,9 +21,10 @@ ORDER = """
     preview verify production distill
     published report.findings report.document report.values report.sets report.contents report.style report.page report.markdown report
     compat.hooks compat.perterb compat.namespace compat.recover compat
+    experiments experiments.cells experiments.schedule experiments.grid experiments.studies
     demo console
-    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.report
-    commands
+    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.experiments
+    commands.report commands
     cli
     __init__ __main__
 """.split()

@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from dwa_fast.commands.demo import Demo
+from dwa_fast.commands.experiments import Ablate, Compare, Cross
 from dwa_fast.commands.inspect import Info, Verify
 from dwa_fast.commands.pipeline import Squeeze, Synthesize
 from dwa_fast.commands.relabel import Relabel
@@ -23,12 +24,16 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
     given: Any = recipe.name if recipe_name else tyro.MISSING
     data = {"recipe": given, "size": recipe.data.size}
     missing: Any = tyro.MISSING
+    study = {**data, "teacher": missing, "output": missing, "synthesis": recipe.synthesis, "config": recipe.validation}
     return {
         "demo": Demo(output=missing, config=DemoConfig()),
         "squeeze": Squeeze(**data, output=missing, architecture=recipe.architecture, config=recipe.squeeze),
         "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
         "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=recipe.validation),
         "validate": Validate(**data, images=missing, student=recipe.architecture, config=recipe.validation),
+        "compare": Compare(**study, student=recipe.architecture),
+        "ablate": Ablate(**study, student=recipe.architecture, study=missing),
+        "cross": Cross(**study, student=missing),
         "report": Report(folders=missing),
         "verify": Verify(images=missing),
         "info": Info(),

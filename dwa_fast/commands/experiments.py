@@ -1,0 +1,137 @@
+"""The tables of the paper, a command each: what is finished is kept and skipped, sets are shared by all studies of an output folder."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from dwa_fast.commands.data import Data, read_teacher
+from dwa_fast.commands.finish import finish
+from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
+from dwa_fast.console import Console
+from dwa_fast.experiments.cells import REAL, Setup
+from dwa_fast.experiments.grid import Run, contact_sheet, run_grid
+from dwa_fast.experiments.schedule import default_jobs
+from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
+from dwa_fast.files import checksum, output_folder
+from dwa_fast.records import Record, command_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Data):
+    """What every study is given."""
+
+    teacher: Path  # Checkpoint of the teacher.
+    output: Path  # Folder for sets and cells, which all studies in it share, and for a folder of each study with its record.
+    ipc: tuple[int, ...] = (10,)  # Images per class; a smaller set is the beginning of a larger one.
+    seeds: int = 3  # Sets of each kind, synthesised from seeds 0, 1, …; the spread of a result is over them.
+    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    jobs: int | None = None  # Sets and cells computed at the same time, in processes; default: as the CPU has room for, 1 on a GPU.
+    threads: int = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
+    initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
+    synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
+    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
+
+    def _carry_out(self, console: Console, name: str, study: Callable[[Run, Setup, Path], Record]) -> None:
+        """Compute what is wanting, and finish the record in a folder of that name."""
+        check_integer("seeds", self.seeds, 1)
+        check_integer("threads", self.threads, 1)
+        if self.jobs is not None:
+            check_integer("jobs", self.jobs, 1)
+        setup, started = self._setup(), time.perf_counter()
+        folder = output_folder(self.output / name)
+        with console.bars() as track:
+            run = functools.partial(run_grid, setup, jobs=self.jobs or default_jobs(setup), watcher=track(name))
+            record = study(run, setup, folder)
+        finish(console, folder, replace(record, command=command_line(), seconds=time.perf_counter() - started))
+
+    def _setup(self) -> Setup:
+        channels = self.synthesis.channels
+        classes = len(self.load("test", channels).class_names)
+        _, info = read_teacher(self, self.teacher, self.architecture, classes, channels)
+        return Setup(
+            output=self.output,
+            recipe=self.recipe,
+            data=self.data_config,
+            folder=self.data,
+            teacher=self.teacher,
+            teacher_checksum=checksum(self.teacher),
+            architecture=info.architecture,
+            synthesis=self.synthesis,
+            validation=self.config,
+            initial=self.initial,
+            threads=self.threads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Study):
+    """Compare methods: top-1 of students on the sets of each, at every ipc. A table, bars and a contact sheet."""
+
+    methods: tuple[str, ...] = (REAL, "sre2l", "real-start", "random-step", "dwa")  # real (plain real images), or methods of synthesize.
+    student: str  # Architecture of the students, as for squeeze --architecture.
+
+    def run(self, console: Console) -> None:
+        """Compute, and show the table."""
+
+        def study(run: Run, setup: Setup, folder: Path) -> Record:
+            found = compare(run, setup, methods=self.methods, ipc=self.ipc, student=self.student, seeds=range(self.seeds))
+            return replace(found, pictures=contact_sheet(folder, setup, by_method(setup, self.methods), max(self.ipc), 0))
+
+        self._carry_out(console, "compare", study)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate(Study):
+    """Repeat an ablation or a sweep of the paper: a table, and bars, a curve or a heat map.
+
+    adjustment: no step, a random one, the directed one. lambda-var: λ_var alone against λ_mean = λ_var. k-rho: steps × length of the
+    adjustment. matching-weights: matching terms on the adjusted or on the original weights. initial: real images or noise.
+    """
+
+    study: tyro.conf.Positional[AblationName]  # Which one: adjustment, lambda-var, k-rho, matching-weights or initial.
+    student: str  # Architecture of the students, as for squeeze --architecture.
+    lambda_vars: tuple[float, ...] = (0.01, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17, 0.19, 0.21, 0.23)  # Values of lambda-var.
+    steps: tuple[int, ...] = (4, 8, 12, 16, 20)  # K in k-rho.
+    rhos: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02, 0.025)  # ρ in k-rho, each above 0.
+
+    def run(self, console: Console) -> None:
+        """Compute, and show the table."""
+
+        def study(run: Run, setup: Setup, folder: Path) -> Record:
+            return ablate(
+                run,
+                setup,
+                study=self.study,
+                ipc=self.ipc,
+                student=self.student,
+                seeds=range(self.seeds),
+                lambda_vars=self.lambda_vars,
+                steps=self.steps,
+                rhos=self.rhos,
+            )
+
+        self._carry_out(console, f"ablate-{self.study}", study)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cross(Study):
+    """Train students of several architectures on the sets of several methods: a table and bars."""
+
+    methods: tuple[str, ...] = ("sre2l", "dwa")  # real (plain real images), or methods of synthesize; none: only those of --sets.
+    sets: tuple[Path, ...] = ()  # Also these sets, made by whatever program: class folders of images.
+    student: tuple[str, ...]  # Architectures of the students, as for squeeze --architecture.
+
+    def run(self, console: Console) -> None:
+        """Compute, and show the table."""
+
+        def study(run: Run, setup: Setup, folder: Path) -> Record:
+            seeds = range(self.seeds)
+            return cross(run, setup, methods=self.methods, sets=self.sets, ipc=self.ipc, students=self.student, seeds=seeds)
+
+        self._carry_out(console, "cross", study)

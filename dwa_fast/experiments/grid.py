@@ -1,0 +1,211 @@
+"""A grid of cells: every variant at every ipc with every student, each from several seeds; and how its numbers become tables."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dwa_fast import pictures
+from dwa_fast.architectures import ARCHITECTURES
+from dwa_fast.backend import resolve_device
+from dwa_fast.config import SynthesisConfig, check_choice, check_integer
+from dwa_fast.datasets import image_folder
+from dwa_fast.errors import InputError, printable
+from dwa_fast.experiments.cells import REAL, Cell, Found, Made, Setup, nearest_method, set_folder
+from dwa_fast.experiments.schedule import Watcher, carry_out
+from dwa_fast.records import Chart, Picture, Series, Table, environment, mean_and_spread
+
+_SHEET_CLASSES, _SHEET_IPC = 10, 10  # that a contact sheet shows at most
+TOP1 = "top-1 %"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to come by a set."""
+
+    name: str  # in tables
+    synthesis: SynthesisConfig | None = None  # None: plain real images, unless the set was found
+    found: Path | None = None  # a set that was made elsewhere
+
+    def source(self, seed: int) -> Made | Found:
+        """The set of a seed."""
+        return Made(self.synthesis, seed) if self.found is None else Found(self.found, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Which cells a study asks for."""
+
+    variants: Sequence[Variant]
+    ipc: Sequence[int]
+    students: Sequence[str]  # architectures
+    seeds: Sequence[int]  # of the synthesis: a set of each variant from each
+
+    def __post_init__(self) -> None:
+        for name, values in (("method or set", self.variants), ("ipc", self.ipc), ("student", self.students), ("seed", self.seeds)):
+            if not values:
+                raise InputError(f"a study needs at least one {name}, got none")
+            if len(set(values)) < len(values):
+                raise InputError(f"each {name} must be named once, got {', '.join(str(getattr(value, 'name', value)) for value in values)}")
+        for ipc in self.ipc:
+            check_integer("ipc", ipc, 1)
+        for student in self.students:
+            check_choice("student", student, list(ARCHITECTURES))
+        for seed in self.seeds:
+            check_integer("seed", seed, 0)
+
+    @property
+    def places(self) -> list[tuple[Variant, int, str]]:
+        """Every variant, ipc and student."""
+        return list(itertools.product(self.variants, self.ipc, self.students))
+
+    def cells(self, variant: Variant, ipc: int, student: str) -> list[Cell]:
+        """The cells of a place, one per seed; one in all for a set that was made elsewhere."""
+        seeds = self.seeds[:1] if variant.found else self.seeds
+        return [Cell(variant.source(seed), ipc, student) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the students of a place have reached."""
+
+    accuracies: list[list[float]]  # [seed][student], percent
+
+    @property
+    def mean(self) -> float:
+        """Over all students of all seeds."""
+        return statistics.fmean(map(statistics.fmean, self.accuracies))
+
+    @property
+    def std(self) -> float:
+        """Of the sample: over seeds, of the means of their students; over the students where there is one seed; 0 for a single one."""
+        values = [statistics.fmean(each) for each in self.accuracies] if len(self.accuracies) > 1 else self.accuracies[0]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return mean_and_spread(self.mean, self.std)
+
+
+Outcomes = dict[tuple[str, int, str], Outcome]  # by name of the variant, ipc and student
+Run = Callable[[Grid], Outcomes]
+
+
+def run_grid(setup: Setup, grid: Grid, *, jobs: int, watcher: Watcher | None = None) -> Outcomes:
+    """Compute what is wanting of a grid, and gather it.
+
+    Raises:
+        InputError: as `carry_out`.
+    """
+    names: dict[Cell, str] = {}
+    for variant, ipc, student in grid.places:
+        for cell in grid.cells(variant, ipc, student):
+            name = f"{variant.name}, ipc {ipc}, seed {cell.source.seed}"
+            names.setdefault(cell, f"{name}, {student}" if len(grid.students) > 1 else name)
+    found = carry_out(setup, names, jobs=jobs, watcher=watcher)
+    return {
+        (variant.name, ipc, student): Outcome([found[cell] for cell in grid.cells(variant, ipc, student)])
+        for variant, ipc, student in grid.places
+    }
+
+
+def note(setup: Setup, grid: Grid) -> str:
+    """What the numbers of a table are."""
+    count = setup.validation.students
+    students = "one student" if count == 1 else f"{count} students"
+    if len(grid.seeds) == 1:
+        return f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."
+    text = f"Mean ± standard deviation over {len(grid.seeds)} synthesis seeds, of the mean of {students} each."
+    if any(variant.found for variant in grid.variants):
+        text += f" Sets that were made elsewhere: over {students} of the one set."
+    return text
+
+
+def raw(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The numbers behind the tables, for the data of a record; with every setting that is not the recipe's."""
+    rows = []
+    for variant, ipc, student in grid.places:
+        outcome = outcomes[variant.name, ipc, student]
+        method, changes = variant.name if variant.found else REAL, dict[str, Any]()
+        if variant.synthesis is not None:
+            method, changes = nearest_method(setup.recipe, variant.synthesis)
+        flat = [accuracy for each in outcome.accuracies for accuracy in each]
+        row = {"recipe": setup.recipe, "method": method, "student": student, "ipc": ipc, "mean": outcome.mean, "std": outcome.std}
+        rows.append({**row, "accuracies": flat, "sets": len(outcome.accuracies), **changes})
+    return rows
+
+
+def described(setup: Setup, grid: Grid) -> dict[str, Any]:
+    """The settings of a study, for its record."""
+    tensors = setup.initial.initial_tensors
+    return {
+        "recipe": setup.recipe,
+        "teacher": {"architecture": setup.architecture, "checksum": setup.teacher_checksum},
+        "data": asdict(setup.data),
+        "ipc": list(grid.ipc),
+        "synthesis seeds": list(grid.seeds),
+        "students": list(grid.students),
+        "synthesis": asdict(setup.synthesis),
+        "initial": {**asdict(setup.initial), "initial_tensors": None if tensors is None else str(tensors)},
+        "validation": asdict(setup.validation),
+    }
+
+
+def surroundings(setup: Setup) -> dict[str, Any]:
+    """What the numbers may depend on beside the settings."""
+    return {**environment(resolve_device(setup.synthesis.device)), "threads": setup.threads}
+
+
+def by_ipc(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: str) -> tuple[Table, Chart]:
+    """Variants × ipc, as a table and as bars."""
+    rows = [[variant.name, *(str(outcomes[variant.name, ipc, student]) for ipc in grid.ipc)] for variant in grid.variants]
+    columns = ["set", *(f"ipc {ipc}" for ipc in grid.ipc)]
+    series = [_series(variant.name, [outcomes[variant.name, ipc, student] for ipc in grid.ipc]) for variant in grid.variants]
+    chart = Chart(title=title, x_label="images per class", y_label=TOP1, x=columns[1:], series=series)
+    return Table(title=f"{title}, {TOP1}", columns=columns, rows=rows, note=note(setup, grid)), chart
+
+
+def by_student(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, ipc: int) -> tuple[Table, Chart]:
+    """Students × variants, as a table and as bars."""
+    names = [variant.name for variant in grid.variants]
+    rows = [[student, *(str(outcomes[name, ipc, student]) for name in names)] for student in grid.students]
+    series = [_series(name, [outcomes[name, ipc, student] for student in grid.students]) for name in names]
+    chart = Chart(title=title, x_label="student", y_label=TOP1, x=list(grid.students), series=series)
+    return Table(title=f"{title}, {TOP1}", columns=["student", *names], rows=rows, note=note(setup, grid)), chart
+
+
+def curve(name: str, outcomes: Sequence[Outcome]) -> Series:
+    """A row of outcomes as a curve or as bars of one colour."""
+    return _series(name, outcomes)
+
+
+def _series(name: str, outcomes: Sequence[Outcome]) -> Series:
+    return Series(name=name, values=[each.mean for each in outcomes], spreads=[each.std for each in outcomes])
+
+
+def best(grid: Grid, outcomes: Outcomes) -> str:
+    """A sentence for each ipc and student: what came out first, and how much else lies as near to it as sets of one kind to each other."""
+    sentences = []
+    for ipc, student in itertools.product(grid.ipc, grid.students):
+        ranked = sorted(((outcomes[variant.name, ipc, student], variant.name) for variant in grid.variants), key=lambda pair: -pair[0].mean)
+        first, name = ranked[0]
+        near = sum(first.mean - other.mean <= max(first.std, other.std) for other, _ in ranked[1:])
+        place = f"ipc {ipc}" + (f", {student}" if len(grid.students) > 1 else "")
+        others = f"{near} of the other {len(ranked) - 1} within one standard deviation" if len(ranked) > 1 else "nothing to compare it with"
+        sentences.append(f"{place}: {name} first with {first}, {others}.")
+    return " ".join(sentences)
+
+
+def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: int, seed: int) -> list[Picture]:
+    """Write contact-sheet.png: what the sets of a seed look like, side by side; the first images of the first classes."""
+    shown, panels = min(ipc, _SHEET_IPC), {}
+    names: list[str] = []
+    for variant in variants:
+        images = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=shown)
+        names = images.class_names[:_SHEET_CLASSES]
+        panels[f"{variant.name}, ipc {shown}"] = images.load(range(len(names) * shown))
+    pictures.contact_sheet(folder / "contact-sheet.png", panels, [printable(name) for name in names])
+    return [Picture(title="the first images of each class", file="contact-sheet.png")]

@@ -1,0 +1,191 @@
+"""The studies of the paper, each as a grid of cells and a way to lay it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dwa_fast.config import SynthesisConfig, check_choice
+from dwa_fast.errors import InputError, printable
+from dwa_fast.experiments.cells import REAL, Setup
+from dwa_fast.experiments.grid import (
+    TOP1,
+    Grid,
+    Outcomes,
+    Run,
+    Variant,
+    best,
+    by_ipc,
+    by_student,
+    curve,
+    described,
+    note,
+    raw,
+    surroundings,
+)
+from dwa_fast.recipes import METHODS
+from dwa_fast.records import Chart, HeatMap, Record, Table
+
+AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial"]
+
+TITLES = {
+    REAL: "random real images",
+    "sre2l": "SRe2L",
+    "cda": "CDA",
+    "real-start": "real start",
+    "random-step": "random step",
+    "coupled": "coupled λ",
+    "dwa": "DWA",
+}
+
+
+def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
+    """The sets of several methods, with everything that was changed in DWA's settings changed in theirs.
+
+    Raises:
+        InputError: no such method.
+    """
+    for method in methods:
+        check_choice("method", method, list(TITLES))
+    derived = {name: method(setup.synthesis) for name, method in METHODS.items()}
+    return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
+
+
+def compare(run: Run, setup: Setup, *, methods: Sequence[str], ipc: Sequence[int], student: str, seeds: Sequence[int]) -> Record:
+    """Methods × ipc."""
+    grid = Grid(variants=by_method(setup, methods), ipc=ipc, students=(student,), seeds=seeds)
+    return _categories(run, setup, grid, "compare", f"Methods on {setup.recipe}")
+
+
+def cross(
+    run: Run,
+    setup: Setup,
+    *,
+    methods: Sequence[str],
+    sets: Sequence[Path],
+    ipc: Sequence[int],
+    students: Sequence[str],
+    seeds: Sequence[int],
+) -> Record:
+    """Students of several architectures × methods and sets that were made elsewhere."""
+    found = [Variant(name=printable(folder.resolve().name), found=folder) for folder in sets]
+    names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")
+    grid = Grid(variants=[*by_method(setup, methods), *found], ipc=ipc, students=students, seeds=seeds)
+    outcomes = run(grid)
+    title = f"Students of several architectures on {setup.recipe}"
+    pairs = [by_student(f"{title}, ipc {each}", setup, grid, outcomes, each) for each in ipc]
+    tables, charts = [table for table, _ in pairs], [chart for _, chart in pairs]
+    return _record(setup, grid, outcomes, "cross", title, tables=tables, charts=charts)
+
+
+def ablate(
+    run: Run,
+    setup: Setup,
+    *,
+    study: AblationName,
+    ipc: Sequence[int],
+    student: str,
+    seeds: Sequence[int],
+    lambda_vars: Sequence[float],
+    steps: Sequence[int],
+    rhos: Sequence[float],
+) -> Record:
+    """One of the paper's ablations and sweeps."""
+
+    def grid(variants: Sequence[Variant]) -> Grid:
+        return Grid(variants=variants, ipc=ipc, students=(student,), seeds=seeds)
+
+    if study == "lambda-var":
+        return _lambda_var(run, setup, grid, lambda_vars)
+    if study == "k-rho":
+        return _k_rho(run, setup, grid, steps, rhos)
+    variants, title = _CATEGORIES[study]
+    return _categories(run, setup, grid(variants(setup.synthesis)), "ablation", f"{title} on {setup.recipe}")
+
+
+def _adjustment(dwa: SynthesisConfig) -> list[Variant]:
+    names = {"no step": "real-start", "random step": "random-step", "directed step": "dwa"}
+    return [Variant(name=name, synthesis=METHODS[method](dwa)) for name, method in names.items()]
+
+
+def _matching_weights(dwa: SynthesisConfig) -> list[Variant]:
+    adjusted, original = replace(dwa, matching_weights="adjusted"), replace(dwa, matching_weights="original")
+    return [Variant(name="adjusted (published code)", synthesis=adjusted), Variant(name="original (Eq. 15)", synthesis=original)]
+
+
+def _initial(dwa: SynthesisConfig) -> list[Variant]:
+    return [
+        Variant(name="real images", synthesis=replace(dwa, initial="real")),
+        Variant(name="noise", synthesis=replace(dwa, initial="noise")),
+    ]
+
+
+_CATEGORIES: dict[str, tuple[Callable[[SynthesisConfig], list[Variant]], str]] = {
+    "adjustment": (_adjustment, "Weight adjustment"),
+    "matching-weights": (_matching_weights, "Weights of the matching terms"),
+    "initial": (_initial, "Initial images"),
+}
+
+
+def _lambda_var(run: Run, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], values: Sequence[float]) -> Record:
+    """λ_var alone, λ_mean as the recipe has it, against both at that value."""
+    dwa = setup.synthesis
+    kinds: dict[str, Callable[[float], SynthesisConfig]] = {
+        f"λ_var alone, λ_mean = {dwa.lambda_mean:g}": lambda value: replace(dwa, lambda_var=value),
+        "λ_mean = λ_var": lambda value: replace(dwa, lambda_mean=value, lambda_var=value),
+    }
+    values = sorted(values)
+    grid = grid_of([Variant(name=f"{kind}, {value:g}", synthesis=make(value)) for kind, make in kinds.items() for value in values])
+    outcomes, (student,) = run(grid), grid.students
+    tables, charts = [], []
+    title = f"λ_var on {setup.recipe}"
+    for ipc in grid.ipc:
+        rows = {kind: [outcomes[f"{kind}, {value:g}", ipc, student] for value in values] for kind in kinds}
+        lines = [[f"{value:g}", *(str(found[place]) for found in rows.values())] for place, value in enumerate(values)]
+        tables.append(Table(title=f"{title}, ipc {ipc}, {TOP1}", columns=["λ_var", *kinds], rows=lines, note=note(setup, grid)))
+        series = [curve(kind, found) for kind, found in rows.items()]
+        charts.append(Chart(title=f"{title}, ipc {ipc}", x_label="λ_var", y_label=TOP1, x=values, series=series))
+    return _record(setup, grid, outcomes, "ablation", title, tables=tables, charts=charts)
+
+
+def _k_rho(run: Run, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], steps: Sequence[int], rhos: Sequence[float]) -> Record:
+    """K × ρ."""
+    steps, rhos = sorted(steps), sorted(rhos)
+
+    def name(k: int, rho: float) -> str:
+        return f"K = {k}, ρ = {rho:g}"
+
+    grid = grid_of([Variant(name=name(k, rho), synthesis=replace(setup.synthesis, steps=k, rho=rho)) for rho in rhos for k in steps])
+    outcomes, (student,) = run(grid), grid.students
+    tables, maps = [], []
+    title = f"K and ρ on {setup.recipe}"
+    for ipc in grid.ipc:
+        found = [[outcomes[name(k, rho), ipc, student] for k in steps] for rho in rhos]
+        rows = [[f"{rho:g}", *map(str, row)] for rho, row in zip(rhos, found, strict=True)]
+        columns = ["ρ", *(f"K = {k}" for k in steps)]
+        tables.append(Table(title=f"{title}, ipc {ipc}, {TOP1}", columns=columns, rows=rows, note=note(setup, grid)))
+        values = [[each.mean for each in row] for row in found]
+        maps.append(HeatMap(title=f"{title}, ipc {ipc}", x_label="K", y_label="ρ", value_label=TOP1, x=steps, y=rhos, values=values))
+    return _record(setup, grid, outcomes, "ablation", title, tables=tables, heat_maps=maps)
+
+
+def _categories(run: Run, setup: Setup, grid: Grid, kind: str, title: str) -> Record:
+    outcomes, (student,) = run(grid), grid.students
+    table, chart = by_ipc(f"{title}, students {student}", setup, grid, outcomes, student)
+    return _record(setup, grid, outcomes, kind, title, tables=[table], charts=[chart])
+
+
+def _record(setup: Setup, grid: Grid, outcomes: Outcomes, kind: str, title: str, **parts: Any) -> Record:
+    return Record(
+        kind=kind,
+        title=title,
+        summary=best(grid, outcomes),
+        settings=described(setup, grid),
+        environment=surroundings(setup),
+        data={"cells": raw(setup, grid, outcomes)},
+        **parts,
+    )

@@ -1,0 +1,171 @@
+"""Sets and cells: names that depend on everything that matters and on nothing else, and results that are kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dwa_fast import InputError
+from dwa_fast.config import InitialConfig
+from dwa_fast.datasets import image_folder
+from dwa_fast.experiments.cells import (
+    Cell,
+    Found,
+    Made,
+    Setup,
+    accuracies,
+    cell_folder,
+    make_set,
+    material,
+    measure,
+    nearest_method,
+    set_folder,
+    set_is_there,
+)
+from dwa_fast.initial import sample
+from dwa_fast.recipes import recipe
+from dwa_fast.storage import read_manifest
+from tests.experiments.setups import small_setup, small_validation
+from tests.nets import SIZE
+
+
+def dwa(setup: Setup, seed: int = 0, **changes: Any) -> Made:
+    return Made(replace(setup.synthesis, **changes), seed)
+
+
+def test_larger_set_begins_with_the_smaller_one(tmp_path: Path) -> None:
+    small, large = small_setup(tmp_path / "small"), small_setup(tmp_path / "large")
+    for setup, ipc in ((small, 1), (large, 3)):
+        make_set(setup, dwa(setup), ipc)
+    one, three = (read_manifest(set_folder(setup, dwa(setup)))["images"] for setup in (small, large))
+    assert len(one) == 10
+    assert len(three) == 30
+    assert one.items() < three.items()
+    make_set(small, dwa(small), 3)
+    assert read_manifest(set_folder(small, dwa(small)))["images"] == three
+    assert set_is_there(small, dwa(small), 3)
+    assert not set_is_there(small, dwa(small), 4)
+
+
+def test_real_set_holds_the_images_that_the_others_start_from(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    make_set(setup, Made(None, 7), 2)
+    made = image_folder(set_folder(setup, Made(None, 7)), SIZE, 1)
+    train = material(setup).train
+    wanted = [index for label in range(10) for index in sample(train, label, 2, seed=7)]
+    torch.testing.assert_close(made.load(range(20)), train.load(wanted), rtol=0, atol=0)
+    before = set_folder(setup, Made(None, 7)).joinpath("manifest.json").read_bytes()
+    make_set(setup, Made(None, 7), 1)
+    assert set_folder(setup, Made(None, 7)).joinpath("manifest.json").read_bytes() == before
+
+
+def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    places = [
+        set_folder(setup, dwa(setup)),
+        set_folder(setup, dwa(setup, seed=1)),
+        set_folder(setup, dwa(setup, rho=0.02)),
+        set_folder(setup, dwa(setup, precision="fp64")),
+        set_folder(setup, Made(None, 0)),
+        set_folder(replace(setup, threads=2), dwa(setup)),
+        set_folder(replace(setup, teacher_checksum="other"), dwa(setup)),
+        set_folder(replace(setup, initial=InitialConfig(initial_order="sorted")), dwa(setup)),
+        set_folder(replace(setup, data=replace(setup.data, size=16)), dwa(setup)),
+    ]
+    assert len(set(places)) == len(places)
+    assert set_folder(setup, dwa(setup, concurrent_batches=2)) == places[0]
+    assert set_folder(replace(setup, validation=small_validation(epochs=9)), dwa(setup)) == places[0]
+
+
+def test_names_say_what_a_set_is(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path, synthesis=recipe("digits"))
+    assert set_folder(setup, dwa(setup)).name.startswith("dwa-seed0-")
+    assert set_folder(setup, dwa(setup, seed=3, rho=0.02, steps=4)).name.startswith("dwa-rho0.02-steps4-seed3-")
+    assert set_folder(setup, Made(None, 2)).name.startswith("real-seed2-")
+    assert set_folder(setup, Made(recipe("digits", method="sre2l"), 0)).name.startswith("sre2l-seed0-")
+    odd = dwa(setup, crop_scale=(0.5, 0.9))
+    assert set_folder(setup, odd).name.startswith("dwa-crop_scale_0.5__0.9_-seed0-")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "wanted"),
+    [
+        ("dwa", {}, ("dwa", {})),
+        ("dwa", {"lambda_var": 0.05}, ("dwa", {"lambda_var": 0.05})),
+        ("dwa", {"initial": "noise"}, ("dwa", {"initial": "noise"})),
+        ("dwa", {"device": "cpu", "backend": "reference"}, ("dwa", {})),
+        ("dwa", {"ascent": "none", "rho": 0.0}, ("real-start", {})),
+        ("dwa", {"lambda_mean": 0.11}, ("coupled", {})),
+        ("sre2l", {"iterations": 3}, ("sre2l", {"iterations": 3})),
+        ("random-step", {}, ("random-step", {})),
+    ],
+)
+def test_nearest_method(method: str, changes: dict[str, Any], wanted: tuple[str, dict[str, Any]]) -> None:
+    assert nearest_method("digits", recipe("digits", method=method, **changes)) == wanted
+
+
+def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    cell = Cell(Made(None, 0), 1, "small-resnet")
+    make_set(setup, Made(None, 0), 1)
+    assert accuracies(setup, cell) is None
+    measure(setup, cell)
+    found = accuracies(setup, cell)
+    assert found is not None
+    assert len(found) == 2
+    assert all(0 <= each <= 100 for each in found)
+    assert accuracies(replace(setup, validation=small_validation(students=1)), cell) == found[:1]
+    more = replace(setup, validation=small_validation(students=3))
+    assert accuracies(more, cell) is None
+    measure(more, cell)
+    assert (accuracies(more, cell) or [])[:2] == found
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"accuracies": 3}', '{"accuracies": ["a", "b"]}', "[" * 100_000])
+def test_damaged_result_is_no_result(tmp_path: Path, content: str) -> None:
+    setup = small_setup(tmp_path)
+    cell = Cell(Made(None, 0), 1, "small-resnet")
+    cell_folder(setup, cell).mkdir(parents=True)
+    (cell_folder(setup, cell) / "result.json").write_text(content)
+    assert accuracies(setup, cell) is None
+
+
+def test_what_changes_a_student_changes_its_place(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    cell = Cell(dwa(setup), 1, "small-resnet")
+    places = [
+        cell_folder(setup, cell),
+        cell_folder(setup, replace(cell, ipc=2)),
+        cell_folder(setup, replace(cell, student="convnet128")),
+        cell_folder(setup, replace(cell, source=dwa(setup, seed=1))),
+        cell_folder(setup, replace(cell, source=dwa(setup, lambda_var=0.5))),
+        cell_folder(replace(setup, threads=2), cell),
+        cell_folder(replace(setup, teacher_checksum="other"), cell),
+        cell_folder(replace(setup, validation=small_validation(epochs=9)), cell),
+    ]
+    assert len(set(places)) == len(places)
+    assert cell_folder(replace(setup, validation=small_validation(students=9)), cell) == places[0]
+
+
+def test_found_set_is_known_by_its_images(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    make_set(setup, Made(None, 0), 2)
+    folder = (set_folder(setup, Made(None, 0))).rename(tmp_path / "elsewhere")
+    copy = tmp_path / "moved"
+    first = cell_folder(setup, Cell(Found(folder, 0), 2, "small-resnet"))
+    folder.rename(copy)
+    assert cell_folder(setup, Cell(Found(copy, 0), 2, "small-resnet")) == first
+    assert cell_folder(setup, Cell(Found(copy, 0), 1, "small-resnet")) != first
+    measure(setup, Cell(Found(copy, 0), 2, "small-resnet"))
+    assert json.loads((first / "result.json").read_text())["settings"]["ipc"] == 2
+    for label in range(9, 5, -1):
+        for image in (copy / f"new00{label}").iterdir():
+            image.unlink()
+        (copy / f"new00{label}").rmdir()
+    with pytest.raises(InputError, match="moved has 6 classes, the held-out images have 10"):
+        measure(setup, Cell(Found(copy, 1), 1, "small-resnet"))

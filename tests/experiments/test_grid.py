@@ -1,0 +1,114 @@
+"""Grids: which cells they ask for, what their numbers mean, and how they are told."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from dwa_fast import InputError
+from dwa_fast.experiments.cells import Cell, Found, Made
+from dwa_fast.experiments.grid import Grid, Outcome, Variant, best, by_ipc, by_student, contact_sheet, note, raw, run_grid
+from tests.experiments.setups import small_setup, small_validation
+
+REAL = Variant(name="real")
+
+
+def grid(**changes: object) -> Grid:
+    plain = {"variants": [REAL], "ipc": (1,), "students": ("small-resnet",), "seeds": range(2)}
+    return Grid(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+def test_cells_of_a_place() -> None:
+    asked = grid(variants=[REAL, Variant(name="theirs", found=Path("theirs"))], ipc=(1, 5))
+    assert asked.cells(REAL, 5, "small-resnet") == [Cell(Made(None, seed), 5, "small-resnet") for seed in (0, 1)]
+    assert asked.cells(asked.variants[1], 1, "small-resnet") == [Cell(Found(Path("theirs"), 0), 1, "small-resnet")]
+    assert len(asked.places) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": []}, "a study needs at least one method or set, got none"),
+        ({"ipc": ()}, "a study needs at least one ipc"),
+        ({"students": ()}, "a study needs at least one student"),
+        ({"variants": [REAL, REAL]}, "each method or set must be named once, got real, real"),
+        ({"ipc": (1, 2, 1)}, "each ipc must be named once, got 1, 2, 1"),
+        ({"ipc": (0,)}, "ipc must be an integer of at least 1, got 0"),
+        ({"students": ("vit",)}, "unknown student 'vit'; known: "),
+    ],
+)
+def test_grids_that_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        grid(**changes)
+
+
+def test_spread_is_over_sets_where_there_are_several() -> None:
+    several = Outcome([[90.0, 94.0], [80.0, 84.0], [70.0, 74.0]])
+    assert several.mean == pytest.approx(82)
+    assert several.std == pytest.approx(10)
+    assert str(several) == "82.0 ± 10.0"
+    one = Outcome([[90.0, 94.0, 95.0]])
+    assert one.std == pytest.approx(statistics.stdev([90, 94, 95]))
+    assert Outcome([[90.0]]).std == 0
+
+
+def test_note_says_what_the_spread_is(tmp_path: Path) -> None:
+    setup, single = small_setup(tmp_path), small_setup(tmp_path, validation=small_validation(students=1))
+    assert note(setup, grid()) == "Mean ± standard deviation over 2 synthesis seeds, of the mean of 2 students each."
+    assert note(single, grid()) == "Mean ± standard deviation over 2 synthesis seeds, of the mean of one student each."
+    assert note(setup, grid(seeds=[4])) == "Mean ± standard deviation over 2 students of one set."
+    assert note(single, grid(seeds=[4])) == "One student of one set each."
+    found = Variant(name="theirs", found=Path("theirs"))
+    assert note(setup, grid(variants=[REAL, found])).endswith(" Sets that were made elsewhere: over 2 students of the one set.")
+
+
+def test_numbers_behind_the_tables(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    changed = Variant(name="DWA", synthesis=setup.synthesis)
+    asked = grid(variants=[REAL, changed], ipc=(1, 5))
+    outcomes = {
+        (name, ipc, "small-resnet"): Outcome([[50.0 + ipc, 52.0 + ipc], [60.0, 62.0]]) for name in ("real", "DWA") for ipc in (1, 5)
+    }
+    rows = raw(setup, asked, outcomes)
+    assert [(row["method"], row["ipc"]) for row in rows] == [("real", 1), ("real", 5), ("dwa", 1), ("dwa", 5)]
+    assert rows[0]["accuracies"] == [51.0, 53.0, 60.0, 62.0]
+    assert rows[0]["mean"] == pytest.approx(56.5)
+    assert rows[0].keys() == {"recipe", "method", "student", "ipc", "mean", "std", "accuracies", "sets"}
+    assert rows[2]["iterations"] == 2  # not the recipe's
+    assert "lambda_var" not in rows[2]  # the recipe's
+
+
+def test_layouts_hold_every_number_in_its_place(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    asked = grid(variants=[REAL, Variant(name="b", synthesis=setup.synthesis)], ipc=(1, 5), students=("small-resnet", "convnet128"))
+    outcomes = {
+        (variant.name, ipc, student): Outcome([[10.0 * place], [10.0 * place + 2]])
+        for place, (variant, ipc, student) in enumerate(asked.places)
+    }
+    table, chart = by_ipc("t", setup, asked, outcomes, "convnet128")
+    assert table.columns == ["set", "ipc 1", "ipc 5"]
+    assert table.rows == [["real", "11.0 ± 1.4", "31.0 ± 1.4"], ["b", "51.0 ± 1.4", "71.0 ± 1.4"]]
+    assert [series.values for series in chart.series] == [[11.0, 31.0], [51.0, 71.0]]
+    table, chart = by_student("t", setup, asked, outcomes, 5)
+    assert table.rows == [["small-resnet", "21.0 ± 1.4", "61.0 ± 1.4"], ["convnet128", "31.0 ± 1.4", "71.0 ± 1.4"]]
+    assert [series.name for series in chart.series] == ["real", "b"]
+    assert chart.x == ["small-resnet", "convnet128"]
+
+
+def test_best_says_how_much_is_as_good() -> None:
+    asked = grid(variants=[Variant(name=name) for name in "abc"])
+    near = {"a": [[80.0], [82.0]], "b": [[81.0], [83.5]], "c": [[60.0], [61.0]]}
+    outcomes = {(name, 1, "small-resnet"): Outcome(values) for name, values in near.items()}
+    assert best(asked, outcomes) == "ipc 1: b first with 82.2 ± 1.8, 1 of the other 2 within one standard deviation."
+
+
+def test_run_and_contact_sheet(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    asked = grid(variants=[REAL, Variant(name="DWA", synthesis=setup.synthesis)], ipc=(1, 2))
+    outcomes = run_grid(setup, asked, jobs=1)
+    assert outcomes.keys() == {(name, ipc, "small-resnet") for name in ("real", "DWA") for ipc in (1, 2)}
+    assert all(len(outcome.accuracies) == 2 and len(outcome.accuracies[0]) == 2 for outcome in outcomes.values())
+    (picture,) = contact_sheet(tmp_path, setup, asked.variants, 2, 1)
+    assert (tmp_path / picture.file).stat().st_size > 1000

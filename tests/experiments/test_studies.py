@@ -1,0 +1,105 @@
+"""The studies: which sets they compare, and where each number goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwa_fast import InputError
+from dwa_fast.experiments.cells import Setup
+from dwa_fast.experiments.grid import Grid, Outcome, Outcomes
+from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
+from dwa_fast.recipes import METHODS, recipe
+from dwa_fast.records import Record
+from tests.experiments.setups import small_setup
+
+VALUES: dict[str, Any] = {"lambda_vars": (0.11, 0.01), "steps": (12, 4), "rhos": (0.02, 0.01, 0.015)}
+
+
+def run(grid: Grid) -> Outcomes:
+    """A number for each place that tells λ_mean, λ_var, K and ρ apart."""
+    outcomes = {}
+    for variant, ipc, student in grid.places:
+        config = variant.synthesis or recipe("digits")
+        value = 1000 * config.lambda_mean + 100 * config.lambda_var + config.steps + 1000 * config.rho + ipc / 10
+        outcomes[variant.name, ipc, student] = Outcome([[value], [value + 2]])
+    return outcomes
+
+
+def ablation(setup: Setup, study: AblationName, *ipc: int) -> Record:
+    return ablate(run, setup, study=study, ipc=ipc, student="small-resnet", seeds=range(2), **VALUES)
+
+
+def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    variants = by_method(setup, ["real", *METHODS])
+    assert variants[0].synthesis is None
+    assert all(variant.synthesis and variant.synthesis.iterations == 2 for variant in variants[1:])
+    assert len({variant.name for variant in variants}) == 1 + len(METHODS)
+    with pytest.raises(InputError, match="unknown method 'mtt'; known: real, sre2l, cda, real-start, random-step, coupled, dwa"):
+        by_method(setup, ["mtt"])
+
+
+def test_compare(tmp_path: Path) -> None:
+    record = compare(run, small_setup(tmp_path), methods=["real", "dwa"], ipc=(1, 5), student="small-resnet", seeds=range(2))
+    assert record.tables[0].columns == ["set", "ipc 1", "ipc 5"]
+    assert [row[0] for row in record.tables[0].rows] == ["random real images", "DWA"]
+    assert record.charts[0].x == ["ipc 1", "ipc 5"]
+    assert len(record.data["cells"]) == 4
+    assert record.environment["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("study", "changes"),
+    [
+        ("adjustment", [{"ascent": "none"}, {"ascent": "random"}, {"ascent": "directed"}]),
+        ("matching-weights", [{"matching_weights": "adjusted"}, {"matching_weights": "original"}]),
+        ("initial", [{"initial": "real"}, {"initial": "noise"}]),
+    ],
+)
+def test_categories(tmp_path: Path, study: AblationName, changes: list[dict[str, str]]) -> None:
+    seen: list[Grid] = []
+    setup = small_setup(tmp_path)
+    record = ablate(
+        lambda grid: seen.append(grid) or run(grid), setup, study=study, ipc=(1,), student="small-resnet", seeds=range(2), **VALUES
+    )  # type: ignore[func-returns-value]
+    for variant, wanted in zip(seen[0].variants, changes, strict=True):
+        assert {name: getattr(variant.synthesis, name) for name in wanted} == wanted
+    assert [row[0] for row in record.tables[0].rows] == [variant.name for variant in seen[0].variants]
+    assert record.kind == "ablation"
+
+
+def test_lambda_var_alone_and_coupled(tmp_path: Path) -> None:
+    record = ablation(small_setup(tmp_path), "lambda-var", 1, 5)
+    assert [table.title for table in record.tables] == [f"λ_var on digits, ipc {ipc}, top-1 %" for ipc in (1, 5)]
+    alone, coupled = record.charts[0].series
+    assert record.charts[0].x == [0.01, 0.11]
+    base = 3 + 15 + 0.1 + 1  # K, ρ, ipc, and half of the distance of the seeds
+    assert alone.values == pytest.approx([base + 10 + 1, base + 10 + 11])
+    assert coupled.values == pytest.approx([base + 10 + 1, base + 110 + 11])
+    assert (alone.name, coupled.name) == ("λ_var alone, λ_mean = 0.01", "λ_mean = λ_var")
+    assert record.tables[0].rows[1] == ["0.11", "40.1 ± 1.4", "140.1 ± 1.4"]
+    assert [row.get("lambda_var") for row in record.data["cells"] if row["ipc"] == 1] == [0.01, None, 0.01, None]
+
+
+def test_k_rho(tmp_path: Path) -> None:
+    record = ablation(small_setup(tmp_path), "k-rho", 1)
+    (found,) = record.heat_maps
+    assert (found.x, found.y) == ([4, 12], [0.01, 0.015, 0.02])
+    base = 10 + 11 + 0.1 + 1
+    assert found.values[0] == pytest.approx([base + 4 + 10, base + 12 + 10])
+    assert found.values[2] == pytest.approx([base + 4 + 20, base + 12 + 20])
+    assert record.tables[0].columns == ["ρ", "K = 4", "K = 12"]
+    assert [row[0] for row in record.tables[0].rows] == ["0.01", "0.015", "0.02"]
+
+
+def test_cross(tmp_path: Path) -> None:
+    students = ["small-resnet", "convnet128"]
+    given: dict[str, Any] = {"ipc": (1, 5), "students": students, "seeds": range(2)}
+    record = cross(run, small_setup(tmp_path), methods=["dwa"], sets=[Path("their/set")], **given)
+    assert [table.columns for table in record.tables] == [["student", "DWA", "set"]] * 2
+    assert [row[0] for row in record.tables[0].rows] == students
+    with pytest.raises(InputError, match=r"sets must have names of their own, .* got DWA, a, a"):
+        cross(run, small_setup(tmp_path), methods=["dwa"], sets=[Path("x/a"), Path("y/a")], **given)
