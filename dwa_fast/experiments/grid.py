@@ -14,10 +14,11 @@ from dwa_fast.architectures import ARCHITECTURES
 from dwa_fast.backend import resolve_device
 from dwa_fast.config import SynthesisConfig, check_choice, check_integer
 from dwa_fast.datasets import image_folder
-from dwa_fast.errors import InputError, printable
+from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Cell, Found, Made, Setup, nearest_method, set_folder
 from dwa_fast.experiments.schedule import Watcher, carry_out
 from dwa_fast.records import Chart, Picture, Series, Table, environment, mean_and_spread
+from dwa_fast.storage import read_manifest
 
 _SHEET_CLASSES, _SHEET_IPC = 10, 10  # that a contact sheet shows at most
 TOP1 = "top-1 %"
@@ -200,12 +201,12 @@ def best(grid: Grid, outcomes: Outcomes) -> str:
 
 
 def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: int, seed: int) -> list[Picture]:
-    """Write contact-sheet.png: what the sets of a seed look like, side by side; the first images of the first classes."""
+    """Write contact-sheet.png: what the sets that were made from a seed look like, side by side; the first images of the first classes."""
     shown, panels = min(ipc, _SHEET_IPC), {}
-    names: list[str] = []
-    for variant in variants:
-        images = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=shown)
-        names = images.class_names[:_SHEET_CLASSES]
+    folders = {variant: set_folder(setup, variant.source(seed)) for variant in variants}
+    names = read_manifest(folders[variants[0]])["class_names"][:_SHEET_CLASSES]
+    for variant, made in folders.items():
+        images = image_folder(made, setup.data.size, setup.synthesis.channels, per_class=shown)
         panels[f"{variant.name}, ipc {shown}"] = images.load(range(len(names) * shown))
-    pictures.contact_sheet(folder / "contact-sheet.png", panels, [printable(name) for name in names])
+    pictures.contact_sheet(folder / "contact-sheet.png", panels, names)
     return [Picture(title="the first images of each class", file="contact-sheet.png")]
