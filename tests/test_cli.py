@@ -204,7 +204,9 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert usage_error(arguments) == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "verify", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "verify", "info"]
+)
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error([command, "--help"]) == 0
     text = capsys.readouterr().out

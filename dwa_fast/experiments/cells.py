@@ -20,7 +20,7 @@ from dwa_fast.checkpoint import load_teacher
 from dwa_fast.config import DataConfig, InitialConfig, StorageConfig, SynthesisConfig, ValidationConfig
 from dwa_fast.datasets import ImageSet, denormalise, image_folder, load
 from dwa_fast.distill import computing, distill, work_list
-from dwa_fast.errors import InputError
+from dwa_fast.distilled import open_distilled
 from dwa_fast.files import checksum, output_folder, read_regular, write_json
 from dwa_fast.initial import initial_images
 from dwa_fast.recipes import METHODS, full_recipe
@@ -190,12 +190,9 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
         InputError: the set has other classes than the held-out images, or too few images.
     """
     stock, channels = material(setup), setup.synthesis.channels
-    folder = set_folder(setup, cell.source)
-    distilled = image_folder(folder, setup.data.size, channels, per_class=cell.ipc)
-    if len(distilled.class_names) != len(stock.test.class_names):
-        raise InputError(f"{folder} has {len(distilled.class_names)} classes, the held-out images have {len(stock.test.class_names)}")
+    folder, names = set_folder(setup, cell.source), stock.test.class_names
+    distilled, _ = open_distilled(folder, setup.data.size, channels, names, per_class=cell.ipc)
     device = resolve_device(setup.synthesis.device)
-    output_folder(cell_folder(setup, cell))
     started = time.perf_counter()
     with computing(setup.threads if device.type == "cpu" else None):
         result = validate(
@@ -208,6 +205,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
             device=device,
             seed=cell.source.seed,
             progress=progress,
+            keep=cell_folder(setup, cell),
         )
     content = {"settings": _cell_settings(setup, cell), "accuracies": result.accuracies, "seeds": result.seeds}
     write_json(_result_file(setup, cell), {**content, "seconds": time.perf_counter() - started})
