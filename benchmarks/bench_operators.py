@@ -178,8 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         status = pytest.main([__file__, "--benchmark-json", str(target), "--benchmark-quiet", "--quiet", *others])
         if target.exists() and target.stat().st_size:
-            print_table(json.loads(target.read_text()))
+            content = json.loads(target.read_text())
+            print_table(content)
+            target.write_text(json.dumps(compact(content), separators=(",", ":"), allow_nan=False) + "\n")
     return int(status)
+
+
+def compact(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with samples to a ten-thousandth of themselves: thousands of digits of noise make a large file."""
+    for bench in content["benchmarks"]:
+        bench["stats"]["data"] = [float(f"{sample:.4g}") for sample in bench["stats"]["data"]]
+    return content
 
 
 def print_table(content: dict[str, Any]) -> None:
