@@ -26,6 +26,8 @@ _DESCRIPTIONS = {
     "compare": "Compare methods: students of their sets at every ipc.",
     "ablate": "Repeat an ablation or a sweep of the paper.",
     "cross": "Students of several architectures on the sets of several methods.",
+    "diversity": "Measure how diverse distilled sets are, and how close to real images.",
+    "incremental": "Class-incremental learning from distilled sets.",
     "report": "Make one page of every run and every distilled set below some folders.",
     "verify": "Check a distilled set against its manifest, file by file.",
     "info": "What was built, what this machine has, which back-end would run.",

@@ -20,6 +20,7 @@ from dwa_fast.decoding import BadImageError
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum
 from dwa_fast.seeding import generator, normal
+from dwa_fast.subsets import by_class
 
 log = logging.getLogger("dwa_fast")
 
@@ -202,12 +203,11 @@ def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:
     Raises:
         InputError: a class has fewer than ipc.
     """
-    counts = torch.bincount(data.labels, minlength=len(data.class_names)).tolist()
-    short = next((label for label, count in enumerate(counts) if count < ipc), None)
-    if short is not None:
-        raise InputError(f"class {data.class_names[short]!r} has {counts[short]} images, but ipc {ipc} needs as many initial ones")
-    members: Sequence[Tensor] = torch.argsort(data.labels, stable=True).split(counts)
-    return members
+    found = by_class(data)
+    for label, own in enumerate(found):
+        if len(own) < ipc:
+            raise InputError(f"class {data.class_names[label]!r} has {len(own)} images, but ipc {ipc} needs as many initial ones")
+    return found
 
 
 def ordered(members: Tensor, label: int, order: InitialOrder, *, seed: int) -> list[int]:

@@ -205,7 +205,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "verify", "info"]
+    "command",
+    ["demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "diversity", "incremental", "verify", "info"],
 )
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error([command, "--help"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ORDER = """
-    _version errors config seeding files archives views recipes decoding datasets architectures
+    _version errors config seeding files archives views recipes decoding datasets subsets architectures
     reference reference.ops reference.loop
     priors tracing compiled
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
@@ -17,14 +17,15 @@ ORDER = """
     checkpoint pointwise pooling stem rewrite teacher initial program repeat ascent refine
     journal losses storage tracking pipeline workers
     synthesis
-    records distilled augment lessons resuming training squeeze labels validate relabel diversity pictures plots
+    records distilled augment lessons resuming training squeeze labels validate relabel
+    embedding neighbours diversity survey incremental pictures plots
     preview verify production distill
     published report.findings report.document report.values report.sets report.contents report.style report.page report.markdown report
     compat.hooks compat.perterb compat.namespace compat.recover compat
     experiments experiments.cells experiments.schedule experiments.grid experiments.studies
     demo console
     commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.experiments
-    commands.report commands
+    commands.report commands.studies commands.diversity commands.incremental commands
     cli
     __init__ __main__
 """.split()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import tyro
 
 from dwa_fast.commands.demo import Demo
+from dwa_fast.commands.diversity import Diversity
 from dwa_fast.commands.experiments import Ablate, Compare, Cross
+from dwa_fast.commands.incremental import Incremental
 from dwa_fast.commands.inspect import Info, Verify
 from dwa_fast.commands.pipeline import Squeeze, Synthesize
 from dwa_fast.commands.relabel import Relabel
@@ -16,6 +19,7 @@ from dwa_fast.commands.report import Report
 from dwa_fast.commands.students import Validate
 from dwa_fast.demo import DemoConfig
 from dwa_fast.recipes import full_recipe
+from dwa_fast.survey import SurveyConfig
 
 
 def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
@@ -34,6 +38,15 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
         "compare": Compare(**study, student=recipe.architecture),
         "ablate": Ablate(**study, student=recipe.architecture, study=missing),
         "cross": Cross(**study, student=missing),
+        "diversity": Diversity(**data, teacher=missing, sets=missing, output=missing, config=SurveyConfig()),
+        "incremental": Incremental(
+            **data,
+            teacher=missing,
+            sets=missing,
+            output=missing,
+            student=recipe.architecture,
+            config=replace(recipe.validation, students=1),
+        ),
         "report": Report(folders=missing),
         "verify": Verify(images=missing),
         "info": Info(),

@@ -1,0 +1,222 @@
+"""The command that looks at distilled sets beside the real images."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from dwa_fast import backend
+from dwa_fast.commands.data import Data, read_teacher
+from dwa_fast.commands.finish import finish
+from dwa_fast.commands.studies import named_sets, study_folder
+from dwa_fast.console import Console
+from dwa_fast.datasets import ImageSet
+from dwa_fast.files import checksum
+from dwa_fast.pictures import contact_sheet
+from dwa_fast.recipes import full_recipe
+from dwa_fast.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
+from dwa_fast.resuming import image_digest
+from dwa_fast.subsets import by_class
+from dwa_fast.survey import REAL, Findings, Survey, SurveyConfig, survey
+
+_BARS = 20  # most classes that are shown as bars with their names; more become curves
+_COLUMNS = 10  # most images of a class in the contact sheet
+_PAIRS = 5  # images of a class that are shown with their neighbours
+_PERCENT = range(0, 101, 5)  # of the images, in the chart of distances
+_REAL_POINTS = "real images"  # in the t-SNE, more than the draw that the sets are compared with
+_NEAR = 0.05  # share of real images whose neighbours are called near
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity(Data):
+    """Measure how diverse distilled sets are, and how close to real images: D^c, nearest real images, t-SNE, contact sheets."""
+
+    teacher: Path  # Checkpoint of the teacher, in whose eyes images are alike or not.
+    sets: tuple[str, ...]  # Distilled sets: folders, or name=folder; the charts have the classes in the order of the first one.
+    output: Path  # Folder for record.json, the charts and the pictures.
+    ipc: int | None = None  # Take the first images of each class only; default: all.
+    seed: int = 0  # All random draws derive from it.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    config: tyro.conf.OmitArgPrefixes[SurveyConfig]
+
+    def run(self, console: Console) -> None:
+        """Look, and write the record."""
+        started = time.perf_counter()
+        normalisation, device = full_recipe(self.recipe).validation, backend.resolve_device(self.device)
+        train = self.load("train", normalisation.channels)
+        sets = named_sets(self.sets, self.size, normalisation.channels, self.ipc, train.class_names)
+        module, info = read_teacher(self, self.teacher, self.architecture, len(train.class_names), normalisation.channels)
+        settings = {
+            "recipe": self.recipe,
+            "size": self.size,
+            "seed": self.seed,
+            **asdict(self.config),
+            "teacher": {"architecture": info.architecture, "checksum": checksum(self.teacher)},
+            "sets": {name: {"images": len(images.labels), "checksum": image_digest(images)} for name, images in sets.items()},
+        }
+        study_folder(self.output, settings)
+        with console.bars() as track:
+            found = survey(
+                module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images looked at")
+            )
+        facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
+        pictures = draw_pictures(found, self.output)
+        finish(console, self.output, as_record(found, self.config, pictures, seconds=time.perf_counter() - started, **facts))
+
+
+def as_record(found: Survey, config: SurveyConfig, pictures: Sequence[Picture], **facts: Any) -> Record:
+    """Tables, charts and the t-SNE of what was found."""
+    where = "the teacher's features" if config.space == "features" else "pixels"
+    usual = float(found.sets[REAL].nearest_distances.median())
+    parts = [
+        f"{name} {_mean(own.ratios):.2f} and {_relative(float(own.nearest_distances.median()), usual)}"
+        for name, own in found.sets.items()
+        if name != REAL
+    ]
+    return Record(
+        kind="diversity",
+        title="Diversity of distilled sets, and their nearest real images",
+        summary="Diversity D^c, and median distance to the nearest real image, as ratios to those of random real images: "
+        + "; ".join(parts)
+        + ".",
+        tables=[_diversity_table(found), _neighbour_table(found, where)],
+        charts=[_diversity_chart(found), _neighbour_chart(found, where)],
+        scatters=[
+            Scatter(
+                title="t-SNE of the teacher's logits",
+                groups={_REAL_POINTS if name == REAL else name: own.points.tolist() for name, own in found.sets.items()},
+                note=f"{len(found.shown)} classes, at most {config.tsne_images} images of each in every set",
+            )
+        ],
+        pictures=pictures,
+        data={name: _raw(own) for name, own in found.sets.items()},
+        **facts,
+    )
+
+
+def _diversity_table(found: Survey) -> Table:
+    rows = []
+    for name, own in found.sets.items():
+        known = [value for value in own.ratios if value is not None] or [0.0]
+        ends = [f"{min(known):.2f}", f"{max(known):.2f}"]
+        rows.append([name, str(len(own.images.labels)), _spread(own.ratios), *ends, _spread(own.feature_ratios)])
+    return Table(
+        title="Diversity D^c of a class, as a ratio to random real images",
+        columns=["set", "images", "last convolution", "least", "greatest", "last features"],
+        rows=rows,
+        note="Mean ± standard deviation over classes. 1 is the mean over all draws of as many real images of the class; the row of random "
+        "real images is one such draw. Last features: what the teacher's last linear layer is given.",
+    )
+
+
+def _diversity_chart(found: Survey) -> Chart:
+    first = next(own for name, own in found.sets.items() if name != REAL)
+    values = [float("inf") if value is None else value for value in first.ratios]
+    order = sorted(range(len(values)), key=values.__getitem__)
+    few = len(order) <= _BARS
+    return Chart(
+        title="Diversity of each class",
+        x_label="class" if few else "class, in the order of the first set",
+        y_label="D^c; 1: random real images",
+        x=[found.real.class_names[label] for label in order] if few else list(range(1, len(order) + 1)),
+        series=[Series(name=name, values=[own.ratios[label] for label in order]) for name, own in found.sets.items()],
+    )
+
+
+def _neighbour_table(found: Survey, where: str) -> Table:
+    real = found.sets[REAL].nearest_distances
+    near = float(real.quantile(_NEAR))
+    rows = []
+    for name, own in found.sets.items():
+        distances, count = own.nearest_distances, len(own.nearest)
+        rows.append(
+            [
+                name,
+                f"{float(distances.median()):.3g}",
+                _relative(float(distances.median()), float(real.median())),
+                f"{float(distances.min()):.3g}",
+                f"{100 * float((distances < near).double().mean()):.1f}",
+                f"{100 * float((found.real.labels[own.nearest] == own.images.labels).double().mean()):.1f}",
+                f"{100 * len(own.nearest.unique()) / count:.0f}",
+            ]
+        )
+    return Table(
+        title=f"Distance to the nearest real image, in {where}",
+        columns=["set", "median", "/ real", "least", "near %", "same class %", "different %"],
+        rows=rows,
+        note=f"Random real images: to the nearest other one. Near: nearer than the nearest {100 * _NEAR:.0f} % of random real images are "
+        "to another, so that much more means memorised images. Same class: the neighbour is of the image's own class. Different: different "
+        "neighbours, in percent of the images.",
+    )
+
+
+def _neighbour_chart(found: Survey, where: str) -> Chart:
+    return Chart(
+        title="Distance to the nearest real image",
+        x_label="images at most as far, %",
+        y_label=f"distance in {where}",
+        x=list(_PERCENT),
+        series=[Series(name=name, values=_quantiles(own.nearest_distances)) for name, own in found.sets.items()],
+    )
+
+
+def _raw(own: Findings) -> dict[str, Any]:
+    return {
+        "diversity": own.distances,
+        "diversity_ratios": own.ratios,
+        "feature_diversity_ratios": own.feature_ratios,
+        "nearest_distance_quantiles": _quantiles(own.nearest_distances),
+    }
+
+
+def draw_pictures(found: Survey, folder: Path) -> list[Picture]:
+    """A contact sheet with a panel per set, and for each set its images that are nearest to real ones, beside these."""
+    names = [found.real.class_names[label] for label in found.shown]
+    members = {name: by_class(own.images) for name, own in found.sets.items()}
+    columns = min(_COLUMNS, *(len(own[label]) for own in members.values() for label in found.shown))
+    panels = {
+        name: _pixels(own.images, torch.cat([members[name][label][:columns] for label in found.shown])) for name, own in found.sets.items()
+    }
+    contact_sheet(folder / "contact-sheet.png", panels, names)
+    pictures = [Picture(title=f"The first {columns} images of {len(names)} classes", file="contact-sheet.png")]
+    for number, (name, own) in enumerate(found.sets.items()):
+        rows = [members[name][label] for label in found.shown]
+        nearest = torch.cat([row[own.nearest_distances[row].argsort(stable=True)[: min(_PAIRS, columns)]] for row in rows])
+        file = f"neighbours-{number}.png"
+        both = {name: _pixels(own.images, nearest), "nearest real images": _pixels(found.real, own.nearest[nearest])}
+        contact_sheet(folder / file, both, names)
+        pictures.append(Picture(title=f"{name}: its images that are nearest to real ones, and these", file=file))
+    return pictures
+
+
+def _pixels(images: ImageSet, indices: Tensor) -> Tensor:
+    return images.load(indices.tolist())
+
+
+def _quantiles(distances: Tensor) -> list[float]:
+    return [float(value) for value in distances.quantile(torch.tensor([part / 100 for part in _PERCENT], dtype=distances.dtype))]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return statistics.fmean([value for value in values if value is not None] or [0.0])
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{statistics.fmean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
+
+
+def _relative(value: float, usual: float) -> str:
+    """A ratio as text; – where the real images are all copies of each other."""
+    return f"{value / usual:.2f}" if usual > 0 else "–"

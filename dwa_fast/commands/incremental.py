@@ -1,0 +1,153 @@
+"""The command for class-incremental learning from distilled sets."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dwa_fast import backend
+from dwa_fast.commands.data import Data, read_teacher
+from dwa_fast.commands.finish import finish
+from dwa_fast.commands.studies import named_sets, study_folder
+from dwa_fast.config import SynthesisConfig, ValidationConfig
+from dwa_fast.console import Console
+from dwa_fast.datasets import FileSet
+from dwa_fast.files import checksum
+from dwa_fast.incremental import IncrementalConfig, class_order, learn
+from dwa_fast.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
+from dwa_fast.storage import MANIFEST, read_manifest
+from dwa_fast.validate import ValidationResult
+
+_STEPS = "steps"  # folder of what is finished
+
+Accuracies = Mapping[str, list[list[list[float]]]]  # by set: [seeds][tasks][students], percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incremental(Data):
+    """Class-incremental learning (GDumb): at every step a new student learns from the distilled images of all classes seen so far.
+
+    Soft labels are the teacher's logits of these classes alone. The same command goes on where it stopped.
+    """
+
+    teacher: Path  # Checkpoint of the teacher, which gives the soft labels.
+    sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
+    output: Path  # Folder for record.json, the chart and the finished steps.
+    ipc: int | None = None  # Take the first images of each class only; default: all.
+    student: str  # Architecture of the students, as for squeeze --architecture.
+    seed: int = 0  # All random draws derive from it.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
+    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
+
+    def run(self, console: Console) -> None:
+        """Train and test a student for every set, order of the classes and step, and write the record."""
+        started = time.perf_counter()
+        device = backend.resolve_device(self.device)
+        test = self.load("test", self.config.channels)
+        sets = named_sets(self.sets, self.size, self.config.channels, self.ipc, test.class_names)
+        module, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), self.config.channels)
+        settings = {
+            "recipe": self.recipe,
+            "size": self.size,
+            "student": self.student,
+            "seed": self.seed,
+            "tasks": self.protocol.tasks,
+            "teacher": {"architecture": info.architecture, "checksum": checksum(self.teacher)},
+            "validation": asdict(self.config),
+        }
+        keep = study_folder(self.output, settings) / _STEPS
+        with console.bars() as track:
+            accuracies = learn(
+                sets,
+                test,
+                module,
+                self.student,
+                self.protocol,
+                self.config,
+                size=self.size,
+                device=device,
+                keep=keep,
+                seed=self.seed,
+                progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
+            )
+        names = test.class_names
+        orders = [class_order(len(names), self.protocol.tasks, seed=self.seed, index=index) for index in range(self.protocol.seeds)]
+        seen = list(itertools.accumulate(map(len, orders[0])))
+        facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
+        cells = [
+            {"recipe": self.recipe, "student": self.student, **_origin(sets[name], name), "classes seen": count, **result}
+            for name, own in accuracies.items()
+            for count, result in zip(seen, _steps(own), strict=True)
+        ]
+        data = {
+            "cells": cells,
+            "class orders": [[[names[label] for label in part] for part in order] for order in orders],
+            "top-1 % by set, order, task and student": accuracies,
+        }
+        labels = f"{self.config.labels} labels"
+        finish(console, self.output, as_record(accuracies, seen, labels, data=data, seconds=time.perf_counter() - started, **facts))
+
+
+def as_record(accuracies: Accuracies, seen: list[int], labels: str, **facts: Any) -> Record:
+    """Table and curve of accuracies over the classes seen."""
+    results = {name: _steps(own) for name, own in accuracies.items()}
+    orders = len(next(iter(accuracies.values())))
+    rows = [
+        [name, *(mean_and_spread(step["mean"], step["std"]) for step in steps), f"{statistics.fmean(step['mean'] for step in steps):.1f}"]
+        for name, steps in results.items()
+    ]
+    last = "; ".join(f"{name} {mean_and_spread(steps[-1]['mean'], steps[-1]['std'])}" for name, steps in results.items())
+    return Record(
+        kind="incremental",
+        title=f"Class-incremental learning in {len(seen)} tasks",
+        summary=f"Top-1 % once all {seen[-1]} classes are seen: {last}.",
+        tables=[
+            Table(
+                title="Top-1 % on the classes seen so far",
+                columns=["set", *(f"{count} class{'es' if count > 1 else ''}" for count in seen), "mean of steps"],
+                rows=rows,
+                note=f"Mean ± standard deviation over {orders} orders of the classes. Each step trains a new student on the distilled "
+                f"images of all classes so far, with {labels}; soft ones are the teacher's logits of these classes alone.",
+            )
+        ],
+        charts=[
+            Chart(
+                title="Top-1 % on the classes seen so far",
+                x_label="classes seen",
+                y_label="top-1 %",
+                x=seen,
+                series=[
+                    Series(name=name, values=[step["mean"] for step in steps], spreads=[step["std"] for step in steps])
+                    for name, steps in results.items()
+                ],
+            )
+        ],
+        **facts,
+    )
+
+
+def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
+    """Each step over the orders of the classes, the students of an order averaged."""
+    found = []
+    for task in range(len(own[0])):
+        means = [statistics.fmean(order[task]) for order in own]
+        result = ValidationResult(means, [])
+        found.append({"mean": result.mean, "std": result.std, "accuracies": means})
+    return found
+
+
+def _origin(images: FileSet, name: str) -> dict[str, Any]:
+    """What a set is, and how it was made where it says so; else its method goes by its name."""
+    settings = read_manifest(images.folder)["settings"] if (images.folder / MANIFEST).is_file() else {}
+    synthesis = {each.name: settings[each.name] for each in fields(SynthesisConfig) if each.name in settings}
+    told = {"synthesis": synthesis} if synthesis else {}
+    return {"set": name, "method": settings.get("method", name), "ipc": len(images.labels) // len(images.class_names), **told}
