@@ -135,7 +135,8 @@ def raw(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
             method, changes = nearest_method(setup.recipe, variant.synthesis)
         flat = [accuracy for each in outcome.accuracies for accuracy in each]
         row = {"recipe": setup.recipe, "method": method, "student": student, "ipc": ipc, "mean": outcome.mean, "std": outcome.std}
-        rows.append({**row, "accuracies": flat, "sets": len(outcome.accuracies), **changes})
+        synthesis = asdict(variant.synthesis) if variant.synthesis else {}
+        rows.append({**changes, **row, "accuracies": flat, "sets": len(outcome.accuracies), "synthesis": synthesis})
     return rows
 
 
