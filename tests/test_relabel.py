@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast import InputError
+from dwa_fast import InputError, resuming
 from dwa_fast.architectures import build
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.cli import run
@@ -81,15 +82,25 @@ def test_stored_lessons_are_those_of_training(tmp_path: Path, config: Validation
 
 
 @pytest.mark.parametrize("config", [QUICK, CUTMIX], ids=["pad and mixup", "crop and cutmix"])
-def test_students_are_those_of_a_teacher_that_rounds(tmp_path: Path, config: ValidationConfig) -> None:
-    """To the bit, so that only the rounding can tell stored labels from a teacher's."""
+def test_students_are_those_of_a_teacher_that_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ValidationConfig) -> None:
+    """To the bit of their weights, so that only the rounding can tell stored labels from a teacher's; also where they were stopped."""
+    monkeypatch.setattr(resuming, "_SECONDS", 0.0)
     config = replace(config, temperature=1.0, learning_rate=0.02)
     store(tmp_path / "labels", config)
-    wanted = students(config, Halved(), progress=None, keep=tmp_path / "online")
-    assert students(config, None, soft_labels=tmp_path / "labels") == wanted
-    with pytest.raises(KeyboardInterrupt):
-        students(config, None, soft_labels=tmp_path / "labels", keep=tmp_path / "stored", progress=stop_at(7))
-    assert students(config, None, soft_labels=tmp_path / "labels", keep=tmp_path / "stored") == wanted
+
+    def weights(name: str, teacher: nn.Module | None, stops: Sequence[int], **more: Any) -> dict[str, torch.Tensor]:
+        for step in stops:
+            with pytest.raises(KeyboardInterrupt):
+                students(config, teacher, keep=tmp_path / name, progress=stop_at(step), **more)
+        content: dict[str, torch.Tensor] = torch.load(tmp_path / name / "student0.state", weights_only=True)["weights"]
+        return content
+
+    online = weights("online", Halved(), [11])  # after three epochs of four
+    stored = weights("stored", None, [7, 11], soft_labels=tmp_path / "labels")
+    assert all(torch.equal(online[name], stored[name]) for name in online)
+    exact = weights("exact", small_teacher(), [11])
+    assert any(not torch.equal(online[name], exact[name]) for name in online)
+    assert students(config, None, soft_labels=tmp_path / "labels") == students(config, Halved())
 
 
 def test_stopped_and_damaged_labels_are_made_good(tmp_path: Path) -> None:
