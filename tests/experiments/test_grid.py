@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,20 @@ def test_numbers_behind_the_tables(tmp_path: Path) -> None:
     assert [(row["method"], row["ipc"]) for row in rows] == [("real", 1), ("real", 5), ("dwa", 1), ("dwa", 5)]
     assert rows[0]["accuracies"] == [51.0, 53.0, 60.0, 62.0]
     assert rows[0]["mean"] == pytest.approx(56.5)
-    assert rows[0].keys() == {"recipe", "method", "student", "ipc", "mean", "std", "accuracies", "sets"}
+    assert rows[0].keys() == {"recipe", "method", "student", "ipc", "mean", "std", "accuracies", "sets", "synthesis"}
+    assert rows[0]["synthesis"] == {}  # nothing was synthesised
+    assert rows[2]["synthesis"]["iterations"] == 2
     assert rows[2]["iterations"] == 2  # not the recipe's
     assert "lambda_var" not in rows[2]  # the recipe's
+
+
+def test_no_setting_takes_the_place_of_a_result(tmp_path: Path) -> None:
+    """A normalisation has a mean and a std as well."""
+    setup = small_setup(tmp_path)
+    changed = Variant(name="DWA", synthesis=replace(setup.synthesis, mean=(0.25,), std=(0.75,)))
+    (row,) = raw(setup, grid(variants=[changed], ipc=(1,)), {("DWA", 1, "small-resnet"): Outcome([[50.0, 52.0]])})
+    assert (row["mean"], row["std"]) == (51.0, pytest.approx(2**0.5))
+    assert row["synthesis"]["mean"] == (0.25,)
 
 
 def test_layouts_hold_every_number_in_its_place(tmp_path: Path) -> None:
