@@ -95,7 +95,7 @@ def anatomy(peer: harness.Ours, iterations: int, ceilings: dict[str, float]) -> 
 def profiled(run: Callable[[], None], device: torch.device) -> dict[str, list[float]]:
     """Seconds of every operator on a CPU, of every kernel on a GPU, by part."""
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as seen:
         run()
         machine.wait(device)
     spent = defaultdict(list)
