@@ -110,7 +110,8 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
         return ["squeeze", "--recipe", "digits", "--size", str(SIZE), "--padding", "1", "--epochs", "3", "--output", str(tmp_path / name)]
 
-    process = subprocess.run([sys.executable, "-c", KILLED, *command("t.pt")], capture_output=True, text=True, check=False)
+    killed = [sys.executable, "-c", KILLED, *command("t.pt")]  # elsewhere: it would import the dwa_fast of the folder that it starts in
+    process = subprocess.run(killed, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".t.pt.state"]
     assert torch.load(tmp_path / ".t.pt.state", weights_only=True)["epochs"] == 1

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,25 +15,11 @@ from dwa_fast.backend import Operators, resolve
 from dwa_fast.pooling import MeanPool
 from dwa_fast.reference import ops as reference
 from dwa_fast.rewrite import rewrite
+from tests.ops.conftest import LEVELS
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 5, 2), (3, 19, 7, 9), (2, 16, 8, 6), (4, 67, 3, 11), (8, 128, 16, 16), (1, 64, 1, 4)]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
 DTYPES = [torch.float32, torch.bfloat16]
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
-
-
-@pytest.fixture
-def use_level() -> Iterator[Callable[[str], None]]:
-    """Sets the instruction set for one test; one that the machine lacks skips it."""
-    extension, best = importlib.import_module("dwa_fast._C"), ops.cpu_level()
-
-    def use(level: str) -> None:
-        if LEVELS.index(level) > LEVELS.index(best):
-            pytest.skip(f"this machine's instructions end at {best}")
-        extension.set_cpu_level(level)
-
-    yield use
-    extension.set_cpu_level(best)
 
 
 def features(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
+from tests.ops.conftest import LEVELS
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -28,21 +28,6 @@ SHAPES = [
 ]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
 DTYPES = [torch.float32, torch.bfloat16]
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
-
-
-@pytest.fixture
-def use_level() -> Iterator[Callable[[str], None]]:
-    """Sets the instruction set for one test; one that the machine lacks skips it."""
-    extension, best = importlib.import_module("dwa_fast._C"), ops.cpu_level()
-
-    def use(level: str) -> None:
-        if LEVELS.index(level) > LEVELS.index(best):
-            pytest.skip(f"this machine's instructions end at {best}")
-        extension.set_cpu_level(level)
-
-    yield use
-    extension.set_cpu_level(best)
 
 
 def features(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device | str = "cpu") -> Tensor:
