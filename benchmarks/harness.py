@@ -121,18 +121,30 @@ def _pictures(number: int, workload: Workload, config: SynthesisConfig, device: 
     return (low + (high - low) * (0.8 * smooth + 0.2 * fine)).to(device)
 
 
+def disturbed(problem: Problem, amount: float, draw: int) -> Problem:
+    """The same problem with every weight of the teacher changed by up to `amount` times itself."""
+    teacher = copy.deepcopy(problem.teacher)
+    source = torch.Generator(problem.device).manual_seed(SEED + draw)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.mul_(1 + amount * (2 * torch.rand(p.shape, generator=source, device=problem.device) - 1))
+    return replace(problem, teacher=teacher)
+
+
 class Published:
     """The loop as released: weights that keep their gradients, NCHW, float32, a hook per BatchNorm layer, losses read every time."""
 
     precision = "fp32"  # on a GPU with PyTorch's default, TensorFloat-32 in convolutions
 
-    def __init__(self, problem: Problem, dtype: torch.dtype = torch.float32, *, rounding: float = 0.0) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: torch.dtype = torch.float32,
+        *,
+        frozen: bool = False,  # no gradients of the weights: the same numbers, sooner
+    ) -> None:
         self.problem, self.dtype = problem, dtype
-        self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(False)
-        source = torch.Generator(problem.device).manual_seed(SEED)
-        for p in self.model.parameters():  # each changed by up to `rounding` times itself
-            p.mul_(1 + rounding * (2 * torch.rand(p.shape, generator=source, dtype=dtype, device=problem.device) - 1))
-        self.model.requires_grad_(True)
+        self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(not frozen)
         self.hooks = [StatisticsHook(layer) for layer in batchnorm_layers(self.model).values()]
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=problem.device)[:, None, None] for bound in problem.config.bounds)
         self.reset()

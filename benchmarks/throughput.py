@@ -23,7 +23,7 @@ import harness
 import machine
 import stages
 
-from dwa_fast.backend import resolve_device
+from dwa_fast.backend import resolve, resolve_device
 from dwa_fast.errors import InputError
 
 COMPARED = 3  # iterations whose losses are compared with those in float64
@@ -31,6 +31,7 @@ _FACTOR = 2  # an error may be this many times what rounding does to PyTorch's o
 # Relative change of every weight that stands for the roundings of a precision: a few units of fp32, where sums are rounded as well,
 # and one unit where only what is stored is.
 _ROUNDING = {"fp32": 2.0**-22, "tf32": 2.0**-11, "bf16": 2.0**-9}
+_DRAWS = 4  # such changes that are tried
 _COLUMNS = (
     "peer|precision|ms/iteration|10 … 90 %|it/s|ms/image|× published|× best rival|% of floor|peak MiB|kernels|gradient|losses"
 ).split("|")
@@ -69,7 +70,7 @@ def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str
     whole = published_iterations if device.type == "cuda" else 2 * options.iterations  # iterations of the whole batch by wall clock
     horizon = max(COMPARED, options.iterations * (options.rounds + 2), whole)
     problem = harness.make_problem(workload, device, options.batch_size, horizon, teacher=options.teacher)
-    exact = harness.numbers(harness.Published(problem, torch.float64), COMPARED)
+    exact = harness.numbers(harness.Published(problem, torch.float64, frozen=True), COMPARED)
     peers: dict[str, harness.Peer] = {}
     memory: dict[str, float | None] = {}
     for name in options.peers:
@@ -162,14 +163,18 @@ def _allowed(
 ) -> list[float]:
     """Largest errors of gradient and losses that count as a match.
 
-    Twice the largest of: the published loop's in this precision, the eager one's, and what the float64 loop itself does when its weights
-    change by a rounding. That is not small for losses after some iterations: Adam's first steps have the size of the learning rate whatever
-    the size of the gradient. Gradients are compared image by image and the median counts, because a ReLU whose input is 0 to rounding
-    flips in some images and not in others, for every peer, and moves their gradients by up to 1e-2.
+    Twice the largest of: the published loop's in this precision, the eager one's, and those of the published loop in float32 when its
+    weights change by a rounding, a few times. The last are not small for losses after some iterations: Adam's first steps have the size
+    of the learning rate whatever the size of the gradient, and in a deep network one draw of roundings differs much from the next.
+    Gradients are compared image by image and the median counts, because a ReLU whose input is 0 to rounding flips in some images and not
+    in others, for every peer, and moves their gradients by up to 1e-2.
     """
     own = [f"{name}/{precision}" for name in ("published", "eager") if precision in harness.offered(name, problem.device)]
     known = [errors[key] if key in errors else _errors_of(key, problem, exact) for key in own]
-    known.append(harness.errors(harness.Published(problem, torch.float64, rounding=_ROUNDING[precision]), exact, COMPARED))
+    with resolve("reference", "fp32", str(problem.device)).arithmetic():
+        for draw in range(_DRAWS):
+            other = harness.Published(harness.disturbed(problem, _ROUNDING[precision], draw), frozen=True)
+            known.append(harness.errors(other, exact, COMPARED))
     return [_FACTOR * max(each) for each in zip(*known, strict=True)]
 
 

@@ -106,6 +106,21 @@ def test_floor_counts_operations_and_bytes(throughput: ModuleType, problem: Any)
     assert floor.seconds(calls, 1e11, 1e30) == pytest.approx(sum(call.operations for call in calls) / 1e11)
 
 
+def test_the_oracle_without_gradients_of_weights_gives_the_same_numbers(throughput: ModuleType, problem: Any) -> None:
+    released, frozen = (
+        throughput.harness.numbers(throughput.harness.Published(problem, torch.float64, frozen=each), 2) for each in (False, True)
+    )
+    assert all(torch.equal(own, wanted) for own, wanted in zip(frozen, released, strict=True))
+
+
+def test_a_disturbed_problem_has_weights_within_the_amount(throughput: ModuleType, problem: Any) -> None:
+    first, again, second = (throughput.harness.disturbed(problem, 2.0**-9, draw).teacher for draw in (0, 0, 1))
+    for p, one, same, other in zip(*(each.parameters() for each in (problem.teacher, first, again, second)), strict=True):
+        assert torch.equal(one, same)
+        assert ((one - p).abs() <= 1.01 * 2.0**-9 * p.abs()).all()
+        assert not p.any() or not (torch.equal(one, p) or torch.equal(one, other))
+
+
 def test_published_ascent_leaves_the_weights_as_they_were(throughput: ModuleType, problem: Any) -> None:
     peer = throughput.harness.Published(problem)
     before = [p.detach().clone() for p in peer.model.parameters()]
