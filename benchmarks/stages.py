@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import time
@@ -27,23 +28,18 @@ from dwa_fast.teacher import prepare
 
 
 def ascents(problem: harness.Problem, peers: dict[str, harness.Peer], rounds: int) -> dict[str, list[float]]:
-    """Seconds of all K steps of the ascent, for every peer that has one of its own, taken in turns."""
+    """Seconds of all K steps of the ascent, for every peer that has one of its own, taken in turns.
+
+    Those that record their steps, and all on a GPU, do it once for nothing before.
+    """
     steps: dict[str, Callable[[], None]] = {}
     for key, peer in peers.items():
         if isinstance(peer, harness.Published):
             steps[key] = lambda peer=peer: published_ascent(peer)  # type: ignore[misc]
         elif peer.execution.backend != "compiled":  # its ascent is the eager one
             steps[key] = _our_ascent(problem, peer)
-    samples: dict[str, list[float]] = {key: [] for key in steps}
-    for turn in range(rounds + 1):  # the first one records and warms up
-        for key, step in steps.items():
-            machine.wait(problem.device)
-            start = time.perf_counter()
-            step()
-            machine.wait(problem.device)
-            if turn:
-                samples[key].append(time.perf_counter() - start)
-    return samples
+    harness.warm_up({key: step for key, step in steps.items() if problem.device.type == "cuda" or key.startswith("fused/")})
+    return harness.in_turns({key: functools.partial(machine.timed, step, problem.device) for key, step in steps.items()}, rounds)
 
 
 def published_ascent(peer: harness.Published) -> None:
