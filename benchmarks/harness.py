@@ -264,11 +264,14 @@ def in_turns(jobs: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name
     return samples
 
 
-def interleaved(peers: dict[str, Peer], iterations: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per iteration of every peer, `rounds` samples each, taken in turns."""
-    jobs = {name: functools.partial(seconds, peer, iterations, device) for name, peer in peers.items()}
+def interleaved(
+    peers: Mapping[str, Peer], others: Mapping[str, Callable[[], float]], iterations: int, rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds per iteration of every peer, and what every other job returns, `rounds` samples each, taken in turns."""
+    jobs = {("peer", name): functools.partial(seconds, peer, iterations, device) for name, peer in peers.items()}
     warm_up(jobs)
-    return in_turns(jobs, rounds)
+    samples = in_turns({**jobs, **{("other", name): job for name, job in others.items()}}, rounds)
+    return {name: samples["peer", name] for name in peers}, {name: samples["other", name] for name in others}
 
 
 def numbers(peer: Peer, iterations: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,17 @@ def run(throughput: ModuleType, tmp_path: Path, *more: str) -> tuple[int, dict[s
 
 
 @pytest.mark.usefixtures("cheap")
+def test_the_floor_takes_the_best_ceiling_of_all_rounds(throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is slow in one round is not taken to be slow in all."""
+    rates = iter([1e11, 4e11, 2e11])
+    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision: next(rates))
+    _, content = run(throughput, tmp_path, "--precision", "fp32", "--rounds", "3")
+    assert content["ceilings"] == {"fp32": 4e11, "copy": 1e10}
+    (result,) = content["workloads"]
+    assert result["floors"]["fp32"]["seconds"] >= result["floors"]["fp32"]["operations"] / 4e11
+
+
+@pytest.mark.usefixtures("cheap")
 def test_a_run_writes_what_it_measured(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, content = run(throughput, tmp_path)
     (result,) = content["workloads"]
