@@ -86,8 +86,8 @@ def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str
     errors = {key: harness.errors(peer, exact, COMPARED) for key, peer in peers.items()}
     used = sorted({key.split("/")[1] for key in peers})
     allowed = {precision: _allowed(problem, precision, errors, exact) for precision in used}
-    limits = {precision: functools.partial(machine.arithmetic_ceiling, device, precision) for precision in used}
-    limits["copy"] = functools.partial(machine.copy_ceiling, device)
+    limits = {precision: functools.partial(machine.arithmetic_ceiling, device, precision, rounds=2) for precision in used}
+    limits["copy"] = functools.partial(machine.copy_ceiling, device, rounds=4)
     samples, reached = harness.interleaved(peers, limits, options.iterations, options.rounds, device)
     for name, rates in reached.items():  # in turns with the peers, so that what slows the machine for a while slows both
         ceilings[name] = max(ceilings.get(name, 0.0), *rates)

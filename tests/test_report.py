@@ -343,8 +343,8 @@ def test_reads_what_throughput_writes(
 ) -> None:
     """The file of a real run, on the smallest workload."""
     throughput = importlib.import_module("throughput")
-    monkeypatch.setattr(throughput.machine, "copy_ceiling", lambda device: 2e10)
-    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision: 1e12)
+    monkeypatch.setattr(throughput.machine, "copy_ceiling", lambda device, rounds: 2e10)
+    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision, rounds: 1e12)
     arguments = "--workload digits --batch-size 2 --iterations 1 --rounds 1 --peers published eager fused --precision fp32 --device cpu"
     throughput.main([*arguments.split(), "--json", str(tmp_path / "real.json")])
     capsys.readouterr()

@@ -23,8 +23,8 @@ def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def cheap(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings that need no measuring."""
-    monkeypatch.setattr(throughput.machine, "copy_ceiling", lambda device: 1e10)
-    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision: 1e11)
+    monkeypatch.setattr(throughput.machine, "copy_ceiling", lambda device, rounds: 1e10)
+    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision, rounds: 1e11)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def run(throughput: ModuleType, tmp_path: Path, *more: str) -> tuple[int, dict[s
 def test_the_floor_takes_the_best_ceiling_of_all_rounds(throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is slow in one round is not taken to be slow in all."""
     rates = iter([1e11, 4e11, 2e11])
-    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision: next(rates))
+    monkeypatch.setattr(throughput.machine, "arithmetic_ceiling", lambda device, precision, rounds: next(rates))
     _, content = run(throughput, tmp_path, "--precision", "fp32", "--rounds", "3")
     assert content["ceilings"] == {"fp32": 4e11, "copy": 1e10}
     (result,) = content["workloads"]
