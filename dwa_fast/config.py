@@ -87,12 +87,16 @@ class DataConfig:
     layout: Layout = "folder"  # How the data lie on disk; digits come with the package.
     size: int = 224  # Height and width of every image, pixels.
     classes: int | None = None  # Number of classes that the data must have; None: as many as there are.
+    held_out_share: float = 0.0  # In place of the test images, hold out this share of the training images of each class, in [0, 1).
 
     def __post_init__(self) -> None:
         check_choice("layout", self.layout, Layout)
         check_integer("size", self.size, 1)
         if self.classes is not None:
             check_integer("classes", self.classes, 1)
+        check_real("held_out_share", self.held_out_share, 0, 1)
+        if self.held_out_share == 1:
+            raise InputError("held_out_share must be below 1, which would leave nothing to train with")
 
 
 @dataclass(frozen=True, kw_only=True)

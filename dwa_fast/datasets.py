@@ -17,6 +17,7 @@ from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.decoding import BadImageError, decode
 from dwa_fast.errors import InputError
 from dwa_fast.files import below, entries
+from dwa_fast.seeding import generator
 
 Split = Literal["train", "test"]
 
@@ -60,6 +61,10 @@ class MemorySet:
         """Channels, height and width of every image."""
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
+
+    def select(self, indices: Sequence[int]) -> MemorySet:
+        """These images alone, in this order."""
+        return replace(self, pixels=self.pixels[list(indices)], labels=self.labels[list(indices)])
 
     def name(self, index: int) -> str:
         """The image's number."""
@@ -157,16 +162,34 @@ def load(
         channels: 1 (grey) or 3, for image folders.
         download: whether CIFAR may be fetched into the folder.
     Raises:
-        InputError: the data are not there, not as the layout says, or have another number of classes.
+        InputError: the data are not there, not as the layout says, have another number of classes, or too few images of one to hold
+            some out.
     """
     check_choice("split", split, Split)
-    data = _open(config, folder, split, channels, download)
+    share = config.held_out_share
+    data = _open(config, folder, "train" if share else split, channels, download)
     if config.classes is not None and len(data.class_names) != config.classes:
         raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
-    return data
+    return _part(data, share, split) if share else data
 
 
-def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, download: bool) -> ImageSet:
+def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | FileSet:
+    """The training images that are held out, or the others. Which ones depends on their number alone.
+
+    Raises:
+        InputError: a class has too few images for both.
+    """
+    chosen = torch.zeros(len(data.labels), dtype=torch.bool)
+    for label, name in enumerate(data.class_names):
+        own = (data.labels == label).nonzero().flatten()
+        count = round(share * len(own))
+        if not 0 < count < len(own):
+            raise InputError(f"class {name!r} has {len(own)} training images, of which a share of {share:g} cannot be held out")
+        chosen[own[generator(0, "held out", label).permutation(len(own))[:count]]] = True
+    return data.select((chosen if split == "test" else ~chosen).nonzero().flatten().tolist())
+
+
+def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, download: bool) -> MemorySet | FileSet:
     if config.layout == "digits":
         return digits(split, config.size)
     if folder is None:
@@ -248,7 +271,9 @@ def _split_folder(folder: Path, split: Split) -> Path:
         return folder / "train" if (folder / "train").is_dir() else folder
     held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     if not held_out:
-        raise InputError(f"{folder} has no 'val' or 'test' folder with the held-out images")
+        raise InputError(
+            f"{folder} has no 'val' or 'test' folder with the held-out images; --held-out-share takes some from the training images"
+        )
     labelled = (path for path in held_out if any(map(os.path.isdir, entries(str(path)))))  # ImageNet's test images lie there bare
     return next(labelled, held_out[0])
 

@@ -150,6 +150,7 @@ CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "ascent": (lambda: recipe("digits", ascent="up"), "unknown ascent 'up'; known: directed, random, none"),
     "layout": (lambda: DataConfig(layout="mnist"), "unknown layout 'mnist'; known: digits, cifar10, cifar100, tiny, folder"),  # type: ignore[arg-type]
+    "held out": (lambda: DataConfig(held_out_share=1), "held_out_share must be below 1, which would leave nothing to train with"),
     "epochs": (lambda: SqueezeConfig(epochs=0), "epochs must be an integer of at least 1, got 0"),
     "students": (lambda: ValidationConfig(students=0), "students must be an integer of at least 1, got 0"),
     "temperature": (lambda: ValidationConfig(temperature=0), "temperature must be a finite number above 0, got 0"),

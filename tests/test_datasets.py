@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,25 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         load(DataConfig(layout="folder", size=8, classes=1000), tmp_path, "train")
     with pytest.raises(InputError, match="cifar10 images are 32 pixels wide, got size 16"):
         load(DataConfig(layout="cifar10", size=16), tmp_path, "train")
+
+
+def test_a_share_of_the_training_images_is_held_out_in_place_of_the_test_images(tmp_path: Path) -> None:
+    """Class by class, the same ones every time, and never a test image."""
+    config = DataConfig(layout="digits", size=8, held_out_share=0.2)
+    train, held_out, whole = load(config, None, "train"), load(config, None, "test"), load(replace(config, held_out_share=0), None, "train")
+    counts = whole.labels.bincount()
+    assert held_out.labels.bincount().tolist() == (0.2 * counts).round().to(torch.int64).tolist()
+    assert (train.labels.bincount() + held_out.labels.bincount()).tolist() == counts.tolist()
+    parts = [row.tobytes() for data in (train, held_out) for row in data.load(range(len(data.labels))).numpy()]
+    assert sorted(parts) == sorted(row.tobytes() for row in whole.load(range(len(whole.labels))).numpy())
+    assert torch.equal(load(config, None, "test").labels, held_out.labels)
+
+    for name in ("cat", "dog"):
+        for index in range(4):
+            write_image(tmp_path / "train" / name / f"{index}.png", index)
+    files = [load(replace(FOLDER, held_out_share=0.25), tmp_path, "train"), load(replace(FOLDER, held_out_share=0.25), tmp_path, "test")]
+    assert [len(data.labels) for data in files] == [6, 2]
+    names = [data.name(index) for data in files for index in range(len(data.labels))]
+    assert sorted(names) == [f"{name}/{index}.png" for name in ("cat", "dog") for index in range(4)]
+    with pytest.raises(InputError, match=r"class 'cat' has 4 training images, of which a share of 0\.1 cannot be held out"):
+        load(replace(FOLDER, held_out_share=0.1), tmp_path, "train")

@@ -31,6 +31,7 @@ class Data:
     data: Path | None = None  # Folder of the real images; digits need none.
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
     size: int  # Height and width of the images, pixels.
+    held_out_share: float = 0.0  # Hold out this share of the training images in place of the test images, to choose settings without them.
 
     def load(self, split: Split, channels: int) -> ImageSet:
         """The images of a split, as the recipe says."""
@@ -40,7 +41,7 @@ class Data:
     def data_config(self) -> DataConfig:
         """The recipe's, at the size asked for."""
         config = full_recipe(self.recipe).data
-        return DataConfig(layout=config.layout, size=self.size, classes=config.classes)
+        return DataConfig(layout=config.layout, size=self.size, classes=config.classes, held_out_share=self.held_out_share)
 
 
 def read_teacher(data: Data, path: Path, architecture: str | None, classes: int, channels: int) -> tuple[torch.nn.Module, TeacherInfo]:
