@@ -21,6 +21,7 @@ from dwa_fast.experiments.studies import TITLES, by_method
 from dwa_fast.files import checksum, output_folder
 from dwa_fast.recipes import full_recipe
 from dwa_fast.records import Record, Table, mean_and_spread
+from dwa_fast.resuming import image_digest
 from dwa_fast.squeeze import squeeze
 from dwa_fast.training import top1
 
@@ -112,6 +113,8 @@ def _setup(output: Path, config: DemoConfig) -> Setup:
         recipe=recipe.name,
         data=recipe.data,
         folder=None,
+        train_checksum=image_digest(load(recipe.data, None, "train", channels=1)),
+        test_checksum=image_digest(load(recipe.data, None, "test", channels=1)),
         teacher=output / "teacher.pt",
         teacher_checksum=checksum(output / "teacher.pt"),
         architecture=recipe.architecture,

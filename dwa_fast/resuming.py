@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from dwa_fast.archives import read_archive
-from dwa_fast.datasets import ImageSet
+from dwa_fast.datasets import FileSet, ImageSet
 from dwa_fast.errors import InputError
-from dwa_fast.files import is_left_over, output_folder, read_regular, replacing, write_json
+from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, replacing, write_json
 from dwa_fast.storage import difference
 
 _SECONDS = 30.0  # between two states of a training, at least: one of a large network takes a second to write
@@ -25,14 +25,33 @@ _FORMAT = 1
 
 
 def image_digest(data: ImageSet) -> str:
-    """Checksum of a set: its labels, its classes, its names and its pixels, of a large set those of evenly spaced images."""
+    """Checksum of a set: its labels, its classes, its names and its images, of a large set evenly spaced ones.
+
+    Files count as they are, whether they can be decoded or not.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
     count = len(data.labels)
     shown = max(1, min(count, _DIGEST_BYTES // math.prod(data.image_shape)))
     names = [data.name(index) for index in range(count)]
     total = hashlib.sha256(json.dumps([names, data.labels.tolist(), data.class_names, data.image_shape]).encode())
     for part in torch.linspace(0, count - 1, shown).round().to(torch.int64).split(256):
-        total.update((data.load(part.tolist()) * 255).round().to(torch.uint8).numpy().tobytes())
+        total.update(_content(data, part.tolist()))
     return total.hexdigest()
+
+
+def _content(data: ImageSet, indices: Sequence[int]) -> bytes:
+    if not isinstance(data, FileSet):
+        return (data.load(indices) * 255).round().to(torch.uint8).numpy().tobytes()
+    sums = []
+    for index in indices:
+        path = data.folder / data.files[index]
+        try:
+            sums.append(checksum(path))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return "".join(sums).encode()
 
 
 def weight_digest(module: nn.Module) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,18 @@ def test_incremental_leaves_a_record_and_goes_on(bench: Path, tmp_path: Path, ca
     ] * 2
     assert len(list((tmp_path / "steps").iterdir())) == 2 * 2 * 2
     assert f"{cells[1]['mean']:.1f} ± {cells[1]['std']:.1f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["diversity", "incremental"])
+def test_bad_images_of_a_set_stop_or_are_skipped(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    shutil.copytree(bench / "two", tmp_path / "hurt")
+    path = next((tmp_path / "hurt" / "new003").glob("*.png"))
+    path.write_bytes(path.read_bytes()[:20])
+    arguments: list[Any] = [command, bench, tmp_path / "out", "--sets", str(tmp_path / "hurt"), "--ipc", "2"]
+    assert study(*arguments) == 1
+    assert re.search(rf"{path.name} is no image that can be read: .*; with --skip-bad-images it is left out", capsys.readouterr().err)
+    assert study(*arguments, "--skip-bad-images") == 0
+    assert f"skipped 1 image that cannot be read:\n  new003/{path.name}: " in capsys.readouterr().out
 
 
 def test_many_classes_become_curves_in_the_order_of_the_first_set() -> None:

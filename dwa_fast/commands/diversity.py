@@ -14,9 +14,9 @@ import tyro
 from torch import Tensor
 
 from dwa_fast import backend
-from dwa_fast.commands.data import Data, read_teacher
+from dwa_fast.commands.data import naming_bad_images, read_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import named_sets, study_folder
+from dwa_fast.commands.studies import DistilledSets, study_folder
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet
 from dwa_fast.files import checksum
@@ -36,13 +36,14 @@ _NEAR = 0.05  # share of real images whose neighbours are called near
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diversity(Data):
-    """Measure how diverse distilled sets are, and how close to real images: D^c, nearest real images, t-SNE, contact sheets."""
+class Diversity(DistilledSets):
+    """Measure how diverse distilled sets are, and how close to real images: D^c, nearest real images, t-SNE, contact sheets.
+
+    The charts have the classes in the order of the first set.
+    """
 
     teacher: Path  # Checkpoint of the teacher, in whose eyes images are alike or not.
-    sets: tuple[str, ...]  # Distilled sets: folders, or name=folder; the charts have the classes in the order of the first one.
     output: Path  # Folder for record.json, the charts and the pictures.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
@@ -52,19 +53,20 @@ class Diversity(Data):
         """Look, and write the record."""
         started = time.perf_counter()
         normalisation, device = full_recipe(self.recipe).validation, backend.resolve_device(self.device)
-        train = self.load("train", normalisation.channels)
-        sets = named_sets(self.sets, self.size, normalisation.channels, self.ipc, train.class_names)
+        train = self.real(console, "train", normalisation.channels)
+        sets = self.open_sets(console, normalisation.channels, train.class_names)
         module, info = read_teacher(self, self.teacher, self.architecture, len(train.class_names), normalisation.channels)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
+            "images": image_digest(train),
             "seed": self.seed,
             **asdict(self.config),
             "teacher": {"architecture": info.architecture, "checksum": checksum(self.teacher)},
             "sets": {name: {"images": len(images.labels), "checksum": image_digest(images)} for name, images in sets.items()},
         }
         study_folder(self.output, settings)
-        with console.bars() as track:
+        with naming_bad_images(), console.bars() as track:
             found = survey(
                 module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images looked at")
             )

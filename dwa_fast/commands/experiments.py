@@ -20,6 +20,7 @@ from dwa_fast.experiments.schedule import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
 from dwa_fast.files import checksum, output_folder
 from dwa_fast.records import Record, command_line
+from dwa_fast.resuming import image_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,15 @@ class Study(Data):
 
     def _setup(self) -> Setup:
         channels = self.synthesis.channels
-        classes = len(self.load("test", channels).class_names)
-        _, info = read_teacher(self, self.teacher, self.architecture, classes, channels)
+        train, test = self.load("train", channels), self.load("test", channels)
+        _, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), channels)
         return Setup(
             output=self.output,
             recipe=self.recipe,
             data=self.data_config,
             folder=self.data,
+            train_checksum=image_digest(train),
+            test_checksum=image_digest(test),
             teacher=self.teacher,
             teacher_checksum=checksum(self.teacher),
             architecture=info.architecture,

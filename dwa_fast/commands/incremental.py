@@ -13,15 +13,16 @@ from typing import Any
 import tyro
 
 from dwa_fast import backend
-from dwa_fast.commands.data import Data, read_teacher
+from dwa_fast.commands.data import naming_bad_images, read_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import named_sets, study_folder
+from dwa_fast.commands.studies import DistilledSets, study_folder
 from dwa_fast.config import SynthesisConfig, ValidationConfig
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet
 from dwa_fast.files import checksum
 from dwa_fast.incremental import IncrementalConfig, class_order, learn
 from dwa_fast.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
+from dwa_fast.resuming import image_digest
 from dwa_fast.storage import MANIFEST, read_manifest
 from dwa_fast.validate import ValidationResult
 
@@ -31,16 +32,14 @@ Accuracies = Mapping[str, list[list[list[float]]]]  # by set: [seeds][tasks][stu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Incremental(Data):
+class Incremental(DistilledSets):
     """Class-incremental learning (GDumb): at every step a new student learns from the distilled images of all classes seen so far.
 
     Soft labels are the teacher's logits of these classes alone. The same command goes on where it stopped.
     """
 
     teacher: Path  # Checkpoint of the teacher, which gives the soft labels.
-    sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
     output: Path  # Folder for record.json, the chart and the finished steps.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
     student: str  # Architecture of the students, as for squeeze --architecture.
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
@@ -52,12 +51,13 @@ class Incremental(Data):
         """Train and test a student for every set, order of the classes and step, and write the record."""
         started = time.perf_counter()
         device = backend.resolve_device(self.device)
-        test = self.load("test", self.config.channels)
-        sets = named_sets(self.sets, self.size, self.config.channels, self.ipc, test.class_names)
+        test = self.real(console, "test", self.config.channels)
+        sets = self.open_sets(console, self.config.channels, test.class_names)
         module, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), self.config.channels)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
+            "held_out": image_digest(test),
             "student": self.student,
             "seed": self.seed,
             "tasks": self.protocol.tasks,
@@ -65,7 +65,7 @@ class Incremental(Data):
             "validation": asdict(self.config),
         }
         keep = study_folder(self.output, settings) / _STEPS
-        with console.bars() as track:
+        with naming_bad_images(), console.bars() as track:
             accuracies = learn(
                 sets,
                 test,

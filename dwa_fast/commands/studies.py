@@ -1,13 +1,16 @@
-"""What the commands that study distilled sets share: the sets by name, and a folder that holds one study."""
+"""What the commands that look at distilled sets share: the sets by name, and a folder that holds one study."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.datasets import FileSet
+from dwa_fast.commands.data import Data, say_skipped, usable
+from dwa_fast.console import Console
+from dwa_fast.datasets import FileSet, ImageSet, Split
 from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
@@ -15,27 +18,41 @@ from dwa_fast.records import RECORD, read_record
 from dwa_fast.resuming import refuse_change
 
 
-def named_sets(sets: Sequence[str], size: int, channels: int, ipc: int | None, class_names: Sequence[str]) -> dict[str, FileSet]:
-    """Distilled sets by name, from `name=DIR`, or `DIR` alone, which names itself.
+@dataclass(frozen=True, kw_only=True)
+class DistilledSets(Data):
+    """Some distilled sets, and the real data that they stand for."""
 
-    Args:
-        ipc: take the first images of each class only.
-        class_names: of the real classes.
-    Raises:
-        InputError: there is none, two have the same name, or one cannot be read.
-    """
-    found: dict[str, FileSet] = {}
-    for text in sets:
-        name, equals, place = text.partition("=")
-        named = equals and name and "/" not in name and not Path(text).is_dir()
-        folder = Path(place if named else text)
-        name = name if named else folder.absolute().name
-        if name in found:
-            raise InputError(f"two sets are called {name!r}; name them, as in --sets one=DIR two=DIR")
-        found[name], _ = open_distilled(folder, size, channels, class_names, per_class=ipc)
-    if not found:
-        raise InputError("there is no set to look at; name some with --sets")
-    return found
+    sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
+    ipc: int | None = None  # Take the first images of each class only; default: all.
+    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
+
+    def real(self, console: Console, split: Split, channels: int) -> ImageSet:
+        """The real images of a split."""
+        return usable(console, self.load(split, channels), self.skip_bad_images)
+
+    def open_sets(self, console: Console, channels: int, class_names: Sequence[str]) -> dict[str, FileSet]:
+        """The distilled sets by name, from `name=DIR`, or `DIR` alone, which names itself.
+
+        Args:
+            class_names: of the real classes.
+        Raises:
+            InputError: there is none, two have the same name, or one cannot be read.
+        """
+        found: dict[str, FileSet] = {}
+        for text in self.sets:
+            name, equals, place = text.partition("=")
+            named = equals and name and "/" not in name and not Path(text).is_dir()
+            folder = Path(place if named else text)
+            name = name if named else folder.absolute().name
+            if name in found:
+                raise InputError(f"two sets are called {name!r}; name them, as in --sets one=DIR two=DIR")
+            found[name], skipped = open_distilled(
+                folder, self.size, channels, class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
+            )
+            say_skipped(console, skipped)
+        if not found:
+            raise InputError("there is no set to look at; name some with --sets")
+        return found
 
 
 def study_folder(folder: Path, settings: Mapping[str, Any]) -> Path:

@@ -44,6 +44,8 @@ class Setup:
     recipe: str  # its name
     data: DataConfig
     folder: Path | None  # of the real images
+    train_checksum: str  # of the real images that sets are made from, as image_digest
+    test_checksum: str  # of the held-out ones
     teacher: Path
     teacher_checksum: str
     architecture: str  # of the teacher
@@ -227,8 +229,8 @@ def _result_file(setup: Setup, cell: Cell) -> Path:
 
 
 def _set_settings(setup: Setup, source: Made) -> dict[str, Any]:
-    """All that a set depends on, beside the real images."""
-    base = {"recipe": setup.recipe, "size": setup.data.size, "seed": source.seed}
+    """All that a set depends on."""
+    base = {"recipe": setup.recipe, "images": setup.train_checksum, "size": setup.data.size, "seed": source.seed}
     if source.synthesis is None:
         return {**base, "method": REAL, "initial": _initial_settings(setup)}
     config = source.synthesis
@@ -239,7 +241,7 @@ def _set_settings(setup: Setup, source: Made) -> dict[str, Any]:
 
 
 def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
-    """All that the accuracy of a student depends on, beside the real images."""
+    """All that the accuracy of a student depends on."""
     device = resolve_device(setup.synthesis.device).type
     trained = {name: value for name, value in asdict(setup.validation).items() if name not in _NOT_OF_A_STUDENT}
     return {
@@ -248,6 +250,7 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
         "student": cell.student,
         "seed": cell.source.seed,
         "teacher": setup.teacher_checksum,
+        "held_out": setup.test_checksum,
         "recipe": setup.recipe,
         "size": setup.data.size,
         "device": device,

@@ -33,6 +33,8 @@ def small_setup(output: Path, **changes: Any) -> Setup:
         "recipe": "digits",
         "data": DataConfig(layout="digits", size=SIZE, classes=10),
         "folder": None,
+        "train_checksum": "of the training images",
+        "test_checksum": "of the held-out images",
         "teacher": teacher,
         "teacher_checksum": checksum(teacher),
         "architecture": "small-resnet",

@@ -74,12 +74,14 @@ def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
         set_folder(setup, Made(None, 0)),
         set_folder(replace(setup, threads=2), dwa(setup)),
         set_folder(replace(setup, teacher_checksum="other"), dwa(setup)),
+        set_folder(replace(setup, train_checksum="other"), dwa(setup)),
+        set_folder(replace(setup, train_checksum="other"), Made(None, 0)),
         set_folder(replace(setup, initial=InitialConfig(initial_order="sorted")), dwa(setup)),
         set_folder(replace(setup, data=replace(setup.data, size=16)), dwa(setup)),
     ]
     assert len(set(places)) == len(places)
     assert set_folder(setup, dwa(setup, concurrent_batches=2)) == places[0]
-    assert set_folder(replace(setup, validation=small_validation(epochs=9)), dwa(setup)) == places[0]
+    assert set_folder(replace(setup, validation=small_validation(epochs=9), test_checksum="other"), dwa(setup)) == places[0]
 
 
 def test_names_say_what_a_set_is(tmp_path: Path) -> None:
@@ -146,6 +148,8 @@ def test_what_changes_a_student_changes_its_place(tmp_path: Path) -> None:
         cell_folder(setup, replace(cell, source=dwa(setup, lambda_var=0.5))),
         cell_folder(replace(setup, threads=2), cell),
         cell_folder(replace(setup, teacher_checksum="other"), cell),
+        cell_folder(replace(setup, train_checksum="other"), cell),
+        cell_folder(replace(setup, test_checksum="other"), cell),
         cell_folder(replace(setup, validation=small_validation(epochs=9)), cell),
     ]
     assert len(set(places)) == len(places)
