@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check_integer
@@ -19,10 +18,9 @@ from dwa_fast.preview import Preview
 from dwa_fast.production import Line, Observer, Progress
 from dwa_fast.storage import MANIFEST, ImageStore, WorkItem, read_manifest
 from dwa_fast.synthesis import Synthesizer
+from dwa_fast.threads import computing, recorded_threads
 from dwa_fast.tracking import tracked
 from dwa_fast.workers import Shard, StoreLostError, Workers, threads_alone
-
-_MOST_THREADS = 1024  # a manifest that asks for more is not ours
 
 
 def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
@@ -119,16 +117,4 @@ def _finish(team: Workers, line: Line, output: Path) -> None:
 
 def _begun_with(output: Path) -> int | None:
     """CPU threads that the set in a folder is computed with, if there is one."""
-    threads = read_manifest(output)["settings"].get("threads") if (output / MANIFEST).exists() else None
-    return threads if type(threads) is int and 0 < threads <= _MOST_THREADS else None
-
-
-@contextlib.contextmanager
-def computing(threads: int | None) -> Iterator[None]:
-    """Inside, PyTorch computes with that many CPU threads; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return recorded_threads(read_manifest(output)["settings"]) if (output / MANIFEST).exists() else None

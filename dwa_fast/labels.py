@@ -21,6 +21,7 @@ from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, 
 from dwa_fast.lessons import Draw, batch_sizes
 from dwa_fast.resuming import refuse_change
 from dwa_fast.seeding import generator
+from dwa_fast.threads import as_begun
 
 INDEX = "labels.json"
 _FORMAT = 1
@@ -84,7 +85,7 @@ class LabelStore:
 
     @classmethod
     def create(cls, folder: Path, settings: Mapping[str, Any], epochs: int) -> LabelStore:
-        """Begin a store, or go on with the one in the folder; one of more epochs begins with those of a smaller one.
+        """Begin a store, or go on with the one in the folder, with its CPU threads; one of more epochs begins with those of a smaller one.
 
         Raises:
             InputError: the folder cannot be written, or holds labels of other settings.
@@ -96,7 +97,8 @@ class LabelStore:
         if not (folder / INDEX).exists():
             write_json(folder / INDEX, {"format": _FORMAT, "settings": settings, "epochs": epochs, "checksums": {}})
         store = cls(folder)
-        refuse_change(folder, "soft labels", store.settings, json.loads(json.dumps(settings)), "choose another folder")
+        wanted = json.loads(json.dumps(as_begun(settings, store.settings)))
+        refuse_change(folder, "soft labels", store.settings, wanted, "choose another folder")
         store.wanted = max(store.wanted, epochs)
         return store
 

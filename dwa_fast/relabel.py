@@ -16,6 +16,7 @@ from dwa_fast.labels import LabelStore, epoch_bytes, view_settings
 from dwa_fast.lessons import Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import image_digest, weight_digest
 from dwa_fast.seeding import derive
+from dwa_fast.threads import THREADS, computing, recorded_threads, threads_of
 from dwa_fast.training import Progress, repeatable, seeded_layers, teaching
 
 
@@ -64,6 +65,7 @@ def relabel(
         "teacher": weight_digest(teacher),
         "classes": classes,
         "seed": seed,
+        THREADS: threads_of(device),
     }
     store = LabelStore.create(output, settings, kept_epochs(config, pool))
     missing = store.missing
@@ -72,10 +74,11 @@ def relabel(
         raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; --pool keeps fewer")
     own = derive(seed, "student", 0)
     lessons = Lessons(Pixels(distilled, device, config.memory_limit), RandomDraws(distilled, config, seed=own), config)
+    threads = recorded_threads(store.settings)
     teach, done = teaching(teacher, config.teacher_mode, device), (store.wanted - len(missing)) * lessons.steps
     for epoch in missing:
         draws = []
-        with seeded_layers(derive(own, "dropout", epoch), device), repeatable():
+        with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), computing(threads):
             for lesson in lessons.epoch(epoch):
                 draws.append(replace(lesson.draw, logits=_of_classes(teach(lesson), classes).half().cpu()))
                 done += 1

@@ -18,6 +18,7 @@ from dwa_fast.datasets import FileSet, ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, replacing, write_json
 from dwa_fast.storage import difference
+from dwa_fast.threads import THREADS, as_begun
 
 _SECONDS = 30.0  # between two states of a training, at least: one of a large network takes a second to write
 _DIGEST_BYTES = 2**24  # of a set's pixels; of larger sets, evenly spaced images stand for all
@@ -73,11 +74,17 @@ class TrainingState:
         """Nothing is read or written yet.
 
         Args:
-            settings: everything that the training depends on; JSON values.
+            settings: everything that the training depends on; JSON values. With another number of `threads` than before it goes on with
+                that of before.
         """
         self.path = path
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._saved = time.monotonic()
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads that the training is to compute with; None: as many as there are."""
+        return self._settings.get(THREADS)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Take over the state, if there is one.
@@ -95,6 +102,7 @@ class TrainingState:
         content = read_archive(self.path, "state of a training")
         try:
             before, epochs = json.loads(content["settings"]), int(content["epochs"])
+            self._settings = as_begun(self._settings, before)
             refuse_change(self.path, "the state of a training", before, self._settings, "remove it to begin again")
             model.load_state_dict(content["weights"])
             optimizer.load_state_dict(content["optimiser"])
@@ -124,6 +132,9 @@ class KeptStudents:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Open the folder, or go on with what is in it.
 
+        Args:
+            settings: everything that the students depend on; JSON values. With another number of `threads` than before they go on with that
+                of before.
         Raises:
             InputError: it cannot be written, or holds students of other settings.
         """
@@ -133,8 +144,15 @@ class KeptStudents:
         self.accuracies: dict[int, float] = {}
         if self._file.exists():
             self._read()
+        else:
+            self._write()
         for index in self.accuracies:  # stopped between writing its accuracy and removing its state
             self.state(index).remove()
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads that the students are to be trained with; None: as many as there are."""
+        return self._settings.get(THREADS)
 
     def state(self, index: int) -> TrainingState:
         """Of the student of that number."""
@@ -143,9 +161,12 @@ class KeptStudents:
     def add(self, index: int, accuracy: float) -> None:
         """Keep the accuracy of a finished student."""
         self.accuracies[index] = accuracy
+        self._write()
+        self.state(index).remove()
+
+    def _write(self) -> None:
         kept = {str(number): value for number, value in sorted(self.accuracies.items())}
         write_json(self._file, {"format": _FORMAT, "settings": self._settings, "accuracies": kept})
-        self.state(index).remove()
 
     def _read(self) -> None:
         try:
@@ -156,6 +177,7 @@ class KeptStudents:
                 raise ValueError("it holds something else")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{self._file} cannot be read: {error}; remove it to train all students again") from error
+        self._settings = as_begun(self._settings, before)
         refuse_change(self._folder, "students", before, self._settings, "choose another folder")
         self.accuracies = accuracies
 

@@ -13,6 +13,7 @@ from dwa_fast.config import SqueezeConfig
 from dwa_fast.datasets import ImageSet
 from dwa_fast.lessons import Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import TrainingState, image_digest
+from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training import Progress, fit, fresh, predict, resolve_precision
 
 
@@ -33,7 +34,8 @@ def squeeze(
         architecture: a name of `architectures.ARCHITECTURES`.
         size: height and width of the images, pixels.
         progress: called with the steps done and the steps in all.
-        keep: file for the state between epochs; the same call goes on from it, to the same bits. Whoever has saved the teacher removes it.
+        keep: file for the state between epochs; the same call goes on from it, with its CPU threads, to the same bits. Whoever has saved
+            the teacher removes it.
     Raises:
         InputError: the file holds the state of a training with other settings, or a set image cannot be read.
     """
@@ -44,6 +46,7 @@ def squeeze(
     )
     lessons = Lessons(Pixels(data, device, config.memory_limit), RandomDraws(data, config, seed=seed, purpose="squeeze"), config)
     settings = {**asdict(config), "architecture": architecture, "size": size, "seed": seed, "precision": precision, "device": device.type}
+    settings[THREADS] = threads_of(device)
     del settings["memory_limit"]  # changes where the images wait, not what they are
 
     def loss(lesson: Lesson) -> Tensor:

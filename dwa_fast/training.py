@@ -16,6 +16,7 @@ from dwa_fast.datasets import ImageSet, normalise
 from dwa_fast.lessons import Lesson, Lessons
 from dwa_fast.resuming import TrainingState
 from dwa_fast.seeding import derive
+from dwa_fast.threads import computing
 
 Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
 Teach = Callable[[Lesson], Tensor]  # a lesson's soft labels: logits, [B, classes] float32
@@ -58,7 +59,8 @@ def fit(
     if progress and done:
         progress(done, total)
     for epoch in range(begun, epochs):
-        with seeded_layers(derive(seed, "dropout", epoch), lessons.device), repeatable():
+        threads = computing(state.threads if state else None)
+        with seeded_layers(derive(seed, "dropout", epoch), lessons.device), repeatable(), threads:
             for lesson in lessons.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * cosine(done, total, warmup_epochs * lessons.steps)

@@ -19,6 +19,7 @@ from dwa_fast.labels import LabelStore, StoredDraws, view_settings
 from dwa_fast.lessons import Draws, Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import KeptStudents, TrainingState, image_digest, refuse_change, weight_digest
 from dwa_fast.seeding import derive
+from dwa_fast.threads import THREADS, computing, threads_of
 from dwa_fast.training import Progress, Teach, fit, fresh, predict, resolve_precision, teaching, top1
 
 _NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
@@ -67,7 +68,7 @@ def validate(
         size: height and width of the images, pixels.
         progress: called with the steps done and the steps in all, over all students.
         keep: folder for the accuracies of finished students and the state of the running one. The same call goes on from there, to the
-            same bits; one with more students trains those that are missing.
+            same bits, with the CPU threads of the first one; one with more students trains those that are missing.
         soft_labels: folder that `relabel` wrote. All students then see its views and mixes; they differ in their first weights.
     Raises:
         InputError: the folder holds students of other settings, an image cannot be read, or the stored labels are not those of this set,
@@ -76,18 +77,19 @@ def validate(
     course = _Course(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
     kept = None
     if keep:
-        own = {"student": student, "size": size, "seed": seed, "device": device.type, "held_out": image_digest(test)}
-        kept = KeptStudents(keep, {**course.settings, **own})
+        own = {"student": student, "size": size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
+        kept = KeptStudents(keep, {**course.settings, **own, "held_out": image_digest(test)})
     finished = kept.accuracies if kept else {}
     seeds = [derive(seed, "student", index) for index in range(config.students)]
-    for index, each in enumerate(seeds):
-        if index in finished:
-            continue
-        model = fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=each, device=device)
-        course.train(model, each, kept.state(index) if kept else None, _share(progress, index, config.students))
-        finished[index] = top1(model, test, config, device)
-        if kept:
-            kept.add(index, finished[index])
+    with computing(kept.threads if kept else None):
+        for index, each in enumerate(seeds):
+            if index in finished:
+                continue
+            model = fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=each, device=device)
+            course.train(model, each, kept.state(index) if kept else None, _share(progress, index, config.students))
+            finished[index] = top1(model, test, config, device)
+            if kept:
+                kept.add(index, finished[index])
     return ValidationResult([finished[index] for index in range(config.students)], seeds)
 
 

@@ -11,7 +11,7 @@ import pytest
 ORDER = """
     _version errors config seeding files archives views recipes decoding datasets subsets architectures
     reference reference.ops reference.loop
-    priors tracing compiled
+    priors tracing compiled threads
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
     backend
     checkpoint pointwise pooling stem rewrite teacher initial program repeat ascent refine

@@ -18,6 +18,7 @@ from dwa_fast.config import ValidationConfig
 from dwa_fast.datasets import MemorySet, digits
 from dwa_fast.lessons import Draw, Lesson
 from dwa_fast.recipes import full_recipe
+from dwa_fast.threads import computing
 from dwa_fast.validate import ValidationResult, _optimizer, hard_loss, soft_loss, validate
 from tests.nets import SIZE, small_set, small_teacher, stop_at
 
@@ -132,6 +133,23 @@ def test_state_is_that_of_the_undisturbed_run(tmp_path: Path, monkeypatch: pytes
             students(student=student, keep=tmp_path / "stopped", progress=stop_at(step))
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_goes_on_with_the_threads_that_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of sums, so the last bits, depend on them; the state of the first student and the second student take the recorded one."""
+    monkeypatch.setattr(resuming, "_SECONDS", 0.0)
+    seen: list[int] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append(torch.get_num_threads())
+
+    with computing(2), pytest.raises(KeyboardInterrupt):
+        students(replace(QUICK, students=2), keep=tmp_path, progress=stop_at(8))
+    with computing(1):
+        students(replace(QUICK, students=2), keep=tmp_path, progress=note)
+        assert torch.get_num_threads() == 1
+    assert set(seen[1:]) == {2}  # the first call says what is there before anything is computed
+    assert json.loads((tmp_path / "students.json").read_text())["settings"]["threads"] == 2
 
 
 def test_more_students_join_those_that_are_there(tmp_path: Path) -> None:

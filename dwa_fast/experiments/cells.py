@@ -19,12 +19,13 @@ from dwa_fast.backend import resolve, resolve_device
 from dwa_fast.checkpoint import load_teacher
 from dwa_fast.config import DataConfig, InitialConfig, StorageConfig, SynthesisConfig, ValidationConfig
 from dwa_fast.datasets import ImageSet, denormalise, image_folder, load
-from dwa_fast.distill import computing, distill, work_list
+from dwa_fast.distill import distill, work_list
 from dwa_fast.distilled import open_distilled
 from dwa_fast.files import checksum, output_folder, read_regular, write_json
 from dwa_fast.initial import initial_images
 from dwa_fast.recipes import METHODS, full_recipe
 from dwa_fast.storage import MANIFEST, ImageStore, read_manifest, to_levels
+from dwa_fast.threads import computing
 from dwa_fast.validate import validate
 
 Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
