@@ -125,7 +125,7 @@ def _digits() -> Recipe:
         architecture="small-resnet",
         synthesis=SynthesisConfig(iterations=500, jitter=2),
         squeeze=SqueezeConfig(epochs=12, learning_rate=0.05, padding=2, flip=0.0),
-        validation=ValidationConfig(epochs=100, learning_rate=5e-3, padding=2, flip=0.0, temperature=20.0),
+        validation=ValidationConfig(epochs=200, learning_rate=5e-3, padding=2, flip=0.0, temperature=20.0),
     )
 
 
