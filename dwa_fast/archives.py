@@ -1,4 +1,4 @@
-"""PyTorch files of any origin, read without running anything that is in them."""
+"""PyTorch files: written whole, the same content as the same bytes; read, of any origin, without running anything that is in them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from typing import Any
 import torch
 
 from dwa_fast.errors import InputError
+from dwa_fast.files import replacing
 
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what it refuses to call
 _NAMED = 3  # how many of them an error quotes
+
+
+def write_archive(path: Path, content: Any) -> None:
+    """Write what `read_archive` reads, whole or not at all.
+
+    Raises:
+        InputError: the disk is full, the folder is read-only, or the like.
+    """
+    with replacing(path) as target, open(target, "wb") as file:  # of a path, torch.save would keep the temporary name in the archive
+        torch.save(content, file)
 
 
 def read_archive(path: Path, what: str) -> Any:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.architectures import ARCHITECTURES, build
-from dwa_fast.archives import read_archive
+from dwa_fast.archives import read_archive, write_archive
 from dwa_fast.config import check_choice, check_integer, check_real
 from dwa_fast.errors import InputError
-from dwa_fast.files import replacing
 
 _NAMED = 3  # how many names of a long list an error quotes
 _MOST_CLASSES, _MOST_PIXELS = 2**24, 4096  # beyond, a description is no network's; it would only fill the memory
@@ -37,8 +36,7 @@ _FIELDS = {field.name for field in fields(TeacherInfo)}
 def save_teacher(path: Path, module: nn.Module, info: TeacherInfo) -> None:
     """Write weights and description, whole or not at all."""
     weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
-    with replacing(path) as target:
-        torch.save({"state_dict": weights, "dwa_fast": vars(info)}, target)
+    write_archive(path, {"state_dict": weights, "dwa_fast": vars(info)})
 
 
 def load_teacher(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwa_fast.archives import read_archive
+from dwa_fast.archives import read_archive, write_archive
 from dwa_fast.augment import Mix, Views
 from dwa_fast.config import ValidationConfig
 from dwa_fast.errors import InputError
-from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, replacing, write_json
+from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, write_json
 from dwa_fast.lessons import Draw, batch_sizes
 from dwa_fast.resuming import refuse_change
 from dwa_fast.seeding import generator
@@ -127,8 +127,7 @@ class LabelStore:
         if not bool(content["logits"].isfinite().all()):
             raise InputError(f"the teacher's logits of epoch {number} are not finite in half precision, in which labels are kept")
         path = self._file(number)
-        with replacing(path) as target:
-            torch.save(content, target)
+        write_archive(path, content)
         self._sums[number] = checksum(path)
         sums = {str(epoch): value for epoch, value in sorted(self._sums.items())}
         write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.wanted, "checksums": sums})

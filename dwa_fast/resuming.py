@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwa_fast.archives import read_archive
+from dwa_fast.archives import read_archive, write_archive
 from dwa_fast.datasets import FileSet, ImageSet
 from dwa_fast.errors import InputError
-from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, replacing, write_json
+from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, write_json
 from dwa_fast.storage import difference
 from dwa_fast.threads import THREADS, as_begun
 
@@ -117,8 +117,7 @@ class TrainingState:
         if time.monotonic() - self._saved < _SECONDS:
             return
         content = {"settings": json.dumps(self._settings), "epochs": epochs, "weights": model.state_dict()}
-        with replacing(self.path) as target:
-            torch.save({**content, "optimiser": optimizer.state_dict()}, target)
+        write_archive(self.path, {**content, "optimiser": optimizer.state_dict()})
         self._saved = time.monotonic()
 
     def remove(self) -> None:

@@ -118,5 +118,5 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
     assert run(command("t.pt")) == 0
     assert run(command("whole.pt")) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.pt", "whole.pt"]
-    one, two = (load_teacher(tmp_path / name)[0].state_dict() for name in ("t.pt", "whole.pt"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert load_teacher(tmp_path / "t.pt")[1].architecture == "small-resnet"
+    assert (tmp_path / "t.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
