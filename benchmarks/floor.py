@@ -36,7 +36,7 @@ def count(peer: harness.Ours) -> list[Call]:
     return [
         _call(node, torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value), value(node))
         for node in graph.graph.nodes
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not _only_looks(node.target)
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not _touches_nothing(node.target)
     ]
 
 
@@ -45,10 +45,11 @@ def seconds(calls: list[Call], arithmetic: float, copying: float) -> float:
     return sum(max(call.operations / arithmetic, call.traffic / copying) for call in calls)
 
 
-def _only_looks(target: torch._ops.OpOverload) -> bool:
-    """Whether the call returns another look at its argument's memory, and touches none."""
+def _touches_nothing(target: torch._ops.OpOverload) -> bool:
+    """Whether the call touches no memory: it returns another look at its argument's, or some that is not filled."""
     returned = target._schema.returns
-    return bool(returned) and all(each.alias_info is not None and not each.alias_info.is_write for each in returned)
+    aliases = bool(returned) and all(each.alias_info is not None and not each.alias_info.is_write for each in returned)
+    return aliases or target.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like)
 
 
 def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:

@@ -113,7 +113,8 @@ def processor() -> str:
 def peak_memory_of(build: Callable[[], T], run: Callable[[T], None], device: torch.device) -> tuple[T, float | None]:
     """What `build` makes, and the MiB that it and `run` hold at most while it runs, beyond what was there before.
 
-    On a GPU these are PyTorch's allocations; on a CPU the resident memory of the process, which only Linux lets one reset: None elsewhere.
+    On a GPU this is what PyTorch has reserved, with the memory of captured graphs; on a CPU the resident memory of the process, whose
+    peak only Linux lets one reset: None elsewhere.
     """
     _release(device)
     before = _memory(device, "VmRSS")
@@ -139,7 +140,7 @@ def _release(device: torch.device) -> None:
 def _memory(device: torch.device, kind: Literal["VmRSS", "VmHWM"]) -> float | None:
     """MiB now, or at the peak."""
     if device.type == "cuda":
-        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        now, peak = torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
         return (peak if kind == "VmHWM" else now) / 2**20
     if not _STATUS.exists():
         return None

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dwa_fast.backend import Execution
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
-from dwa_fast.repeat import Repeat
+from dwa_fast.repeat import Pool, Repeat
 from dwa_fast.rewrite import BatchNormAct
 from dwa_fast.seeding import normal
 from dwa_fast.teacher import Network
@@ -54,10 +54,11 @@ class Arena:
 class Ascent:
     """Adjusts the weights of a network for a batch, and restores them bit for bit."""
 
-    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution) -> None:
+    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution, pool: Pool | None = None) -> None:
         self.network = network
         self.config = config
         self.execution = execution
+        self._pool = pool  # see Repeat
         self.arena = Arena(network, execution)
         self._norms = torch.zeros(max(1, config.steps), dtype=execution.master_dtype, device=execution.device)  # [K]
         self._count = torch.zeros((), dtype=torch.int64, device=execution.device)
@@ -81,7 +82,7 @@ class Ascent:
             return self._randomly(source)
         if seen.shape not in self._steps:
             inputs = seen.clone(), labels.clone()
-            repeat = Repeat(lambda: self._step(*inputs), self.execution)
+            repeat = Repeat(lambda: self._step(*inputs), self.execution, pool=self._pool)
             self._steps[seen.shape] = (*inputs, repeat)
         static_seen, static_labels, repeat = self._steps[seen.shape]
         static_seen.copy_(seen)

@@ -10,7 +10,7 @@ from dwa_fast.backend import Execution
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
 from dwa_fast.priors import mean_norm, total_variation
-from dwa_fast.repeat import Repeat
+from dwa_fast.repeat import Pool, Repeat
 from dwa_fast.teacher import Network
 from dwa_fast.views import HEIGHT, WIDTH, Schedule
 
@@ -25,6 +25,7 @@ class Refinement:
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
         execution: Execution,
+        pool: Pool | None = None,  # see Repeat
     ) -> None:
         self.classifier, self.matcher = classifier, matcher
         self.config, self.execution = config, execution
@@ -40,7 +41,7 @@ class Refinement:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
         self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
-        self._repeat = Repeat(self._iterate, execution, compiles=True)
+        self._repeat = Repeat(self._iterate, execution, compiles=True, pool=pool)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
         """Set every buffer for a new batch."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from dwa_fast.backend import Execution
 from dwa_fast.compiled import compiled
 from dwa_fast.program import Program
+
+Pool = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
 
 _WARM_UPS = 3  # before a capture: libraries choose their algorithms and allocate their workspaces
 
@@ -21,13 +24,14 @@ class Repeat:
     kernels, as a CUDA graph. "compiled" compiles the step where that pays, and records its kernels too. "reference" calls the step.
     """
 
-    def __init__(self, step: Callable[[], None], execution: Execution, *, compiles: bool = False) -> None:
+    def __init__(self, step: Callable[[], None], execution: Execution, *, compiles: bool = False, pool: Pool | None = None) -> None:
+        """Record the step. Steps that run one after the other, never at once, share a GPU's memory where they are given the same `pool`."""
         self._execution = execution
         self._step = compiled(step) if compiles and execution.backend == "compiled" else step
         self._program: Program | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
-            self._graph = _captured(self._step, execution.device)
+            self._graph = _captured(self._step, execution.device, pool)
         elif execution.backend == "fused":
             self._program = Program(step)
 
@@ -43,14 +47,16 @@ class Repeat:
                 self._step()
 
 
-def _captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _captured(step: Callable[[], None], device: torch.device, pool: Pool | None) -> torch.cuda.CUDAGraph:
+    """The step as a graph, captured on the current stream, since memory is reused on one stream only; the default one cannot capture."""
+    current = torch.cuda.current_stream(device)
+    stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
             step()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from dwa_fast.backend import Operators
+from dwa_fast.convolution import replace_convolutions
 from dwa_fast.pooling import replace_pools
 from dwa_fast.stem import replace_stems
 
@@ -124,6 +125,7 @@ def _fused(module: nn.Module, operators: Operators, images: Tensor) -> nn.Module
         if isinstance(layer, BATCHNORM):
             _fuse(traced, node, BatchNormAct(layer, operators))
     replace_stems(traced)
+    replace_convolutions(traced)
     replace_pools(traced, operators.mean_pool)
     traced.graph.lint()
     traced.recompile()

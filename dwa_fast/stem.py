@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dwa_fast.convolution import LeanConv
 
 _BLOCK = 2  # pixels per side that share the lanes of a vector or of a matrix unit
 _LANES = 16  # channels that such a unit computes whether they are needed or not
 _ALIGNMENT = 8  # channels, in multiples of which a GPU's convolutions are fast
 
 
-class StemConv(nn.Module):
+class StemConv(LeanConv):
     """A Conv2d of stride s whose input gradient is a convolution that gives blocks of 2×2 pixels as channels, s = 1 or 2.
 
         ∂L/∂x[2q + r] = Σ_m w[r + p − s·m] · g[2q/s + m]        r = 0, 1;  w is 0 outside of the kernel
@@ -25,10 +29,8 @@ class StemConv(nn.Module):
     holes: Tensor
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.stride, self.padding = layer.stride[0], int(layer.padding[0])
-        size, stride, padding = layer.kernel_size[0], self.stride, self.padding
+        super().__init__(layer)
+        size, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         first = -((size - 1 - padding) // stride)
         last = (_BLOCK - 1 + padding) // stride
         self.reach = -first  # rows of g before the block's own
@@ -53,22 +55,25 @@ class StemConv(nn.Module):
         )
 
     @staticmethod
-    def suits(layer: nn.Module | None) -> bool:
+    def suits(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
         """Whether a layer's image gradient can be had like that, and more cheaply."""
-        if type(layer) is not nn.Conv2d or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        if not LeanConv.suits(layer):
             return False
-        size, stride, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        size, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         square = layer.kernel_size == (size, size) and layer.stride == (stride, stride) and layer.padding == (padding, padding)
         plain = layer.groups == 1 and layer.dilation == (1, 1)
         return square and plain and stride in (1, 2) and stride <= size and padding < size and layer.in_channels * _BLOCK**2 <= _LANES
 
-    def forward(
+    def gradients(
         self,
-        images: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, O, H', W']
-        """The convolution."""
-        y: Tensor = _StemConv.apply(images, self.weight, self.bias, self)
-        return y
+        gradient: Tensor,  # [N, O, H', W']
+        weight: Tensor,
+        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape is looked at
+        wanted: list[bool],  # of the input, of the weights, of the bias
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the three; None where none is wanted."""
+        _, of_weight, of_bias = super().gradients(gradient, weight, x, [False, *wanted[1:]]) if any(wanted[1:]) else (None,) * 3
+        return self.image_gradient(gradient, *x.shape[2:]) if wanted[0] else None, of_weight, of_bias
 
     def image_gradient(
         self,
@@ -79,7 +84,7 @@ class StemConv(nn.Module):
         """Adjoint of the convolution with the weights that it has now."""
         places = self.weight.detach().permute(0, 2, 3, 1).reshape(-1)
         blocks = places.index_select(0, self.taps).view(self.holes.shape).masked_fill(self.holes, 0).permute(0, 3, 1, 2)
-        step = _BLOCK // self.stride
+        step = _BLOCK // self.stride[0]
         rows, columns = -(-height // _BLOCK), -(-width // _BLOCK)
         beyond = max((n - 1) * step + self.extent - m for n, m in ((rows, gradient.shape[2]), (columns, gradient.shape[3])))
         skipped = max(0, -(-(beyond - 2 * self.reach) // step))  # blocks before the first, where more padding is needed behind than before
@@ -89,33 +94,11 @@ class StemConv(nn.Module):
         return F.pixel_shuffle(result, _BLOCK)[:, :, :height, :width]
 
 
-class _StemConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor | None, layer: StemConv) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(images, weight)
-        ctx.layer = layer
-        return F.conv2d(images, weight, bias, layer.stride, layer.padding)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        images, weight = ctx.saved_tensors
-        layer = ctx.layer
-        image = layer.image_gradient(gradient, *images.shape[2:]) if ctx.needs_input_grad[0] else None
-        wanted = [False, *ctx.needs_input_grad[1:3]]
-        if not any(wanted):
-            return image, None, None, None
-        stride, padding = [layer.stride] * 2, [layer.padding] * 2
-        _, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            gradient, images, weight, [len(weight)], stride, padding, [1, 1], False, [0, 0], 1, wanted
-        )
-        return image, of_weight, of_bias, None
-
-
 def replace_stems(traced: torch.fx.GraphModule) -> None:
     """Replace every suitable convolution that sees the image itself."""
     for node in traced.graph.nodes:
         sees_image = node.op == "call_module" and len(node.args) == 1 and getattr(node.args[0], "op", "") == "placeholder"
         layer = traced.get_submodule(str(node.target)) if sees_image else None
-        if isinstance(layer, nn.Conv2d) and StemConv.suits(layer):
+        if StemConv.suits(layer):
             parent, _, name = str(node.target).rpartition(".")
             setattr(traced.get_submodule(parent), name, StemConv(layer))

@@ -52,9 +52,11 @@ class Lane:
         if config.matching_weights == "original" and config.adjusts:
             self.matcher = copy.deepcopy(network)
             Arena(self.matcher, execution)
-        self.ascent = Ascent(network, config, execution)
+        cuda = execution.device.type == "cuda"
+        self._stream = torch.cuda.Stream(execution.device) if cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement take turns
+        self.ascent = Ascent(network, config, execution, self._pool)
         self._refinements: dict[torch.Size, Refinement] = {}
-        self._stream = torch.cuda.Stream(execution.device) if execution.device.type == "cuda" else None
 
     def begin(self, batch: Batch, seed: int) -> Refinement:
         """Views, ascent and start of a batch: all but the iterations."""
@@ -69,7 +71,7 @@ class Lane:
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
             seen = self.network.operators.view(images, schedule.rows, first, execution.dtype)
             if images.shape not in self._refinements:
-                self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution)
+                self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution, self._pool)
             refinement = self._refinements[images.shape]
             self.ascent.adjust(seen, labels, generator(seed, "ascent", batch.number))
             start = initial.noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
