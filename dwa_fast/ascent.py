@@ -24,12 +24,18 @@ class Arena:
     precision. The global norm, the update with its rounding, and the restoring are then one pass each.
     """
 
-    def __init__(self, network: nn.Module, execution: Execution) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        execution: Execution,
+        *,
+        moves: bool = True,  # whether the weights are ever to be changed: others need neither gradients nor a second copy
+    ) -> None:
         kept = {p for layer in network.modules() if isinstance(layer, (BatchNormAct, _BatchNorm)) for p in layer.parameters(recurse=False)}
         self.parameters = list(network.parameters())
         total = sum(p.numel() for p in self.parameters)
         self.weights = torch.empty(total, dtype=execution.master_dtype, device=execution.device)  # [P] θ, then θ̃
-        self.gradients = torch.zeros_like(self.weights)  # [P]
+        self.gradients = torch.zeros_like(self.weights) if moves else self.weights[:0]  # [P]
         rounds = execution.dtype != execution.master_dtype
         self.compute = torch.zeros_like(self.weights, dtype=execution.dtype) if rounds else None  # [P]
         self.slots: list[Tensor] = []  # where the gradient of each parameter goes, shaped like it
@@ -39,9 +45,10 @@ class Arena:
             start = part.stop
             master = _shaped(self.weights[part], p, execution.channels_last)
             master.copy_(p.detach())
-            self.slots.append(_shaped(self.gradients[part], p, execution.channels_last))
+            if moves:
+                self.slots.append(_shaped(self.gradients[part], p, execution.channels_last))
             p.data = master if self.compute is None or p in kept else _shaped(self.compute[part], p, execution.channels_last)
-        self.original = self.weights.clone()
+        self.original = self.weights.clone() if moves else self.weights
         self.restore()
 
     def restore(self) -> None:
@@ -59,7 +66,7 @@ class Ascent:
         self.config = config
         self.execution = execution
         self._pool = pool  # see Repeat
-        self.arena = Arena(network, execution)
+        self.arena = Arena(network, execution, moves=config.adjusts)
         self._norms = torch.zeros(max(1, config.steps), dtype=execution.master_dtype, device=execution.device)  # [K]
         self._count = torch.zeros((), dtype=torch.int64, device=execution.device)
         self._steps: dict[torch.Size, tuple[Tensor, Tensor, Repeat]] = {}  # per shape: what the step sees, its labels, the step

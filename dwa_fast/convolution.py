@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class LeanConv(nn.Module):
-    """A Conv2d that does not hold its input while its weights are frozen, as PyTorch's own does; weights under the same names.
+    """A Conv2d that lets go of its input while its weights are frozen; PyTorch's own holds it. Weights under the same names.
 
-    The gradient of a convolution's input follows from the weights alone. So of the two large tensors per layer, input and output of
-    its BatchNorm, refinement keeps one: half the memory. The calls of the library, and so all bits, are those of the layer.
+    The gradient of a convolution's input follows from the weights alone. So of two large tensors per layer, input and output of its
+    BatchNorm, refinement keeps one: half the memory. The calls of the library, and so all bits, are those of the layer.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -39,15 +39,6 @@ class LeanConv(nn.Module):
         y: Tensor = _LeanConv.apply(x, self.weight, self.bias, self)
         return y
 
-    def convolve(
-        self,
-        x: Tensor,  # [N, C, H, W]
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:  # [N, O, H', W']
-        """The layer's convolution with these weights."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
     def gradients(
         self,
         gradient: Tensor,  # [N, O, H', W']
@@ -66,10 +57,9 @@ class LeanConv(nn.Module):
 class _LeanConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LeanConv) -> Tensor:
-        _, learns, shifts, _ = ctx.needs_input_grad
-        ctx.save_for_backward(weight, x if learns or shifts else None)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
         ctx.layer, ctx.shape, ctx.strides = layer, x.shape, x.stride()
-        return layer.convolve(x, weight, bias)
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -51,7 +51,7 @@ class Lane:
         self.network = self.matcher = network
         if config.matching_weights == "original" and config.adjusts:
             self.matcher = copy.deepcopy(network)
-            Arena(self.matcher, execution)
+            Arena(self.matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
         self._stream = torch.cuda.Stream(execution.device) if cuda else None
         self._pool = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement take turns
