@@ -50,7 +50,10 @@ def around(results: Labelled) -> list[str]:
                 cells += [_pair(sets[ipc]["hours"], sets[ipc]["published_hours"]) for ipc in (10, 50)]
                 lengths |= {f"{each['iterations']} on {result['workload']}" for each in sets.values()}
             rows.append([label + subject(result), row["precision"], " / ".join(ascents), *cells])
-    note = "Each fused / published. An ascent is all of its K steps; a whole batch goes from image files to image files."
+    note = (
+        "Each fused / published. An ascent is all of its K steps; a whole batch goes from image files to image files. The peak of memory is"
+        " that of the iterations: the ascent, whose gradients of the weights need what they let go, needs more."
+    )
     if lengths:
         note += (
             f" Hours are extrapolated from one iteration and from what surrounds them; iterations of a batch: {', '.join(sorted(lengths))}."
