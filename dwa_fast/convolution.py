@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dwa_fast.layers import replace_layers
 
 
 class LeanConv(nn.Module):
@@ -69,10 +70,6 @@ class _LeanConv(torch.autograd.Function):
         return *ctx.layer.gradients(gradient, weight, x, list(ctx.needs_input_grad[:3])), None
 
 
-def replace_convolutions(traced: torch.fx.GraphModule) -> None:
-    """Replace every suitable convolution."""
-    for node in traced.graph.nodes:
-        layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if LeanConv.suits(layer):
-            parent, _, name = str(node.target).rpartition(".")
-            setattr(traced.get_submodule(parent), name, LeanConv(layer))
+def replace_convolutions(module: nn.Module) -> None:
+    """Replace every suitable convolution below `module`."""
+    replace_layers(module, lambda layer: LeanConv(layer) if LeanConv.suits(layer) else None)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dwa_fast.layers import replace_layers
 
 _BLOCK = 16  # channels that oneDNN's kernels take at a time
 
@@ -17,7 +21,7 @@ class StridedPointwise(nn.Module):
         self.stride = layer.stride
 
     @staticmethod
-    def suits(layer: nn.Module) -> bool:
+    def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether the layer is one of those that crash: channels-last, fp32, with 6 or 8 channels in a ResNet's strided skips."""
         if type(layer) is not nn.Conv2d or layer.kernel_size != (1, 1) or layer.stride == (1, 1):
             return False
@@ -34,8 +38,4 @@ class StridedPointwise(nn.Module):
 
 def replace_strided_pointwise(module: nn.Module) -> None:
     """Replace every such layer below `module`."""
-    for parent in list(module.modules()):
-        for name, layer in list(parent._modules.items()):
-            if layer is not None and StridedPointwise.suits(layer):
-                assert isinstance(layer, nn.Conv2d)
-                setattr(parent, name, StridedPointwise(layer))
+    replace_layers(module, lambda layer: StridedPointwise(layer) if StridedPointwise.suits(layer) else None)

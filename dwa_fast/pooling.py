@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.fx
 from torch import Tensor, nn
+
+from dwa_fast.layers import replace_layers
 
 
 class MeanPool(nn.Module):
@@ -35,14 +36,14 @@ class MeanPool(nn.Module):
         return f"{self.window}"
 
 
-def replace_pools(traced: torch.fx.GraphModule, operator: Callable[[Tensor, int], Tensor]) -> None:
-    """Replace every suitable mean pooling."""
-    for node in traced.graph.nodes:
-        layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        window = MeanPool.window_of(layer) if layer is not None else None
-        if window is not None:
-            parent, _, name = str(node.target).rpartition(".")
-            setattr(traced.get_submodule(parent), name, MeanPool(window, operator))
+def replace_pools(module: nn.Module, operator: Callable[[Tensor, int], Tensor]) -> None:
+    """Replace every suitable mean pooling below `module`."""
+
+    def replacement(layer: nn.Module) -> MeanPool | None:
+        window = MeanPool.window_of(layer)
+        return None if window is None else MeanPool(window, operator)
+
+    replace_layers(module, replacement)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from dwa_fast.backend import Operators
 from dwa_fast.convolution import replace_convolutions
+from dwa_fast.layers import replace_layers
 from dwa_fast.pooling import replace_pools
 from dwa_fast.stem import replace_stems
 
@@ -216,7 +217,4 @@ def _submodule(traced: torch.fx.GraphModule, node: torch.fx.Node) -> nn.Module |
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` hangs in the tree."""
-    for parent in list(root.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, key, new)
+    replace_layers(root, lambda layer: new if layer is old else None)

@@ -1,0 +1,21 @@
+"""Replaces layers below a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def replace_layers(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put what `replacement` gives in the place of every layer for which it gives one, wherever the layer hangs in the tree."""
+    found: dict[nn.Module, nn.Module | None] = {}  # by layer: one that hangs in several places stays one
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            if child not in found:
+                found[child] = replacement(child)
+            new = found[child]
+            if new is not None:
+                setattr(parent, name, new)
