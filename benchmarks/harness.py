@@ -20,10 +20,10 @@ from dwa_fast.architectures import build
 from dwa_fast.backend import Execution, precisions, resolve, tuned
 from dwa_fast.checkpoint import load_teacher
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.norms import batchnorm_layers
 from dwa_fast.recipes import full_recipe
 from dwa_fast.reference.loop import StatisticsHook, see
 from dwa_fast.refine import Refinement
-from dwa_fast.rewrite import batchnorm_layers
 from dwa_fast.synthesis import Batch, Lane
 from dwa_fast.teacher import prepare
 from dwa_fast.views import Schedule, draw_schedule

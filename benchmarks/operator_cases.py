@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from dwa_fast.architectures import build
 from dwa_fast.backend import Operators
+from dwa_fast.norms import batchnorm_layers
 from dwa_fast.recipes import full_recipe
-from dwa_fast.rewrite import rewrite
+from dwa_fast.rewrite import trace
 from dwa_fast.views import HEIGHT, WIDTH, draw_schedule
 
 Inputs = dict[str, Any]
@@ -111,7 +112,8 @@ def layers(network: Network) -> tuple[Layer, ...]:
         inner = tuple(given[0].shape[1:])
         seen.append(Layer((network.batch(math.prod(inner)), *inner), len(given) > 1, bool(layer.relu)))  # type: ignore[arg-type]
 
-    rewritten = rewrite(network.build(), Operators("shapes", fuses=True), image)
+    module = network.build()
+    rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
     for layer in rewritten.layers.values():
         layer.register_forward_hook(look)
     with torch.no_grad():

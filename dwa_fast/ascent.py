@@ -21,7 +21,8 @@ class Arena:
     """All weights of a network as one flat tensor, their gradients as a second one, and both in compute precision beside them.
 
     Every parameter becomes a view into an arena: normalisation layers into the master weights, all others into the copy in compute
-    precision. The global norm, the update with its rounding, and the restoring are then one pass each.
+    precision. The global norm, the update with its rounding, and the restoring are then one pass each. Buffers of the other layers, such as
+    those that spectral norm computes weights with, are rounded too.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Arena:
             if moves:
                 self.slots.append(_shaped(self.gradients[part], p, execution.channels_last))
             p.data = master if self.compute is None or p in kept else _shaped(self.compute[part], p, execution.channels_last)
+        if rounds:
+            _round_buffers(network, execution)
         self.original = self.weights.clone() if moves else self.weights
         self.restore()
 
@@ -89,7 +92,7 @@ class Ascent:
             return self._randomly(source)
         if seen.shape not in self._steps:
             inputs = seen.clone(), labels.clone()
-            repeat = Repeat(lambda: self._step(*inputs), self.execution, pool=self._pool)
+            repeat = Repeat(lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, pool=self._pool)
             self._steps[seen.shape] = (*inputs, repeat)
         static_seen, static_labels, repeat = self._steps[seen.shape]
         static_seen.copy_(seen)
@@ -123,6 +126,15 @@ class Ascent:
         norm = ascend_(arena.weights, arena.gradients, radius, normalize=config.normalize_ascent, compute=arena.compute)
         self._norms.index_copy_(0, self._count[None], norm[None])
         self._count.add_(1).remainder_(len(self._norms))
+
+
+def _round_buffers(network: nn.Module, execution: Execution) -> None:
+    """Floating buffers of all but BatchNorm layers into the compute precision."""
+    for layer in network.modules():
+        if not isinstance(layer, (BatchNormAct, _BatchNorm)):
+            for name, buffer in layer._buffers.items():
+                if buffer is not None and buffer.dtype is execution.master_dtype:
+                    layer._buffers[name] = buffer.to(execution.dtype)
 
 
 def _shaped(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:

@@ -78,13 +78,17 @@ class Execution:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time."""
+        """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time.
+
+        Gradients can be taken and no autocast is on, whatever the caller has set.
+        """
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
         before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
         try:
             matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
             cudnn.deterministic, cudnn.benchmark = True, False
-            yield
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+                yield
         finally:
             matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 

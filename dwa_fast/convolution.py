@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.layers import replace_layers
+from dwa_fast.layers import has_hooks, replace_layers
 
 
 class LeanConv(nn.Module):
@@ -29,8 +29,7 @@ class LeanConv(nn.Module):
         """Whether the layer is a Conv2d and nothing else: zeros around, weights of its own, and no hooks that would be lost."""
         if type(layer) is not nn.Conv2d or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             return False
-        hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-        return isinstance(layer.weight, nn.Parameter) and not any(hooks)
+        return isinstance(layer.weight, nn.Parameter) and not has_hooks(layer)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from dwa_fast.synthesis import Synthesizer
 from dwa_fast.threads import computing, recorded_threads
 from dwa_fast.tracking import tracked
 from dwa_fast.workers import Shard, StoreLostError, Workers, threads_alone
+from dwa_fast.wrappers import Output
 
 
 def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
@@ -41,6 +42,7 @@ def distill(
     origin: Mapping[str, Any] | None = None,
     form: StorageConfig | None = None,
     threads: int | None = None,
+    logits: str | int | None = None,
     workers: Workers | None = None,
     progress: Progress | None = None,
     observer: Observer | None = None,
@@ -55,6 +57,7 @@ def distill(
         form: how images and losses are written.
         threads: CPU threads to compute with, at least 1, on which the last bits depend where the device is a CPU. None: those that the
             set in the folder was begun with; for a new set, as many as PyTorch takes in a process alone.
+        logits: which of several outputs of the teacher are the logits, as `output` of `synthesize`.
         workers: who else makes the set, and what is left for this process; default: nobody, and everything.
         progress: called with the iterations finished and the iterations in all; kept items count as finished.
         observer: called with each batch that is on the disk and its recorded losses, in another thread.
@@ -68,13 +71,14 @@ def distill(
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
     start = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
-    run = Synthesizer(teacher, unseen(data), config)
+    items = work_list(classes, ipc, config.batch_size)
+    chosen = teacher if logits is None else Output(teacher, logits)
+    run = Synthesizer(chosen, unseen(data), config, batch_sizes=sorted({len(item.labels) for item in items}))
     if run.classes != classes:
         raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")
     settings = {**asdict(config), **run.execution.describe(), **start.settings, "seed": seed, "image_shape": list(data.image_shape)}
     settings |= {"real_images": len(data.labels), **(origin or {})}
     del settings["concurrent_batches"]  # changes how fast, not what
-    items = work_list(classes, ipc, config.batch_size)
 
     def opened() -> ImageStore:
         if run.execution.device.type == "cpu":

@@ -16,3 +16,8 @@ def printable(text: str) -> str:
     Control characters (colours, cursor, newline), directions of writing, invisible ones, and bytes of a name that are no text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of other code says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

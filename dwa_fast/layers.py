@@ -6,6 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its forward says; such a layer is never replaced, since that would be lost."""
+    return any(getattr(layer, hooks, None) for hooks in _HOOKS)
+
 
 def replace_layers(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
     """Put what `replacement` gives in the place of every layer for which it gives one, wherever the layer hangs in the tree."""

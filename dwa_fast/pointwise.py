@@ -7,7 +7,7 @@ from typing import TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.layers import replace_layers
+from dwa_fast.layers import has_hooks, replace_layers
 
 _BLOCK = 16  # channels that oneDNN's kernels take at a time
 
@@ -23,9 +23,10 @@ class StridedPointwise(nn.Module):
     @staticmethod
     def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether the layer is one of those that crash: channels-last, fp32, with 6 or 8 channels in a ResNet's strided skips."""
-        if type(layer) is not nn.Conv2d or layer.kernel_size != (1, 1) or layer.stride == (1, 1):
+        if type(layer) is not nn.Conv2d or has_hooks(layer) or layer.kernel_size != (1, 1) or layer.stride == (1, 1):
             return False
-        return layer.padding in ((0, 0), "valid") and layer.groups == 1 and layer.in_channels % _BLOCK != 0
+        own = isinstance(layer.weight, nn.Parameter)  # not computed from other weights
+        return own and layer.padding in ((0, 0), "valid") and layer.groups == 1 and layer.in_channels % _BLOCK != 0
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dwa_fast.layers import replace_layers
+from dwa_fast.layers import has_hooks, replace_layers
 
 
 class MeanPool(nn.Module):
@@ -19,7 +19,7 @@ class MeanPool(nn.Module):
     @staticmethod
     def window_of(layer: nn.Module) -> int | None:
         """The side of the windows of a layer that can be replaced; None for others."""
-        if type(layer) is not nn.AvgPool2d or layer.divisor_override is not None or layer.ceil_mode:
+        if type(layer) is not nn.AvgPool2d or has_hooks(layer) or layer.divisor_override is not None or layer.ceil_mode:
             return None
         sizes = {*_pair(layer.kernel_size), *_pair(layer.stride)}
         return sizes.pop() if len(sizes) == 1 and _pair(layer.padding) == (0, 0) else None

@@ -36,12 +36,13 @@ class Refinement:
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.rows = torch.zeros(config.iterations, 7, dtype=torch.int32, device=device)
         self.rows[:, HEIGHT], self.rows[:, WIDTH] = shape[2], shape[3]  # until a schedule is loaded: the whole image
-        self.learning_rates = torch.zeros(config.iterations, device=device)
+        self.learning_rates = torch.zeros(config.iterations, dtype=torch.float32, device=device)
         self.losses = torch.zeros(config.iterations, 3, dtype=dtype, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
         self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
-        self._repeat = Repeat(self._iterate, execution, compiles=True, pool=pool)
+        records = not (classifier.unrecorded or matcher.unrecorded)
+        self._repeat = Repeat(self._iterate, execution, compiles=True, records=records, pool=pool)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
         """Set every buffer for a new batch."""

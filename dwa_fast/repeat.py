@@ -24,12 +24,22 @@ class Repeat:
     kernels, as a CUDA graph. "compiled" compiles the step where that pays, and records its kernels too. "reference" calls the step.
     """
 
-    def __init__(self, step: Callable[[], None], execution: Execution, *, compiles: bool = False, pool: Pool | None = None) -> None:
+    def __init__(
+        self,
+        step: Callable[[], None],
+        execution: Execution,
+        *,
+        compiles: bool = False,
+        records: bool = True,  # whether the step always makes the same calls, which a branch on values would change
+        pool: Pool | None = None,
+    ) -> None:
         """Record the step. Steps that run one after the other, never at once, share a GPU's memory where they are given the same `pool`."""
         self._execution = execution
-        self._step = compiled(step) if compiles and execution.backend == "compiled" else step
+        self._step = compiled(step) if compiles and records and execution.backend == "compiled" else step
         self._program: Program | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        if not records:
+            return
         if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
             self._graph = _captured(self._step, execution.device, pool)
         elif execution.backend == "fused":

@@ -18,8 +18,9 @@ from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
 from dwa_fast.refine import Refinement
 from dwa_fast.seeding import generator
-from dwa_fast.teacher import Network, prepare
+from dwa_fast.teacher import Network, check_precision, prepare
 from dwa_fast.views import draw_schedule
+from dwa_fast.wrappers import Output
 
 _CHUNK = 10  # iterations that are queued on a GPU between two reports of progress
 
@@ -99,13 +100,19 @@ class Lane:
 class Synthesizer:
     """A teacher made ready once, for any number of batches."""
 
-    def __init__(self, teacher: nn.Module, images: Tensor, config: SynthesisConfig) -> None:
-        """Check and copy the teacher; `images` ([N, C, H, W]) shows what it will be given."""
+    def __init__(self, teacher: nn.Module, images: Tensor, config: SynthesisConfig, *, batch_sizes: Sequence[int] = ()) -> None:
+        """Check and copy the teacher.
+
+        Args:
+            images: [N, C, H, W], such as it will be given.
+            batch_sizes: the numbers of images of the batches that will run.
+        """
         self.config = config
         self.execution = resolve(config.backend, config.precision, config.device)
-        network, self.classes = prepare(teacher, images, self.execution)
+        network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes)
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
-        self.lanes = [Lane(each, config, self.execution) for each in copies]
+        with check_precision(network, images, self.execution):
+            self.lanes = [Lane(each, config, self.execution) for each in copies]
 
     def run(
         self,
@@ -141,6 +148,7 @@ def synthesize(
     config: SynthesisConfig,
     *,
     seed: int = 0,
+    output: str | int | None = None,
     progress: Progress | None = None,
 ) -> SynthesisResult:
     """Refine images so that a student learns from few of them what the teacher knows (DWA, arXiv 2409.17612).
@@ -154,6 +162,8 @@ def synthesize(
         labels: [N], integers in 0 … classes − 1.
         config: settings, for example `recipe("cifar100")`.
         seed: at least 0; all random draws derive from it.
+        output: which of several outputs of the teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
+            place in a tuple (0). None: it gives logits and nothing else.
         progress: called with the iterations finished and the iterations in all.
     Returns:
         images in the same order and normalisation, and the losses of every iteration.
@@ -162,9 +172,10 @@ def synthesize(
         InputError: (a ValueError) an argument cannot be used; the sentence says what it got and what it wants.
     """
     check_arguments(images, labels, config)
-    run = Synthesizer(teacher, images, config)
-    check_label_range(labels, run.classes)
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
+    chosen = teacher if output is None else Output(teacher, output)
+    run = Synthesizer(chosen, images, config, batch_sizes=[len(images[part]) for part in parts])
+    check_label_range(labels, run.classes)
     batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
     total = len(batches) * config.iterations
     finished, losses = [], []

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dwa_fast import SynthesisConfig
 from dwa_fast.architectures import SmallResNet
 from dwa_fast.datasets import MemorySet, digits, normalise
+from dwa_fast.norms import batchnorm_layers
 from dwa_fast.recipes import recipe
-from dwa_fast.reference.loop import BATCHNORM, StatisticsHook
+from dwa_fast.reference.loop import StatisticsHook
 from dwa_fast.teacher import Network
 
 SIZE = 8
@@ -66,11 +67,11 @@ def stop_at(step: int) -> Callable[[int, int], None]:
 def alive(module: nn.Module) -> nn.Module:
     """The module in eval mode with statistics, scales and shifts that are not those of a fresh one."""
     generator = torch.Generator().manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, BATCHNORM):
-            for value, low, high in ((layer.weight, 0.7, 1.3), (layer.bias, -0.3, 0.3), (layer.running_mean, -0.3, 0.3)):
-                value.data.uniform_(low, high, generator=generator)  # type: ignore[union-attr]
-            layer.running_var.uniform_(0.7, 1.3, generator=generator)  # type: ignore[union-attr]
+    for layer in batchnorm_layers(module).values():
+        for name, low, high in (("weight", 0.7, 1.3), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3), ("running_var", 0.7, 1.3)):
+            value = getattr(layer, name)
+            if value is not None:
+                value.data.uniform_(low, high, generator=generator)
     return module.eval()
 
 
@@ -89,12 +90,12 @@ def image_gradient(network: Network, images: Tensor, labels: Tensor) -> tuple[Te
 
 def expected_gradient(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the unmodified module, by the loop's hooks."""
-    hooks = [StatisticsHook(layer) for layer in module.modules() if isinstance(layer, BATCHNORM)]
+    hooks = [StatisticsHook(layer) for layer in batchnorm_layers(module).values()]
     leaf = images.clone().requires_grad_(True)
     ce = F.cross_entropy(module(leaf), labels)
-    weights = [10.0] + [1.0] * (len(hooks) - 1)
-    mean = sum(w * hook.mean_distance for w, hook in zip(weights, hooks, strict=True))
-    var = sum(w * hook.var_distance for w, hook in zip(weights, hooks, strict=True))
+    used = list(zip([10.0] + [1.0] * (len(hooks) - 1), (hook for hook in hooks if hook.ran), strict=False))
+    mean = sum(w * hook.mean_distance for w, hook in used)
+    var = sum(w * hook.var_distance for w, hook in used)
     (gradient,) = torch.autograd.grad(ce + 0.01 * mean + 0.11 * var, leaf)
     for hook in hooks:
         hook.close()

@@ -14,8 +14,9 @@ from torchvision.models.vision_transformer import VisionTransformer
 from dwa_fast import recipe, synthesize
 from dwa_fast.architectures import TokenBatchNorm, build
 from dwa_fast.backend import Operators, resolve
+from dwa_fast.norms import planes
 from dwa_fast.reference.loop import recover
-from dwa_fast.rewrite import BatchNormAct, planes
+from dwa_fast.rewrite import BatchNormAct
 from dwa_fast.teacher import prepare
 from tests.nets import SIZE, alive, distance, expected_gradient, image_gradient, real_images, small_config
 

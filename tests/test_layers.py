@@ -10,11 +10,12 @@ import pytest
 
 ORDER = """
     _version errors config seeding files archives views recipes decoding datasets subsets architectures
+    layers norms
     reference reference.ops reference.loop
     priors tracing compiled threads
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
     backend
-    checkpoint layers pointwise pooling convolution stem rewrite teacher initial program repeat ascent refine
+    checkpoint pointwise pooling convolution stem symbolic rewrite trial wrappers teacher initial program repeat ascent refine
     journal losses storage tracking pipeline workers
     synthesis
     records distilled augment lessons resuming training squeeze labels validate relabel

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dwa_fast.architectures import build
-from dwa_fast.rewrite import batchnorm_layers
+from dwa_fast.norms import batchnorm_layers
 from dwa_fast.stem import StemConv, replace_stems
 
 GEOMETRIES = [

@@ -14,7 +14,7 @@ from dwa_fast import InputError
 from dwa_fast.architectures import build
 from dwa_fast.backend import resolve
 from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.reference.loop import BATCHNORM
+from dwa_fast.norms import batchnorm_layers
 from dwa_fast.teacher import prepare
 from tests.nets import small_teacher
 
@@ -29,7 +29,7 @@ def test_architectures_give_logits_and_can_be_matched(name: str, channels: int) 
     images = torch.randn(2, channels, 32, 32)
     assert classes == 7
     assert torch.allclose(network(images), module(images), rtol=1e-5, atol=1e-5)
-    assert len(network.layers) == sum(isinstance(layer, BATCHNORM) for layer in module.modules())
+    assert len(network.layers) == len(batchnorm_layers(module))
 
 
 @pytest.mark.parametrize("shape", ["bare", "state_dict", "model"])

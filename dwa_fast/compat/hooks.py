@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BATCHNORM
 
 from dwa_fast.backend import operators_for
 from dwa_fast.config import check_real
 from dwa_fast.errors import InputError
-from dwa_fast.rewrite import BATCHNORM, planes
+from dwa_fast.norms import planes
 
 
 class _Constants(NamedTuple):

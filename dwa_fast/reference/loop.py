@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.norms import batchnorm_layers, given
 from dwa_fast.seeding import generator, normal
 from dwa_fast.views import Schedule, draw_schedule
-
-BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # the published loop knows the second alone; all have the same statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,18 @@ class LoopResult:
 class StatisticsHook:
     """Distance of one BatchNorm layer's input from its running statistics, taken at each forward pass."""
 
-    def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module) -> None:
         self.mean_distance = torch.empty(0)
         self.var_distance = torch.empty(0)
-        self._handle = layer.register_forward_hook(self._take)
+        self.ran = False  # layers that no forward pass reaches take no part
+        self._handle = layer.register_forward_pre_hook(self._take, with_kwargs=True)
 
-    def _take(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        channels = inputs[0].transpose(0, 1).flatten(1)
-        running_mean, running_var = self.layer.running_mean, self.layer.running_var
+    def _take(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        channels = given(args, kwargs).transpose(0, 1).flatten(1)
+        running_mean, running_var = layer.running_mean, layer.running_var
         if running_mean is None or running_var is None:
             raise ValueError("the layer keeps no running statistics")
+        self.ran = True
         self.mean_distance = torch.norm(channels.mean(1) - running_mean, 2)
         self.var_distance = torch.norm(channels.var(1, unbiased=False) - running_var, 2)
 
@@ -79,7 +80,7 @@ def recover(
     model = copy.deepcopy(teacher).to(images.device, images.dtype).eval()
     original = copy.deepcopy(model).requires_grad_(False)
     source = original if config.matching_weights == "original" else model
-    hooks = [StatisticsHook(layer) for layer in source.modules() if isinstance(layer, BATCHNORM)]
+    hooks = [StatisticsHook(layer) for layer in batchnorm_layers(source).values()]
     finished, losses = [], []
     for number, start in enumerate(range(0, len(images), config.batch_size)):
         stop = start + config.batch_size
@@ -170,7 +171,6 @@ def _refine(
     images = images.requires_grad_(True)
     optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
     low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in config.bounds)
-    factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
     losses = []
     for step in range(config.iterations):
         optimizer.param_groups[0]["lr"] = float(schedule.learning_rates[step])
@@ -181,8 +181,10 @@ def _refine(
         ce = F.cross_entropy(model(seen), labels)
         if original is not None:
             original(seen)
-        mean = sum((w * hook.mean_distance for w, hook in zip(factors, hooks, strict=True)), torch.zeros(()).to(ce))
-        var = sum((w * hook.var_distance for w, hook in zip(factors, hooks, strict=True)), torch.zeros(()).to(ce))
+        factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
+        used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
+        mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
+        var = sum((w * hook.var_distance for w, hook in used), torch.zeros(()).to(ce))
         (ce + config.lambda_mean * mean + config.lambda_var * var + _priors(seen, config)).backward()
         optimizer.step()
         with torch.no_grad():

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dwa_fast import ops
 from dwa_fast.backend import Operators, resolve
+from dwa_fast.norms import batchnorm_layers
 from dwa_fast.pooling import MeanPool
 from dwa_fast.reference import ops as reference
-from dwa_fast.rewrite import rewrite
+from dwa_fast.rewrite import trace
 from tests.ops.conftest import LEVELS
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 5, 2), (3, 19, 7, 9), (2, 16, 8, 6), (4, 67, 3, 11), (8, 128, 16, 16), (1, 64, 1, 4)]
@@ -117,7 +118,7 @@ def test_which_layers_are_replaced(layer: nn.Module, window: int | None) -> None
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), layer, nn.Flatten(1), nn.LazyLinear(5)).eval()
     images = torch.randn(2, 3, 9, 9)
     expected = teacher(images)
-    rewritten = rewrite(teacher.requires_grad_(False), resolve("fused", "fp32", "cpu").operators, images)
+    rewritten = trace(teacher.requires_grad_(False), batchnorm_layers(teacher), resolve("fused", "fp32", "cpu").operators, images)
     found = [each.window for each in rewritten.module.modules() if isinstance(each, MeanPool)]
     assert found == ([] if window is None else [window])
     torch.testing.assert_close(rewritten.module(images), expected)
