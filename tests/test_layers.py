@@ -22,7 +22,7 @@ ORDER = """
     embedding neighbours diversity survey incremental pictures plots
     preview verify production distill
     published report.findings report.document report.values report.sets report.contents report.style report.page report.markdown report
-    compat.hooks compat.perterb compat.namespace compat.recover compat
+    compat.fields compat.hooks compat.perterb compat.known compat.data_set compat.namespace compat.recover compat
     experiments experiments.cells experiments.schedule experiments.grid experiments.studies
     demo console
     commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.experiments

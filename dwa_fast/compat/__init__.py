@@ -6,8 +6,8 @@ from dwa_fast.compat import get_images              # the whole recover loop
 
 from __future__ import annotations
 
-from dwa_fast.compat.hooks import BNFeatureHook
+from dwa_fast.compat.hooks import BNFeatureHook, ViT_BNFeatureHook
 from dwa_fast.compat.perterb import Perterb
 from dwa_fast.compat.recover import get_images
 
-__all__ = ["BNFeatureHook", "Perterb", "get_images"]
+__all__ = ["BNFeatureHook", "Perterb", "ViT_BNFeatureHook", "get_images"]

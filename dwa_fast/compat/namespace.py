@@ -1,25 +1,24 @@
-"""What the argparse namespaces of SRe2L, CDA and DWA ask for, in our terms."""
+"""What the namespaces of SRe2L, CDA and DWA scripts ask for, in our terms."""
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from dwa_fast.compat.data_set import DESCRIBING, DataSet, check_flag, data_set
+from dwa_fast.compat.fields import fields_of, say_once
+from dwa_fast.compat.known import ELSEWHERE, NEUTRAL
 from dwa_fast.config import BackendName, Precision, SynthesisConfig, check_choice, check_integer, check_real
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import RECIPES
 
-log = logging.getLogger("dwa_fast")
-
 CodeBase = Literal["sre2l", "cda", "dwa"]
 
-_ELSEWHERE = "exp_name arch_name arch_path verifier_arch_path verifier_path ipc_start ipc_end G GPU_ID wandb_key".split()  # in the scripts
+_TITLES: dict[CodeBase, str] = {"sre2l": "SRe2L", "cda": "CDA", "dwa": "DWA"}
 _DEFAULTS: dict[str, Any] = {  # of the fields that do not depend on data set or code base
     "iteration": 1000,
     "batch_size": 100,
@@ -31,13 +30,15 @@ _DEFAULTS: dict[str, Any] = {  # of the fields that do not depend on data set or
     "steps": 1,
     "milestone": 0.0,
     "easy2hard_mode": "cosine",
+    "cda": True,
     "verifier": False,
     "verifier_arch": "mobilenet_v2",
     "store_best_images": False,
     "store_last_images": False,
+    "seed": 0,
 }
-_OTHERS = "r_bn jitter rho dataset init_path sorted_path syn_data_path".split()  # with defaults of a data set, or none
-_CLASSES = {10: "cifar10", 100: "cifar100", 200: "tiny", 1000: "imagenet", 10450: "imagenet-21k"}  # where no data set is named
+_OTHERS = "r_bn jitter rho init_path sorted_path syn_data_path".split()  # with defaults of a data set, or none
+_READ = {*_DEFAULTS, *_OTHERS, *DESCRIBING}
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,41 @@ class Recovery:
     r_var: float  # λ_var / λ_mean
     verifier: bool
     verifier_arch: str
+    seed: int
 
 
 def read_namespace(
-    args: Any, teacher: nn.Module, *, recipe: str | None, backend: BackendName, precision: Precision, device: str
+    args: Any,
+    teacher: nn.Module,
+    *,
+    recipe: str | None,
+    backend: BackendName,
+    precision: Precision,
+    device: str,
+    ignore: Collection[str] = (),
 ) -> Recovery:
-    """What a namespace asks for; fields that it lacks have the defaults of the code base that it comes from.
+    """What a namespace asks for; fields that it lacks have the defaults of the code base that it comes from. What was understood is said.
 
     Args:
-        args: any object with the fields as attributes.
+        args: a namespace, mapping, dataclass, or any object with the fields as attributes; None stands for a missing field.
         teacher: shows the data set by its number of classes where neither `recipe` nor `args.dataset` names it.
         recipe: the recipe whose pixels, normalisation and view hold, for data sets that the code bases do not know.
+        ignore: fields that are passed over, as if args lacked them.
     Raises:
-        TypeError: args has no attributes.
-        InputError: a field cannot be used.
+        TypeError: args is no namespace.
+        InputError: a field cannot be used, or is unknown and could change the images.
     """
-    if not hasattr(args, "__dict__"):
-        raise TypeError(f"args must be a namespace such as argparse gives, got {type(args).__name__}")
-    given = vars(args)
-    _warn_of(tuple(sorted(given.keys() - {*_DEFAULTS, *_OTHERS, *_ELSEWHERE})))
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore must be a list of names of fields, such as ({ignore!r},), got a string")
+    given = {name: value for name, value in fields_of(args).items() if name not in ignore}
+    _refuse_unknown(given)
     code_base = _code_base(given)
-    facts, size, classes = _data_set(given, teacher, recipe, code_base)
-    fields = {**_DEFAULTS, **_own_defaults(code_base, facts), **given}
+    data = data_set(given, teacher, recipe, sre2l=code_base == "sre2l")
+    fields = {**_DEFAULTS, **_own_defaults(code_base, data.config), **given}
     _check(fields, code_base)
+    _check_view(given, code_base, data)
     config = replace(
-        facts,
+        data.config,
         iterations=fields["iteration"],
         batch_size=fields["batch_size"],
         learning_rate=fields["lr"],
@@ -99,64 +110,57 @@ def read_namespace(
         device=device,
     )
     stores = fields["store_best_images"] or fields["store_last_images"]
+    say_once(_summary(code_base, config, data))
     return Recovery(
         code_base=code_base,
         config=config,
-        size=size,
-        classes=classes,
+        size=data.size,
+        classes=data.classes,
         init_path=_path(fields, "init_path") if code_base == "dwa" else None,
         sorted_path=fields.get("sorted_path"),
         output=_path(fields, "syn_data_path") if stores else None,
         r_var=fields["r_var"],
         verifier=fields["verifier"],
         verifier_arch=fields["verifier_arch"],
+        seed=fields["seed"],
     )
 
 
-@functools.cache
-def _warn_of(unknown: tuple[str, ...]) -> None:
-    """Name the fields that nothing here reads, once."""
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Raise InputError where a field may belong to another method."""
+    unknown = sorted(given.keys() - _READ - ELSEWHERE - NEUTRAL.keys())
     if unknown:
-        log.warning("get_images ignores fields of args that it does not know: %s", ", ".join(unknown))
+        names = ", ".join(f"args.{name}" for name in unknown)
+        them = "it" if len(unknown) == 1 else "them"
+        raise InputError(
+            f"get_images does not know {names}, and {them} could change the images: where they do not matter, pass "
+            f"ignore=({', '.join(map(repr, unknown))},); otherwise keep the script's own loop, in which BNFeatureHook still works"
+        )
+    for name, values in NEUTRAL.items():
+        if name in given and given[name] not in values:
+            raise InputError(
+                f"args.{name} is {given[name]!r}, which is another method; get_images does what {values[0]!r} stands for: keep the "
+                f"script's own loop, in which BNFeatureHook still works, or pass ignore=({name!r},) where it does not matter"
+            )
 
 
 def _code_base(given: Mapping[str, Any]) -> CodeBase:
-    if given.keys() & {"rho", "steps", "init_path"}:
+    for name in ("cda", "apply_data_augmentation"):
+        check_flag(name, given.get(name, False))
+    curriculum = given.get("cda", "easy2hard_mode" in given)
+    if given.keys() & {"rho", "steps"}:
+        if curriculum:
+            raise InputError(
+                "args.rho and args.steps are DWA's, and args.easy2hard_mode is CDA's: get_images does one or the other; "
+                "name the other in ignore="
+            )
         return "dwa"
-    return "cda" if "easy2hard_mode" in given else "sre2l"
-
-
-def _data_set(
-    given: Mapping[str, Any], teacher: nn.Module, recipe: str | None, code_base: CodeBase
-) -> tuple[SynthesisConfig, int, int | None]:
-    """Normalisation, view and jitter of the data set, the size of its images, and its number of classes where that is fixed."""
-    if recipe is not None:
-        check_choice("recipe", recipe, list(RECIPES))
-        return RECIPES[recipe].synthesis, RECIPES[recipe].data.size, None
-    if "dataset" in given:
-        check_choice("args.dataset", given["dataset"], ("cifar10", "cifar100", "tiny", "imagenet"))
-        name: str = given["dataset"]
-        return RECIPES[name].synthesis, RECIPES[name].data.size, RECIPES[name].data.classes
-    classes = _outputs(teacher)
-    if classes not in _CLASSES:
-        known = ", ".join(f"{count} ({name})" for count, name in _CLASSES.items())
+    if "init_path" in given:
         raise InputError(
-            f"cannot tell the data set from a teacher of {classes or 'no known number of'} classes: "
-            f"name it in args.dataset or pass recipe=…; known by their classes: {known}"
+            "args.init_path without args.rho: DWA's loop, which starts from real images, has both; "
+            "set args.rho (0 for no ascent), or pass ignore=('init_path',) for a start from noise"
         )
-    name = _CLASSES[classes]
-    if name == "imagenet-21k":  # CDA's teachers for it were trained on pixels in [0, 1]
-        return replace(RECIPES["imagenet"].synthesis, mean=(0.0,) * 3, std=(1.0,) * 3), 224, classes
-    own = RECIPES[name]
-    if name == "cifar100" and code_base == "sre2l":  # whose CIFAR-100 scripts normalise as for CIFAR-10
-        return RECIPES["cifar10"].synthesis, own.data.size, classes
-    return own.synthesis, own.data.size, classes
-
-
-def _outputs(teacher: nn.Module) -> int | None:
-    """The width of the last linear layer."""
-    linear = [module for module in teacher.modules() if isinstance(module, nn.Linear)]
-    return linear[-1].out_features if linear else None
+    return "cda" if curriculum else "sre2l"
 
 
 def _own_defaults(code_base: CodeBase, facts: SynthesisConfig) -> dict[str, Any]:
@@ -172,7 +176,8 @@ def _check(fields: Mapping[str, Any], code_base: CodeBase) -> None:
     """Raise InputError where a value means nothing; the sentence has the namespace's own names."""
     for name in ("iteration", "batch_size"):
         check_integer(f"args.{name}", fields[name], 1)
-    check_integer("args.jitter", fields["jitter"], 0)
+    for name in ("jitter", "seed"):
+        check_integer(f"args.{name}", fields[name], 0)
     check_real("args.lr", fields["lr"], 0, above=True)
     for name in ("r_bn", "first_bn_multiplier", "r_var", "tv_l2", "l2_scale", "rho"):
         check_real(f"args.{name}", fields[name], 0)
@@ -180,10 +185,46 @@ def _check(fields: Mapping[str, Any], code_base: CodeBase) -> None:
     check_real("args.milestone", fields["milestone"], 0, 1)
     check_choice("args.easy2hard_mode", fields["easy2hard_mode"], ("step", "linear", "cosine"))
     for name in ("verifier", "store_best_images", "store_last_images"):
-        if not isinstance(fields[name], bool):
-            raise InputError(f"args.{name} must be True or False, got {fields[name]!r}")
+        check_flag(name, fields[name])
     if code_base == "dwa" and "init_path" not in fields:
         raise InputError("args.init_path is missing: DWA starts from real images, in class folders or as tensor_0.pt, tensor_1.pt, …")
+
+
+def _check_view(given: Mapping[str, Any], code_base: CodeBase, data: DataSet) -> None:
+    """Raise InputError where a field belongs to loops with crops, and the data set's view has none."""
+    if data.config.view == "crop":
+        return
+    if code_base == "cda" or "cda" in given:
+        name = "easy2hard_mode" if "easy2hard_mode" in given else "cda"
+        raise InputError(
+            f"args.{name} belongs to a loop with crops, but the view of {data.title} is a roll without crops: "
+            f"keep the script's own loop, in which BNFeatureHook still works, or pass recipe=… with crops, or ignore=({name!r}, …)"
+        )
+    for name in ("tv_l2", "l2_scale"):
+        if given.get(name):
+            raise InputError(
+                f"args.{name} is {given[name]!r}, but no published loop with the view of {data.title} uses it (SCDD's parser has it): "
+                f"set it to 0, or pass ignore=({name!r},)"
+            )
+
+
+def _summary(code_base: CodeBase, config: SynthesisConfig, data: DataSet) -> str:
+    """One line on what was understood."""
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (config.mean, config.std))
+    crop = f"crop of {config.crop_scale[0]:g} to {config.crop_scale[1]:g} of the area, flip and " if config.view == "crop" else ""
+    parts = [
+        f"get_images: {_TITLES[code_base]}'s loop",
+        f"data set {data.title}",
+        f"{data.size} × {data.size} pixels, mean {mean}, std {std}",
+        f"view: {crop}roll by 0 to {config.jitter} pixels",
+        f"curriculum: {config.curriculum}" + (f", milestone {config.milestone:g}" if config.curriculum != "none" else ""),
+        f"{config.iterations} iterations, batches of {config.batch_size}, λ_mean {config.lambda_mean:g}, λ_var {config.lambda_var:g}",
+    ]
+    if code_base == "dwa":
+        parts.append(f"ascent: {config.steps} steps, rho {config.rho:g}")
+    if config.tv_l2 or config.l2_scale:
+        parts.append(f"priors: tv_l2 {config.tv_l2:g}, l2_scale {config.l2_scale:g}")
+    return "; ".join(parts)
 
 
 def _path(fields: Mapping[str, Any], name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dwa_fast.compat.fields import plain
 from dwa_fast.config import check_real
 from dwa_fast.errors import InputError
 from dwa_fast.reference.ops import ASCENT_EPSILON
@@ -30,9 +32,13 @@ class Perterb(Optimizer):
             dropout: kept, and not used; the published class has it.
             **kwargs: kept in the groups.
         Raises:
+            TypeError: base_optimizer is a class.
             InputError: rho is no number of at least 0.
         """
+        rho = plain(rho)
         check_real("rho", rho, 0)
+        if isinstance(base_optimizer, type):
+            raise TypeError(f"base_optimizer must be an optimiser, such as Adam([images]), got the class {base_optimizer.__name__}")
         super().__init__(params, {"rho": rho, **kwargs})
         self.base_optimizer = base_optimizer
         self.dropout = dropout
@@ -41,10 +47,10 @@ class Perterb(Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """p ← p + e with e = rho·g/(‖g‖₂ + 1e-12), one norm over all weights; e is remembered.
+        """p ← p + e with e = rho·g/(‖g‖₂ + 1e-12), one norm over all weights, in float32 or wider; e is remembered.
 
         Raises:
-            InputError: no weight has a gradient.
+            InputError: no weight has a gradient, or one is not finite; no weight has moved then.
         """
         norm = self._grad_norm()
         for group in self.param_groups:
@@ -77,15 +83,29 @@ class Perterb(Optimizer):
         if closure is None:
             raise InputError("Perterb.step wants a closure that does a forward and backward pass, got None")
         self.first_step(zero_grad=True)
-        torch.enable_grad()(closure)()
+        with torch.inference_mode(False), torch.enable_grad():
+            closure()
         self.second_step()
 
     def _grad_norm(self) -> Tensor:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in weights if p.grad is not None]
+        if not gradients and not any(p.requires_grad for p in weights):
+            raise InputError(
+                "Perterb.first_step wants gradients, but requires_grad is off for every weight: switch it on, as with "
+                "teacher.requires_grad_(True), before the forward pass"
+            )
         if not gradients:
             raise InputError("Perterb.first_step wants gradients: no weight has one; call backward() first")
-        device = self.param_groups[0]["params"][0].device
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(device) for each in torch._foreach_norm(gradients)]))
+        device = weights[0].device
+        wide = functools.reduce(torch.promote_types, (each.dtype for each in gradients), torch.float32)
+        norms = [each.to(device) for each in torch._foreach_norm(gradients, 2, dtype=wide)]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if not norm.isfinite():
+            raise InputError(
+                "Perterb.first_step wants finite gradients, got NaN or infinity; with a GradScaler choose a smaller init_scale, "
+                "or do the ascent outside autocast"
+            )
         return norm
 
 

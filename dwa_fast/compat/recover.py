@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dwa_fast.compat.fields import plain
 from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.config import BackendName, Precision, check_integer
 from dwa_fast.datasets import denormalise, normalise
@@ -40,50 +41,63 @@ def get_images(
     model_teacher: nn.Module,
     hook_for_display: Display | int | None = None,
     ipc_id: int | None = None,
-    *,
+    *others: Any,
     recipe: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     backend: BackendName = "auto",
     precision: Precision = "auto",
     device: str | None = None,
+    ignore: Collection[str] = (),
+    **unknown: Any,
 ) -> Tensor:
     """Make image `ipc_id` of every class, as the function of that name in SRe2L, CDA and DWA does.
 
     Called `get_images(args, teacher, hook_for_display, ipc_id)`, or as in DWA's ImageNet script `get_images(args, teacher, ipc_id)`.
-    Fields that `args` lacks have the defaults of its code base. Images are written only where `args.store_best_images` is set, to
-    args.syn_data_path/new007/class007_id000.jpg and so on, as JPEG like the published ones. What the published loops do beside their
-    papers is not done: no random numbers without a seed, no drift of the weights from batch to batch, no gradients of the ascent in
-    Adam's first step; files of a class folder are taken in sorted order.
+    Fields that `args` lacks have the defaults of its code base; the first call logs what was understood. Images are written only where
+    `args.store_best_images` is set, to args.syn_data_path/new007/class007_id000.jpg and so on, as JPEG like the published ones. What the
+    published loops do beside their papers is not done: no random numbers without a seed, no drift of the weights from batch to batch, no
+    gradients of the ascent in Adam's first step; files of a class folder are taken in sorted order. Autocast, no_grad and inference_mode
+    around the call change nothing.
 
     Args:
-        args: the namespace of the script: iteration, batch_size, lr, jitter, r_bn, first_bn_multiplier, syn_data_path, store_best_images,
-            verifier, verifier_arch; also r_var, rho, steps, init_path, sorted_path and dataset (DWA), easy2hard_mode and milestone (CDA),
-            tv_l2 and l2_scale (SRe2L). An unknown field is ignored with one warning.
-        model_teacher: classifier in eval mode, bare or in nn.DataParallel; it is copied, never changed.
+        args: the namespace of the script, or a mapping or dataclass: iteration, batch_size, lr, jitter, r_bn, first_bn_multiplier,
+            syn_data_path, store_best_images, verifier, verifier_arch; also r_var, rho, steps, init_path, sorted_path and dataset (DWA),
+            easy2hard_mode and milestone (CDA), cda (GUARD), tv_l2 and l2_scale (SRe2L), input_size, mean_norm, std_norm, ncls and
+            apply_data_augmentation (CV-DD), seed. Fields of other parts of a script are passed over; any other field is refused.
+        model_teacher: classifier in eval mode, bare or in a wrapper such as nn.DataParallel; it is copied, never changed.
         hook_for_display: called every 100 iterations with images and their classes, before it the losses are printed.
         ipc_id: index of the images within their classes, at least 0.
+        *others, **unknown: nothing; what the loops of other methods take is refused in a sentence.
         recipe: the recipe whose pixels, normalisation and view hold, where the code bases do not know the data set.
-        seed: at least 0; all random draws derive from it, `ipc_id` and the batch.
+        seed: at least 0; all random draws derive from it, `ipc_id` and the batch; default: args.seed, else 0.
         backend, precision: as in `SynthesisConfig`.
         device: where to compute; default: where the teacher is.
+        ignore: names of fields of args that are passed over, as if it lacked them.
     Returns:
         losses of every iteration, [batches, T, 3] on the CPU: cross-entropy, R_mean, R_var.
     Raises:
-        TypeError: the teacher is no module, or args no namespace.
+        TypeError: the teacher is no module, args no namespace, or the arguments are those of another method.
         InputError: a field of args, the teacher or an initial image cannot be used.
     """
+    _refuse_other_loops(model_teacher, hook_for_display, ipc_id, others, unknown)
     verified = ipc_id is None  # DWA's ImageNet script, which loads the verifier itself
-    index = hook_for_display if ipc_id is None else ipc_id
+    index = plain(hook_for_display if ipc_id is None else ipc_id)
     check_integer("ipc_id", index, 0)
-    assert isinstance(index, int)
-    display = None if verified or not callable(hook_for_display) else hook_for_display
-    if not isinstance(model_teacher, nn.Module):
-        raise TypeError(f"model_teacher must be a torch.nn.Module, got {type(model_teacher).__name__}")
-    where = device or str(next(iter(model_teacher.parameters()), torch.empty(0)).device)
-    asked = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=where)
+    display = None if verified else hook_for_display
+    where = torch.device(device or next(iter(model_teacher.parameters()), torch.empty(0)).device)
+    asked = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=str(where), ignore=ignore)
     _warn_of_devices(len(model_teacher.device_ids) if isinstance(model_teacher, nn.DataParallel) else 1)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(where.type, enabled=False):
+        return _recover(asked, model_teacher, index, asked.seed if seed is None else seed, display, verified=verified)
+
+
+def _recover(asked: Recovery, teacher: nn.Module, index: int, seed: int, display: Any, *, verified: bool) -> Tensor:
+    """All batches of an image index."""
+    check_integer("seed", seed, 0)
+    if asked.output:
+        output_folder(asked.output)  # before hours are spent
     shape = asked.config.channels, asked.size, asked.size
-    run = Synthesizer(model_teacher, normal(generator(0, "unseen"), (1, *shape)), asked.config)
+    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), asked.config)
     classes = asked.classes or run.classes
     if run.classes != classes:
         raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
@@ -97,6 +111,25 @@ def get_images(
         if asked.output:
             _store(asked.output, denormalise(images, asked.config), batch.labels, index, classes)
     return torch.stack(losses)
+
+
+def _refuse_other_loops(teacher: Any, display: Any, ipc_id: Any, others: tuple[Any, ...], unknown: dict[str, Any]) -> None:
+    """Raise TypeError where the arguments are those of another method's get_images."""
+    end = "this is another method's loop: keep it; BNFeatureHook still works in it where the script makes BNFeatureHook(module)"
+    if unknown:
+        raise TypeError(f"get_images takes no {', '.join(unknown)}: {end}")
+    if others:
+        raise TypeError(
+            f"get_images takes (args, teacher, hook_for_display, ipc_id) or (args, teacher, ipc_id), got {4 + len(others)}: {end}"
+        )
+    if isinstance(teacher, (list, tuple, dict, nn.ModuleList, nn.ModuleDict)):
+        raise TypeError(f"model_teacher must be one torch.nn.Module, got a {type(teacher).__name__} of {len(teacher)}: {end}")
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"model_teacher must be a torch.nn.Module, got {type(teacher).__name__}")
+    if isinstance(display, nn.Module):
+        raise TypeError(f"hook_for_display must be a function or None, got the network {type(display).__name__}: {end}")
+    if ipc_id is not None and display is not None and not callable(display):
+        raise TypeError(f"hook_for_display must be a function or None, got {type(display).__name__}")
 
 
 @functools.cache
@@ -222,7 +255,7 @@ def _verifier(name: str, device: torch.device) -> Display:
         network = torchvision.models.get_model(name, weights="IMAGENET1K_V1").eval().requires_grad_(False).to(device)
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(f"args.verifier_arch must be a classifier of torchvision with ImageNet weights, got {name!r}") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network; a damaged file
         raise InputError(f"the ImageNet weights of verifier {name!r} cannot be fetched: {error}") from error
 
     def display(images: Tensor, labels: Tensor) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dwa_fast import InputError
-from dwa_fast.compat import get_images, namespace, recover
+from dwa_fast.compat import fields, get_images, namespace, recover
 from dwa_fast.config import DataConfig
 from dwa_fast.recipes import RECIPES, full_recipe
 from tests.compat.loops import colour_teacher
@@ -32,9 +32,9 @@ FIELDS = {"iteration": 2, "batch_size": 3, "lr": 0.1, "jitter": 2, "r_bn": 0.01,
 
 @pytest.fixture(autouse=True)
 def pocket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe of small images that are cropped; and warnings are given once per process, but once per test here."""
+    """A recipe of small images that are cropped; and what is said once per process is said once per test here."""
     monkeypatch.setitem(RECIPES, "pocket", POCKET)
-    namespace._warn_of.cache_clear()
+    fields.say_once.cache_clear()
     recover._warn_of_devices.cache_clear()
 
 
@@ -103,13 +103,24 @@ def test_same_seed_same_bits_and_every_index_its_own(tmp_path: Path) -> None:
     assert not torch.equal(first, get_images(args, teacher(), None, 0, recipe="pocket", backend="reference", seed=1))
 
 
-def test_unknown_fields_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(2):
-        run(None, 0, gamma=3, alpha_tv=1, exp_name="x", ipc_start=0, ipc_end=1)
-    assert [record.getMessage() for record in caplog.records] == [
-        "get_images ignores fields of args that it does not know: alpha_tv, gamma"
+def test_what_was_understood_is_said_once_per_setting(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for jitter in (2, 2, 3):
+        run(None, 0, jitter=jitter, exp_name="x", ipc_start=0, ipc_end=1)
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("get_images")]
+    assert said == [
+        "get_images: SRe2L's loop; data set recipe pocket; 16 × 16 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225; "
+        f"view: crop of 0.08 to 1 of the area, flip and roll by 0 to {jitter} pixels; curriculum: none; "
+        "2 iterations, batches of 3, λ_mean 0.01, λ_var 0.01"
+        for jitter in (2, 3)
     ]
-    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_without_logging_it_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that sets up no logging sees it too."""
+    monkeypatch.setattr(fields.log, "hasHandlers", lambda: False)
+    run(None, 0)
+    assert capsys.readouterr().err.startswith("get_images: SRe2L's loop; data set recipe pocket; 16 × 16 pixels")
 
 
 def test_the_teacher_may_be_wrapped_and_stays_as_it_was() -> None:
@@ -142,7 +153,7 @@ def pictures(folder: Path, colours: dict[str, list[int]], size: tuple[int, int] 
 
 def start_of(folder: Path, index: int, **fields: Any) -> Tensor:
     """The initial images that get_images takes, [classes, 3, S, S] in [0, 1]."""
-    args = Namespace(**FIELDS, init_path=str(folder), **fields)
+    args = Namespace(**FIELDS, init_path=str(folder), rho=0.1, **fields)
     asked = namespace.read_namespace(args, teacher(), recipe="pocket", backend="reference", precision="auto", device="cpu")
     batches = list(recover._batches(asked, CLASSES, index))
     assert [batch.number for batch in batches] == [2 * index, 2 * index + 1]
@@ -178,7 +189,7 @@ def test_the_namespaces_own_order_of_classes(tmp_path: Path) -> None:
 def test_tensors_are_taken_where_they_are(tmp_path: Path) -> None:
     tensor = torch.randn(CLASSES, 3, SIZE, SIZE)
     torch.save(tensor, tmp_path / "tensor_5.pt")
-    asked = Namespace(**FIELDS, init_path=str(tmp_path))
+    asked = Namespace(**FIELDS, init_path=str(tmp_path), rho=0.1)
     read = namespace.read_namespace(asked, teacher(), recipe="pocket", backend="reference", precision="auto", device="cpu")
     assert torch.equal(torch.cat([batch.images for batch in recover._batches(read, CLASSES, 5)]), tensor)
 
@@ -247,7 +258,7 @@ def test_the_verifier_of_torchvision_counts_what_it_recognises(
     folder = pictures(tmp_path / "init", {name: [100] for name in "abcd"})
     big = replace(POCKET, data=DataConfig(size=32))
     monkeypatch.setitem(RECIPES, "pocket", big)
-    args = Namespace(**{**FIELDS, "batch_size": 4}, init_path=str(folder), verifier=True, verifier_arch="squeezenet1_1")
+    args = Namespace(**{**FIELDS, "batch_size": 4}, init_path=str(folder), rho=0.1, verifier=True, verifier_arch="squeezenet1_1")
     get_images(args, colour_teacher(CLASSES, 32, (8, 8, 8)), 0, recipe="pocket", backend="reference")
     assert "\nVerifier accuracy:  25.0\n" in capsys.readouterr().out
 
@@ -272,7 +283,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[Any, ...], type[Exception], str]] =
     "flag": ({"store_best_images": "no"}, (None, 0), InputError, "args.store_best_images must be True or False, got 'no'"),
     "no folder": ({"store_best_images": True}, (None, 0), InputError, "args.syn_data_path must be the path of a folder, got None"),
     "no start": ({"rho": 0.1}, (None, 0), InputError, "args.init_path is missing: DWA starts from real images"),
-    "init": ({"init_path": "nowhere"}, (None, 0), InputError, "args.init_path must be a folder with a sub-folder of images per class"),
+    "init": ({"init_path": "nowhere", "rho": 0}, (None, 0), InputError, "args.init_path must be a folder with a sub-folder of images per class"),
     "index": ({}, (None, -1), InputError, "ipc_id must be an integer of at least 0, got -1"),
     "no index": ({}, (), InputError, "ipc_id must be an integer of at least 0, got None"),
     "hook for index": ({}, (print,), InputError, "ipc_id must be an integer of at least 0, got <built-in function print>"),
@@ -295,16 +306,16 @@ def test_refuses(fields: dict[str, Any], rest: tuple[Any, ...], kind: type[Excep
 def test_refuses_what_it_cannot_start_from(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "three", {name: [100] for name in "abc"})
     with pytest.raises(InputError, match="has 3 class folders, wanted 4"):
-        run(None, 0, init_path=str(folder))
+        run(None, 0, init_path=str(folder), rho=0.1)
     pictures(folder, {"d": [1, 2]})
     with pytest.raises(InputError, match=re.escape("a has 1 images, but image 1 of it is asked for (counted from 0)")):
-        run(None, 1, init_path=str(folder))
+        run(None, 1, init_path=str(folder), rho=0.1)
     (folder / "c" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"c/0\.png is no image that can be read: it is empty"):
-        run(None, 0, init_path=str(folder))
+        run(None, 0, init_path=str(folder), rho=0.1)
     torch.save(torch.zeros(3, 3, SIZE, SIZE), tmp_path / "tensor_0.pt")
     with pytest.raises(InputError, match=re.escape("holds a tensor of shape (3, 3, 16, 16); wanted one of shape (4, 3, 16, 16)")):
-        run(None, 0, init_path=str(tmp_path))
+        run(None, 0, init_path=str(tmp_path), rho=0.1)
 
 
 def test_refuses_a_teacher_of_another_data_set() -> None:

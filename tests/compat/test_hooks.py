@@ -154,7 +154,7 @@ def test_close_takes_it_off() -> None:
     module = layer()
     hook = BNFeatureHook(module)
     assert len(module._forward_hooks) == 1
-    assert not hasattr(hook, "r_feature")
+    assert hook.r_feature is None
     module(torch.randn(2, 6, 3, 3))
     before = hook.r_feature
     hook.close()
