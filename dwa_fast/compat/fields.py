@@ -27,11 +27,11 @@ def fields_of(args: Any) -> dict[str, Any]:
     become Python's.
 
     Raises:
-        TypeError: it is a number, a string, a list, a tensor or a network.
+        TypeError: it is None, a number, a string, a list, a tensor or a network.
     """
     if isinstance(args, Mapping):
         found = {str(name): args[name] for name in args}
-    elif isinstance(args, _NO_NAMESPACES) or (isinstance(args, tuple) and not hasattr(args, "_fields")):
+    elif args is None or isinstance(args, _NO_NAMESPACES) or (isinstance(args, tuple) and not hasattr(args, "_fields")):
         raise TypeError(f"args must be a namespace such as argparse gives, or a mapping, got {type(args).__name__}")
     elif isinstance(args, Namespace):
         found = dict(vars(args))

@@ -120,7 +120,7 @@ def _refuse_other_loops(teacher: Any, display: Any, ipc_id: Any, others: tuple[A
         raise TypeError(f"get_images takes no {', '.join(unknown)}: {end}")
     if others:
         raise TypeError(
-            f"get_images takes (args, teacher, hook_for_display, ipc_id) or (args, teacher, ipc_id), got {4 + len(others)}: {end}"
+            f"get_images takes (args, teacher, hook_for_display, ipc_id) or (args, teacher, ipc_id), got {4 + len(others)} arguments: {end}"
         )
     if isinstance(teacher, (list, tuple, dict, nn.ModuleList, nn.ModuleDict)):
         raise TypeError(f"model_teacher must be one torch.nn.Module, got a {type(teacher).__name__} of {len(teacher)}: {end}")

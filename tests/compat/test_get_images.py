@@ -263,6 +263,71 @@ def test_the_verifier_of_torchvision_counts_what_it_recognises(
     assert "\nVerifier accuracy:  25.0\n" in capsys.readouterr().out
 
 
+# Teachers and arguments of all kinds
+
+
+def test_a_teacher_in_half_precision_and_one_that_was_compiled() -> None:
+    plain = run(None, 0, iteration=1, batch_size=4)
+    compiled = torch.compile(teacher(), backend="eager")
+    assert torch.equal(run(None, 0, iteration=1, batch_size=4, network=compiled), plain)  # type: ignore[arg-type]
+    assert torch.allclose(run(None, 0, iteration=1, batch_size=4, network=teacher().half()), plain, rtol=2e-2)
+
+
+def test_an_index_may_be_a_scalar_of_another_library() -> None:
+    fields = {"iteration": 1, "batch_size": 4}
+    plain = run(None, 3, **fields)
+    for index in (np.int64(3), torch.tensor(3), torch.tensor([3])):
+        assert torch.equal(run(None, index, **fields), plain)
+        assert torch.equal(run(index, **fields), plain)  # as DWA's ImageNet script calls it
+
+
+def test_the_seed_of_the_namespace_counts_where_none_is_given() -> None:
+    fields = {"iteration": 1, "batch_size": 4}
+    seeded = run(None, 0, seed=5, **fields)
+    args = Namespace(**{**FIELDS, **fields})
+    assert torch.equal(seeded, get_images(args, teacher(), None, 0, recipe="pocket", backend="reference", seed=5))
+    assert not torch.equal(seeded, run(None, 0, **fields))
+    args.seed = 5
+    assert not torch.equal(seeded, get_images(args, teacher(), None, 0, recipe="pocket", backend="reference", seed=6))
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "Synthesizer", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to"):
+        run(None, 0, syn_data_path=str(tmp_path / "file" / "syn"), store_best_images=True)
+
+
+OTHER = "this is another method's loop: keep it; BNFeatureHook still works in it where the script makes BNFeatureHook(module)"
+OTHER_LOOPS: dict[str, tuple[Callable[[], Any], str]] = {
+    "5 (CV-DD, FADRM, DIVA, multi-GPU SRe2L, LPLD)": (
+        lambda: get_images(Namespace(), None, "cuda", 0, True),  # type: ignore[arg-type]
+        f"get_images takes (args, teacher, hook_for_display, ipc_id) or (args, teacher, ipc_id), got 5 arguments: {OTHER}",
+    ),
+    "6 (three teachers)": (lambda: get_images(Namespace(), teacher(), teacher(), teacher(), None, 0), "got 6 arguments: this is"),  # type: ignore[arg-type]
+    "7 (DELT)": (lambda: get_images(Namespace(), 1, 2, 3, 4, 5, 6), "got 7 arguments: this is"),  # type: ignore[arg-type]
+    "10 (PRISM)": (lambda: get_images(*range(10)), "got 10 arguments: this is"),  # type: ignore[arg-type]
+    "bc_i": (lambda: get_images(Namespace(), teacher(), None, 0, bc_i=None, weights=None), f"get_images takes no bc_i, weights: {OTHER}"),
+    "bc": (lambda: get_images(Namespace(), teacher(), None, bc=None), "get_images takes no bc: this is another method's loop"),
+    "list of teachers": (
+        lambda: get_images(Namespace(), [teacher(), teacher()], None, 0),  # type: ignore[arg-type]
+        f"model_teacher must be one torch.nn.Module, got a list of 2: {OTHER}",
+    ),
+    "ModuleList": (lambda: get_images(Namespace(), nn.ModuleList([teacher()]), None, 0), "got a ModuleList of 1: this is"),
+    "student (CUDD)": (
+        lambda: get_images(Namespace(), teacher(), nn.ReLU(), 0),
+        "must be a function or None, got the network ReLU: this is",
+    ),
+    "display": (lambda: get_images(Namespace(), teacher(), 3, 0), "hook_for_display must be a function or None, got int"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), OTHER_LOOPS.values(), ids=OTHER_LOOPS.keys())
+def test_loops_of_other_methods_are_told_which_level_works(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
 WRONG: dict[str, tuple[dict[str, Any], tuple[Any, ...], type[Exception], str]] = {
     "iteration": ({"iteration": 0}, (None, 0), InputError, "args.iteration must be an integer of at least 1, got 0"),
     "batch": ({"batch_size": "100"}, (None, 0), InputError, "args.batch_size must be an integer of at least 1, got '100'"),
@@ -283,7 +348,12 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[Any, ...], type[Exception], str]] =
     "flag": ({"store_best_images": "no"}, (None, 0), InputError, "args.store_best_images must be True or False, got 'no'"),
     "no folder": ({"store_best_images": True}, (None, 0), InputError, "args.syn_data_path must be the path of a folder, got None"),
     "no start": ({"rho": 0.1}, (None, 0), InputError, "args.init_path is missing: DWA starts from real images"),
-    "init": ({"init_path": "nowhere", "rho": 0}, (None, 0), InputError, "args.init_path must be a folder with a sub-folder of images per class"),
+    "init": (
+        {"init_path": "nowhere", "rho": 0},
+        (None, 0),
+        InputError,
+        "args.init_path must be a folder with a sub-folder of images per class",
+    ),
     "index": ({}, (None, -1), InputError, "ipc_id must be an integer of at least 0, got -1"),
     "no index": ({}, (), InputError, "ipc_id must be an integer of at least 0, got None"),
     "hook for index": ({}, (print,), InputError, "ipc_id must be an integer of at least 0, got <built-in function print>"),

@@ -7,15 +7,20 @@ import logging
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from dwa_fast import InputError
 from dwa_fast.backend import operators_for
-from dwa_fast.compat import BNFeatureHook
+from dwa_fast.compat import BNFeatureHook, ViT_BNFeatureHook, hooks
+from dwa_fast.compat.fields import say_once
 from tests.nets import real_images, small_teacher
 
 
@@ -23,6 +28,8 @@ from tests.nets import real_images, small_teacher
 def chosen_anew() -> None:
     """Operators are chosen, and the choice is said, once per process; each test chooses anew."""
     operators_for.cache_clear()
+    say_once.cache_clear()
+    hooks._new.clear()
 
 
 def layer(channels: int = 6, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.BatchNorm2d:
@@ -226,12 +233,223 @@ def test_nothing_is_said_where_they_run(caplog: pytest.LogCaptureFixture, device
     assert not caplog.records
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d], ids=lambda kind: kind.__name__)
+def test_every_layer_with_running_statistics_of_the_batch(kind: Callable[[int], nn.Module]) -> None:
+    module: Any = kind(6).eval()
+    module.running_mean, module.running_var = torch.randn(6), torch.rand(6) + 0.3
+    hook = BNFeatureHook(module)
+    y = torch.randn(5, 6, 4, 3, requires_grad=True)
+    module(y)
+    exact = y.detach().double().requires_grad_()
+    expected = as_published(exact, module)
+    assert error(hook.r_feature, expected) < 1e-6
+    assert error(gradient(hook.r_feature, y), gradient(expected, exact)) < 1e-5
+
+
+class WithLabels(nn.BatchNorm2d):
+    """Layers of public code bases that are called with labels, or with one pair."""
+
+    def forward(self, x: Any, labels: Tensor | None = None) -> Tensor:
+        return nn.functional.relu(super().forward(x[0] if isinstance(x, tuple) else x))
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "by position": lambda module, y: module(y),
+    "by name": lambda module, y: module(x=y),
+    "with labels": lambda module, y: module(y, torch.arange(4)),
+    "labels by name": lambda module, y: module(y, labels=torch.arange(4)),
+    "in a pair": lambda module, y: module((y, torch.arange(4))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_every_way_to_call_a_layer(call: Callable[[nn.Module, Tensor], Any]) -> None:
+    """The input is measured, whatever the layer does with it."""
+    module = WithLabels(6).eval()
+    hook = BNFeatureHook(module)
+    y = torch.randn(4, 6, 3, 3)
+    call(module, y)
+    assert error(hook.r_feature, as_published(y.double(), module)) < 1e-6
+
+
+def test_statistics_of_the_last_pass() -> None:
+    """As FD2's class has them: None before the first pass, then with gradients."""
+    module = layer()
+    hook = BNFeatureHook(module)
+    assert (hook.r_feature, hook.mean, hook.var) == (None, None, None)
+    y = torch.randn(5, 6, 4, 3, requires_grad=True)
+    module(y)
+    exact = y.detach().double().requires_grad_()
+    flat = exact.transpose(0, 1).flatten(1)
+    for ours, expected in ((hook.mean, flat.mean(1)), (hook.var, flat.var(1, unbiased=False))):
+        assert ours is not None
+        assert error(ours, expected) < 1e-6
+        found, wanted = (
+            torch.autograd.grad(each.square().sum(), leaf, retain_graph=True)[0] for each, leaf in ((ours, y), (expected, exact))
+        )
+        assert error(found, wanted) < 1e-5
+
+
+def test_a_loss_over_hooks_that_no_pass_has_reached_fails_at_once() -> None:
+    with pytest.raises(TypeError, match="NoneType"):
+        sum(hook.r_feature * 10.0 for hook in [BNFeatureHook(layer())])
+
+
+def test_features_of_a_transformer() -> None:
+    """CDA's and DELT's hook: [B, N, C], statistics over B and N, also where N is C."""
+
+    class Tokens(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    for tokens in (5, 6):
+        module = Tokens(6).eval()
+        module.running_mean, module.running_var = torch.randn(6), torch.rand(6) + 0.3
+        hook = ViT_BNFeatureHook(module)
+        y = torch.randn(3, tokens, 6, requires_grad=True)
+        module(y)
+        exact = y.detach().double().requires_grad_()
+        expected = as_published(exact.transpose(1, 2), module)  # type: ignore[arg-type]
+        assert error(hook.r_feature, expected) < 1e-6
+        assert error(gradient(hook.r_feature, y), gradient(expected, exact)) < 1e-5
+    with pytest.raises(InputError, match=re.escape("ViT_BNFeatureHook wants features [B, N, C], got shape (2, 6, 3, 3)")):
+        hook.hook_fn(module, (torch.randn(2, 6, 3, 3),), None)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_first_pass_without_gradients_spoils_nothing(context: Callable[[], Any]) -> None:
+    module = layer()
+    hook = BNFeatureHook(module)
+    y = torch.randn(4, 6, 3, 3)
+    with context():
+        module(y)
+        first = float(hook.r_feature)
+    leaf = y.clone().requires_grad_()
+    module(leaf)
+    exact = y.double().requires_grad_()
+    expected = as_published(exact, module)
+    assert first == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert error(gradient(hook.r_feature, leaf), gradient(expected, exact)) < 1e-5
+
+
+def test_the_number_of_layers_is_said_at_the_first_pass(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    network = nn.Sequential(*(layer() for _ in range(3)))
+    attached = [BNFeatureHook(module) for module in network]  # type: ignore[arg-type]
+    closed = BNFeatureHook(layer())
+    closed.close()
+    assert not caplog.records
+    for _ in range(2):
+        network(torch.randn(2, 6, 3, 3))
+    other = BNFeatureHook(layer(dtype=torch.float64))
+    again = [BNFeatureHook(module) for module in network]  # type: ignore[arg-type]
+    network(torch.randn(2, 6, 3, 3))
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("hooks")]
+    assert said == ["hooks: 3 BatchNorm layers, fused operators", "hooks: 4 BatchNorm layers, fused operators"]
+    assert len([*attached, *again, other]) == 7
+
+
+METHODS = "is another method's hook, with other mathematics: leave that class in the script; neither BNFeatureHook nor get_images"
+
+
+@pytest.mark.parametrize(
+    ("rest", "others"),
+    [
+        ((), {}),
+        ((None,), {}),
+        ((False,), {}),
+        ((False, 0, 10), {}),
+        ((False, 0, 10, None), {}),
+        ((False, 5, 0, 10, None), {}),
+        ((), {"per_class_bn": False, "start": 0, "end": 10, "weights": None}),
+        ((), {"start": 0, "end": 10}),
+    ],
+)
+def test_arguments_that_ask_for_nothing_else(rest: tuple[Any, ...], others: dict[str, Any]) -> None:
+    assert BNFeatureHook(layer(), *rest, **others).r_var == 1.0
+
+
+def test_r_var_comes_from_any_namespace() -> None:
+    @dataclass
+    class Settings:
+        r_var: float = 7.0
+
+    class Class:
+        r_var = 7.0
+
+    for args in (
+        Namespace(r_var=7.0),
+        SimpleNamespace(r_var=7.0),
+        {"r_var": 7.0},
+        Settings(),
+        Class,
+        Class(),
+        Namespace(r_var=np.float32(7)),
+    ):
+        assert BNFeatureHook(layer(), args).r_var == 7.0
+
+
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no layer": (lambda: BNFeatureHook(nn.ReLU()), TypeError, "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got ReLU"),
     "no statistics": (
         lambda: BNFeatureHook(nn.BatchNorm2d(3, track_running_stats=False)),
         InputError,
         "BNFeatureHook wants a BatchNorm layer that keeps running statistics; it needs track_running_stats=True",
+    ),
+    "LayerNorm": (lambda: BNFeatureHook(nn.LayerNorm(3)), TypeError, "got LayerNorm, which has no running statistics of whole batches"),
+    "InstanceNorm": (
+        lambda: BNFeatureHook(nn.InstanceNorm2d(3, track_running_stats=True)),
+        TypeError,
+        "got InstanceNorm2d, which has no running statistics of whole batches",
+    ),
+    "convolution": (lambda: BNFeatureHook(nn.Conv2d(3, 3, 1)), TypeError, f"got Conv2d: a hook on a convolution {METHODS}"),
+    "no module": (lambda: BNFeatureHook("bn1"), TypeError, "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got str"),  # type: ignore[arg-type]
+    "momentum": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), 0.8),
+        TypeError,
+        "args of BNFeatureHook must be None or a namespace with r_var, got 0.8; a hook that takes a momentum, a class, a path or a list is",
+    ),
+    "class": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), 3),
+        TypeError,
+        "args of BNFeatureHook must be None or a namespace with r_var, got 3",
+    ),
+    "list": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), [1]),
+        TypeError,
+        f"got [1]; a hook that takes a momentum, a class, a path or a list {METHODS}",
+    ),
+    "path": (lambda: BNFeatureHook(nn.BatchNorm2d(3), "x", 0.8, "y"), TypeError, "must be None or a namespace with r_var, got 'x'"),
+    "per class": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), True),
+        TypeError,
+        f"BNFeatureHook(…, per_class_bn=True), with statistics of each class, {METHODS}",
+    ),
+    "per class by name": (lambda: BNFeatureHook(nn.BatchNorm2d(3), per_class_bn=True), TypeError, "BNFeatureHook(…, per_class_bn=True)"),
+    "momentum by name": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), training_momentum=0.8),
+        TypeError,
+        f"BNFeatureHook(…, training_momentum=…) {METHODS}",
+    ),
+    "category": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), save_path="x", name="y", gpu=0),
+        TypeError,
+        f"BNFeatureHook(…, save_path=…) {METHODS}",
+    ),
+    "too many": (
+        lambda: BNFeatureHook(nn.BatchNorm2d(3), Namespace(r_var=1), 3),
+        TypeError,
+        "BNFeatureHook takes (module, args), or (module, per_class_bn=False, …), got 3 arguments with args a namespace",
+    ),
+    "no features": (
+        lambda: BNFeatureHook(layer()).hook_fn(layer(), (torch.zeros(2, 6, dtype=torch.int64),), None),
+        InputError,
+        "wants the first argument of the layer to be its features, a floating tensor, got torch.int64 tensor",
+    ),
+    "tokens": (
+        lambda: BNFeatureHook(layer()).hook_fn(layer(), (torch.zeros(2, 9, 6),), None),
+        InputError,
+        "BNFeatureHook wants features [N, 6, …], not empty, got shape (2, 9, 6); ViT_BNFeatureHook takes those of a transformer, [B, N, C]",
     ),
     "r_var": (
         lambda: BNFeatureHook(nn.BatchNorm2d(3), Namespace(r_var=-1)),

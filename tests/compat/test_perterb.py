@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Perterb(nn.Linear(2, 2).parameters(), adam(torch.zeros(1))).first_step(),
         "Perterb.first_step wants gradients: no weight has one; call backward() first",
     ),
+    "frozen": (
+        lambda: Perterb(nn.Linear(2, 2).requires_grad_(False).parameters(), adam(torch.zeros(1))).first_step(),
+        "Perterb.first_step wants gradients, but requires_grad is off for every weight: switch it on, as with teacher.requires_grad_(True)",
+    ),
     "closure": (
         lambda: Perterb(weights(torch.device("cpu")), adam(torch.zeros(1))).step(),
         "Perterb.step wants a closure that does a forward and backward pass, got None",
@@ -135,3 +140,17 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
 def test_wrong_input(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         call()
+
+
+def test_the_class_of_an_optimiser_is_no_optimiser() -> None:
+    """As other implementations of sharpness-aware minimisation take one."""
+    with pytest.raises(TypeError, match=re.escape("base_optimizer must be an optimiser, such as Adam([images]), got the class SGD")):
+        Perterb(weights(torch.device("cpu")), torch.optim.SGD)  # type: ignore[arg-type]
+
+
+def test_scalars_of_numpy_and_mixed_precisions() -> None:
+    made = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.float16, torch.float32, torch.float64)]
+    for p in made:
+        p.grad = torch.ones_like(p)
+    Perterb(made, adam(torch.zeros(1)), rho=np.float32(3)).first_step()  # type: ignore[arg-type]
+    assert [p.tolist() for p in made] == [pytest.approx([1.0] * 3, rel=1e-3)] * 3
