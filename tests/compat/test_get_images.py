@@ -45,7 +45,7 @@ def teacher() -> nn.Module:
 def run(*rest: Any, network: nn.Module | None = None, **fields: Any) -> Tensor:
     """get_images on a plain back-end: what is tested here does not depend on it."""
     args = Namespace(**{**FIELDS, **fields})
-    return get_images(args, network or teacher(), *rest, recipe="pocket", backend="reference", device="cpu")
+    return get_images(args, teacher() if network is None else network, *rest, recipe="pocket", backend="reference", device="cpu")
 
 
 def files(folder: Path) -> list[str]:
