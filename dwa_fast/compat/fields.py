@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ _NO_NAMESPACES = (str, bytes, int, float, complex, list, set, frozenset, PurePat
 def fields_of(args: Any) -> dict[str, Any]:
     """The fields of an argparse namespace, a mapping (dict, OmegaConf's DictConfig), a dataclass, or any object with attributes.
 
-    Private names and functions are left out, so are fields that are None: they stand for no choice. NumPy's and PyTorch's scalars
-    become Python's.
+    Private names and functions are left out, so are fields that are None: they stand for no choice. Scalars and arrays
+    of NumPy and PyTorch become Python's.
 
     Raises:
         TypeError: it is None, a number, a string, a list, a tensor or a network.
@@ -54,10 +55,10 @@ def _is_code(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy or PyTorch as Python's; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 and value.device.type != "meta" else value
-    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.size == 1 else value
+    """A scalar of NumPy or PyTorch as Python's, an array or tensor as a list; anything else as it is."""
+    if isinstance(value, (np.ndarray, np.generic)) or (isinstance(value, Tensor) and value.device.type != "meta"):
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
+    return value
 
 
 @functools.cache

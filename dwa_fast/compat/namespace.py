@@ -81,7 +81,8 @@ def read_namespace(
     """
     if isinstance(ignore, str):
         raise TypeError(f"ignore must be a list of names of fields, such as ({ignore!r},), got a string")
-    given = {name: value for name, value in fields_of(args).items() if name not in ignore}
+    left_out = set(ignore)
+    given = {name: value for name, value in fields_of(args).items() if name not in left_out}
     _refuse_unknown(given)
     code_base = _code_base(given)
     data = data_set(given, teacher, recipe, sre2l=code_base == "sre2l")

@@ -88,7 +88,7 @@ def get_images(
     asked = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=str(where), ignore=ignore)
     _warn_of_devices(len(model_teacher.device_ids) if isinstance(model_teacher, nn.DataParallel) else 1)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(where.type, enabled=False):
-        return _recover(asked, model_teacher, index, asked.seed if seed is None else seed, display, verified=verified)
+        return _recover(asked, model_teacher, index, asked.seed if seed is None else plain(seed), display, verified=verified)
 
 
 def _recover(asked: Recovery, teacher: nn.Module, index: int, seed: int, display: Any, *, verified: bool) -> Tensor:
@@ -117,7 +117,10 @@ def _refuse_other_loops(teacher: Any, display: Any, ipc_id: Any, others: tuple[A
     """Raise TypeError where the arguments are those of another method's get_images."""
     end = "this is another method's loop: keep it; BNFeatureHook still works in it where the script makes BNFeatureHook(module)"
     if unknown:
-        raise TypeError(f"get_images takes no {', '.join(unknown)}: {end}")
+        raise TypeError(
+            f"get_images takes no {', '.join(unknown)}; beside the scripts' own arguments it takes recipe, seed, backend, precision, "
+            f"device and ignore. Where the script passes it, {end}"
+        )
     if others:
         raise TypeError(
             f"get_images takes (args, teacher, hook_for_display, ipc_id) or (args, teacher, ipc_id), got {4 + len(others)} arguments: {end}"

@@ -307,8 +307,15 @@ OTHER_LOOPS: dict[str, tuple[Callable[[], Any], str]] = {
     "6 (three teachers)": (lambda: get_images(Namespace(), teacher(), teacher(), teacher(), None, 0), "got 6 arguments: this is"),  # type: ignore[arg-type]
     "7 (DELT)": (lambda: get_images(Namespace(), 1, 2, 3, 4, 5, 6), "got 7 arguments: this is"),  # type: ignore[arg-type]
     "10 (PRISM)": (lambda: get_images(*range(10)), "got 10 arguments: this is"),  # type: ignore[arg-type]
-    "bc_i": (lambda: get_images(Namespace(), teacher(), None, 0, bc_i=None, weights=None), f"get_images takes no bc_i, weights: {OTHER}"),
-    "bc": (lambda: get_images(Namespace(), teacher(), None, bc=None), "get_images takes no bc: this is another method's loop"),
+    "bc_i": (
+        lambda: get_images(Namespace(), teacher(), None, 0, bc_i=None, weights=None),
+        "get_images takes no bc_i, weights; beside the scripts' own",
+    ),
+    "bc": (lambda: get_images(Namespace(), teacher(), None, bc=None), f"Where the script passes it, {OTHER}"),
+    "a slip": (
+        lambda: get_images(Namespace(), teacher(), None, 0, precison="fp32"),
+        "takes recipe, seed, backend, precision, device and ignore.",
+    ),
     "list of teachers": (
         lambda: get_images(Namespace(), [teacher(), teacher()], None, 0),  # type: ignore[arg-type]
         f"model_teacher must be one torch.nn.Module, got a list of 2: {OTHER}",

@@ -8,6 +8,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -347,6 +348,27 @@ def test_the_number_of_layers_is_said_at_the_first_pass(caplog: pytest.LogCaptur
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("hooks")]
     assert said == ["hooks: 3 BatchNorm layers, fused operators", "hooks: 4 BatchNorm layers, fused operators"]
     assert len([*attached, *again, other]) == 7
+
+
+THEIRS = "class BNFeatureHook:\n    def __init__(self, module):\n        self.r_feature = None\n"
+MAKING = "def hooks_of(network):\n    return [BNFeatureHook(module) for module in network]\n"
+LINE = "from dwa_fast.compat import BNFeatureHook\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "ours"),
+    [
+        ("from theirs import BNFeatureHook\n" + LINE + MAKING, True),  # SRe2L, CDA, DWA, DELT, UFC: below the imports
+        (LINE + THEIRS + MAKING, False),  # CV-DD, DIVA, FADRM, FD2: there it does nothing
+        (THEIRS + MAKING + LINE, True),  # and there it does
+    ],
+)
+def test_where_the_line_takes_effect(script: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(script, names)
+    assert isinstance(names["hooks_of"]([layer()])[0], BNFeatureHook) is ours
 
 
 METHODS = "is another method's hook, with other mathematics: leave that class in the script; neither BNFeatureHook nor get_images"

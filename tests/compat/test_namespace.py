@@ -386,8 +386,14 @@ def test_fields_that_are_ignored_are_as_if_they_were_not_there() -> None:
 
 
 def test_fields_describe_the_pixels_of_a_recipe_too() -> None:
-    found = read(10, "folder", input_size=128, mean_norm=(0.5, 0.5, 0.5), std_norm=(0.2, 0.2, 0.2), seed=3)
-    assert (found.size, found.config.mean, found.config.std, found.config.view, found.seed) == (128, (0.5,) * 3, (0.2,) * 3, "crop", 3)
+    found = read(10, "folder", input_size=128, mean_norm=np.full(3, 0.5), std_norm=torch.full((3,), 0.2).double(), seed=3)
+    assert (found.size, found.config.mean, found.config.std, found.config.view, found.seed) == (
+        128,
+        (0.5,) * 3,
+        pytest.approx((0.2,) * 3),
+        "crop",
+        3,
+    )
 
 
 def test_one_line_says_what_was_understood(caplog: pytest.LogCaptureFixture) -> None:
