@@ -132,10 +132,9 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
     unknown = sorted(given.keys() - _READ - ELSEWHERE - NEUTRAL.keys())
     if unknown:
         names = ", ".join(f"args.{name}" for name in unknown)
-        them = "it" if len(unknown) == 1 else "them"
         raise InputError(
-            f"get_images does not know {names}, and {them} could change the images: where they do not matter, pass "
-            f"ignore=({', '.join(map(repr, unknown))},); otherwise keep the script's own loop, in which BNFeatureHook still works"
+            f"get_images does not know {names}, which could change the images: where that does not matter, pass "
+            f"ignore={tuple(unknown)!r}; otherwise keep the script's own loop, in which BNFeatureHook still works"
         )
     for name, values in NEUTRAL.items():
         if name in given and given[name] not in values:

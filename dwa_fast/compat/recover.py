@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dwa_fast.backend import resolve_device
 from dwa_fast.compat.fields import plain
 from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.config import BackendName, Precision, check_integer
@@ -84,7 +85,7 @@ def get_images(
     index = plain(hook_for_display if ipc_id is None else ipc_id)
     check_integer("ipc_id", index, 0)
     display = None if verified else hook_for_display
-    where = torch.device(device or next(iter(model_teacher.parameters()), torch.empty(0)).device)
+    where = resolve_device(device or str(next(iter(model_teacher.parameters()), torch.empty(0)).device))
     asked = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=str(where), ignore=ignore)
     _warn_of_devices(len(model_teacher.device_ids) if isinstance(model_teacher, nn.DataParallel) else 1)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(where.type, enabled=False):

@@ -395,6 +395,12 @@ def test_refuses_what_it_cannot_start_from(tmp_path: Path) -> None:
         run(None, 0, init_path=str(tmp_path), rho=0.1)
 
 
+def test_refuses_a_device_that_there_is_not() -> None:
+    for name, message in (("gpu", "unknown device 'gpu'; known: auto, cpu"), ("cuda:99", "device 'cuda:99' is not there")):
+        with pytest.raises(InputError, match=message):
+            get_images(Namespace(**FIELDS), teacher(), None, 0, recipe="pocket", backend="reference", device=name)
+
+
 def test_refuses_a_teacher_of_another_data_set() -> None:
     with pytest.raises(InputError, match="the data set has 10 classes, but the teacher knows 4"):
         get_images(Namespace(**FIELDS, dataset="cifar10"), colour_teacher(CLASSES, 32, (8, 8, 8)), None, 0, backend="reference")

@@ -300,9 +300,9 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "unknown": (
         1000,
         {"K": 700, "loss_threshold": 0.7},
-        r"does not know args.K, args.loss_threshold, .* pass ignore=\('K', 'loss_threshold',\)",
+        r"does not know args.K, args.loss_threshold, which .* pass ignore=\('K', 'loss_threshold'\)",
     ),
-    "one unknown": (1000, {"gamma": 3}, r"does not know args.gamma, and it could change the images: .* ignore=\('gamma',\)"),
+    "one unknown": (1000, {"gamma": 3}, r"does not know args.gamma, which could change the images: .* ignore=\('gamma',\)"),
     "committee": (
         1000,
         {**CVDD, "ncls": 1000, "selected_size": 2},
