@@ -1,7 +1,8 @@
-"""Networks by name: torchvision's, on request for small images, and the two small ones that the field uses beside them."""
+"""Networks by name: torchvision's, on request for small images, the two small ones that the field uses beside them, and timm's."""
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from dwa_fast.errors import InputError
 
 _VGG16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # channels of its convolutions; a max-pool behind each row
 _PATCHES = (16, 8, 4, 2)  # pixels per side of a transformer's patch: the largest that cuts an image into rows of at least 8
+
+_NEAR = 3  # names of timm that an error suggests
 
 
 class ConvNet(nn.Module):
@@ -196,18 +199,55 @@ ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
+TIMM = "timm:"  # before a name: a network of timm
+
+
+def check_architecture(what: str, name: Any) -> None:
+    """Raise InputError unless that is the name of an architecture, ours or timm's."""
+    if isinstance(name, str) and name.startswith(TIMM):
+        _check_timm(name.removeprefix(TIMM))
+    else:
+        check_choice(what, name, list(ARCHITECTURES))
+
+
+def _check_timm(name: str) -> Any:
+    """timm, which knows that network."""
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"{TIMM}{name} needs timm, which is not installed: pip install 'dwa-fast[timm]'") from error
+    if not timm.is_model(name):  # also keeps out names such as hf-hub:…, which timm would download
+        near = difflib.get_close_matches(name, timm.list_models(), n=_NEAR)
+        raise InputError(f"timm {timm.__version__} has no network {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+    return timm
+
+
+def _timm(name: str, classes: int, channels: int, size: int) -> nn.Module:
+    """A network of timm with fresh weights; nothing is downloaded."""
+    timm = _check_timm(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+        sized = {"img_size": size} if config is not None and config.fixed_input_size else {}
+        network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **sized)
+    except Exception as error:  # whatever the network raises for a size or a number of channels that it cannot have
+        raise InputError(f"timm cannot build {name} for {classes} classes, {channels} channels and size {size}: {error}") from error
+    return network
+
+
 def build(name: str, *, classes: int, channels: int = 3, size: int = 224) -> nn.Module:
     """A network with fresh weights, which take [N, channels, size, size] to [N, classes].
 
     Args:
         name: a torchvision network, made for 224 pixels; the same with "-cifar", for images of 32 and 64: a stem of stride 1, and one more
             halving less (VGG-16: one linear layer); deit-tiny, whose patches follow the size, and deit-tiny-bn, with BatchNorm for
-            LayerNorm; convnet128; small-resnet.
+            LayerNorm; convnet128; small-resnet; or "timm:NAME", a network of timm, where that is installed.
     Raises:
-        InputError: no architecture of that name, or a size that it cannot have.
+        InputError: no architecture of that name, timm is not installed, or a size that the network cannot have.
     """
-    check_choice("architecture", name, list(ARCHITECTURES))
+    check_architecture("architecture", name)
     check_integer("classes", classes, 1)
     check_integer("channels", channels, 1)
     check_integer("size", size, 1)
+    if name.startswith(TIMM):
+        return _timm(name.removeprefix(TIMM), classes, channels, size)
     return ARCHITECTURES[name](classes, channels, size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import zipfile
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 
 from dwa_fast.errors import InputError
 from dwa_fast.files import replacing
+from dwa_fast.formats import folder_reason, foreign_format, is_safetensors
+from dwa_fast.pickles import stand_ins
 
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what it refuses to call
+_BLOCKED = re.compile(r"GLOBAL ([\w.]+) whose module")  # the same of modules that it never lets through
 _NAMED = 3  # how many of them an error quotes
+_SHARDED = {"DTensor", "ShardedTensor"}  # classes of tensors of which a process holds its piece
 
 
 def write_archive(path: Path, content: Any) -> None:
@@ -34,29 +39,74 @@ def read_archive(path: Path, what: str) -> Any:
     Raises:
         InputError: the file is not there, cannot be read, is damaged, or holds more than that (such as a whole module, which is code).
     """
+    return _reading(path, what, lambda: _load(path))
+
+
+def read_checkpoint(path: Path, what: str) -> Any:
+    """The same of any program: safetensors too, and objects of foreign classes beside the tensors become stand-ins, which do nothing.
+
+    Raises:
+        InputError: the file is not there, cannot be read, or is damaged.
+    """
+    return _reading(path, what, lambda: _load_safetensors(path) if is_safetensors(path) else _load_foreign(path))
+
+
+def _reading(path: Path, what: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives; a sentence for all that can be wrong with a file."""
+    if path.is_dir():
+        raise InputError(f"{what} {path} cannot be read: {folder_reason(path)}")
     if not path.is_file():
         raise InputError(f"{what} {path} does not exist")
-    if _is_compressed(path):
-        raise InputError(f"{what} {path} is a compressed archive, which torch.save never writes; it could be far larger than it looks")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load()
+    except InputError as error:
+        raise InputError(f"{what} {path} cannot be read: {error}") from error
     except Exception as error:  # torch raises a dozen kinds for damaged archives
-        if isinstance(error, PermissionError):
-            raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
-        raise InputError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
+        reason = error.strerror if isinstance(error, PermissionError) else _reason(path, error)
+        raise InputError(f"{what} {path} cannot be read: {reason}") from error
 
 
-def _is_compressed(path: Path) -> bool:
+def _load(path: Path, allowed: Sequence[tuple[type, str]] = ()) -> Any:
+    _check_format(path)
+    with open(path, "rb") as file, torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # 3 has all that 2 has
+        return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch.load would judge by its name
+
+
+def _check_format(path: Path) -> None:
+    reason = foreign_format(path)
+    if reason is not None:
+        raise InputError(reason)
+
+
+def _load_foreign(path: Path) -> Any:
+    _check_format(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except Exception:  # an archive of the old kind, or damaged in one of many ways: torch.load will say
-        return False
+        allowed = stand_ins(path)
+    except Exception:  # damaged, or no file of torch.save: the loader says which
+        allowed = []
+    shards = [name for _, name in allowed if name.rpartition(".")[2] in _SHARDED]
+    if shards:
+        raise InputError(
+            f"its weights are pieces of distributed tensors ({shards[0]}); "
+            "save whole ones, of torch.distributed.checkpoint.state_dict with full_state_dict=True"
+        )
+    return _load(path, allowed)
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise InputError("it is a safetensors file; pip install safetensors lets it be read") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"it is a safetensors file that is cut short or damaged ({error})") from error
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if path.stat().st_size == 0:
-        return "it is empty"
     foreign = _foreign(path, error)
     if not foreign:
         return "it is damaged, no PyTorch file, or holds more than tensors"
@@ -68,8 +118,9 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _foreign(path: Path, error: Exception) -> list[str]:
     """Names of the functions and classes that the file asks for and that weights_only refuses, as far as torch tells."""
+    blocked = _BLOCKED.findall(str(error))
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = blocked or torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an archive of the old kind, which that function cannot list; its first name stands in the message
         names = _FOREIGN.findall(str(error))
     names = sorted(set(names))

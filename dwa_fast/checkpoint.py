@@ -1,4 +1,4 @@
-"""Checkpoints of teachers: our own, which say what they hold, and all three published shapes; read with weights_only, always."""
+"""Checkpoints of teachers: our own, which say what they hold, and those of other programs; read with weights_only, always."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dwa_fast.architectures import ARCHITECTURES, build
-from dwa_fast.archives import read_archive, write_archive
-from dwa_fast.config import check_choice, check_integer, check_real
+from dwa_fast.architectures import build, check_architecture
+from dwa_fast.archives import read_checkpoint, write_archive
+from dwa_fast.config import check_integer, check_real
 from dwa_fast.errors import InputError
+from dwa_fast.files import checksum
+from dwa_fast.pickles import StandIn
+from dwa_fast.weights import find_weights
 
-_NAMED = 3  # how many names of a long list an error quotes
 _MOST_CLASSES, _MOST_PIXELS = 2**24, 4096  # beyond, a description is no network's; it would only fill the memory
 
 
@@ -46,11 +47,14 @@ def load_teacher(
     classes: int | None = None,
     channels: int = 3,
     size: int = 224,
+    weights_key: str | None = None,
 ) -> tuple[nn.Module, TeacherInfo]:
-    """A teacher in eval mode from a checkpoint: {"state_dict": …}, {"model": …} or a bare state dict, with or without "module." prefixes.
+    """A teacher in eval mode from a checkpoint of torch.save or safetensors: a state dict, bare or at any key, behind any prefix.
 
     Args:
         architecture, classes, channels, size: what to build; a checkpoint written by `dwa-fast squeeze` says it itself.
+            The architecture is a name of `architectures.build`, such as "resnet18" or "timm:resnet18".
+        weights_key: which weights, where the checkpoint holds several that fit: their key, with dots for keys within keys.
     Raises:
         InputError: the file is not there, cannot be read safely, or holds other weights than the architecture has.
     """
@@ -60,21 +64,29 @@ def load_teacher(
         raise InputError(f"checkpoint {path} holds a {info.architecture}, not a {architecture}")
     if info and classes not in (None, info.classes):
         raise InputError(f"checkpoint {path} knows {info.classes} classes, the data have {classes}")
-    weights = _state_dict(path, content)
-    if info is None:
-        if architecture is None:
-            raise InputError(f"checkpoint {path} does not say which network it holds; name it with --architecture")
-        info = TeacherInfo(architecture=architecture, classes=classes or _last_rows(weights), channels=channels, size=size)
-    shape: dict[str, int] = {"classes": info.classes, "channels": info.channels, "size": info.size}
-    with torch.device("meta"):  # without memory, until the file is known to hold weights of these shapes
-        _check_fit(path, build(info.architecture, **shape), weights, info)
-    module = build(info.architecture, **shape)
-    module.load_state_dict(dict(weights), strict=False)
+    if info:
+        architecture, classes, channels, size = info.architecture, info.classes, info.channels, info.size
+    if architecture is None:
+        raise InputError(f"checkpoint {path} does not say which network it holds; name it with --architecture")
+    weights, found = find_weights(path, content, architecture, classes=classes, channels=channels, size=size, weights_key=weights_key)
+    info = info or TeacherInfo(architecture=architecture, classes=found, channels=channels, size=size)
+    module = build(architecture, classes=found, channels=channels, size=size)
+    module.load_state_dict(weights, strict=False)
     return module.eval(), info
 
 
+def teacher_checksum(path: Path, weights_key: str | None = None) -> str:
+    """What stands for a teacher in settings: the checksum of its file, and which of the weights in it, where that was chosen."""
+    return checksum(path) + (f" {weights_key}" if weights_key else "")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    content = read_archive(path, "checkpoint")
+    content = read_checkpoint(path, "checkpoint")
+    if isinstance(content, StandIn):
+        raise InputError(
+            f"checkpoint {path} holds an object of class {content.class_name}, whose code is not run; "
+            "where you trust the file, load it with the program that wrote it and save its state_dict()"
+        )
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} must hold a state dict, got {type(content).__name__}")
     return content
@@ -89,7 +101,7 @@ def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
         raise InputError(f"checkpoint {path} does not describe its network as dwa-fast does; make it again with dwa-fast squeeze")
     info = TeacherInfo(**described)
     try:
-        check_choice("architecture", info.architecture, list(ARCHITECTURES))
+        check_architecture("architecture", info.architecture)
         for name, most in (("classes", _MOST_CLASSES), ("channels", 3), ("size", _MOST_PIXELS)):
             check_integer(name, getattr(info, name), 1)
             check_real(name, getattr(info, name), 1, most)
@@ -98,40 +110,3 @@ def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
     except InputError as error:
         raise InputError(f"checkpoint {path} describes a network that cannot be: {error}") from error
     return info
-
-
-def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights inside any of the published shapes, without "module." prefixes."""
-    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    weights = {str(name).removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise InputError(f"checkpoint {path} holds no weights; wanted a state dict, or one under 'state_dict' or 'model'")
-    for name, value in weights.items():
-        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise InputError(f"checkpoint {path} says that {name} has shape {tuple(value.shape)}, but does not hold as many values")
-    return weights
-
-
-def _last_rows(weights: Mapping[str, Tensor]) -> int:
-    """Number of rows of the last matrix: the classes of a classifier."""
-    matrices = [value for value in weights.values() if value.dim() == 2]
-    if not matrices:
-        raise InputError("checkpoint has no linear layer to read the number of classes from; name it with the data")
-    return matrices[-1].shape[0]
-
-
-def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Tensor], info: TeacherInfo) -> None:
-    own = module.state_dict()
-    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in weights if name not in own]
-    if missing or foreign:
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:_NAMED])}…)" for what, names in (("missing", missing), ("unknown", foreign)) if names
-        ]
-        raise InputError(f"checkpoint {path} does not fit a {info.architecture}: weights {' and '.join(parts)}")
-    for name, value in weights.items():
-        if value.shape != own[name].shape:
-            raise InputError(
-                f"checkpoint {path} does not fit a {info.architecture} with {info.classes} classes: "
-                f"{name} has shape {tuple(value.shape)}, wanted {tuple(own[name].shape)}"
-            )

@@ -20,7 +20,7 @@ from dwa_fast.decoding import BadImageError
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import full_recipe
 
-Architecture = Annotated[str, tyro.conf.arg(help=f"One of {', '.join(ARCHITECTURES)}.")]
+Architecture = Annotated[str, tyro.conf.arg(help=f"One of {', '.join(ARCHITECTURES)}. Or timm:NAME, a network of timm.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,17 @@ class Data:
         return DataConfig(layout=config.layout, size=self.size, classes=config.classes, held_out_share=self.held_out_share)
 
 
-def read_teacher(data: Data, path: Path, architecture: str | None, classes: int, channels: int) -> tuple[torch.nn.Module, TeacherInfo]:
+def read_teacher(
+    data: Data, path: Path, architecture: str | None, classes: int, channels: int, weights_key: str | None = None
+) -> tuple[torch.nn.Module, TeacherInfo]:
     """The teacher of a command; a checkpoint that does not say what it holds is taken for the recipe's architecture."""
     try:
-        return load_teacher(path, architecture=architecture, classes=classes, channels=channels, size=data.size)
+        return load_teacher(path, architecture=architecture, classes=classes, channels=channels, size=data.size, weights_key=weights_key)
     except InputError as error:
         if architecture is not None or "--architecture" not in str(error):
             raise
-    return load_teacher(path, architecture=full_recipe(data.recipe).architecture, classes=classes, channels=channels, size=data.size)
+    usual = full_recipe(data.recipe).architecture
+    return load_teacher(path, architecture=usual, classes=classes, channels=channels, size=data.size, weights_key=weights_key)
 
 
 _SHOWN = 5  # skipped files that are named

@@ -14,12 +14,12 @@ import tyro
 from torch import Tensor
 
 from dwa_fast import backend
+from dwa_fast.checkpoint import teacher_checksum
 from dwa_fast.commands.data import naming_bad_images, read_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet
-from dwa_fast.files import checksum
 from dwa_fast.pictures import contact_sheet
 from dwa_fast.recipes import full_recipe
 from dwa_fast.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
@@ -47,6 +47,7 @@ class Diversity(DistilledSets):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     config: tyro.conf.OmitArgPrefixes[SurveyConfig]
 
     def run(self, console: Console) -> None:
@@ -55,14 +56,14 @@ class Diversity(DistilledSets):
         normalisation, device = full_recipe(self.recipe).validation, backend.resolve_device(self.device)
         train = self.real(console, "train", normalisation.channels)
         sets = self.open_sets(console, normalisation.channels, train.class_names)
-        module, info = read_teacher(self, self.teacher, self.architecture, len(train.class_names), normalisation.channels)
+        module, info = read_teacher(self, self.teacher, self.architecture, len(train.class_names), normalisation.channels, self.weights_key)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
             "images": image_digest(train),
             "seed": self.seed,
             **asdict(self.config),
-            "teacher": {"architecture": info.architecture, "checksum": checksum(self.teacher)},
+            "teacher": {"architecture": info.architecture, "checksum": teacher_checksum(self.teacher, self.weights_key)},
             "sets": {name: {"images": len(images.labels), "checksum": image_digest(images)} for name, images in sets.items()},
         }
         study_folder(self.output, settings)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from dwa_fast.checkpoint import teacher_checksum
 from dwa_fast.commands.data import Data, read_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
@@ -18,7 +19,7 @@ from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import Run, contact_sheet, run_grid
 from dwa_fast.experiments.schedule import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
-from dwa_fast.files import checksum, output_folder
+from dwa_fast.files import output_folder
 from dwa_fast.records import Record, command_line
 from dwa_fast.resuming import image_digest
 
@@ -32,6 +33,7 @@ class Study(Data):
     ipc: tuple[int, ...] = (10,)  # Images per class; a smaller set is the beginning of a larger one.
     seeds: int = 3  # Sets of each kind, synthesised from seeds 0, 1, …; the spread of a result is over them.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     jobs: int | None = None  # Sets and cells computed at the same time, in processes; default: as the CPU has room for, 1 on a GPU.
     threads: int = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
@@ -54,7 +56,7 @@ class Study(Data):
     def _setup(self) -> Setup:
         channels = self.synthesis.channels
         train, test = self.load("train", channels), self.load("test", channels)
-        _, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), channels)
+        _, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), channels, self.weights_key)
         return Setup(
             output=self.output,
             recipe=self.recipe,
@@ -63,8 +65,9 @@ class Study(Data):
             train_checksum=image_digest(train),
             test_checksum=image_digest(test),
             teacher=self.teacher,
-            teacher_checksum=checksum(self.teacher),
+            teacher_checksum=teacher_checksum(self.teacher, self.weights_key),
             architecture=info.architecture,
+            weights_key=self.weights_key,
             synthesis=self.synthesis,
             validation=self.config,
             initial=self.initial,

@@ -13,13 +13,13 @@ from typing import Any
 import tyro
 
 from dwa_fast import backend
+from dwa_fast.checkpoint import teacher_checksum
 from dwa_fast.commands.data import naming_bad_images, read_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder
 from dwa_fast.config import SynthesisConfig, ValidationConfig
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet
-from dwa_fast.files import checksum
 from dwa_fast.incremental import IncrementalConfig, class_order, learn
 from dwa_fast.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
 from dwa_fast.resuming import image_digest
@@ -44,6 +44,7 @@ class Incremental(DistilledSets):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -53,7 +54,7 @@ class Incremental(DistilledSets):
         device = backend.resolve_device(self.device)
         test = self.real(console, "test", self.config.channels)
         sets = self.open_sets(console, self.config.channels, test.class_names)
-        module, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), self.config.channels)
+        module, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), self.config.channels, self.weights_key)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
@@ -61,7 +62,7 @@ class Incremental(DistilledSets):
             "student": self.student,
             "seed": self.seed,
             "tasks": self.protocol.tasks,
-            "teacher": {"architecture": info.architecture, "checksum": checksum(self.teacher)},
+            "teacher": {"architecture": info.architecture, "checksum": teacher_checksum(self.teacher, self.weights_key)},
             "validation": asdict(self.config),
         }
         keep = study_folder(self.output, settings) / _STEPS

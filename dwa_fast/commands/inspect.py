@@ -48,13 +48,14 @@ class Info:
 
     teacher: Path | None = None  # Also describe this checkpoint.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     json: bool = False  # Print JSON instead of text.
 
     def run(self, console: Console) -> None:
         """Print it."""
         content = machine()
         if self.teacher:
-            module, info = load_teacher(self.teacher, architecture=self.architecture)
+            module, info = load_teacher(self.teacher, architecture=self.architecture, weights_key=self.weights_key)
             content["teacher"] = {**asdict(info), **_fused_layers(module, info)}
         if self.json:
             print(json.dumps(content, indent=2))

@@ -10,13 +10,13 @@ import tyro
 from torch import nn
 
 from dwa_fast import backend, workers
-from dwa_fast.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.checkpoint import TeacherInfo, save_teacher, teacher_checksum
 from dwa_fast.commands.data import Architecture, Data, naming_bad_images, read_teacher, usable
 from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.console import Console
 from dwa_fast.distill import distill
 from dwa_fast.errors import InputError
-from dwa_fast.files import checksum, output_folder
+from dwa_fast.files import output_folder
 from dwa_fast.losses import Rows
 from dwa_fast.squeeze import squeeze
 from dwa_fast.storage import read_manifest
@@ -79,6 +79,7 @@ class Synthesize(Data):
     ipc: int = 10  # Images per class, at least 1.
     seed: int = 0  # All random draws derive from it.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was begun, or all.
     shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
@@ -90,8 +91,8 @@ class Synthesize(Data):
         backend.resolve(self.config.backend, self.config.precision, self.config.device)
         check_integer("ipc", self.ipc, 1)
         train = self.load("train", self.config.channels)
-        module, _ = read_teacher(self, self.teacher, self.architecture, len(train.class_names), self.config.channels)
-        origin = {"recipe": self.recipe, "method": self.method, "teacher": checksum(self.teacher)}
+        module, _ = read_teacher(self, self.teacher, self.architecture, len(train.class_names), self.config.channels, self.weights_key)
+        origin = {"recipe": self.recipe, "method": self.method, "teacher": teacher_checksum(self.teacher, self.weights_key)}
         if workers.launched() and self.shard:
             raise InputError("--shard is for processes that know nothing of each other; those of torchrun share the work by themselves")
         team = workers.elastic() if workers.launched() else workers.Shard.parse(self.shard or "1/1")

@@ -29,6 +29,7 @@ class Relabel(DistilledData):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:
@@ -41,7 +42,7 @@ class Relabel(DistilledData):
             console.say(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
             if self.dry_run:
                 return
-            module, _ = read_teacher(self, self.teacher, self.architecture, classes, self.config.channels)
+            module, _ = read_teacher(self, self.teacher, self.architecture, classes, self.config.channels, self.weights_key)
             progress = track("soft labels")
             relabel(distilled, module, self.config, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)
         console.say(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")

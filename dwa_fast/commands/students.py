@@ -54,6 +54,7 @@ class Validate(DistilledData):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     output: Path | None = None  # Folder for record.json and for what a stopped run goes on from.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -88,7 +89,7 @@ class Validate(DistilledData):
     def _teacher(self, classes: int) -> tuple[nn.Module | None, TeacherInfo | None]:
         if self.teacher is None:
             return None, None
-        return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels)
+        return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels, self.weights_key)
 
     def _record(self, result: ValidationResult, ipc: int, teacher: TeacherInfo | None) -> Record:
         made = self._set_settings()

@@ -48,8 +48,9 @@ class Setup:
     train_checksum: str  # of the real images that sets are made from, as image_digest
     test_checksum: str  # of the held-out ones
     teacher: Path
-    teacher_checksum: str
+    teacher_checksum: str  # as checkpoint.teacher_checksum
     architecture: str  # of the teacher
+    weights_key: str | None = None  # which weights of the checkpoint, as load_teacher
     synthesis: SynthesisConfig  # DWA's settings, from which those of every set are derived; its device is that of the students too
     validation: ValidationConfig
     initial: InitialConfig = field(default_factory=InitialConfig)
@@ -97,9 +98,15 @@ class _Material:
 
     @functools.cached_property
     def teacher(self) -> nn.Module:
-        setup, classes = self._setup, len(self.test.class_names)
-        shape: dict[str, int] = {"classes": classes, "channels": setup.synthesis.channels, "size": setup.data.size}
-        return load_teacher(setup.teacher, architecture=setup.architecture, **shape)[0]
+        setup = self._setup
+        return load_teacher(
+            setup.teacher,
+            architecture=setup.architecture,
+            classes=len(self.test.class_names),
+            channels=setup.synthesis.channels,
+            size=setup.data.size,
+            weights_key=setup.weights_key,
+        )[0]
 
 
 @functools.lru_cache(maxsize=1)

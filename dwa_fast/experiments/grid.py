@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast import pictures
-from dwa_fast.architectures import ARCHITECTURES
+from dwa_fast.architectures import check_architecture
 from dwa_fast.backend import resolve_device
-from dwa_fast.config import SynthesisConfig, check_choice, check_integer
+from dwa_fast.config import SynthesisConfig, check_integer
 from dwa_fast.datasets import image_folder
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Cell, Found, Made, Setup, nearest_method, set_folder
@@ -55,7 +55,7 @@ class Grid:
         for ipc in self.ipc:
             check_integer("ipc", ipc, 1)
         for student in self.students:
-            check_choice("student", student, list(ARCHITECTURES))
+            check_architecture("student", student)
         for seed in self.seeds:
             check_integer("seed", seed, 0)
 

@@ -1,0 +1,120 @@
+"""Pickles read without their classes: a name that PyTorch does not know becomes a stand-in, which does nothing.
+
+`torch.load(weights_only=True)` refuses a file for one foreign object beside its tensors, such as the argparse.Namespace of a training
+script. Here each foreign class or function is answered by a class of ours that takes any arguments and any state, and ignores them: the
+tensors are read, nothing of the file's choosing is imported, looked up or called.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict, deque
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+_PICKLES_BEFORE = 3  # in a file of PyTorch before 1.6: magic number, protocol and system, each a pickle of its own
+_STORED = "/data.pkl"  # the pickle in an archive of torch.save
+_MARK = pickletools.markobject
+
+
+class StandIn:
+    """An object of a class that is not loaded."""
+
+    __slots__ = ()
+    class_name: ClassVar[str] = ""  # its own, as the file spells it
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
+        """Nothing is done with the arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is done with the state."""
+
+
+class _Mapping:
+    """Stands for a class of dictionaries, whose items are kept: the weights may be among them."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+class _Sequence:
+    """Stands for a class of lists."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return []
+
+
+def stand_ins(path: Path) -> list[tuple[type, str]]:
+    """For `torch.serialization.safe_globals`: a stand-in for every class and function that a file of torch.save names.
+
+    PyTorch's own table goes first, so that stand-ins for what it knows are never used.
+
+    Raises:
+        Exception: of many kinds, where the file is damaged or no file of torch.save.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(_STORED))
+            kinds = _kinds(io.BytesIO(archive.read(name)))
+    else:
+        with path.open("rb") as file:
+            for _ in range(_PICKLES_BEFORE):
+                deque(pickletools.genops(file), maxlen=0)
+            kinds = _kinds(file)
+    return [(_stand_in(name, kind), name) for name, kind in kinds.items()]
+
+
+def _stand_in(name: str, kind: type) -> type:
+    return type("StandIn", (kind,), {"__slots__": (), "class_name": name})
+
+
+def _kinds(pickled: IO[bytes]) -> dict[str, type]:
+    """What stands for each name: a mapping or a list where the pickle puts items into its objects, else an object.
+
+    The stack of the unpickler is followed with names in the place of objects; nothing is made.
+    """
+    kinds: dict[str, type] = {}
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
+    for code, argument, _ in pickletools.genops(pickled):
+        if code.name == "GLOBAL":
+            name = _full_name(str(argument))
+            kinds.setdefault(name, StandIn)
+            stack.append(name)
+        elif code.name == "MARK":
+            stack.append(_MARK)
+        elif code.name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[argument] = stack[-1]
+        elif code.name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        else:
+            taken = _take(stack, code.stack_before)
+            if code.name in _FILLING and taken[0] in kinds:
+                kinds[taken[0]] = _FILLING[code.name]
+            stack += taken[:1] if code.name in _KEEPING else [None] * len(code.stack_after)
+    return kinds
+
+
+_FILLING = {"APPEND": _Sequence, "APPENDS": _Sequence, "SETITEM": _Mapping, "SETITEMS": _Mapping}
+_KEEPING = {*_FILLING, "BUILD", "REDUCE", "NEWOBJ"}  # leave the object, or what its class makes, on the stack
+
+
+def _take(stack: list[Any], wanted: list[pickletools.StackObject]) -> list[Any]:
+    """Take what an operation takes from the stack."""
+    cut = len(stack) - len(wanted)
+    if _MARK in wanted:
+        cut = next(index for index in reversed(range(len(stack))) if stack[index] is _MARK) - wanted.index(_MARK)
+    taken = stack[cut:]
+    del stack[cut:]
+    return taken
+
+
+def _full_name(argument: str) -> str:
+    """Module and name with a dot between them; those of Python 2, which protocol 2 writes, as they are called today."""
+    module, name = argument.split(" ", 1)
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
