@@ -12,7 +12,10 @@ _SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar"}  # of files
 _NAMED = 3  # how many of them a sentence names
 _SAFE_PROTOCOLS = (2, 3)  # of pickle, that PyTorch reads with weights_only
 
-_DISTRIBUTED = "it is a distributed checkpoint, in pieces; torch.distributed.checkpoint.format_utils.dcp_to_torch_save(FOLDER, FILE) makes one file of it"
+_DISTRIBUTED = (
+    "it is a distributed checkpoint, in pieces; of torch.distributed.checkpoint.format_utils, "
+    "dcp_to_torch_save(FOLDER, FILE) makes one file of it"
+)
 _COMPRESSED = "it is packed ({}); unpack it and pass the file inside"
 _STARTS = {
     b"\x1f\x8b": _COMPRESSED.format("gzip"),

@@ -24,7 +24,7 @@ class StandIn:
     """An object of a class that is not loaded."""
 
     __slots__ = ()
-    class_name: ClassVar[str] = ""  # its own, as the file spells it
+    class_name: ClassVar[str] = "unknown"  # its own, as the file spells it
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         """Nothing is done with the arguments."""
@@ -32,6 +32,13 @@ class StandIn:
 
     def __setstate__(self, state: Any) -> None:
         """Nothing is done with the state."""
+
+
+class _Lookup:
+    """Stands for getattr, by which a pickle names a nested class or a method: whichever it is, it is a stand-in."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return StandIn
 
 
 class _Mapping:
@@ -65,7 +72,7 @@ def stand_ins(path: Path) -> list[tuple[type, str]]:
             for _ in range(_PICKLES_BEFORE):
                 deque(pickletools.genops(file), maxlen=0)
             kinds = _kinds(file)
-    return [(_stand_in(name, kind), name) for name, kind in kinds.items()]
+    return [(StandIn, ""), *((_stand_in(name, kind), name) for name, kind in kinds.items())]
 
 
 def _stand_in(name: str, kind: type) -> type:
@@ -83,7 +90,7 @@ def _kinds(pickled: IO[bytes]) -> dict[str, type]:
     for code, argument, _ in pickletools.genops(pickled):
         if code.name == "GLOBAL":
             name = _full_name(str(argument))
-            kinds.setdefault(name, StandIn)
+            kinds.setdefault(name, _Lookup if name == "builtins.getattr" else StandIn)
             stack.append(name)
         elif code.name == "MARK":
             stack.append(_MARK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwa_fast.architectures import ARCHITECTURES, build
+from dwa_fast.architectures import ARCHITECTURES, TIMM, build
 from dwa_fast.errors import InputError
 from dwa_fast.pickles import StandIn
 
@@ -96,7 +95,7 @@ def _on_paper(architecture: str, *, classes: int, channels: int, size: int) -> d
 
 
 def _candidates(content: Any, wanted: Mapping[str, Tensor]) -> Iterator[_Found]:
-    required = {name for name in wanted if not _is_counter(name)}
+    required = _required(wanted)
     for keys, tensors in _state_dicts(content):
         plain = _unwrapped(tensors, wanted)
         for prefix, count in _prefixes(plain, required).items():
@@ -142,6 +141,11 @@ def _prefixes(names: Iterable[str], required: set[str]) -> Counter[str]:
         parts = name.split(".")
         counts.update(".".join(parts[:cut]) for cut in range(len(parts)) if ".".join(parts[cut:]) in required)
     return counts
+
+
+def _required(wanted: Iterable[str]) -> set[str]:
+    """The names without which a network is none of that architecture."""
+    return {name for name in wanted if not _is_counter(name)}
 
 
 def _is_counter(name: str) -> bool:
@@ -209,14 +213,15 @@ def _check_shapes(path: Path, architecture: str, weights: Mapping[str, Tensor], 
 
 def _advice(path: Path, architecture: str, weights: Mapping[str, Tensor], *, channels: int, size: int, classes: int | None = None) -> str:
     """Which architecture, number of classes, channels or size the weights do fit."""
-    own = itertools.product([architecture], [channels, 1, 3], [size, *_SIZES])
-    for name, of_channels, of_size in [*own, *itertools.product(ARCHITECTURES, [channels], [size])]:
+    of_channels = next((value.shape[1] for value in weights.values() if value.dim() == 4), channels)  # of the first convolution
+    sizes = [size] if architecture.startswith(TIMM) else [size, *_SIZES]
+    for name, of_size in [*((architecture, each) for each in sizes), *((name, size) for name in ARCHITECTURES)]:
         try:
             rows = _classes(path, name, weights, of_channels, of_size)
             wanted = _on_paper(name, classes=rows, channels=of_channels, size=of_size)
         except (InputError, KeyError):  # no network for this size, or without a name that it wants
             continue
-        if {each for each in wanted if not _is_counter(each)} <= weights.keys() <= wanted.keys() and _misfit(weights, wanted) is None:
+        if _required(wanted) <= weights.keys() <= wanted.keys() and _misfit(weights, wanted) is None:
             facts = [f"{rows} classes"] if rows != classes or name != architecture else []
             facts += [f"{of_channels} channels"] if of_channels != channels else []
             facts += [f"size {of_size}"] if of_size != size else []
@@ -228,7 +233,7 @@ def _nothing_fits(
     path: Path, content: Any, architecture: str, wanted: Mapping[str, Tensor], weights_key: str | None, *, channels: int, size: int
 ) -> str:
     """What is missing in the state dict that comes nearest; what the file holds, where it has none."""
-    required = {name for name in wanted if not _is_counter(name)}
+    required = _required(wanted)
     nearest: dict[str, Tensor] = {}
     most = (0, 0)
     for keys, tensors in _state_dicts(content):
@@ -245,7 +250,7 @@ def _nothing_fits(
         under = "" if weights_key is None else f" under {weights_key!r}"
         return f"checkpoint {path} holds no weights{under}; wanted a state dict, bare or at a key; it holds {_contents(content)}"
     _check_values(path, nearest, {})
-    missing = [name for name in wanted if name not in nearest and not _is_counter(name)]
+    missing = [name for name in wanted if name in required - nearest.keys()]
     unknown = [name for name in nearest if name not in wanted and not _is_counter(name)]
     way_out = next((hint for ending, hint in _HINTS.items() if any(name.endswith(ending) for name in unknown)), "")
     way_out = way_out or _advice(path, architecture, nearest, channels=channels, size=size)

@@ -67,22 +67,28 @@ class Harmful:
 
 DAMAGED: dict[str, tuple[Any, str]] = {
     "missing": (lambda path: None, "does not exist"),
-    "folder": (lambda path: path.mkdir(), "does not exist"),
+    "folder": (lambda path: path.mkdir(), "cannot be read: it is a folder without a file of weights"),
     "empty": (lambda path: path.touch(), "cannot be read: it is empty"),
     "text": (lambda path: path.write_text("hello"), "cannot be read: it is damaged, no PyTorch file, or holds more than tensors"),
-    "truncated": (_truncated, "cannot be read: it is damaged"),
-    "code": (lambda path: torch.save({"state_dict": Harmful()}, path), "holds more than tensors"),
-    "plain pickle": (lambda path: path.write_bytes(pickle.dumps(Harmful())), "holds more than tensors"),
-    "whole module": (lambda path: torch.save(small_teacher(), path), "holds more than tensors"),
+    "truncated": (_truncated, "cannot be read: it is cut short or damaged; copy or download it again"),
+    "code": (
+        lambda path: torch.save({"state_dict": Harmful()}, path),
+        r"holds no weights; .*; it holds 'state_dict' \(an object of class unknown, whose code is not run: save its state_dict",
+    ),
+    "plain pickle": (lambda path: path.write_bytes(pickle.dumps(Harmful())), "it is a pickle, which could run code and is left alone"),
+    "whole module": (
+        lambda path: torch.save(small_teacher(), path),
+        r"holds an object of class dwa_fast.architectures.SmallResNet, whose code is not run; .* save its state_dict\(\)",
+    ),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "must hold a state dict, got Tensor"),
     "no weights": (lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
     "another network": (
         lambda path: torch.save(build("resnet18", classes=7).state_dict(), path),
-        r"does not fit a convnet128: weights 20 missing \(features.0.weight, .*…\) and 122 unknown \(conv1.weight, bn1.weight, .*…\)",
+        r"weights 20 missing .* and 102 unknown \(conv1.weight, .*…\); all of it fits a resnet18 with 7 classes, 3 channels: --architecture resnet18",
     ),
     "other classes": (
         lambda path: torch.save(build("convnet128", classes=9, channels=1, size=8).state_dict(), path),
-        r"does not fit a convnet128 with 7 classes: classifier.weight has shape \(9, 128\), wanted \(7, 128\)",
+        r"with 7 classes: classifier.weight has shape \(9, 128\), wanted \(7, 128\); all of it fits a convnet128 with 9 classes",
     ),
 }
 
