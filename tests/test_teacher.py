@@ -84,7 +84,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "no weights": (lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
     "another network": (
         lambda path: torch.save(build("resnet18", classes=7).state_dict(), path),
-        r"weights 20 missing .* and 102 unknown \(conv1.weight, .*…\); all of it fits a resnet18 with 7 classes, 3 channels: --architecture resnet18",
+        r"20 missing .* and 102 unknown \(conv1.weight, .*; all of it fits a resnet18 with 7 classes, 3 channels: --architecture resnet18",
     ),
     "other classes": (
         lambda path: torch.save(build("convnet128", classes=9, channels=1, size=8).state_dict(), path),
