@@ -108,6 +108,8 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 def _reason(path: Path, error: Exception) -> str:
     foreign = _foreign(path, error)
+    if "persistent_load of storage" in str(error):  # how PyTorch before 1.6 wrote modules, with their source code
+        foreign = ["a module"]
     if not foreign:
         return "it is damaged, no PyTorch file, or holds more than tensors"
     return (

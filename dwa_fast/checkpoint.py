@@ -58,6 +58,7 @@ def load_teacher(
     Raises:
         InputError: the file is not there, cannot be read safely, or holds other weights than the architecture has.
     """
+    path = Path(path)
     content = _read(path)
     info = _described(path, content)
     if info and architecture not in (None, info.architecture):

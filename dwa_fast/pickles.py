@@ -72,11 +72,11 @@ def stand_ins(path: Path) -> list[tuple[type, str]]:
             for _ in range(_PICKLES_BEFORE):
                 deque(pickletools.genops(file), maxlen=0)
             kinds = _kinds(file)
-    return [(StandIn, ""), *((_stand_in(name, kind), name) for name, kind in kinds.items())]
+    return [(StandIn, ""), *((_stand_in(name, kind), spelling) for name, kind in kinds.items() for spelling in _spellings(name))]
 
 
 def _stand_in(name: str, kind: type) -> type:
-    return type("StandIn", (kind,), {"__slots__": (), "class_name": name})
+    return type("StandIn", (kind,), {"__slots__": (), "class_name": name.replace(" ", ".")})
 
 
 def _kinds(pickled: IO[bytes]) -> dict[str, type]:
@@ -89,8 +89,8 @@ def _kinds(pickled: IO[bytes]) -> dict[str, type]:
     memo: dict[Any, Any] = {}
     for code, argument, _ in pickletools.genops(pickled):
         if code.name == "GLOBAL":
-            name = _full_name(str(argument))
-            kinds.setdefault(name, _Lookup if name == "builtins.getattr" else StandIn)
+            name = str(argument)
+            kinds.setdefault(name, _Lookup if "builtins.getattr" in _spellings(name) else StandIn)
             stack.append(name)
         elif code.name == "MARK":
             stack.append(_MARK)
@@ -120,8 +120,8 @@ def _take(stack: list[Any], wanted: list[pickletools.StackObject]) -> list[Any]:
     return taken
 
 
-def _full_name(argument: str) -> str:
-    """Module and name with a dot between them; those of Python 2, which protocol 2 writes, as they are called today."""
-    module, name = argument.split(" ", 1)
-    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    return f"{module}.{name}"
+def _spellings(name: str) -> set[str]:
+    """A module and a name of it with a dot between them: as protocol 2 writes those of Python 2, and as they are called today."""
+    module, _, attribute = name.partition(" ")
+    today = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
+    return {f"{module}.{attribute}", ".".join(today)}

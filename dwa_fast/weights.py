@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ log = logging.getLogger("dwa_fast")
 _USUAL = {"model", "model_state", "model_state_dict", "module", "net", "network", "params", "state_dict", "weights"}
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # modules that hand on what is given to another
 _COUNTERS = {"n_averaged", "num_batches_tracked", "total_ops", "total_params"}  # that averaging, BatchNorm and thop leave beside weights
-_DEEPEST = 4  # keys above a state dict
+_LOSS = re.compile(r"(train_|val_|test_)?(loss|criterion|metric|accuracy)")  # modules that no logits go through
+_DEEPEST, _MOST_DICTS = 4, 10_000  # keys above a state dict; dicts that are looked into at each depth
 _NAMED = 3  # how many names of a long list an error quotes
 _SHOWN = 8  # keys of a checkpoint that an error quotes
 _HINTS = {  # by the end of a name
@@ -74,7 +76,12 @@ def find_weights(
         InputError: nothing there fits, or too much.
     """
     wanted = _on_paper(architecture, classes=classes or 2, channels=channels, size=size)
-    found = [each for each in _candidates(content, wanted) if weights_key is None or f"{each.key}.".startswith(f"{weights_key}.")]
+    fitting = list(_candidates(content, wanted))
+    found = [each for each in fitting if weights_key in (None, each.key)]
+    found = found or [each for each in fitting if each.key.startswith(f"{weights_key}.")]
+    if fitting and not found:
+        names = ", ".join(repr(each.key) for each in fitting)
+        raise InputError(f"checkpoint {path} holds no weights under {weights_key!r} that fit a {architecture}; it holds such under {names}")
     if not found:
         raise InputError(_nothing_fits(path, content, architecture, wanted, weights_key, channels=channels, size=size))
     for each in found:
@@ -98,32 +105,32 @@ def _candidates(content: Any, wanted: Mapping[str, Tensor]) -> Iterator[_Found]:
     required = _required(wanted)
     for keys, tensors in _state_dicts(content):
         plain = _unwrapped(tensors, wanted)
-        for prefix, count in _prefixes(plain, required).items():
-            if count == len(required):
-                start = f"{prefix}." if prefix else ""
-                behind = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)}
-                yield _Found(
-                    key=".".join(filter(None, [*keys, prefix])),
-                    prefix=prefix,
-                    weights={name: value for name, value in behind.items() if name in wanted},
-                    unknown=[name for name in behind if name not in wanted and not _is_counter(name)],
-                    beside={name: value for name, value in plain.items() if not name.startswith(start) and not _is_counter(name)},
-                )
+        whole = [f"{prefix}." if prefix else "" for prefix, count in _prefixes(plain, required).items() if count == len(required)]
+        for start in whole:
+            copies = tuple(other for other in whole if other.startswith(start) and other != start)  # of the network, within its own names
+            behind = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)}
+            others = [name for name in behind if name not in wanted and not _is_counter(name) and not f"{start}{name}".startswith(copies)]
+            losses = {name: behind[name] for name in others if _LOSS.match(name)}
+            outside = {name: value for name, value in plain.items() if not name.startswith(tuple(whole)) and not _is_counter(name)}
+            yield _Found(
+                key=".".join(filter(None, [*keys, start.rstrip(".")])),
+                weights={name: value for name, value in behind.items() if name in wanted},
+                prefix=start.rstrip("."),
+                unknown=[name for name in others if name not in losses],
+                beside={**outside, **losses},
+            )
 
 
 def _state_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Every dict that holds tensors, with the keys that lead to it; the outermost first."""
-    level, met = [((), content)], set[int]()
+    level: list[tuple[tuple[str, ...], Any]] = [((), content)]
     for _ in range(_DEEPEST + 1):
-        below: list[tuple[Any, Any]] = []
-        for keys, value in level:
-            if not isinstance(value, dict) or id(value) in met:
-                continue
-            met.add(id(value))
+        below: list[tuple[tuple[str, ...], Any]] = []
+        for keys, value in level[:_MOST_DICTS]:
             tensors = {str(name): each for name, each in value.items() if isinstance(each, Tensor)}
             if tensors:
                 yield keys, tensors
-            below += [((*keys, str(name)), each) for name, each in value.items()]
+            below += [((*keys, str(name)), each) for name, each in value.items() if isinstance(each, dict)]
         level = below
 
 
@@ -137,9 +144,11 @@ def _unwrapped(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[
 def _prefixes(names: Iterable[str], required: set[str]) -> Counter[str]:
     """How many of the required names stand behind each prefix."""
     counts: Counter[str] = Counter()
+    longest = max((name.count(".") + 1 for name in required), default=0)
     for name in names:
         parts = name.split(".")
-        counts.update(".".join(parts[:cut]) for cut in range(len(parts)) if ".".join(parts[cut:]) in required)
+        cuts = range(max(0, len(parts) - longest), len(parts))
+        counts.update(".".join(parts[:cut]) for cut in cuts if ".".join(parts[cut:]) in required)
     return counts
 
 

@@ -51,7 +51,7 @@ def read_teacher(
     try:
         return load_teacher(path, architecture=architecture, classes=classes, channels=channels, size=data.size, weights_key=weights_key)
     except InputError as error:
-        if architecture is not None or "--architecture" not in str(error):
+        if architecture is not None or "does not say which network" not in str(error):
             raise
     usual = full_recipe(data.recipe).architecture
     return load_teacher(path, architecture=usual, classes=classes, channels=channels, size=data.size, weights_key=weights_key)
