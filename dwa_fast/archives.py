@@ -101,7 +101,8 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise InputError("it is a safetensors file; pip install safetensors lets it be read") from error
     try:
-        return load_file(path)
+        weights: dict[str, Any] = load_file(path)
+        return weights
     except SafetensorError as error:
         raise InputError(f"it is a safetensors file that is cut short or damaged ({error})") from error
 

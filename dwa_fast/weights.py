@@ -44,7 +44,7 @@ class _Found:
     key: str  # keys and prefix with dots between them, as weights_key names it; "" for a bare state dict
     weights: dict[str, Tensor]  # by the network's own names
     prefix: str  # of the names in that state dict
-    unknown: list[str]  # other names behind the prefix
+    unknown: dict[str, Tensor]  # what else lies behind the prefix
     beside: dict[str, Tensor]  # what lies in the same state dict without the prefix
 
     @property
@@ -88,7 +88,8 @@ def find_weights(
         _check_values(path, each.weights, wanted)
     best = _choose(path, found)
     if best.unknown:
-        raise InputError(f"checkpoint {path} does not fit a {architecture}: weights {_listed({'unknown': best.unknown})}")
+        advice = _advice(path, architecture, {**best.weights, **best.unknown}, channels=channels, size=size)
+        raise InputError(f"checkpoint {path} does not fit a {architecture}: weights {_listed({'unknown': [*best.unknown]})}{advice}")
     classes = classes or _classes(path, architecture, best.weights, channels, size)
     _check_shapes(path, architecture, best.weights, classes=classes, channels=channels, size=size)
     _say_beside(path, best, channels)
@@ -116,7 +117,7 @@ def _candidates(content: Any, wanted: Mapping[str, Tensor]) -> Iterator[_Found]:
                 key=".".join(filter(None, [*keys, start.rstrip(".")])),
                 weights={name: value for name, value in behind.items() if name in wanted},
                 prefix=start.rstrip("."),
-                unknown=[name for name in others if name not in losses],
+                unknown={name: behind[name] for name in others if name not in losses},
                 beside={**outside, **losses},
             )
 

@@ -404,6 +404,15 @@ def test_stem_of_another_resnet_names_it(tmp_path: Path) -> None:
         load(tmp_path / "t.pt", architecture="resnet18-cifar", channels=3, size=32)
 
 
+def test_deeper_network_is_none_of_the_shallower_one(tmp_path: Path) -> None:
+    """Every name and shape of a ResNet-18 is in a ResNet-34 too."""
+    torch.save(build("resnet34-cifar", classes=10, size=32).state_dict(), tmp_path / "t.pt")
+    with pytest.raises(
+        InputError, match=r"weights 80 unknown \(layer1.2.conv1.weight, .*; all of it fits a resnet34-cifar with 10 classes"
+    ):
+        load(tmp_path / "t.pt", architecture="resnet18-cifar", channels=3, size=32)
+
+
 def zipped(**entries: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
