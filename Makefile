@@ -14,11 +14,12 @@ BUILD_TOOLS := setuptools wheel ninja pybind11
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check bench report gpu clean prerequisites build
+.PHONY: help demo test test-avx2 test-oldest check bench report gpu clean prerequisites build
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
 	@echo 'make test         environment, build, checks, then every test that needs no GPU'
+	@echo 'make test-avx2    the same tests with PyTorch, oneDNN and our operators held down to AVX2, as on a processor without AVX-512'
 	@echo 'make test-oldest  the same tests against the oldest supported PyTorch, on an installed wheel'
 	@echo 'make check        ruff, mypy and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
@@ -63,6 +64,10 @@ check: build
 
 test: check
 	@$(BIN)/pytest -m 'not gpu'
+
+# Our operators use no more than PyTorch does.
+test-avx2: build
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m 'not gpu'
 
 $(OLDEST)/.stamp-tools: constraints.txt pyproject.toml | prerequisites
 	@echo 'environment: the oldest supported PyTorch into $(OLDEST) (minutes, the first time)'

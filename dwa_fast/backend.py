@@ -129,8 +129,13 @@ def precisions(backend: str, device: torch.device) -> list[str]:
 
 
 def _fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), so that oneDNN's convolutions gain from it."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), so that oneDNN's convolutions gain from it.
+
+    No where PyTorch or oneDNN is held down to fewer instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
+    """
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    allowed = torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
+    return bool(native and allowed and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dwa_fast import backend
+from dwa_fast import backend, ops
 from dwa_fast.backend import resolve
 
 
@@ -49,3 +54,16 @@ def test_arithmetic_is_put_back(precision: str) -> None:
         assert not matmul.allow_tf32
         assert cudnn.deterministic
     assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize(("capability", "level", "vectors"), [("avx2", "avx2", "AVX2"), ("default", "baseline", "DEFAULT")])
+def test_what_holds_pytorch_down_holds_the_operators_down(capability: str, level: str, vectors: str, tmp_path: Path) -> None:
+    """On a machine that has less, both say what it has."""
+    if ops.cpu_level() == "baseline":
+        pytest.skip("this machine's instructions end at baseline")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-m", "dwa_fast", "info", "--json"]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout)
+    assert told["machine"]["vector instructions"] in (vectors, "NO AVX")
+    assert told["back-ends"]["fused"]["bn_act"] == f"C++ ({level})"
+    assert told["auto"]["precision"] == "fp32"

@@ -34,7 +34,9 @@ __all__ = [
 
 
 def cpu_level() -> str:
-    """The instruction set that the CPU operators use on this machine: "avx512_bf16", "avx512", "avx2" or "baseline".
+    """The instruction set that the CPU operators use: "avx512_bf16", "avx512", "avx2" or "baseline".
+
+    The best of this machine, and no better than PyTorch's own, which ATEN_CPU_CAPABILITY ("avx2", "default") limits.
 
     Raises:
         ImportError: the extension cannot be used.

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 
 _NAME = "dwa_fast._C"
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # instruction sets of the CPU operators, lowest first
+_HIGHEST = {"NO AVX": "baseline", "DEFAULT": "baseline", "AVX2": "avx2"}  # by what PyTorch computes with; with more there is no limit
 _fakes: dict[str, Callable[..., object]] = {}  # operator: its fake, registered once the library that defines its schema is loaded
 _loaded = False
 
@@ -26,6 +28,8 @@ def fake(operator: str) -> Callable[[Callable[..., object]], Callable[..., objec
 def load() -> None:
     """Registers torch.ops.dwa_fast.*; the second call does nothing.
 
+    The CPU operators use no higher an instruction set than PyTorch does, so that ATEN_CPU_CAPABILITY holds for both.
+
     Raises:
         ImportError: the extension cannot be used; the message says why, and the original error is its cause.
     """
@@ -33,7 +37,8 @@ def load() -> None:
     if _loaded:
         return
     try:
-        built_for = str(importlib.import_module(_NAME).built_with()["torch"])
+        extension = importlib.import_module(_NAME)
+        built_for = str(extension.built_with()["torch"])
     except ImportError as error:
         raise ImportError(f"the compiled operators of dwa_fast cannot be used: {_explain(error)}", name=_NAME) from error
     # Between minor versions PyTorch's C++ interface changes, not always in ways that the loader notices.
@@ -43,6 +48,9 @@ def load() -> None:
             f"dwa_fast._C was built for PyTorch {built_for}, this is PyTorch {torch.__version__}; build it again",
             name=_NAME,
         )
+    highest = _HIGHEST.get(torch.backends.cpu.get_cpu_capability())
+    if highest and LEVELS.index(extension.cpu_level()) > LEVELS.index(highest):
+        extension.set_cpu_level(highest)
     for operator, function in _fakes.items():
         torch.library.register_fake(f"dwa_fast::{operator}", function)
     _loaded = True
