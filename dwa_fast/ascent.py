@@ -100,7 +100,7 @@ class Ascent:
         self.arena.restore()
         self._count.zero_()
         repeat.run(self.config.steps)
-        return _finite(self._norms)
+        return _finite(self._norms, self.execution.precision)
 
     def _randomly(self, source: np.random.Generator) -> Tensor:
         """A Gaussian direction of length ρ; drawn in the order of the parameters, whatever their layout."""
@@ -145,9 +145,11 @@ def _shaped(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
     return flat.view(like.shape)
 
 
-def _finite(norms: Tensor) -> Tensor:
+def _finite(norms: Tensor, precision: str) -> Tensor:
     bad = (~torch.isfinite(norms)).nonzero()
     if len(bad):
         step = int(bad[0])
-        raise InputError(f"gradient of the ascent is not finite in step {step + 1} of {len(norms)} (norm {float(norms[step])}); lower rho")
+        other = "--precision bf16" if precision == "fp16" else "--ascent none"
+        remedy = "lower rho" if step else f"the weights have not moved yet, so the teacher's own gradient overflows; take {other}"
+        raise InputError(f"gradient of the ascent is not finite in step {step + 1} of {len(norms)} (norm {float(norms[step])}); {remedy}")
     return norms

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation
 from dwa_fast.datasets import ImageSet, normalise
 from dwa_fast.errors import InputError
+from dwa_fast.finite import check_finite_weights, check_logits
 from dwa_fast.seeding import derive
 from dwa_fast.training import repeatable
 
@@ -36,7 +37,7 @@ def embed(
     """One forward pass in eval mode.
 
     Raises:
-        InputError: the teacher has no convolution.
+        InputError: the teacher has no convolution, or what it makes of an image is not finite.
     """
     seen: dict[str, Tensor] = {}
 
@@ -60,7 +61,11 @@ def embed(
             handle.remove()
     if "convolution" not in seen:
         raise InputError(f"teacher must have a Conv2d to measure diversity on; {type(teacher).__name__} has none")
-    return Embedding(seen["convolution"], seen.get("features", logits).flatten(1), logits)
+    check_logits(logits, "teacher")
+    embedding = Embedding(seen["convolution"], seen.get("features", logits).flatten(1), logits)
+    if not (embedding.convolution.isfinite().all() and embedding.features.isfinite().all()):
+        raise InputError("features of the teacher are not finite, though its logits are; no distance can be measured in them")
+    return embedding
 
 
 def stream(
@@ -69,7 +74,12 @@ def stream(
     normalisation: Normalisation,
     device: torch.device,
 ) -> Iterator[tuple[range, Tensor, Embedding]]:
-    """The whole set, a batch at a time: indices, pixels [n, C, S, S] in [0, 1] on the device, embedding."""
+    """The whole set, a batch at a time: indices, pixels [n, C, S, S] in [0, 1] on the device, embedding.
+
+    Raises:
+        InputError: as `embed`, or a weight or a statistic of the teacher is not finite.
+    """
+    check_finite_weights(teacher)
     for start in range(0, len(data.labels), _BATCH):
         indices = range(start, min(start + _BATCH, len(data.labels)))
         pixels = data.load(indices).to(device)

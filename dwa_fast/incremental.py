@@ -16,7 +16,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.resuming import image_digest
 from dwa_fast.seeding import derive, generator
 from dwa_fast.subsets import some_classes
-from dwa_fast.training import Progress
+from dwa_fast.training import Progress, check_set, check_teacher
 from dwa_fast.validate import validate
 
 _MARK = 16  # characters of the checksum of a set that name its folders
@@ -90,8 +90,15 @@ def learn(
         keep: folder of what is finished, in a folder for each step; the same call goes on from there.
         progress: called with the steps done and the steps in all.
     Raises:
-        InputError: there are more tasks than classes, or a folder holds a step of other settings.
+        InputError: there are more tasks than classes, a folder holds a step of other settings, or as `validate`.
     """
+    check_set(test, "held-out images")
+    for name, images in sets.items():
+        check_set(images, f"images of set {name!r}")
+        if images.class_names != test.class_names:
+            raise InputError(f"set {name!r} has other classes than the held-out images")
+    if validation.labels == "soft":
+        check_teacher(teacher, test, validation, device)
     orders = [class_order(len(test.class_names), config.tasks, seed=seed, index=index) for index in range(config.seeds)]
     marks = {name: image_digest(images)[:_MARK] for name, images in sets.items()}
     places = [(index, name, task) for index in range(config.seeds) for name in sets for task in range(config.tasks)]

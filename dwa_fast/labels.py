@@ -125,7 +125,10 @@ class LabelStore:
         """
         content = _packed(draws)
         if not bool(content["logits"].isfinite().all()):
-            raise InputError(f"the teacher's logits of epoch {number} are not finite in half precision, in which labels are kept")
+            raise InputError(
+                f"the teacher's logits of epoch {number} are not finite in half precision, in which labels are kept; "
+                "dwa-fast validate --teacher computes them as training goes, in full precision"
+            )
         path = self._file(number)
         write_archive(path, content)
         self._sums[number] = checksum(path)
@@ -138,7 +141,7 @@ class LabelStore:
         Args:
             parts: what the file must hold. sizes: images of each batch. padding: of pad-crop, pixels.
         Raises:
-            InputError: the file is missing, or is not as it was written.
+            InputError: the file is missing, is not as it was written, or holds a logit that is not finite.
         """
         path = self._file(number)
         if not self._is_whole(number):
@@ -147,6 +150,8 @@ class LabelStore:
         found = {name: (value.dtype, tuple(value.shape)) for name, value in content.items()} if isinstance(content, dict) else {}
         if found != parts or not _in_range(content, sizes, padding):
             raise InputError(f"{path} does not hold the labels that {INDEX} says; remove the folder, and make them again")
+        if not bool(content["logits"].isfinite().all()):
+            raise InputError(f"{path} holds logits that are not finite; remove the folder, and make them again with a sound teacher")
         return _unpacked(content, sizes)
 
     def _file(self, number: int) -> Path:
@@ -200,8 +205,12 @@ def _in_range(content: Mapping[str, Tensor], sizes: Sequence[int], padding: int)
     """Whether every index leads to something."""
     counts = torch.tensor(sizes)
     limits = {"partner": counts.repeat_interleave(counts), "offsets": torch.tensor(2 * padding + 1)}
-    return torch.equal(content["indices"].sort().values, torch.arange(sum(sizes), dtype=torch.int32)) and all(
-        bool(((content[name] >= 0) & (content[name] < limit)).all()) for name, limit in limits.items() if name in content
+    shares = content.get("share", torch.zeros(0))
+    return (
+        torch.equal(content["indices"].sort().values, torch.arange(sum(sizes), dtype=torch.int32))
+        and all(bool(((content[name] >= 0) & (content[name] < limit)).all()) for name, limit in limits.items() if name in content)
+        and bool(((shares >= 0) & (shares <= 1)).all())
+        and bool(content.get("crops", torch.zeros(0)).isfinite().all())
     )
 
 

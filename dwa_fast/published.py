@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -115,7 +116,8 @@ def _cells(record: Record) -> Iterator[Mapping[str, Any]]:
     kinds: dict[str, Any] = {"recipe": str, "method": str, "student": str, "ipc": int, "mean": (int, float), "std": (int, float)}
     cells = record.data.get("cells")
     for cell in cells if isinstance(cells, list) else []:
-        if isinstance(cell, dict) and all(isinstance(cell.get(name), kind) for name, kind in kinds.items()):
+        whole = isinstance(cell, dict) and all(isinstance(cell.get(name), kind) for name, kind in kinds.items())
+        if whole and all(math.isfinite(cell[name]) for name in ("mean", "std")):
             yield cell
 
 

@@ -14,6 +14,9 @@ from dwa_fast.repeat import Pool, Repeat
 from dwa_fast.teacher import Network
 from dwa_fast.views import HEIGHT, WIDTH, Schedule
 
+_TERMS = ("cross-entropy", "R_mean", "R_var")
+_DOMINATES = 100.0  # times the cross-entropy
+
 
 class Refinement:
     """The inner loop for batches of one shape: all buffers lie at fixed places, and an iteration neither allocates nor waits."""
@@ -63,7 +66,7 @@ class Refinement:
         Raises:
             InputError: a loss is not finite.
         """
-        return self.images.clone(), _finite(self.losses.clone())
+        return self.images.clone(), _finite(self.losses.clone(), self.execution.precision)
 
     def _iterate(self) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
@@ -94,8 +97,34 @@ class Refinement:
         return objective
 
 
-def _finite(losses: Tensor) -> Tensor:
+def matching_dominates(
+    losses: Tensor,  # [T, 3]: cross-entropy, R_mean, R_var
+    config: SynthesisConfig,
+) -> str | None:
+    """A sentence where the weighted matching terms of the last iteration leave the cross-entropy no say; None where they do not.
+
+    That is above 100 times the cross-entropy, which counts as at least 1 here: where the images are learnt, it falls to 0.
+    """
+    ce, mean, var = losses[-1].tolist()
+    matching = config.lambda_mean * mean + config.lambda_var * var
+    if matching <= _DOMINATES * max(ce, 1.0):
+        return None
+    return (
+        f"matching losses dominate: {config.lambda_mean:g} × {mean:.3g} + {config.lambda_var:g} × {var:.3g} beside a cross-entropy of "
+        f"{ce:.3g} in the last iteration; lower --lambda-mean or --lambda-var"
+    )
+
+
+def _finite(losses: Tensor, precision: str) -> Tensor:
     bad = (~torch.isfinite(losses).all(1)).nonzero()
-    if len(bad):
-        raise InputError(f"losses are not finite from iteration {int(bad[0]) + 1} of {len(losses)} on; lower the learning rate or rho")
-    return losses
+    if not len(bad):
+        return losses
+    first = int(bad[0])
+    finite = torch.isfinite(losses[first]).tolist()
+    if first and not finite[0]:
+        remedy = "lower the learning rate or rho"
+    else:
+        cause = "the teacher's activations overflow" if finite[0] else "no image has changed yet, so its weights overflow"
+        remedy = f"{cause}; take {'--precision bf16' if precision == 'fp16' else 'a lower rho'} or another teacher"
+    names = ", ".join(name for name, good in zip(_TERMS, finite, strict=True) if not good)
+    raise InputError(f"losses ({names}) are not finite from iteration {first + 1} of {len(losses)} on; {remedy}")

@@ -12,12 +12,13 @@ from torch import nn
 from dwa_fast.config import ValidationConfig, check_integer
 from dwa_fast.datasets import ImageSet
 from dwa_fast.errors import InputError
+from dwa_fast.finite import check_logits
 from dwa_fast.labels import LabelStore, epoch_bytes, view_settings
 from dwa_fast.lessons import Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import image_digest, weight_digest
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, recorded_threads, threads_of
-from dwa_fast.training import Progress, repeatable, seeded_layers, teaching
+from dwa_fast.training import Progress, check_set, repeatable, seeded_layers, teaching
 
 
 def kept_epochs(config: ValidationConfig, pool: int) -> int:
@@ -55,8 +56,10 @@ def relabel(
         pool: keep one epoch in so many, which students then use again and again.
         progress: called with the batches done and the batches in all.
     Raises:
-        InputError: the folder holds other labels, or the disk is too small.
+        InputError: the folder holds other labels, the disk is too small, or the teacher gives no finite logits of the set's classes.
     """
+    check_set(distilled, "distilled images")
+    teach = teaching(teacher, distilled, config, device)
     classes = len(distilled.class_names)
     settings = {
         **view_settings(config),
@@ -75,20 +78,14 @@ def relabel(
     own = derive(seed, "student", 0)
     lessons = Lessons(Pixels(distilled, device, config.memory_limit), RandomDraws(distilled, config, seed=own), config)
     threads = recorded_threads(store.settings)
-    teach, done = teaching(teacher, config.teacher_mode, device), (store.wanted - len(missing)) * lessons.steps
+    done = (store.wanted - len(missing)) * lessons.steps
     for epoch in missing:
         draws = []
         with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), computing(threads):
             for lesson in lessons.epoch(epoch):
-                draws.append(replace(lesson.draw, logits=_of_classes(teach(lesson), classes).half().cpu()))
+                draws.append(replace(lesson.draw, logits=check_logits(teach(lesson), "teacher", classes).half().cpu()))
                 done += 1
                 if progress:
                     progress(done, store.wanted * lessons.steps)
         store.write(epoch, draws)
     return store
-
-
-def _of_classes(logits: torch.Tensor, classes: int) -> torch.Tensor:
-    if logits.dim() != 2 or logits.shape[1] != classes:
-        raise InputError(f"the teacher gives logits of shape {tuple(logits.shape)}, the set has {classes} classes")
-    return logits

@@ -17,6 +17,7 @@ from dwa_fast.archives import read_archive, write_archive
 from dwa_fast.datasets import FileSet, ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, write_json
+from dwa_fast.finite import has_finite_weights
 from dwa_fast.storage import difference
 from dwa_fast.threads import THREADS, as_begun
 
@@ -92,7 +93,7 @@ class TrainingState:
         Returns:
             epochs that are finished.
         Raises:
-            InputError: the file is damaged, or is the state of a training with other settings.
+            InputError: the file is damaged, is the state of a training with other settings, or of one that diverged.
         """
         for path in self.path.parent.glob(f".{self.path.name}.*.part"):
             if is_left_over(path):
@@ -110,6 +111,8 @@ class TrainingState:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{self.path} holds no whole state of a training; remove it to begin again") from error
+        if not has_finite_weights(model):
+            raise InputError(f"{self.path} holds weights that are not finite, of a training that diverged; remove it to begin again")
         return epochs
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:

@@ -14,7 +14,7 @@ from dwa_fast.datasets import ImageSet
 from dwa_fast.lessons import Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import TrainingState, image_digest
 from dwa_fast.threads import THREADS, threads_of
-from dwa_fast.training import Progress, fit, fresh, predict, resolve_precision
+from dwa_fast.training import Progress, check_set, fit, fresh, predict, remedy, resolve_precision
 
 
 def squeeze(
@@ -37,8 +37,10 @@ def squeeze(
         keep: file for the state between epochs; the same call goes on from it, with its CPU threads, to the same bits. Whoever has saved
             the teacher removes it.
     Raises:
-        InputError: the file holds the state of a training with other settings, or a set image cannot be read.
+        InputError: the file holds the state of a training with other settings, a set image cannot be read, a label is not the number of a
+            class, a batch of one image is too small for the architecture, or the training diverges.
     """
+    check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device)
     optimizer = torch.optim.SGD(
@@ -60,6 +62,7 @@ def squeeze(
         epochs=config.epochs,
         learning_rate=config.learning_rate,
         seed=seed,
+        remedy=remedy(config, precision),
         state=TrainingState(keep, settings | {"real_images": image_digest(data)}) if keep else None,
         progress=progress,
     )

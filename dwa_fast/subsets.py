@@ -42,6 +42,12 @@ def by_class(data: ImageSet) -> list[Tensor]:
     return list(torch.argsort(data.labels, stable=True).split(counts))
 
 
+def images_per_class(data: ImageSet) -> int | str:
+    """How many images every class of a set has: a number, or "2–5" where classes differ."""
+    counts = [len(own) for own in by_class(data)]
+    return counts[0] if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
+
+
 def part(data: ImageSet, indices: Tensor) -> Subset:
     """These images of a set, with the classes as they are."""
     return Subset(data, indices, data.labels[indices], data.class_names)

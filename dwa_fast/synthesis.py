@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from dwa_fast.ascent import Arena, Ascent
 from dwa_fast.backend import Execution, resolve
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.errors import InputError
-from dwa_fast.refine import Refinement
+from dwa_fast.refine import Refinement, matching_dominates
 from dwa_fast.seeding import generator
 from dwa_fast.teacher import Network, check_precision, prepare
 from dwa_fast.views import draw_schedule
 from dwa_fast.wrappers import Output
+
+log = logging.getLogger("dwa_fast")
 
 _CHUNK = 10  # iterations that are queued on a GPU between two reports of progress
 
@@ -113,6 +116,7 @@ class Synthesizer:
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
         with check_precision(network, images, self.execution):
             self.lanes = [Lane(each, config, self.execution) for each in copies]
+        self._warned = False  # whether the log has said that the matching losses dominate
 
     def run(
         self,
@@ -138,7 +142,13 @@ class Synthesizer:
                     refinement.advance(min(chunk, self.config.iterations - done))
             if progress:
                 progress(min(done + chunk, self.config.iterations))
-        return [lane.finish(refinement) for lane, refinement in pairs]
+        results = [lane.finish(refinement) for lane, refinement in pairs]
+        for _, losses in results:
+            dominating = None if self._warned else matching_dominates(losses, self.config)
+            if dominating:
+                log.warning(dominating)
+                self._warned = True
+        return results
 
 
 def synthesize(

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dwa_fast.backend import Execution
 from dwa_fast.errors import InputError, first_line
+from dwa_fast.finite import check_finite_weights
 from dwa_fast.norms import Recorder, batchnorm_layers
 from dwa_fast.pointwise import replace_strided_pointwise
 from dwa_fast.rewrite import BatchNormAct, Rewritten, replace, trace
@@ -145,6 +146,7 @@ def prepare(
         module = copied(teacher, execution.device, execution.master_dtype)
         trial = _trial_images(images, execution)
         layers = _layers(module)
+        check_finite_weights(module)
         wanted = _untouched(module, layers, trial)
         layers = {name: layer for name, layer in layers.items() if name in wanted.gaps}
         network = _agreeing(module, layers, wanted, trial, execution, batch_sizes)
@@ -203,7 +205,7 @@ def _check_logits(logits: Any) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise InputError(f"teacher must give [N, classes] logits, got {described(logits)}")
     if not torch.isfinite(logits).all():
-        raise InputError("teacher gives logits that are not finite; its weights or running statistics hold NaN or infinity")
+        raise InputError("teacher gives logits that are not finite, though its weights are; its activations overflow")
 
 
 def _agreeing(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dwa_fast.architectures import build
-from dwa_fast.config import Normalisation, TeacherMode, TrainingPrecision
+from dwa_fast.config import Normalisation, SqueezeConfig, TrainingPrecision, ValidationConfig
 from dwa_fast.datasets import ImageSet, normalise
-from dwa_fast.lessons import Lesson, Lessons
+from dwa_fast.errors import InputError
+from dwa_fast.finite import check_finite_weights, check_logits, has_finite_weights
+from dwa_fast.lessons import Lesson, Lessons, batch_sizes
 from dwa_fast.resuming import TrainingState
 from dwa_fast.seeding import derive
 from dwa_fast.threads import computing
@@ -41,6 +43,7 @@ def fit(
     learning_rate: float,
     warmup_epochs: int = 0,
     seed: int,
+    remedy: str,
     state: TrainingState | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -50,26 +53,37 @@ def fit(
         loss: of one lesson, from the network in train mode.
         learning_rate: the first one; it falls to 0 on a cosine.
         seed: of dropout and the like, anew for each epoch; the global generators of torch are left as they were.
+        remedy: what to do where the training diverges, for the message.
         state: where the training is kept, between epochs.
         progress: called with the steps done, those of an earlier run first, and the steps in all.
+    Raises:
+        InputError: a batch of one image is too small for a layer, or the loss or a weight is not finite after an epoch, whose state is
+            then not saved.
     """
     model.train()
     begun = state.restore(model, optimizer) if state else 0
+    if lessons.smallest_batch == 1:
+        check_single_image(model, lessons.image_shape, lessons.device, "network")
     total, done = epochs * lessons.steps, begun * lessons.steps
     if progress and done:
         progress(done, total)
     for epoch in range(begun, epochs):
-        threads = computing(state.threads if state else None)
+        threads, losses = computing(state.threads if state else None), torch.zeros((), device=lessons.device)
         with seeded_layers(derive(seed, "dropout", epoch), lessons.device), repeatable(), threads:
             for lesson in lessons.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * cosine(done, total, warmup_epochs * lessons.steps)
                 optimizer.zero_grad()
-                loss(lesson).backward()
+                value = loss(lesson)
+                value.backward()
                 optimizer.step()
+                losses += value.detach()
                 done += 1
                 if progress:
                     progress(done, total)
+        if not losses.isfinite() or not has_finite_weights(model):
+            what = "weights" if losses.isfinite() else "loss"
+            raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy}")
         if state:
             state.save(model, optimizer, epoch + 1)
 
@@ -79,6 +93,11 @@ def cosine(step: float, steps: int, warmup: int = 0) -> float:
     if step < warmup:
         return 0.01 + 0.99 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def remedy(config: SqueezeConfig | ValidationConfig, precision: TrainingPrecision) -> str:
+    """What to do where a training diverges, for the message."""
+    return f"lower --learning-rate ({config.learning_rate:g})" + (" or take --precision fp32" if precision == "bf16" else "")
 
 
 def resolve_precision(precision: TrainingPrecision, device: torch.device) -> TrainingPrecision:
@@ -99,9 +118,69 @@ def predict(
     return logits.float()
 
 
-def teaching(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> Teach:
-    """The teacher's logits for each lesson, from a copy of its own: what train mode does to running statistics stays in there."""
-    module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(mode == "train")
+def check_set(data: ImageSet, what: str) -> None:
+    """Check the labels of a set.
+
+    Args:
+        what: the images are, in the message: "held-out images".
+    Raises:
+        InputError: there are none, or one is not the number of a class.
+    """
+    if len(data.labels) == 0:
+        raise InputError(f"there are no {what}; wanted at least one")
+    low, high, last = int(data.labels.min()), int(data.labels.max()), len(data.class_names) - 1
+    if low < 0 or high > last:
+        raise InputError(f"labels of the {what} must lie in 0 … {last}, the classes of the set, got {low if low < 0 else high}")
+
+
+def check_teacher(teacher: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
+    """Check a teacher by its logits for the first two images of a set.
+
+    Raises:
+        InputError: a weight or a statistic of it is not finite, it cannot take the images, or it gives no finite [N, classes] logits of as
+            many classes as the set has.
+    """
+    check_finite_weights(teacher)
+    module = copy.deepcopy(teacher).to(device).eval()
+    images = normalise(data.load(range(min(2, len(data.labels)))).to(device), normalisation)
+    try:
+        with torch.no_grad():
+            logits = module(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"teacher cannot take images of shape {tuple(images.shape[1:])}: {str(error).splitlines()[0]}") from error
+    check_logits(logits, "teacher", len(data.class_names))
+
+
+def check_single_image(model: nn.Module, shape: Sequence[int], device: torch.device, owner: str) -> None:
+    """Check that a batch of one image passes through a network in train mode.
+
+    Args:
+        shape: of the image. owner: what the network is called in the message.
+    Raises:
+        InputError: a BatchNorm layer is left with one value per channel.
+    """
+    try:
+        with torch.no_grad(), seeded_layers(0, device):
+            copy.deepcopy(model).train()(torch.zeros(1, *shape, device=device))
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise InputError(
+            f"a batch of one image leaves a BatchNorm layer of the {owner} with one value per channel, from which no variance can be "
+            "computed in train mode; raise --batch-size or --ipc, or choose a network that keeps more pixels, such as a -cifar one"
+        ) from error
+
+
+def teaching(teacher: nn.Module, data: ImageSet, config: ValidationConfig, device: torch.device) -> Teach:
+    """The teacher's logits for each batch of a set, from a copy of its own: what train mode does to running statistics stays in there.
+
+    Raises:
+        InputError: as `check_teacher`, or a batch of one image is too small for a teacher in train mode.
+    """
+    check_teacher(teacher, data, config, device)
+    if config.teacher_mode == "train" and min(batch_sizes(len(data.labels), config.batch_size)) == 1:
+        check_single_image(copy.deepcopy(teacher).to(device), data.image_shape, device, "teacher")
+    module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train")
 
     @torch.no_grad()
     def teach(lesson: Lesson) -> Tensor:
@@ -135,12 +214,17 @@ def repeatable() -> Iterator[None]:
 
 @torch.no_grad()
 def top1(model: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> float:
-    """Share of the images whose class the model names, percent; the model is left in eval mode."""
+    """Share of the images whose class the model names, percent; the model is left in eval mode.
+
+    Raises:
+        InputError: there is no image, a label is not the number of a class, or the model gives no finite logits of these classes.
+    """
+    check_set(data, "held-out images")
     model.eval()
     right = 0
     with repeatable():
         for start in range(0, len(data.labels), _EVALUATION_BATCH):
             indices = range(start, min(start + _EVALUATION_BATCH, len(data.labels)))
-            logits = model(normalise(data.load(indices).to(device), normalisation))
+            logits = check_logits(model(normalise(data.load(indices).to(device), normalisation)), "network", len(data.class_names))
             right += int((logits.argmax(1).cpu() == data.labels[start : indices.stop]).sum())
     return 100 * right / len(data.labels)

@@ -20,7 +20,7 @@ from dwa_fast.lessons import Draws, Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import KeptStudents, TrainingState, image_digest, refuse_change, weight_digest
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, threads_of
-from dwa_fast.training import Progress, Teach, fit, fresh, predict, resolve_precision, teaching, top1
+from dwa_fast.training import Progress, Teach, check_set, fit, fresh, predict, remedy, resolve_precision, teaching, top1
 
 _NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
 
@@ -71,9 +71,14 @@ def validate(
             same bits, with the CPU threads of the first one; one with more students trains those that are missing.
         soft_labels: folder that `relabel` wrote. All students then see its views and mixes; they differ in their first weights.
     Raises:
-        InputError: the folder holds students of other settings, an image cannot be read, or the stored labels are not those of this set,
-            these views and this teacher.
+        InputError: the folder holds students of other settings, an image cannot be read, a set has no images or a label that is not the
+            number of a class, the stored labels are not those of this set, these views and this teacher, the teacher gives no finite
+            logits of these classes, a batch of one image is too small for the student, or a training diverges. Finished students are kept.
     """
+    check_set(distilled, "distilled images")
+    check_set(test, "held-out images")
+    if len(distilled.class_names) != len(test.class_names):
+        raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
     course = _Course(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
     kept = None
     if keep:
@@ -157,7 +162,7 @@ class _Course:
 
     def _teach(self) -> Teach:
         if self.labels is None and self.teacher is not None:
-            return teaching(self.teacher, self.config.teacher_mode, self.device)
+            return teaching(self.teacher, self.distilled, self.config, self.device)
 
         def read(lesson: Lesson) -> Tensor:
             assert lesson.draw.logits is not None
@@ -167,11 +172,11 @@ class _Course:
 
     def train(self, student: nn.Module, seed: int, state: TrainingState | None, progress: Progress | None) -> None:
         """Train one student."""
-        config, teach = self.config, self._teach()
+        config, teach = self.config, None if self.config.labels == "hard" else self._teach()
 
         def loss(lesson: Lesson) -> Tensor:
             logits = predict(student, lesson.images, self._precision)
-            return hard_loss(logits, lesson) if config.labels == "hard" else soft_loss(logits, teach(lesson), config)
+            return hard_loss(logits, lesson) if teach is None else soft_loss(logits, teach(lesson), config)
 
         fit(
             student,
@@ -182,6 +187,7 @@ class _Course:
             learning_rate=config.learning_rate,
             warmup_epochs=config.warmup_epochs,
             seed=seed,
+            remedy=remedy(config, self._precision),
             state=state,
             progress=progress,
         )

@@ -43,6 +43,20 @@ def test_without_a_linear_layer_the_logits_are_the_features() -> None:
         embed(nn.Flatten(), torch.randn(2, 1, 8, 8))
 
 
+@torch.no_grad()
+def test_what_is_not_finite_is_refused() -> None:
+    teacher, data = small_teacher(), digits("test", SIZE)
+    teacher.get_buffer("stem.1.running_mean")[1] = float("nan")
+    with pytest.raises(InputError, match=r"not finite: running_mean of layer 'stem\.1' \(1 NaN of 8\)"):
+        next(stream(teacher, data, recipe("digits"), torch.device("cpu")))
+    with pytest.raises(InputError, match="teacher gives logits that are not finite for 4 of 4 images"):
+        embed(teacher, real_images(4)[0])
+    network = nn.Sequential(nn.Conv2d(1, 2, 8, bias=False), nn.Flatten(), nn.ReLU(), nn.Linear(2, 3))
+    nn.init.constant_(network[0].weight, -3e38)
+    with pytest.raises(InputError, match="features of the teacher are not finite, though its logits are"):
+        embed(network, torch.ones(2, 1, 8, 8))
+
+
 def test_stream_gives_every_image_once() -> None:
     data, teacher = digits("test", SIZE), small_teacher()
     parts = list(stream(teacher, data, recipe("digits"), torch.device("cpu")))

@@ -127,6 +127,16 @@ def test_wrong_input(tmp_path: Path, config: dict[str, int], message: str) -> No
         run(tmp_path, IncrementalConfig(**config))
 
 
+def test_what_would_give_wrong_accuracies_is_refused_beforehand(tmp_path: Path) -> None:
+    few = small_set(3)
+    strangers = MemorySet(few.pixels, few.labels, [f"other {name}" for name in few.class_names])
+    with pytest.raises(InputError, match="set 'strangers' has other classes than the held-out images"):
+        run(tmp_path, strangers=strangers)
+    with pytest.raises(InputError, match="labels of the images of set 'wrong' must lie in 0 … 9, the classes of the set, got 12"):
+        run(tmp_path, wrong=MemorySet(few.pixels, few.labels + 3, few.class_names))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     config = IncrementalConfig(tasks=1, seeds=1)
     run(tmp_path, config)

@@ -11,7 +11,7 @@ import pytest
 ORDER = """
     _version errors config seeding files formats pickles archives views recipes decoding datasets subsets architectures layers norms
     reference reference.ops reference.loop
-    priors tracing compiled threads
+    priors tracing compiled threads finite
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
     backend
     weights checkpoint pointwise pooling convolution stem symbolic rewrite trial wrappers teacher initial program repeat ascent refine

@@ -108,6 +108,11 @@ def test_a_cell_of_other_settings_is_not_compared() -> None:
     assert "lambda_var" in table.note
 
 
+@pytest.mark.parametrize("cell", [{"mean": float("nan")}, {"std": float("inf")}, {"ipc": "2–10"}])
+def test_what_is_no_number_is_not_compared(cell: dict[str, Any]) -> None:
+    assert beside_published(study(**cell)) is None
+
+
 def test_steps_of_incremental_learning() -> None:
     record = study(student="convnet128", ipc=20, **{"classes seen": 60})
     record.settings["tasks"] = 5  # type: ignore[index]

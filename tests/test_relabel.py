@@ -30,7 +30,7 @@ from dwa_fast.storage import ImageStore, WorkItem
 from dwa_fast.training import predict
 from dwa_fast.validate import ValidationResult, validate
 from tests.hostile import Harmful
-from tests.nets import SIZE, small_set, small_teacher, stop_at
+from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
 QUICK = replace(full_recipe("digits").validation, epochs=4, batch_size=20, padding=1, flip=0.5, students=1)  # three steps an epoch
@@ -212,6 +212,15 @@ def test_a_store_from_anywhere_is_read_safely(tmp_path: Path) -> None:
         plant({**content, name: value})
         with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says; remove the folder"):
             students(QUICK, None, soft_labels=tmp_path)
+    broken = content["logits"].clone()
+    broken[3, 2] = float("nan")
+    plant({**content, "logits": broken})
+    with pytest.raises(InputError, match=r"epoch000\.pt holds logits that are not finite; remove the folder, and make them again"):
+        students(QUICK, None, soft_labels=tmp_path)
+    for share in (float("nan"), -0.5, 1.5):
+        plant({**content, "share": torch.full_like(content["share"], share)})
+        with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says; remove the folder"):
+            students(QUICK, None, soft_labels=tmp_path)
     plant({**content, "logits": content["logits"][:, :9]})
     with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says"):
         students(QUICK, None, soft_labels=tmp_path)
@@ -226,8 +235,21 @@ def test_logits_beyond_half_precision_are_refused(tmp_path: Path) -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images), 10), 1e6)
 
-    with pytest.raises(InputError, match="logits of epoch 0 are not finite in half precision"):
+    with pytest.raises(InputError, match=r"logits of epoch 0 are not finite in half precision, .*; dwa-fast validate --teacher computes"):
         store(tmp_path, QUICK, Loud())
+
+
+def test_teachers_that_are_not_finite_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    teacher = small_teacher()
+    teacher.get_buffer("stem.1.running_var")[2] = float("inf")
+    with pytest.raises(InputError, match=r"not finite: running_var of layer 'stem\.1' \(1 infinite of 8\); train it again"):
+        store(tmp_path / "labels", QUICK, teacher)
+    with pytest.raises(InputError, match="teacher gives logits of 7 classes, the data have 10"):
+        store(tmp_path / "labels", QUICK, build("small-resnet", classes=7, channels=1, size=SIZE).eval())
+    with pytest.raises(InputError, match="teacher with one value per channel"):
+        store(tmp_path / "labels", replace(QUICK, batch_size=1, teacher_mode="train"), tight(10, 1, SIZE))
+    assert not (tmp_path / "labels").exists()
+    store(tmp_path / "labels", replace(QUICK, batch_size=1, epochs=1), tight(10, 1, SIZE).eval())
 
 
 @pytest.mark.parametrize("config", [QUICK, CUTMIX, PLAIN], ids=["pad", "crop", "plain"])

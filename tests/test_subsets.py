@@ -7,7 +7,7 @@ import torch
 
 from dwa_fast import InputError
 from dwa_fast.datasets import MemorySet, digits
-from dwa_fast.subsets import by_class, draw, part, some_classes
+from dwa_fast.subsets import by_class, draw, images_per_class, part, some_classes
 from tests.nets import SIZE
 
 
@@ -24,6 +24,12 @@ def numbers(images: torch.Tensor) -> list[int]:
 def test_images_by_class_keep_their_order() -> None:
     assert [own.tolist() for own in by_class(small())] == [[1, 3, 5], [2], [0, 4]]
     assert [len(own) for own in by_class(MemorySet(small().pixels[:1], torch.tensor([1]), ["a", "b", "c"]))] == [0, 1, 0]
+
+
+def test_images_per_class() -> None:
+    assert images_per_class(small()) == "1–3"
+    assert images_per_class(part(small(), torch.tensor([0, 1, 2]))) == 1
+    assert images_per_class(part(small(), torch.tensor([0, 1]))) == "0–1"  # the last classes count too
 
 
 def test_some_classes_are_numbered_anew_in_the_order_given() -> None:

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast import InputError, resuming
+from dwa_fast import InputError, resuming, training
 from dwa_fast.architectures import ARCHITECTURES
 from dwa_fast.augment import Mix, Views
 from dwa_fast.config import ValidationConfig
 from dwa_fast.datasets import MemorySet, digits
 from dwa_fast.lessons import Draw, Lesson
 from dwa_fast.recipes import full_recipe
+from dwa_fast.subsets import some_classes
 from dwa_fast.threads import computing
 from dwa_fast.validate import ValidationResult, _optimizer, hard_loss, soft_loss, validate
-from tests.nets import SIZE, small_set, small_teacher, stop_at
+from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
 RECIPE = full_recipe("digits")
@@ -206,3 +207,46 @@ def test_students_in_bf16() -> None:
     exact, rounded = students(replace(config, epochs=10)), students(replace(config, epochs=10, precision="bf16"))
     assert rounded.mean > 30
     assert abs(exact.mean - rounded.mean) < 20
+
+
+def test_divergence_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = students(replace(QUICK, students=1), keep=tmp_path)
+    monkeypatch.setattr(training, "cosine", lambda *_: 1e30)
+    with pytest.raises(InputError, match=r"training diverged: loss not finite in epoch 1 of 4; lower --learning-rate \(0\.\d+\)$"):
+        students(keep=tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["students.json"]
+    assert students(keep=tmp_path).accuracies[:1] == first.accuracies
+
+
+def test_teachers_are_checked_as_synthesis_does(tmp_path: Path) -> None:
+    broken = small_teacher()
+    broken.get_buffer("stem.1.running_var")[2] = float("inf")
+    cases = {
+        r"not finite: running_var of layer 'stem\.1' \(1 infinite of 8\); train it again": broken,
+        "teacher gives logits of 7 classes, the data have 10": ARCHITECTURES["small-resnet"](7, 1, SIZE),
+        "teacher gives logits of 1 classes, the data have 10": ARCHITECTURES["small-resnet"](1, 1, SIZE),
+        r"teacher must give \[N, classes\] logits, got shape \(2, 1, 8, 8\)": nn.Identity(),
+        r"teacher cannot take images of shape \(1, 8, 8\): ": nn.Linear(3, 10),
+    }
+    for message, teacher in cases.items():
+        with pytest.raises(InputError, match=message):
+            students(teacher=teacher.eval(), keep=tmp_path)
+    with pytest.raises(InputError, match=r"a batch of one image leaves a BatchNorm layer of the teacher with one value per channel"):
+        students(replace(QUICK, batch_size=1, teacher_mode="train"), tight(10, 1, SIZE))
+    assert students(replace(QUICK, students=1, labels="hard"), broken).accuracies  # which is not asked
+
+
+def test_batches_of_one_value_per_channel_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "tight", tight)
+    with pytest.raises(InputError, match="a batch of one image leaves a BatchNorm layer of the network with one value per channel"):
+        students(replace(QUICK, batch_size=1), student="tight")
+
+
+def test_sets_of_other_classes_are_refused() -> None:
+    few = some_classes(small_set(), range(7))
+    with pytest.raises(InputError, match="distilled images have 7 classes, the held-out images 10"):
+        validate(few, held_out(), small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)
+    empty = MemorySet(held_out().pixels[:0], held_out().labels[:0], held_out().class_names)
+    with pytest.raises(InputError, match="there are no held-out images; wanted at least one"):
+        validate(small_set(), empty, small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)

@@ -81,7 +81,7 @@ def as_record(found: Survey, config: SurveyConfig, pictures: Sequence[Picture], 
     where = "the teacher's features" if config.space == "features" else "pixels"
     usual = float(found.sets[REAL].nearest_distances.median())
     parts = [
-        f"{name} {_mean(own.ratios):.2f} and {_relative(float(own.nearest_distances.median()), usual)}"
+        f"{name} {_mean(own.ratios)} and {_relative(float(own.nearest_distances.median()), usual)}"
         for name, own in found.sets.items()
         if name != REAL
     ]
@@ -109,8 +109,8 @@ def as_record(found: Survey, config: SurveyConfig, pictures: Sequence[Picture], 
 def _diversity_table(found: Survey) -> Table:
     rows = []
     for name, own in found.sets.items():
-        known = [value for value in own.ratios if value is not None] or [0.0]
-        ends = [f"{min(known):.2f}", f"{max(known):.2f}"]
+        known = [value for value in own.ratios if value is not None]
+        ends = [f"{end(known):.2f}" if known else "–" for end in (min, max)]
         rows.append([name, str(len(own.images.labels)), _spread(own.ratios), *ends, _spread(own.feature_ratios)])
     return Table(
         title="Diversity D^c of a class, as a ratio to random real images",
@@ -209,8 +209,9 @@ def _quantiles(distances: Tensor) -> list[float]:
     return [float(value) for value in distances.quantile(torch.tensor([part / 100 for part in _PERCENT], dtype=distances.dtype))]
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    return statistics.fmean([value for value in values if value is not None] or [0.0])
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.2f}" if known else "–"
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -24,6 +24,7 @@ from dwa_fast.incremental import IncrementalConfig, class_order, learn
 from dwa_fast.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
 from dwa_fast.resuming import image_digest
 from dwa_fast.storage import MANIFEST, read_manifest
+from dwa_fast.subsets import images_per_class
 from dwa_fast.validate import ValidationResult
 
 _STEPS = "steps"  # folder of what is finished
@@ -151,4 +152,4 @@ def _origin(images: FileSet, name: str) -> dict[str, Any]:
     settings = read_manifest(images.folder)["settings"] if (images.folder / MANIFEST).is_file() else {}
     synthesis = {each.name: settings[each.name] for each in fields(SynthesisConfig) if each.name in settings}
     told = {"synthesis": synthesis} if synthesis else {}
-    return {"set": name, "method": settings.get("method", name), "ipc": len(images.labels) // len(images.class_names), **told}
+    return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **told}

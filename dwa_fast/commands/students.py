@@ -23,6 +23,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
 from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread
 from dwa_fast.storage import read_manifest
+from dwa_fast.subsets import images_per_class
 from dwa_fast.validate import ValidationResult, validate
 
 
@@ -82,8 +83,7 @@ class Validate(DistilledData):
             )
         console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
         if self.output:
-            per_class = int(distilled.labels.bincount().min())
-            record = self._record(result, per_class, info)
+            record = self._record(result, images_per_class(distilled), info)
             finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
 
     def _teacher(self, classes: int) -> tuple[nn.Module | None, TeacherInfo | None]:
@@ -91,7 +91,7 @@ class Validate(DistilledData):
             return None, None
         return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels, self.weights_key)
 
-    def _record(self, result: ValidationResult, ipc: int, teacher: TeacherInfo | None) -> Record:
+    def _record(self, result: ValidationResult, ipc: int | str, teacher: TeacherInfo | None) -> Record:
         made = self._set_settings()
         title = f"{self.student} on {self.images.name}, ipc {ipc}"
         rows = [[str(seed), f"{accuracy:.2f}"] for seed, accuracy in zip(result.seeds, result.accuracies, strict=True)]

@@ -228,7 +228,9 @@ def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
         found = json.loads(read_regular(file))["accuracies"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    whole = isinstance(found, list) and len(found) >= setup.validation.students and all(isinstance(each, float) for each in found)
+    if not isinstance(found, list) or not all(isinstance(each, float) and 0 <= each <= 100 for each in found):
+        return None
+    whole = len(found) >= setup.validation.students
     return found[: setup.validation.students] if whole else None
 
 
