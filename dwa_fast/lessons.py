@@ -135,16 +135,6 @@ class Lessons:
         return self._draws.steps
 
     @property
-    def smallest_batch(self) -> int:
-        """Images of the smallest batch of an epoch."""
-        return min(batch_sizes(len(self._labels), self._config.batch_size))
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
-        return self._pixels.data.image_shape
-
-    @property
     def device(self) -> torch.device:
         """Where the images are."""
         return self._pixels.device

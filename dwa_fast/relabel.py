@@ -18,7 +18,7 @@ from dwa_fast.lessons import Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import image_digest, weight_digest
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, recorded_threads, threads_of
-from dwa_fast.training import Progress, check_set, repeatable, seeded_layers, teaching
+from dwa_fast.training import Progress, check_set, check_teaching, repeatable, seeded_layers, teaching
 
 
 def kept_epochs(config: ValidationConfig, pool: int) -> int:
@@ -59,7 +59,7 @@ def relabel(
         InputError: the folder holds other labels, the disk is too small, or the teacher gives no finite logits of the set's classes.
     """
     check_set(distilled, "distilled images")
-    teach = teaching(teacher, distilled, config, device)
+    check_teaching(teacher, distilled, config, device)
     classes = len(distilled.class_names)
     settings = {
         **view_settings(config),
@@ -78,7 +78,7 @@ def relabel(
     own = derive(seed, "student", 0)
     lessons = Lessons(Pixels(distilled, device, config.memory_limit), RandomDraws(distilled, config, seed=own), config)
     threads = recorded_threads(store.settings)
-    done = (store.wanted - len(missing)) * lessons.steps
+    teach, done = teaching(teacher, config.teacher_mode, device), (store.wanted - len(missing)) * lessons.steps
     for epoch in missing:
         draws = []
         with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), computing(threads):

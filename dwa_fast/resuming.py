@@ -179,6 +179,9 @@ class KeptStudents:
                 raise ValueError("it holds something else")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{self._file} cannot be read: {error}; remove it to train all students again") from error
+        if not accuracies and not any(self._folder.glob("student*.state")):  # nothing was finished: other settings may take the folder
+            self._write()
+            return
         self._settings = as_begun(self._settings, before)
         refuse_change(self._folder, "students", before, self._settings, "choose another folder")
         self.accuracies = accuracies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dwa_fast.datasets import ImageSet
 from dwa_fast.lessons import Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import TrainingState, image_digest
 from dwa_fast.threads import THREADS, threads_of
-from dwa_fast.training import Progress, check_set, fit, fresh, predict, remedy, resolve_precision
+from dwa_fast.training import Progress, check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
 
 
 def squeeze(
@@ -43,6 +44,7 @@ def squeeze(
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device)
+    check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dwa_fast.architectures import build
-from dwa_fast.config import Normalisation, SqueezeConfig, TrainingPrecision, ValidationConfig
+from dwa_fast.config import Normalisation, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
 from dwa_fast.datasets import ImageSet, normalise
 from dwa_fast.errors import InputError
 from dwa_fast.finite import check_finite_weights, check_logits, has_finite_weights
@@ -57,13 +57,10 @@ def fit(
         state: where the training is kept, between epochs.
         progress: called with the steps done, those of an earlier run first, and the steps in all.
     Raises:
-        InputError: a batch of one image is too small for a layer, or the loss or a weight is not finite after an epoch, whose state is
-            then not saved.
+        InputError: the loss or a weight is not finite after an epoch, whose state is then not saved.
     """
     model.train()
     begun = state.restore(model, optimizer) if state else 0
-    if lessons.smallest_batch == 1:
-        check_single_image(model, lessons.image_shape, lessons.device, "network")
     total, done = epochs * lessons.steps, begun * lessons.steps
     if progress and done:
         progress(done, total)
@@ -151,17 +148,19 @@ def check_teacher(teacher: nn.Module, data: ImageSet, normalisation: Normalisati
     check_logits(logits, "teacher", len(data.class_names))
 
 
-def check_single_image(model: nn.Module, shape: Sequence[int], device: torch.device, owner: str) -> None:
-    """Check that a batch of one image passes through a network in train mode.
+def check_batches(make: Callable[[], nn.Module], data: ImageSet, batch_size: int, device: torch.device, owner: str) -> None:
+    """Check that the smallest batch of a set passes through a network in train mode.
 
     Args:
-        shape: of the image. owner: what the network is called in the message.
+        make: gives a network on the device to try, where there is such a batch. owner: what it is called in the message.
     Raises:
-        InputError: a BatchNorm layer is left with one value per channel.
+        InputError: it holds one image, which leaves a BatchNorm layer with one value per channel.
     """
+    if min(batch_sizes(len(data.labels), batch_size)) > 1:
+        return
     try:
         with torch.no_grad(), seeded_layers(0, device):
-            copy.deepcopy(model).train()(torch.zeros(1, *shape, device=device))
+            make().train()(torch.zeros(1, *data.image_shape, device=device))
     except ValueError as error:
         if not str(error).startswith("Expected more than 1 value per channel"):
             raise
@@ -171,16 +170,20 @@ def check_single_image(model: nn.Module, shape: Sequence[int], device: torch.dev
         ) from error
 
 
-def teaching(teacher: nn.Module, data: ImageSet, config: ValidationConfig, device: torch.device) -> Teach:
-    """The teacher's logits for each batch of a set, from a copy of its own: what train mode does to running statistics stays in there.
+def check_teaching(teacher: nn.Module, data: ImageSet, config: ValidationConfig, device: torch.device) -> None:
+    """Check that a teacher can label the batches of a set.
 
     Raises:
-        InputError: as `check_teacher`, or a batch of one image is too small for a teacher in train mode.
+        InputError: as `check_teacher`, or, of a teacher in train mode, as `check_batches`.
     """
     check_teacher(teacher, data, config, device)
-    if config.teacher_mode == "train" and min(batch_sizes(len(data.labels), config.batch_size)) == 1:
-        check_single_image(copy.deepcopy(teacher).to(device), data.image_shape, device, "teacher")
-    module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train")
+    if config.teacher_mode == "train":
+        check_batches(lambda: copy.deepcopy(teacher).to(device), data, config.batch_size, device, "teacher")
+
+
+def teaching(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> Teach:
+    """The teacher's logits for each lesson, from a copy of its own: what train mode does to running statistics stays in there."""
+    module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(mode == "train")
 
     @torch.no_grad()
     def teach(lesson: Lesson) -> Tensor:

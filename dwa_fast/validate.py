@@ -20,7 +20,20 @@ from dwa_fast.lessons import Draws, Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.resuming import KeptStudents, TrainingState, image_digest, refuse_change, weight_digest
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, threads_of
-from dwa_fast.training import Progress, Teach, check_set, fit, fresh, predict, remedy, resolve_precision, teaching, top1
+from dwa_fast.training import (
+    Progress,
+    Teach,
+    check_batches,
+    check_set,
+    check_teaching,
+    fit,
+    fresh,
+    predict,
+    remedy,
+    resolve_precision,
+    teaching,
+    top1,
+)
 
 _NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
 
@@ -80,6 +93,13 @@ def validate(
     if len(distilled.class_names) != len(test.class_names):
         raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
     course = _Course(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
+    if course.live_teacher is not None:
+        check_teaching(course.live_teacher, distilled, config, device)
+
+    def make(own_seed: int) -> nn.Module:
+        return fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=own_seed, device=device)
+
+    check_batches(lambda: make(seed), distilled, config.batch_size, device, "student")
     kept = None
     if keep:
         own = {"student": student, "size": size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
@@ -90,7 +110,7 @@ def validate(
         for index, each in enumerate(seeds):
             if index in finished:
                 continue
-            model = fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=each, device=device)
+            model = make(each)
             course.train(model, each, kept.state(index) if kept else None, _share(progress, index, config.students))
             finished[index] = top1(model, test, config, device)
             if kept:
@@ -143,9 +163,14 @@ class _Course:
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}
-        if self.teacher is not None and self.config.labels == "soft":
-            return {**settings, "teacher": weight_digest(self.teacher)}
+        if self.live_teacher is not None:
+            return {**settings, "teacher": weight_digest(self.live_teacher)}
         return settings
+
+    @property
+    def live_teacher(self) -> nn.Module | None:
+        """The teacher, where it gives soft labels as training goes."""
+        return self.teacher if self.labels is None and self.config.labels == "soft" else None
 
     @cached_property
     def _pixels(self) -> Pixels:
@@ -161,8 +186,8 @@ class _Course:
         return StoredDraws(self.labels, self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
 
     def _teach(self) -> Teach:
-        if self.labels is None and self.teacher is not None:
-            return teaching(self.teacher, self.distilled, self.config, self.device)
+        if self.live_teacher is not None:
+            return teaching(self.live_teacher, self.config.teacher_mode, self.device)
 
         def read(lesson: Lesson) -> Tensor:
             assert lesson.draw.logits is not None

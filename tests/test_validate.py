@@ -209,6 +209,13 @@ def test_students_in_bf16() -> None:
     assert abs(exact.mean - rounded.mean) < 20
 
 
+def test_a_folder_without_a_finished_student_takes_other_settings(tmp_path: Path) -> None:
+    """Such as a lower learning rate after a divergence."""
+    with pytest.raises(InputError, match="training diverged"):
+        students(replace(QUICK, learning_rate=1e30), keep=tmp_path)
+    assert students(QUICK, keep=tmp_path) == students(QUICK)
+
+
 def test_divergence_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = students(replace(QUICK, students=1), keep=tmp_path)
     monkeypatch.setattr(training, "cosine", lambda *_: 1e30)
@@ -239,7 +246,7 @@ def test_teachers_are_checked_as_synthesis_does(tmp_path: Path) -> None:
 
 def test_batches_of_one_value_per_channel_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "tight", tight)
-    with pytest.raises(InputError, match="a batch of one image leaves a BatchNorm layer of the network with one value per channel"):
+    with pytest.raises(InputError, match="a batch of one image leaves a BatchNorm layer of the student with one value per channel"):
         students(replace(QUICK, batch_size=1), student="tight")
 
 
