@@ -168,14 +168,15 @@ def _allowed(
 ) -> list[float]:
     """Largest errors of gradient and losses that count as a match.
 
-    Twice the largest of: the published loop's in this precision, the eager one's, and those of the published loop in float32 when its
-    weights change by a rounding, a few times. The last are not small for losses after some iterations: Adam's first steps have the size
-    of the learning rate whatever the size of the gradient, and in a deep network one draw of roundings differs much from the next.
+    Twice the largest of: a rounding, the published loop's in this precision, the eager one's, and those of the published loop in float32
+    when its weights change by a rounding, a few times.
+
     Gradients are compared image by image and the median counts, because a ReLU whose input is 0 to rounding flips in some images and not
     in others, for every peer, and moves their gradients by up to 1e-2.
     """
     own = [f"{name}/{precision}" for name in ("published", "eager") if precision in harness.offered(name, problem.device)]
     known = [errors[key] if key in errors else _errors_of(key, problem, exact) for key in own]
+    known.append((_ROUNDING[precision],) * 2)
     with resolve("reference", "fp32", str(problem.device)).arithmetic():
         for draw in range(_DRAWS):
             other = harness.Published(harness.disturbed(problem, _ROUNDING[precision], draw), frozen=True)

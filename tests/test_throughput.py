@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -170,3 +171,25 @@ def test_wrong_flags(throughput: ModuleType, arguments: list[str], message: str,
     with pytest.raises(SystemExit, match="2"):
         throughput.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_comparing_leaves_the_peer_at_its_start_with_its_learning_rate(throughput: ModuleType, problem: Any) -> None:
+    peer = throughput.harness.make_peer("fused", problem, "fp32")
+    throughput.harness.numbers(peer, 2)
+    assert peer.step == 0
+    assert peer.problem is problem
+    assert torch.equal(peer.refinement.images.contiguous(), problem.images)
+    assert torch.equal(peer.refinement.learning_rates, problem.schedule.learning_rates)
+
+
+@pytest.mark.parametrize("wrong", ["learning rate", "view"])
+def test_a_wrong_step_is_told_from_rounding(throughput: ModuleType, problem: Any, wrong: str) -> None:
+    """A learning rate of twice its value, and the views of the iterations after, although the steps are small."""
+    harness, schedule = throughput.harness, problem.schedule
+    exact = harness.numbers(harness.Published(problem, torch.float64, frozen=True), 3)
+    allowed = throughput._allowed(problem, "fp32", {}, exact)
+    changes = {"learning_rates": 2 * schedule.learning_rates} if wrong == "learning rate" else {"rows": schedule.rows.roll(1, 0)}
+    other = dataclasses.replace(problem, schedule=dataclasses.replace(schedule, **changes))
+    right, mistaken = (harness.errors(harness.make_peer("fused", each, "fp32"), exact, 3) for each in (problem, other))
+    assert right[1] < allowed[1] < 1e-6
+    assert mistaken[1] > 10 * allowed[1]
