@@ -13,7 +13,8 @@ from dwa_fast.architectures import SmallResNet
 from dwa_fast.datasets import MemorySet, digits, normalise
 from dwa_fast.norms import batchnorm_layers
 from dwa_fast.recipes import recipe
-from dwa_fast.reference.loop import StatisticsHook
+from dwa_fast.reference.loop import LoopResult, StatisticsHook
+from dwa_fast.synthesis import SynthesisResult
 from dwa_fast.teacher import Network
 
 SIZE = 8
@@ -78,6 +79,15 @@ def alive(module: nn.Module) -> nn.Module:
 def distance(got: Tensor, wanted: Tensor) -> float:
     """‖got − wanted‖ / ‖wanted‖."""
     return float((got.detach() - wanted.detach()).norm() / wanted.detach().norm())
+
+
+def assert_as_near(got: SynthesisResult, plain: LoopResult, exact: LoopResult) -> None:
+    """A run in fp32 is at most twice as far from the one in float64 as the plain loop in fp32, or some roundings.
+
+    Of the images the median pixel counts: where a gradient is 0 to rounding, Adam's first step goes this way or that, by the learning rate.
+    """
+    errors = [(distance(each.losses, exact.losses), float((each.images - exact.images).abs().median())) for each in (got, plain)]
+    assert all(ours <= max(2 * theirs, floor) for ours, theirs, floor in zip(*errors, (1e-5, 1e-6), strict=True)), errors
 
 
 def image_gradient(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

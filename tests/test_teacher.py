@@ -28,7 +28,7 @@ def test_architectures_give_logits_and_can_be_matched(name: str, channels: int) 
     network, classes = prepare(module, torch.randn(1, channels, 32, 32), EXECUTION)
     images = torch.randn(2, channels, 32, 32)
     assert classes == 7
-    assert torch.allclose(network(images), module(images), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(network(images).double(), module.double()(images.double()), rtol=1e-5, atol=1e-5)
     assert len(network.layers) == len(batchnorm_layers(module))
 
 
