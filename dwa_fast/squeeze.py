@@ -64,7 +64,7 @@ def squeeze(
         epochs=config.epochs,
         learning_rate=config.learning_rate,
         seed=seed,
-        remedy=remedy(config, precision),
+        remedy=lambda: remedy(config, precision),
         state=TrainingState(keep, settings | {"real_images": image_digest(data)}) if keep else None,
         progress=progress,
     )

@@ -43,7 +43,7 @@ def fit(
     learning_rate: float,
     warmup_epochs: int = 0,
     seed: int,
-    remedy: str,
+    remedy: Callable[[], str],
     state: TrainingState | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -53,7 +53,7 @@ def fit(
         loss: of one lesson, from the network in train mode.
         learning_rate: the first one; it falls to 0 on a cosine.
         seed: of dropout and the like, anew for each epoch; the global generators of torch are left as they were.
-        remedy: what to do where the training diverges, for the message.
+        remedy: says what to do where the training has diverged, for the message.
         state: where the training is kept, between epochs.
         progress: called with the steps done, those of an earlier run first, and the steps in all.
     Raises:
@@ -80,7 +80,7 @@ def fit(
                     progress(done, total)
         if not losses.isfinite() or not has_finite_weights(model):
             what = "weights" if losses.isfinite() else "loss"
-            raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy}")
+            raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
         if state:
             state.save(model, optimizer, epoch + 1)
 

@@ -199,9 +199,18 @@ class _Course:
         """Train one student."""
         config, teach = self.config, None if self.config.labels == "hard" else self._teach()
 
+        sound = torch.ones((), dtype=torch.bool, device=self.device)  # whether all soft labels so far are finite
+
         def loss(lesson: Lesson) -> Tensor:
             logits = predict(student, lesson.images, self._precision)
-            return hard_loss(logits, lesson) if teach is None else soft_loss(logits, teach(lesson), config)
+            if teach is None:
+                return hard_loss(logits, lesson)
+            told = teach(lesson)
+            sound.logical_and_(told.isfinite().all())
+            return soft_loss(logits, told, config)
+
+        def advice() -> str:
+            return remedy(config, self._precision) if sound else "the teacher's logits for its images are not finite"
 
         fit(
             student,
@@ -212,7 +221,7 @@ class _Course:
             learning_rate=config.learning_rate,
             warmup_epochs=config.warmup_epochs,
             seed=seed,
-            remedy=remedy(config, self._precision),
+            remedy=advice,
             state=state,
             progress=progress,
         )

@@ -257,3 +257,14 @@ def test_sets_of_other_classes_are_refused() -> None:
     empty = MemorySet(held_out().pixels[:0], held_out().labels[:0], held_out().class_names)
     with pytest.raises(InputError, match="there are no held-out images; wanted at least one"):
         validate(small_set(), empty, small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)
+
+
+def test_a_teacher_that_fails_on_the_way_is_named() -> None:
+    class Failing(nn.Module):
+        """Finite for two images, infinite for the twenty of a batch."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), 10), float("inf") if len(images) > 2 else 1.0)
+
+    with pytest.raises(InputError, match=r"loss not finite in epoch 1 of 4; the teacher's logits for its images are not finite$"):
+        students(teacher=Failing())
