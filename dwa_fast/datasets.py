@@ -17,6 +17,7 @@ from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.decoding import BadImageError, decode
 from dwa_fast.errors import InputError
 from dwa_fast.files import below, entries
+from dwa_fast.layout import image_root
 from dwa_fast.seeding import generator
 
 Split = Literal["train", "test"]
@@ -218,7 +219,7 @@ def digits(split: Split, size: int) -> MemorySet:
 
 
 def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | None = None) -> FileSet:
-    """Any folder with one sub-folder of images per class; classes and files in sorted order.
+    """Any folder with one sub-folder of images per class, or of a distilled set of ours; classes and files in sorted order.
 
     A class folder and a file may be symbolic links. Links to folders further down are not entered, so no loop can be.
 
@@ -227,6 +228,7 @@ def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | No
     Raises:
         InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
     """
+    folder = image_root(folder)
     names = _class_folders(folder)
     files: list[str] = []
     labels: list[int] = []

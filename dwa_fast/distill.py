@@ -14,9 +14,10 @@ from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check
 from dwa_fast.datasets import ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.initial import initial_images, unseen
+from dwa_fast.layout import is_set
 from dwa_fast.preview import Preview
 from dwa_fast.production import Line, Observer, Progress
-from dwa_fast.storage import MANIFEST, ImageStore, WorkItem, read_manifest
+from dwa_fast.storage import ImageStore, WorkItem, read_manifest
 from dwa_fast.synthesis import Synthesizer
 from dwa_fast.threads import computing, recorded_threads
 from dwa_fast.tracking import tracked
@@ -103,7 +104,7 @@ def distill(
             line = Line(run, start, store, team, items, seed=seed)
             line.kept, line.todo, line.progress = len(items) - missing, len(todo), progress
             line.preview = Preview(store, data.image_shape, ipc) if store.form.preview else None
-            with tracked(store.form.track, output, store.settings) as trackers:
+            with tracked(store.form.track, store.folder, store.settings) as trackers:
                 line.observers = [*trackers, *([observer] if observer else [])]
                 made = line.produce()
             _finish(team, line, output)
@@ -121,4 +122,4 @@ def _finish(team: Workers, line: Line, output: Path) -> None:
 
 def _begun_with(output: Path) -> int | None:
     """CPU threads that the set in a folder is computed with, if there is one."""
-    return recorded_threads(read_manifest(output)["settings"]) if (output / MANIFEST).exists() else None
+    return recorded_threads(read_manifest(output)["settings"]) if is_set(output) else None

@@ -21,13 +21,15 @@ _STALE_SECONDS = 3600  # a temporary file of another machine is taken for left o
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place once written and on the disk; on an error nothing of it remains.
+def replacing(path: Path, temporary_folder: Path | None = None) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` once written and on the disk; on an error nothing of it remains.
 
+    Args:
+        temporary_folder: where it lies until then, on the same file system; default: beside `path`.
     Raises:
         InputError: the disk is full, the folder is read-only, or the like.
     """
-    temporary = _temporary(path)
+    temporary = _temporary((temporary_folder or path.parent) / path.name)
     try:
         _create(temporary)
         yield temporary

@@ -18,6 +18,7 @@ from dwa_fast.augment import Mix, Views
 from dwa_fast.config import ValidationConfig
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, write_json
+from dwa_fast.layout import refuse_images
 from dwa_fast.lessons import Draw, batch_sizes
 from dwa_fast.resuming import refuse_change
 from dwa_fast.seeding import generator
@@ -90,6 +91,7 @@ class LabelStore:
         Raises:
             InputError: the folder cannot be written, or holds labels of other settings.
         """
+        refuse_images(folder)
         output_folder(folder)
         for path in folder.glob(".*.part"):
             if is_left_over(path):
@@ -111,6 +113,11 @@ class LabelStore:
     def missing(self) -> list[int]:
         """Epochs that are not there, whole."""
         return [number for number in range(self.wanted) if not self._is_whole(number)]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that are there, or were."""
+        return [INDEX, *(self._file(number).name for number in sorted(self._sums))]
 
     @property
     def identity(self) -> str:

@@ -19,7 +19,7 @@ _MISSING = 0.5  # grey
 
 
 class Preview:
-    """preview.png in the folder of a set: a row per class, a column per image of it; grey where there is none yet."""
+    """preview.png beside the images of a set: a row per class, a column per image of it; grey where there is none yet."""
 
     def __init__(self, store: ImageStore, shape: tuple[int, int, int], ipc: int) -> None:
         """Nothing is drawn yet; `shape` is that of an image, [C, H, W]."""
@@ -41,7 +41,7 @@ class Preview:
     def _tile(self, label: int, index: int) -> Tensor:
         """An image as [C, H, W] in [0, 1]."""
         try:
-            content = io.BytesIO(read_regular(self._store.folder / self._store.name(label, index)))
+            content = io.BytesIO(read_regular(self._store.root / self._store.name(label, index)))
             with Image.open(content, formats=("PNG", "JPEG")) as image:
                 pixels = torch.from_numpy(np.array(image))
             return pixels.view(self._shape[1], self._shape[2], self._shape[0]).permute(2, 0, 1).float() / 255

@@ -1,4 +1,4 @@
-"""A distilled set on disk: images in class folders, the losses, and a manifest that says how they came to be."""
+"""A distilled set on disk: images in class folders below `images/`; beside it the losses, and a manifest that says how they came to be."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from dwa_fast.config import StorageConfig
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum, is_left_over, output_folder, read_regular, replacing, sync_folder, write_json
 from dwa_fast.journal import Journal, read_journals, remove_journals
+from dwa_fast.layout import FLAT_FORMAT, FORMAT, MANIFEST, NOTE, NOTE_TEXT, is_set, prefix, set_folder
 
-MANIFEST = "manifest.json"
 IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
-_FORMAT = 2
 _THREADS = 8  # that compress, write or check the images of a set
 
 log = logging.getLogger("dwa_fast")
@@ -44,7 +43,11 @@ class WorkItem:
 
 
 def image_name(label: int, index: int, classes: int, suffix: str = "png") -> str:
-    """Path of one image inside a set, as the published code names it; class numbers get more digits beyond a thousand classes."""
+    """Path of one image below the folder of the class folders, as the published code names it.
+
+    Numbers have at least three digits. Those of classes have as many as the last class needs; those of images never depend on how many
+    there are, so that a set can grow: image 1000 is id1000, which comes after id999 where names are sorted by their numbers.
+    """
     digits = max(3, len(str(classes - 1)))
     return f"new{label:0{digits}d}/class{label:0{digits}d}_id{index:03d}.{suffix}"
 
@@ -67,15 +70,16 @@ class ImageStore:
         """Open a folder, or go on with the set in it.
 
         Args:
+            folder: of the set, or its `images/`.
             settings: everything else that the images depend on; JSON values.
             form: how images and losses are written.
         Raises:
             InputError: the folder cannot be written, or holds a set of other settings.
         """
-        self.folder = output_folder(folder)
+        self.folder = output_folder(set_folder(folder))
         self.class_names = list(class_names)
         self.form = form or StorageConfig()
-        self.settings: dict[str, Any] = json.loads(json.dumps({**settings, **self.form.describe()}))
+        self.settings: dict[str, Any] = json.loads(json.dumps({**self.form.describe(), **settings}))
         self.complete = False
         self._images: dict[str, str] = {}  # name → checksum
         self._losses: dict[int, str] = {}  # number of the batch → its lines
@@ -84,9 +88,15 @@ class ImageStore:
         self._versions = [versions()]  # those that the set was begun with, then others that it was continued with
         self._digest = _check([self.settings, self.class_names])
         self._journal = Journal(self.folder, self._digest)
-        if not (folder / MANIFEST).exists():
+        self._format = FORMAT  # a set that is there keeps its own
+        if not is_set(self.folder):
             self._write_manifest()
         self._read()  # also what was just written: at the same moment, another process may have begun a set of other settings
+
+    @property
+    def root(self) -> Path:
+        """Folder of the class folders."""
+        return self.folder / prefix({"format": self._format})
 
     def unfinished(self, items: Iterable[WorkItem]) -> list[WorkItem]:
         """Those batches of which an image or the losses are not there, whole."""
@@ -110,7 +120,7 @@ class ImageStore:
     def write(
         self,
         item: WorkItem,
-        levels: Tensor,  # [n, C, H, W] uint8 on the CPU, in the order of item.labels
+        levels: Tensor | Sequence[bytes],  # [n, C, H, W] uint8 on the CPU, in the order of item.labels; or files, of the set's format
         losses: Tensor | None = None,  # [T, 3] on the CPU
         skipped: Mapping[str, str] | None = None,  # real images that could not be used so far, and why
     ) -> log_file.Rows:
@@ -122,7 +132,7 @@ class ImageStore:
             InputError: the disk is full, the folder is read-only, or the like; the sentence names the file.
         """
         names = [self.name(label, item.index) for label in item.labels]
-        self._make_folders({(self.folder / name).parent for name in names})
+        self._make_folders([self.root, *{(self.root / name).parent for name in names}])
         with ThreadPoolExecutor(_THREADS) as pool:
             sums = list(pool.map(self._write_image, names, levels))
         rows = [] if losses is None else log_file.recorded(losses, self.form.losses_every)
@@ -162,49 +172,57 @@ class ImageStore:
             self._journal.path.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        for path in [*self.folder.glob(".*.part"), *self.folder.glob("new*/.*.part")]:
+        for path in [*self.folder.glob(".*.part"), *self.root.glob("new*/.*.part")]:
             if is_left_over(path):
                 path.unlink(missing_ok=True)
 
     def name(self, label: int, index: int) -> str:
-        """Path of an image, below the folder."""
+        """Path of an image, below the folder of the class folders."""
         return image_name(label, index, len(self.class_names), "jpg" if self.form.image_format == "jpeg" else "png")
 
     def _is_whole(self, item: WorkItem) -> bool:
         names = [self.name(label, item.index) for label in item.labels]
         logged = item.number in self._losses or self.form.losses_every == 0
-        return logged and all(name in self._images and _has_checksum(self.folder / name, self._images[name]) for name in names)
+        return logged and all(name in self._images and _has_checksum(self.root / name, self._images[name]) for name in names)
 
-    def _make_folders(self, folders: set[Path]) -> None:
+    def _make_folders(self, folders: Iterable[Path]) -> None:
         for folder in folders:
             if folder.is_symlink():
-                raise InputError(f"{folder} is a symbolic link; images are written into folders of the set itself")
+                raise InputError(f"{folder} is a symbolic link; a set is written into folders of its own")
             try:
                 if not folder.is_dir():
                     folder.mkdir(exist_ok=True)
-                    sync_folder(self.folder)
+                    sync_folder(folder.parent)
             except OSError as error:
                 raise InputError(f"cannot write {folder}: {error.strerror}") from error
 
     def _write_image(
         self,
         name: str,
-        levels: Tensor,  # [C, H, W] uint8
+        levels: Tensor | bytes,  # [C, H, W] uint8, or the file
     ) -> str:
         """Write one image and return its checksum."""
+        content = levels if isinstance(levels, bytes) else self._encoded(levels)
+        with replacing(self.root / name, self.folder) as target:  # half written, it is nothing for other programs to find
+            target.write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
+
+    def _encoded(
+        self,
+        levels: Tensor,  # [C, H, W] uint8
+    ) -> bytes:
         buffer = io.BytesIO()
         if self.form.image_format == "jpeg":
             _picture(levels).save(buffer, format="JPEG", quality=self.form.jpeg_quality, subsampling=0)
         else:
             _picture(levels).save(buffer, format="PNG")
-        with replacing(self.folder / name) as target:
-            target.write_bytes(buffer.getvalue())
-        return hashlib.sha256(buffer.getvalue()).hexdigest()
+        return buffer.getvalue()
 
     def _read(self) -> None:
         """Take over what the disk says: journals first, since they go when the manifest holds what they say."""
         entries = list(filter(_is_entry, read_journals(self.folder, self._digest)))
         manifest = read_manifest(self.folder)
+        self._format = manifest["format"]
         before = manifest["settings"] | {"class_names": manifest["class_names"]}
         now = self.settings | {"class_names": self.class_names}
         if changed := difference(before, now):
@@ -223,10 +241,19 @@ class ImageStore:
             if entry["losses"]:
                 self._losses[entry["item"]] = log_file.as_text(entry["item"], entry["losses"])
 
+    def _write_note(self) -> None:
+        """What makes a program stop that is given the folder of the set in place of that of the images."""
+        note = self.folder / NOTE
+        if self._format == FORMAT and not note.is_file():
+            self._make_folders([note.parent])
+            with replacing(note, self.folder) as target:
+                target.write_text(NOTE_TEXT, encoding="utf-8")
+
     def _write_manifest(self) -> None:
+        self._write_note()
         first, *others = self._versions
         content = {
-            "format": _FORMAT,
+            "format": self._format,
             "complete": self.complete,
             "versions": first,
             "continued_with": others,
@@ -256,20 +283,20 @@ def versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a set.
+    """The manifest of a set, given its folder or its `images/`.
 
     Raises:
         InputError: it is not there, not ours, or damaged.
     """
-    path = folder / MANIFEST
+    path = set_folder(folder) / MANIFEST
     try:
         content = json.loads(read_regular(path))
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise InputError(f"{path} is no manifest of format {_FORMAT}")
+    if not isinstance(content, dict) or content.get("format") not in (FLAT_FORMAT, FORMAT):
+        raise InputError(f"{path} is no manifest of format {FLAT_FORMAT} or {FORMAT}, which this version of dwa-fast reads")
     if content.pop("check", None) != _check(content) or not _is_manifest(content):
         raise InputError(f"{path} has been changed since dwa-fast wrote it; remove it to make the whole set again")
     return content

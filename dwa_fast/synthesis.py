@@ -114,7 +114,7 @@ class Synthesizer:
         self.execution = resolve(config.backend, config.precision, config.device)
         network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes)
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
-        with check_precision(network, images, self.execution):
+        with check_precision(network, images, self.execution), self.execution.arithmetic():
             self.lanes = [Lane(each, config, self.execution) for each in copies]
         self._warned = False  # whether the log has said that the matching losses dominate
 

@@ -10,11 +10,14 @@ from typing import Any
 
 from PIL import Image
 
+from dwa_fast.errors import InputError
 from dwa_fast.files import below, checksum, is_left_over, is_temporary
 from dwa_fast.journal import is_journal
+from dwa_fast.labels import INDEX, LabelStore
+from dwa_fast.layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
 from dwa_fast.losses import LOSSES, digest, read_losses
 from dwa_fast.preview import PREVIEW
-from dwa_fast.storage import IMAGE_NAME, MANIFEST, read_manifest
+from dwa_fast.storage import IMAGE_NAME, read_manifest
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _THREADS = 8  # that read files
@@ -26,19 +29,29 @@ def problems(folder: Path) -> Iterator[str]:
     Raises:
         InputError: the folder holds no manifest, or a damaged one.
     """
+    folder = set_folder(folder)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         yield "the set is not complete; the command that began it goes on with it"
-    images = manifest["images"]
+    images = {prefix(manifest) + name: wanted for name, wanted in manifest["images"].items()}
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
     yield from _loss_problems(folder, manifest["losses"])
-    yield from _extras(folder, manifest)
+    known = {MANIFEST, LOSSES, PREVIEW, *images, *([NOTE] if prefix(manifest) else [])}
+    for name in _label_folders(folder, manifest):
+        try:
+            store = LabelStore(folder / name)
+        except InputError as error:
+            yield str(error)
+            continue
+        known |= {f"{name}/{file}" for file in store.files}
+        yield from (f"{name}: the soft labels of epoch {epoch} are missing or have changed" for epoch in store.missing)
+    yield from _extras(folder, manifest, known)
 
 
 def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
     path = folder / name
-    if path.is_symlink() or path.parent.is_symlink():
+    if has_link(folder, name):
         return f"{name} is or lies behind a symbolic link"
     try:
         if checksum(path) == wanted:
@@ -72,13 +85,18 @@ def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
         yield f"{LOSSES} has lines of batch {extra[0]}, which the manifest does not name"
 
 
-def _extras(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the folders of soft labels beside the images; of the earlier layout none, where they would be class folders."""
+    names = [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}"))] if prefix(manifest) else []
+    return [name for name in names if name != IMAGES and not has_link(folder, f"{name}/{INDEX}")]
+
+
+def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
     """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
-    known = {MANIFEST, LOSSES, PREVIEW, *manifest["images"]}
-    prefix = os.path.join(folder, "")
-    for entry in below(prefix):
-        path, name = Path(entry.path), entry.path[len(prefix) :]
-        unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name))
+    start = os.path.join(folder, "")
+    for entry in below(start):
+        path, name = Path(entry.path), entry.path[len(start) :]
+        unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
         if is_left_over(path):
             yield f"{name} is left over from a process that died"
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):

@@ -47,7 +47,7 @@ def test_set_holds_every_image_and_its_checksum(tmp_path: Path) -> None:
     assert manifest["complete"]
     assert len(manifest["images"]) == 20
     for name, wanted in manifest["images"].items():
-        assert checksum(tmp_path / name) == wanted
+        assert checksum(tmp_path / "images" / name) == wanted
         with Image.open(tmp_path / name) as image:
             assert (image.size, image.mode) == ((8, 8), "L")
     assert manifest["settings"]["rho"] == 0.015
@@ -87,7 +87,7 @@ def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: 
 def test_lost_and_torn_images_are_made_again(tmp_path: Path, damage: Any) -> None:
     run(tmp_path)
     before = contents(tmp_path)
-    damage(tmp_path / image_name(3, 1, 10))
+    damage(tmp_path / "images" / image_name(3, 1, 10))
     assert run(tmp_path) == 4  # its whole batch
     assert contents(tmp_path) == before
 
@@ -109,7 +109,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 
 def test_foreign_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="is no manifest of format 2"):
+    with pytest.raises(InputError, match="is no manifest of format 2 or 3"):
         run(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):

@@ -93,11 +93,12 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "image deleted": (image_name(3, 1, 10), Path.unlink),
-    "image torn": (image_name(0, 0, 10), lambda path: path.write_bytes(path.read_bytes()[:20])),
-    "image empty": (image_name(9, 2, 10), lambda path: path.write_bytes(b"")),
-    "image changed": (image_name(5, 0, 10), flip),
-    "class folder deleted": ("new004", shutil.rmtree),
+    "image deleted": (f"images/{image_name(3, 1, 10)}", Path.unlink),
+    "image torn": (f"images/{image_name(0, 0, 10)}", lambda path: path.write_bytes(path.read_bytes()[:20])),
+    "image empty": (f"images/{image_name(9, 2, 10)}", lambda path: path.write_bytes(b"")),
+    "image changed": (f"images/{image_name(5, 0, 10)}", flip),
+    "class folder deleted": ("images/new004", shutil.rmtree),
+    "all images deleted": ("images", shutil.rmtree),
     "losses deleted": ("losses.jsonl", Path.unlink),
     "losses changed": ("losses.jsonl", flip),
     "manifest deleted": ("manifest.json", Path.unlink),

@@ -40,13 +40,19 @@ def plant(link: Path, target: Path) -> None:
 
 PART = f".{{}}.{re.sub('[^A-Za-z0-9-]', '-', os.uname().nodename)}~{os.getpid()}.part"  # how a file is called while it is written
 LINKS: dict[str, tuple[str, str, str | None]] = {
-    "class folder": ("new000", "new000", "new000 is a symbolic link; images are written into folders of the set itself"),
-    "class folder to nowhere": ("new000", "nowhere", "new000 is a symbolic link"),
+    "class folder": ("images/new000", "new000", "new000 is a symbolic link; a set is written into folders of its own"),
+    "class folder to nowhere": ("images/new000", "nowhere", "new000 is a symbolic link"),
+    "class folder of the earlier layout": ("new000", "new000", None),
+    "image folder": ("images", ".", "images is a symbolic link; a set is written into folders of its own"),
+    "image folder to nowhere": ("images", "nowhere", "images is a symbolic link"),
     "manifest": ("manifest.json", "manifest.json", None),
     "losses": ("losses.jsonl", "losses.jsonl", None),
-    "image": ("new000/class000_id000.png", "precious.txt", None),
+    "image": ("images/new000/class000_id000.png", "precious.txt", None),
     "manifest while it is written": (PART.format("manifest.json"), "precious.txt", None),
-    "image while it is written": (f"new000/{PART.format('class000_id000.png')}", "precious.txt", None),
+    "image while it is written": (PART.format("class000_id000.png"), "precious.txt", None),
+    "image while an earlier version wrote it": (f"images/new000/{PART.format('class000_id000.png')}", "precious.txt", None),
+    "note": ("other-programs", ".", "other-programs is a symbolic link; a set is written into folders of its own"),
+    "note itself": ("other-programs/README.txt", "nowhere", None),
     "probe": (PART.format("probe"), "x", None),
     "foreign": ("more", ".", None),
 }
@@ -61,27 +67,27 @@ def test_links_planted_in_the_output(tmp_path: Path, outside: Path, name: str, t
             make(tmp_path / "set")
         return
     assert make(tmp_path / "set") == 3
-    assert (tmp_path / "set" / "new000" / "class000_id000.png").is_file()
-    assert (tmp_path / "set" / name).is_symlink() == (name == "more")
+    assert (tmp_path / "set" / "images" / "new000" / "class000_id000.png").is_file()
+    assert (tmp_path / "set" / name).is_symlink() == (name in ("more", "new000"))
 
 
 def test_verify_follows_no_links(tmp_path: Path, outside: Path) -> None:
     make(tmp_path / "set")
-    (tmp_path / "set" / "new000").rename(tmp_path / "moved")
-    plant(tmp_path / "set" / "new000", tmp_path / "moved")
+    (tmp_path / "set" / "images" / "new000").rename(tmp_path / "moved")
+    plant(tmp_path / "set" / "images" / "new000", tmp_path / "moved")
     plant(tmp_path / "set" / "loop", tmp_path / "set")
     assert list(problems(tmp_path / "set")) == [
-        "new000/class000_id000.png is or lies behind a symbolic link",
+        "images/new000/class000_id000.png is or lies behind a symbolic link",
+        "images/new000 does not belong to the set",
         "loop does not belong to the set",
-        "new000 does not belong to the set",
     ]
 
 
 def test_verify_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "set")
     canary = ghostscript(tmp_path, monkeypatch)
-    (tmp_path / "set" / "new000" / "class000_id000.png").write_bytes(POSTSCRIPT)
-    assert list(problems(tmp_path / "set")) == ["new000/class000_id000.png has changed and is no whole image any more"]
+    (tmp_path / "set" / "images" / "new000" / "class000_id000.png").write_bytes(POSTSCRIPT)
+    assert list(problems(tmp_path / "set")) == ["images/new000/class000_id000.png has changed and is no whole image any more"]
     assert not canary.exists()
 
 
@@ -101,7 +107,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, put: Calla
 
 def test_image_that_is_no_file_is_made_again(tmp_path: Path) -> None:
     make(tmp_path / "set")
-    image = tmp_path / "set" / "new000" / "class000_id000.png"
+    image = tmp_path / "set" / "images" / "new000" / "class000_id000.png"
     before = image.read_bytes()
     image.unlink()
     os.mkfifo(image)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ORDER = """
-    _version errors config seeding files formats pickles archives views recipes decoding datasets subsets architectures layers norms
+    _version errors config seeding files layout formats pickles archives views recipes decoding datasets subsets architectures layers norms
     reference reference.ops reference.loop
     priors tracing compiled threads finite
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
@@ -30,21 +30,7 @@ ORDER = """
     __init__ __main__
 """.split()
 
-BOTTOM = {
-    "_version",
-    "errors",
-    "config",
-    "seeding",
-    "files",
-    "formats",
-    "pickles",
-    "archives",
-    "views",
-    "recipes",
-    "decoding",
-    "datasets",
-    "architectures",
-}
+BOTTOM = set("_version errors config seeding files layout formats pickles archives views recipes decoding datasets architectures".split())
 PACKAGE = Path(importlib.util.find_spec("dwa_fast").origin).parent  # type: ignore[union-attr, arg-type]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
 

@@ -12,6 +12,7 @@ from PIL import Image
 from dwa_fast.cli import run
 from dwa_fast.config import StorageConfig
 from dwa_fast.distill import work_list
+from dwa_fast.layout import IMAGES
 from dwa_fast.preview import Preview
 from dwa_fast.storage import ImageStore, WorkItem, image_name
 from dwa_fast.verify import problems
@@ -34,7 +35,7 @@ def test_rows_are_classes_and_columns_their_images(tmp_path: Path) -> None:
     assert (sheet(tmp_path)[:4, 8:14] == 10).all()
     assert (sheet(tmp_path)[6:, 8:14] == 20).all()
     assert (sheet(tmp_path)[:, :6] != 10).all()
-    (tmp_path / image_name(0, 1, 2)).write_bytes(b"torn")
+    (tmp_path / IMAGES / image_name(0, 1, 2)).write_bytes(b"torn")
     preview.draw()
     assert (sheet(tmp_path)[:4, 8:14] == 128).all()
 
@@ -52,7 +53,7 @@ def test_command_draws_it(bench: Bench, tmp_path: Path) -> None:
     assert sheet(tmp_path).shape == (98, 28, 3)
     assert 128 not in sheet(tmp_path)[::10, ::10]
     assert list(problems(tmp_path)) == []
-    with Image.open(tmp_path / image_name(2, 1, 10)) as image:
+    with Image.open(tmp_path / IMAGES / image_name(2, 1, 10)) as image:
         assert (sheet(tmp_path)[20:28, 10:18, 0] == np.asarray(image)).all()
 
 

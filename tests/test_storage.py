@@ -18,6 +18,7 @@ from dwa_fast.config import StorageConfig
 from dwa_fast.distill import work_list
 from dwa_fast.files import is_left_over
 from dwa_fast.journal import Journal, read_journals
+from dwa_fast.layout import IMAGES
 from dwa_fast.losses import as_text, read_losses, recorded
 from dwa_fast.storage import ImageStore, WorkItem, image_name, read_manifest, to_levels
 from dwa_fast.verify import problems
@@ -137,7 +138,7 @@ def test_both_may_write_the_same_batch(tmp_path: Path, whole: dict[str, bytes]) 
 def test_completing_needs_whole_files_of_the_others_too(tmp_path: Path) -> None:
     first, second = store_in(tmp_path), store_in(tmp_path)
     fill(first, ITEMS[:4])
-    (tmp_path / image_name(0, 0, 3)).write_bytes(b"torn")
+    (tmp_path / IMAGES / image_name(0, 0, 3)).write_bytes(b"torn")
     fill(second, ITEMS[4:])
     assert second.finish(ITEMS) == [ITEMS[0]]
 
@@ -182,25 +183,27 @@ def test_other_versions_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_class_folder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "new000").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / IMAGES).mkdir(parents=True)
+    (tmp_path / "set" / IMAGES / "new000").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="new000 is a symbolic link"):
         fill(store_in(tmp_path / "set"), ITEMS[:1])
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_left_over_files_go_and_living_ones_stay(tmp_path: Path) -> None:
-    (tmp_path / "new000").mkdir()
+@pytest.mark.parametrize("where", [".", f"{IMAGES}/new000"])
+def test_left_over_files_go_and_living_ones_stay(tmp_path: Path, where: str) -> None:
+    place = tmp_path / where
+    place.mkdir(parents=True, exist_ok=True)
     host = os.uname().nodename
     names = {f".x.png.{host}~{os.getppid()}.part": False, f".x.png.{host}~{2**22 + 1}.part": True, ".x.png.other~1.part": False}
     for name in names:
-        (tmp_path / "new000" / name).touch()
-    os.utime(tmp_path / "new000" / ".x.png.other~1.part")
-    assert {name: is_left_over(tmp_path / "new000" / name) for name in names} == names
+        (place / name).touch()
+    os.utime(place / ".x.png.other~1.part")
+    assert {name: is_left_over(place / name) for name in names} == names
     make(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "new000").glob(".*")) == sorted(name for name, dead in names.items() if not dead)
-    os.utime(tmp_path / "new000" / ".x.png.other~1.part", (0, 0))
-    assert is_left_over(tmp_path / "new000" / ".x.png.other~1.part")
+    assert sorted(path.name for path in place.glob(".*")) == sorted(name for name, dead in names.items() if not dead)
+    os.utime(place / ".x.png.other~1.part", (0, 0))
+    assert is_left_over(place / ".x.png.other~1.part")
 
 
 def test_jpeg_on_request(tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_jpeg_on_request(tmp_path: Path) -> None:
     store.write(WorkItem(0, 0, [0, 2]), levels)
     assert store.finish([WorkItem(0, 0, [0, 2])]) == []
     assert list(problems(tmp_path)) == []
-    with Image.open(tmp_path / "new002" / "class002_id000.jpg") as image:
+    with Image.open(tmp_path / IMAGES / "new002" / "class002_id000.jpg") as image:
         assert np.abs(np.asarray(image).astype(int) - levels[0].permute(1, 2, 0).numpy()).max() <= 3
     assert read_manifest(tmp_path)["settings"] == {"image_format": "jpeg", "jpeg_quality": 100, "losses_every": 0}
     assert not (tmp_path / "losses.jsonl").exists()

@@ -106,7 +106,7 @@ def test_incremental_leaves_a_record_and_goes_on(bench: Path, tmp_path: Path, ca
 @pytest.mark.parametrize("command", ["diversity", "incremental"])
 def test_bad_images_of_a_set_stop_or_are_skipped(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     shutil.copytree(bench / "two", tmp_path / "hurt")
-    path = next((tmp_path / "hurt" / "new003").glob("*.png"))
+    path = next((tmp_path / "hurt" / "images" / "new003").glob("*.png"))
     path.write_bytes(path.read_bytes()[:20])
     arguments: list[Any] = [command, bench, tmp_path / "out", "--sets", str(tmp_path / "hurt"), "--ipc", "2"]
     assert study(*arguments) == 1
@@ -137,7 +137,7 @@ def test_many_classes_become_curves_in_the_order_of_the_first_set() -> None:
     [
         (["--sets", "{}/one", "{}/one"], "two sets are called 'one'; name them, as in --sets one=DIR two=DIR"),
         (["--sets", "{}/nowhere"], "nowhere is not a folder"),
-        (["--sets", "a={}/one/new000"], "new000 has no class folders"),
+        (["--sets", "a={}/one/images/new000"], "new000 has no class folders"),
         (["--sets", "a={}/few"], "few has 2 classes, the held-out images have 10"),
         (["--ipc", "4"], "has 3 images, wanted at least 4"),
         (["--teacher", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),

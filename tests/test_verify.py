@@ -13,6 +13,7 @@ from PIL import Image
 
 from dwa_fast import InputError
 from dwa_fast.cli import run
+from dwa_fast.layout import IMAGES
 from dwa_fast.storage import ImageStore, WorkItem, image_name
 from dwa_fast.verify import problems
 
@@ -48,19 +49,24 @@ def first_line_gone(path: Path) -> None:
     path.write_bytes(path.read_bytes().split(b"\n", 1)[1])
 
 
-NAME = image_name(1, 0, 2)
+NAME = f"{IMAGES}/{image_name(1, 0, 2)}"
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing": (NAME, Path.unlink, f"{NAME} is missing"),
-    "folder": ("new001", shutil.rmtree, f"{NAME} is missing"),
+    "folder": (f"{IMAGES}/new001", shutil.rmtree, f"{NAME} is missing"),
     "changed": (NAME, lambda path: Image.new("RGB", (6, 4), (9, 9, 9)).save(path), f"{NAME} has changed"),
     "size": (NAME, other_size, f"{NAME} has changed and has shape [3, 4, 5], not [3, 4, 6]"),
     "no image": (NAME, lambda path: path.write_bytes(b"x"), f"{NAME} has changed and is no whole image any more"),
     "torn": (NAME, lambda path: path.write_bytes(path.read_bytes()[:40]), f"{NAME} has changed and is no whole image any more"),
     "folder for image": (NAME, image_to_folder, f"{NAME} cannot be read: Is a directory"),
-    "extra image": (image_name(0, 7, 2), other_size, f"{image_name(0, 7, 2)} does not belong to the set"),
+    "extra image": (f"{IMAGES}/{image_name(0, 7, 2)}", other_size, f"{IMAGES}/{image_name(0, 7, 2)} does not belong to the set"),
     "extra": ("notes.txt", Path.touch, "notes.txt does not belong to the set"),
-    "being written": ("new001/.x.png.elsewhere~1.part", Path.touch, ""),
-    "left over": ("new001/.x.png.elsewhere~1.part", left_over, "new001/.x.png.elsewhere~1.part is left over from a process that died"),
+    "being written": (f"{IMAGES}/new001/.x.png.elsewhere~1.part", Path.touch, ""),
+    "left over": (".x.png.elsewhere~1.part", left_over, ".x.png.elsewhere~1.part is left over from a process that died"),
+    "left over among the images": (
+        f"{IMAGES}/new001/.x.png.elsewhere~1.part",
+        left_over,
+        f"{IMAGES}/new001/.x.png.elsewhere~1.part is left over from a process that died",
+    ),
     "no losses": ("losses.jsonl", Path.unlink, "losses.jsonl is missing"),
     "losses": ("losses.jsonl", first_line_gone, "losses.jsonl: the lines of batch 0 have changed"),
     "losses of a batch": (
@@ -88,10 +94,11 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(folder)]) == 0
     assert f"{folder}: complete, 4 images, every file as it was written" in capsys.readouterr().out
     (folder / NAME).unlink()
-    (folder / image_name(0, 0, 2)).write_bytes(b"")
+    first = f"{IMAGES}/{image_name(0, 0, 2)}"
+    (folder / first).write_bytes(b"")
     assert run(["verify", str(folder)]) == 1
     output = capsys.readouterr()
-    assert output.out.splitlines() == [f"{image_name(0, 0, 2)} has changed and is no whole image any more", f"{NAME} is missing"]
+    assert output.out.splitlines() == [f"{first} has changed and is no whole image any more", f"{NAME} is missing"]
     assert f"dwa-fast: {folder}: 2 problems; the command that made the set makes it whole again" in output.err
 
 
@@ -110,6 +117,6 @@ def test_no_set(tmp_path: Path) -> None:
 
 def test_names_that_lead_elsewhere_are_not_followed(folder: Path, tmp_path: Path) -> None:
     manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(NAME, "../../etc/passwd"))
+    manifest.write_text(manifest.read_text().replace(image_name(1, 0, 2), "../../etc/passwd"))
     with pytest.raises(InputError, match=r"manifest\.json has been changed since dwa-fast wrote it"):
         list(problems(folder))

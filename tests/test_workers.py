@@ -248,7 +248,7 @@ def test_torchrun_starts_workers_anew(bench: Bench, tmp_path: Path) -> None:
     folder, log = tmp_path / "set", tmp_path / "log"
     with log.open("w") as output:
         launched = subprocess.Popen([*command, "-m", "dwa_fast", *bench.command(folder)], stdout=output, stderr=output, cwd=tmp_path)
-        while launched.poll() is None and not list(folder.glob("new*/*.png")):
+        while launched.poll() is None and not list(folder.glob("images/new*/*.png")):
             time.sleep(0.02)
         os.kill(children(launched.pid)[0], signal.SIGKILL)
         assert launched.wait(timeout=300) == 0, log.read_text()

@@ -21,9 +21,10 @@ from dwa_fast.config import SynthesisConfig, ValidationConfig
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet
 from dwa_fast.incremental import IncrementalConfig, class_order, learn
+from dwa_fast.layout import is_set
 from dwa_fast.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
 from dwa_fast.resuming import image_digest
-from dwa_fast.storage import MANIFEST, read_manifest
+from dwa_fast.storage import read_manifest
 from dwa_fast.subsets import images_per_class
 from dwa_fast.validate import ValidationResult
 
@@ -149,7 +150,7 @@ def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
 
 def _origin(images: FileSet, name: str) -> dict[str, Any]:
     """What a set is, and how it was made where it says so; else its method goes by its name."""
-    settings = read_manifest(images.folder)["settings"] if (images.folder / MANIFEST).is_file() else {}
+    settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
     synthesis = {each.name: settings[each.name] for each in fields(SynthesisConfig) if each.name in settings}
     told = {"synthesis": synthesis} if synthesis else {}
     return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **told}

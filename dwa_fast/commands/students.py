@@ -21,6 +21,7 @@ from dwa_fast.datasets import FileSet, ImageSet
 from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
+from dwa_fast.layout import refuse_images, set_folder
 from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread
 from dwa_fast.storage import read_manifest
 from dwa_fast.subsets import images_per_class
@@ -63,6 +64,7 @@ class Validate(DistilledData):
         """Train and test the students."""
         started = time.perf_counter()
         if self.output:
+            refuse_images(self.output)
             output_folder(self.output)
         device = backend.resolve_device(self.device)
         with naming_bad_images(), console.bars() as track:
@@ -93,11 +95,12 @@ class Validate(DistilledData):
 
     def _record(self, result: ValidationResult, ipc: int | str, teacher: TeacherInfo | None) -> Record:
         made = self._set_settings()
-        title = f"{self.student} on {self.images.name}, ipc {ipc}"
+        name = set_folder(self.images).name
+        title = f"{self.student} on {name}, ipc {ipc}"
         rows = [[str(seed), f"{accuracy:.2f}"] for seed, accuracy in zip(result.seeds, result.accuracies, strict=True)]
         cell = {
             "recipe": self.recipe,
-            "method": str(made.get("method", self.images.name)),  # another program's set goes by the name of its folder
+            "method": str(made.get("method", name)),  # another program's set goes by the name of its folder
             "student": self.student,
             "ipc": ipc,
             "mean": result.mean,

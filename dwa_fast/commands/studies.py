@@ -14,6 +14,7 @@ from dwa_fast.datasets import FileSet, ImageSet, Split
 from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
+from dwa_fast.layout import refuse_images, set_folder
 from dwa_fast.records import RECORD, read_record
 from dwa_fast.resuming import refuse_change
 
@@ -43,7 +44,7 @@ class DistilledSets(Data):
             name, equals, place = text.partition("=")
             named = equals and name and "/" not in name and not Path(text).is_dir()
             folder = Path(place if named else text)
-            name = name if named else folder.absolute().name
+            name = name if named else set_folder(folder).absolute().name
             if name in found:
                 raise InputError(f"two sets are called {name!r}; name them, as in --sets one=DIR two=DIR")
             found[name], skipped = open_distilled(
@@ -59,8 +60,9 @@ def study_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
     """The folder of a study, made if need be.
 
     Raises:
-        InputError: it cannot be written, or holds a study of other settings.
+        InputError: it cannot be written, holds a study of other settings, or is for the images of a set alone.
     """
+    refuse_images(folder)
     if (output_folder(folder) / RECORD).exists():
         before = read_record(folder / RECORD).settings
         refuse_change(folder, "a study", before, json.loads(json.dumps(settings)), "choose another folder")

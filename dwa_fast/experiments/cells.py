@@ -23,8 +23,9 @@ from dwa_fast.distill import distill, work_list
 from dwa_fast.distilled import open_distilled
 from dwa_fast.files import checksum, output_folder, read_regular, write_json
 from dwa_fast.initial import initial_images
+from dwa_fast.layout import is_set
 from dwa_fast.recipes import METHODS, full_recipe
-from dwa_fast.storage import MANIFEST, ImageStore, read_manifest, to_levels
+from dwa_fast.storage import ImageStore, read_manifest, to_levels
 from dwa_fast.threads import computing
 from dwa_fast.validate import validate
 
@@ -139,7 +140,7 @@ def set_is_there(setup: Setup, source: Made | Found, ipc: int) -> bool:
     if isinstance(source, Found):
         return True
     folder = set_folder(setup, source)
-    if not (folder / MANIFEST).exists():
+    if not is_set(folder):
         return False
     manifest = read_manifest(folder)
     return bool(manifest["complete"]) and len(manifest["images"]) >= ipc * len(manifest["class_names"])
@@ -272,8 +273,9 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
 @functools.cache
 def _contents(folder: Path, ipc: int) -> str:
     """Checksum of the first images of each class of a set that was made elsewhere."""
-    files = image_folder(folder, 1, per_class=ipc).files
-    return hashlib.sha256("\n".join(f"{name} {checksum(folder / name)}" for name in files).encode(errors="surrogateescape")).hexdigest()
+    found = image_folder(folder, 1, per_class=ipc)
+    lines = (f"{name} {checksum(found.folder / name)}" for name in found.files)
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _initial_settings(setup: Setup) -> dict[str, Any]:

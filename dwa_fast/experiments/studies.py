@@ -25,6 +25,7 @@ from dwa_fast.experiments.grid import (
     raw,
     surroundings,
 )
+from dwa_fast.layout import set_folder
 from dwa_fast.recipes import METHODS
 from dwa_fast.records import Chart, HeatMap, Record, Table
 
@@ -70,7 +71,7 @@ def cross(
     seeds: Sequence[int],
 ) -> Record:
     """Students of several architectures × methods and sets that were made elsewhere."""
-    found = [Variant(name=printable(folder.resolve().name), found=folder) for folder in sets]
+    found = [Variant(name=printable(set_folder(folder).resolve().name), found=folder) for folder in sets]
     names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in found]
     if len(set(names)) < len(names):
         raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")

@@ -10,8 +10,9 @@ from typing import Any
 
 from dwa_fast.errors import InputError, printable
 from dwa_fast.files import below
+from dwa_fast.layout import MANIFEST, set_folder
 from dwa_fast.records import RECORD, Record, read_record
-from dwa_fast.storage import MANIFEST, read_manifest
+from dwa_fast.storage import read_manifest
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def find(folders: Sequence[Path]) -> Findings:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder")
+        folder = set_folder(folder)
         for entry in below(str(folder)):
             path = Path(entry.path)
             if entry.name not in (RECORD, MANIFEST) or os.path.realpath(path) in seen:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dwa_fast.decoding import decode
 from dwa_fast.errors import InputError
 from dwa_fast.files import read_regular
+from dwa_fast.layout import has_link, prefix
 from dwa_fast.pictures import mosaic
 from dwa_fast.published import COMPUTING
 from dwa_fast.recipes import METHODS, RECIPES, full_recipe
@@ -75,10 +76,10 @@ def _sheet(found: DistilledSet, ipc: int) -> list[Block]:
     rows, columns = min(len(names), _CLASSES), min(ipc, _IMAGES)
     if not rows or not columns:
         return [Paragraph("No whole row of images yet.")]
-    paths = [_path(found, *divmod(place, columns)) for place in range(rows * columns)]
-    sides = [_side(path) for path in paths]
+    files = [_file(found.manifest, *divmod(place, columns)) for place in range(rows * columns)]
+    sides = [_side(found.folder, file) for file in files]
     size = min([_TILE, *filter(None, sides)])
-    tiles = [_tile(path, size) if side else _blank(size) for path, side in zip(paths, sides, strict=True)]
+    tiles = [_tile(found.folder / file, size) if side else _blank(size) for file, side in zip(files, sides, strict=True)]
     levels = (mosaic(torch.stack(tiles), columns) * 255).round().to(torch.uint8)
     times = max(1, round(_SHOWN_TILE / size))
     levels = levels.repeat_interleave(times, 0).repeat_interleave(times, 1)
@@ -90,16 +91,17 @@ def _sheet(found: DistilledSet, ipc: int) -> list[Block]:
     return [Image(title[0].upper() + title[1:], buffer.getvalue(), *image.size, rows=names[:rows])]
 
 
-def _path(found: DistilledSet, label: int, index: int) -> Path:
-    suffix = "jpg" if found.manifest["settings"].get("image_format") == "jpeg" else "png"
-    return found.folder / image_name(label, index, len(found.manifest["class_names"]), suffix)
+def _file(manifest: Mapping[str, Any], label: int, index: int) -> str:
+    """An image, below the folder of its set."""
+    suffix = "jpg" if manifest["settings"].get("image_format") == "jpeg" else "png"
+    return prefix(manifest) + image_name(label, index, len(manifest["class_names"]), suffix)
 
 
-def _side(path: Path) -> int | None:
+def _side(folder: Path, file: str) -> int | None:
     """Pixels of the shorter side of an image; None where there is none, or only behind a link, which may lead anywhere."""
     try:
-        with PIL.Image.open(io.BytesIO(read_regular(path)), formats=("PNG", "JPEG")) as image:
-            return None if path.is_symlink() or path.parent.is_symlink() else min(image.size)
+        with PIL.Image.open(io.BytesIO(read_regular(folder / file)), formats=("PNG", "JPEG")) as image:
+            return None if has_link(folder, file) else min(image.size)
     except Exception:  # not there yet, or damaged in one of the dozen ways that Pillow knows
         return None
 

@@ -168,8 +168,8 @@ def test_found_set_is_known_by_its_images(tmp_path: Path) -> None:
     measure(setup, Cell(Found(copy, 0), 2, "small-resnet"))
     assert json.loads((first / "result.json").read_text())["settings"]["ipc"] == 2
     for label in range(9, 5, -1):
-        for image in (copy / f"new00{label}").iterdir():
+        for image in (copy / "images" / f"new00{label}").iterdir():
             image.unlink()
-        (copy / f"new00{label}").rmdir()
+        (copy / "images" / f"new00{label}").rmdir()
     with pytest.raises(InputError, match="moved has 6 classes, the held-out images have 10"):
         measure(setup, Cell(Found(copy, 1), 1, "small-resnet"))

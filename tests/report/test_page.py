@@ -146,9 +146,10 @@ def test_contact_sheet_has_a_row_per_class(elements: list[Element]) -> None:
 
 def test_missing_images_are_grey_and_a_set_in_the_making_says_so(tmp_path: Path) -> None:
     make_set(tmp_path / "sets")
-    (tmp_path / "sets" / "new001" / "class001_id001.png").unlink()
-    (tmp_path / "sets" / "new002" / "class002_id000.png").unlink()
-    (tmp_path / "sets" / "new002" / "class002_id000.png").symlink_to(tmp_path / "sets" / "new000" / "class000_id000.png")
+    images = tmp_path / "sets" / "images"
+    (images / "new001" / "class001_id001.png").unlink()
+    (images / "new002" / "class002_id000.png").unlink()
+    (images / "new002" / "class002_id000.png").symlink_to(images / "new000" / "class000_id000.png")
     make_set(tmp_path / "begun", complete=False)
     document = write_report([tmp_path / "sets", tmp_path / "begun"], tmp_path / "page.html", "t")
     elements = read(tmp_path / "page.html")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dwa_fast.cli import run
+from dwa_fast.layout import MANIFEST
 from dwa_fast.records import RECORD
 from dwa_fast.report import write_report
-from dwa_fast.storage import MANIFEST
 from tests.hostile import contents
 from tests.report.material import make_run, make_set
 
