@@ -28,6 +28,8 @@ _DESCRIPTIONS = {
     "cross": "Students of several architectures on the sets of several methods.",
     "diversity": "Measure how diverse distilled sets are, and how close to real images.",
     "incremental": "Class-incremental learning from distilled sets.",
+    "export": "Write a distilled set for other programs: Parquet, tensors, or folders.",
+    "import": "Make a distilled set of Parquet files or tensors.",
     "report": "Make one page of every run and every distilled set below some folders.",
     "verify": "Check a distilled set against its manifest, file by file.",
     "info": "What was built, what this machine has, which back-end would run.",

@@ -20,11 +20,13 @@ ORDER = """
     records distilled augment lessons resuming training squeeze labels validate relabel
     embedding neighbours diversity survey incremental pictures plots
     preview verify production distill
+    parquet tensors exchange
     published report.findings report.document report.values report.sets report.contents report.style report.page report.markdown report
     compat.fields compat.hooks compat.perterb compat.known compat.data_set compat.namespace compat.recover compat
     experiments experiments.cells experiments.schedule experiments.grid experiments.studies
     demo console
-    commands.finish commands.data commands.pipeline commands.students commands.relabel commands.inspect commands.demo commands.experiments
+    commands.finish commands.data commands.pipeline commands.students commands.exchange commands.relabel commands.inspect commands.demo
+    commands.experiments
     commands.report commands.studies commands.diversity commands.incremental commands
     cli
     __init__ __main__

@@ -10,6 +10,7 @@ import tyro
 
 from dwa_fast.commands.demo import Demo
 from dwa_fast.commands.diversity import Diversity
+from dwa_fast.commands.exchange import Export, Import
 from dwa_fast.commands.experiments import Ablate, Compare, Cross
 from dwa_fast.commands.incremental import Incremental
 from dwa_fast.commands.inspect import Info, Verify
@@ -47,6 +48,8 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
             student=recipe.architecture,
             config=replace(recipe.validation, students=1),
         ),
+        "export": Export(images=missing, to=missing, output=missing),
+        "import": Import(files=missing, output=missing),
         "report": Report(folders=missing),
         "verify": Verify(images=missing),
         "info": Info(),

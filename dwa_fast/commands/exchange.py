@@ -1,0 +1,185 @@
+"""The commands that give distilled sets to other programs, and take theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from dwa_fast.config import Normalisation, check_integer
+from dwa_fast.console import Console
+from dwa_fast.errors import InputError
+from dwa_fast.exchange import as_tensors, open_files, write_folders, write_set
+from dwa_fast.files import checksum, output_folder
+from dwa_fast.layout import refuse_images
+from dwa_fast.parquet import read_parquet, write_parquet
+from dwa_fast.recipes import full_recipe
+from dwa_fast.storage import to_levels
+from dwa_fast.tensors import IMAGES_FILE, LABELS_FILE, as_pixels, read_tensors, write_tensors
+
+ExportForm = Literal["parquet", "tensors", "folders"]
+
+_Material = tuple[Callable[[int], bytes | Tensor], list[int], list[str], dict[str, Any]]  # images, labels, class names, settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Normalised:
+    """With which mean and std tensors are normalised."""
+
+    recipe: str | None = None  # Take mean and std of this recipe, where they are not given.
+    mean: tuple[float, ...] = ()  # Mean of each channel with which tensors are normalised, of pixels in [0, 1].
+    std: tuple[float, ...] = ()  # Standard deviation of each channel, likewise.
+
+    def normalisation(self, made: dict[str, Any]) -> Normalisation:
+        """As the flags say, else as the recipe, else as the set was made.
+
+        Raises:
+            InputError: nothing says it, or half of it.
+        """
+        if self.mean or self.std:
+            return Normalisation(mean=self.mean, std=self.std)
+        if self.recipe:
+            known = full_recipe(self.recipe).validation
+            return Normalisation(mean=known.mean, std=known.std)
+        if isinstance(made.get("mean"), list) and isinstance(made.get("std"), list):
+            return Normalisation(mean=tuple(made["mean"]), std=tuple(made["std"]))
+        raise InputError("tensors are normalised, and nothing says how; pass --mean and --std, or --recipe, whose values are taken")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(_Normalised):
+    """Write a distilled set for other programs: one Parquet file for Hugging Face, tensors as MTT's, or class folders by number.
+
+    parquet: columns image and label, with class names; the image files go in as they are. tensors: images_best.pt, [N, C, H, W]
+    float32, normalised, and labels_best.pt, [N] int64, class after class. folders: 00000/00000.png and so on, copies of the files.
+    """
+
+    images: tyro.conf.Positional[Path]  # The distilled set, ours or another program's.
+    to: ExportForm  # parquet, tensors or folders.
+    output: Path  # File to write (parquet), or folder.
+    ipc: int | None = None  # Take the first images of each class only; default: all.
+    label_column: str = "label"  # Name of the column of labels in Parquet; some programs want class_id.
+    overwrite: bool = False  # Replace files that are there already.
+
+    def run(self, console: Console) -> None:
+        """Write it."""
+        if self.ipc is not None:
+            check_integer("ipc", self.ipc, 1)
+        if self.label_column in ("", "image"):
+            raise InputError(f"the column of labels needs a name, and not that of the images; got {self.label_column!r}")
+        refuse_images(self.output)
+        self._refuse_loss()
+        found = open_files(self.images, self.ipc)
+        count, classes = len(found.files), len(found.class_names)
+        with console.bars() as track:
+            progress = track(self.to)
+            if self.to == "parquet":
+                output_folder(self.output.parent)
+                rows = ((found.content(place), Path(name).name, found.labels[place]) for place, name in enumerate(found.files))
+                write_parquet(self.output, _counted(rows, count, progress), found.class_names, label_column=self.label_column)
+                console.say(f"{self.output}: {count} images of {classes} classes, columns image and {self.label_column}")
+            elif self.to == "folders":
+                write_folders(found, output_folder(self.output), progress)
+                console.say(f"{self.output}: {count} images in {classes} class folders")
+            else:
+                normalisation = self.normalisation(found.settings)
+                images, labels = as_tensors(found, normalisation, progress)
+                write_tensors(output_folder(self.output), images, labels)
+                by = f"normalised by mean {normalisation.mean} and std {normalisation.std}"
+                console.say(f"{self.output} holds {IMAGES_FILE}, {list(images.shape)}, {by}, and {LABELS_FILE}")
+
+    def _refuse_loss(self) -> None:
+        if self.output.is_dir() and self.to == "parquet":
+            raise InputError(f"{self.output} is a folder; --output names the Parquet file, such as {self.output / 'train.parquet'}")
+        if self.output.is_file() and self.to != "parquet":
+            raise InputError(f"{self.output} is a file; --output names a folder for {self.to}")
+        if self.to == "folders" and self.output.is_dir() and any(self.output.iterdir()):
+            raise InputError(
+                f"{self.output} is not empty, and other images in it would be taken for some of this set; choose another --output"
+            )
+        files = {"parquet": [self.output], "tensors": [self.output / IMAGES_FILE, self.output / LABELS_FILE], "folders": []}[self.to]
+        for path in files:
+            if path.exists() and not self.overwrite:
+                raise InputError(f"{path} exists; choose another --output, or pass --overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import(_Normalised):
+    """Make a distilled set of Parquet files or of tensors of DC, DM, MTT, DATM or IDC, for all other commands. It goes on where it stopped.
+
+    Parquet: a column of images (PNG or JPEG, which stay as they are) and one of labels. Tensors: a pair of files images_X.pt and
+    labels_X.pt (the first one is enough), [images, labels] in one file, or a file with such pairs under 'data'.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]  # Parquet files of one data set, or one or two PyTorch files.
+    output: Path  # Folder for the set.
+    classes: Path | None = None  # Text file with the names of the classes, one a line in the order of their numbers.
+    experiment: int | None = None  # Which one of several in a file of DC or DM, from 0.
+    clip: bool = False  # Cut values of tensors that are no pixels: these methods do not clamp their images.
+    image_column: str | None = None  # Column of the images in Parquet; default: image or img.
+    label_column: str | None = None  # Column of the labels in Parquet; default: label, class_id or labels.
+
+    def run(self, console: Console) -> None:
+        """Make the set."""
+        if not self.files:
+            raise InputError("there is nothing to import; name Parquet files or PyTorch files")
+        refuse_images(self.output)
+        if self.experiment is not None:
+            check_integer("experiment", self.experiment, 0)
+        if all(path.suffix == ".parquet" for path in self.files):
+            images, labels, names, settings = self._parquet()
+        elif any(path.suffix == ".parquet" for path in self.files):
+            raise InputError("Parquet files and PyTorch files cannot be one set; name one kind")
+        else:
+            images, labels, names, settings = self._tensors(console)
+        names = self._class_names(names)
+        settings = {"imported": [checksum(path) for path in self.files], **settings}
+        with console.bars() as track:
+            made = write_set(self.output, images, labels, names, settings, track("images"))
+        now = "" if made == len(labels) else f", {made} written now"
+        console.say(f"{self.output}: {len(labels)} images of {len(names)} classes{now}")
+
+    def _parquet(self) -> _Material:
+        found = read_parquet(self.files, image_column=self.image_column, label_column=self.label_column)
+        return found.content, found.labels, found.class_names or _numbered(max(found.labels) + 1), {}
+
+    def _tensors(self, console: Console) -> _Material:
+        images, labels, soft = read_tensors(self.files, self.experiment)
+        normalisation = self.normalisation({})
+        pixels, cut = as_pixels(images, normalisation, clip=self.clip)
+        if cut:
+            console.say(cut)
+        if soft:
+            console.say("the labels are soft; each image goes to its likeliest class, and students get their labels from a teacher")
+        levels = torch.cat([to_levels(part) for part in pixels.split(1000)])
+        how = {"denormalised_by": {"mean": list(normalisation.mean), "std": list(normalisation.std)}, "experiment": self.experiment}
+        return levels.__getitem__, labels.tolist(), _numbered(soft or int(labels.max()) + 1), how
+
+    def _class_names(self, found: list[str]) -> list[str]:
+        """Names from the flag, else from the files."""
+        if self.classes is None:
+            return found
+        try:
+            names = [line.strip() for line in self.classes.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.classes} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        if len(names) != len(found) or len(set(names)) != len(names):
+            got = f"{len(names)} names, {len(set(names))} of them different"
+            raise InputError(f"{self.classes} holds {got}; wanted one for each of {len(found)} classes, in the order of their numbers")
+        return names
+
+
+def _numbered(classes: int) -> list[str]:
+    """Class names where nothing says any: the numbers, which stand for the real classes in sorted order."""
+    return [str(number) for number in range(classes)]
+
+
+def _counted(rows: Any, count: int, progress: Callable[[int, int], None]) -> Any:
+    for number, row in enumerate(rows, 1):
+        yield row
+        progress(number, count)
