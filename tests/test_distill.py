@@ -48,7 +48,7 @@ def test_set_holds_every_image_and_its_checksum(tmp_path: Path) -> None:
     assert len(manifest["images"]) == 20
     for name, wanted in manifest["images"].items():
         assert checksum(tmp_path / "images" / name) == wanted
-        with Image.open(tmp_path / name) as image:
+        with Image.open(tmp_path / "images" / name) as image:
             assert (image.size, image.mode) == ((8, 8), "L")
     assert manifest["settings"]["rho"] == 0.015
     assert manifest["settings"]["backend"] in ("fused", "reference")
