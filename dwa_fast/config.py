@@ -88,6 +88,7 @@ class DataConfig:
     size: int = 224  # Height and width of every image, pixels.
     classes: int | None = None  # Number of classes that the data must have; None: as many as there are.
     held_out_share: float = 0.0  # In place of the test images, hold out this share of the training images of each class, in [0, 1).
+    test_crop: float = 1.0  # Share of the shorter side that the centre crop of test images keeps, in (0, 1]; image folders alone.
 
     def __post_init__(self) -> None:
         check_choice("layout", self.layout, Layout)
@@ -97,6 +98,12 @@ class DataConfig:
         check_real("held_out_share", self.held_out_share, 0, 1)
         if self.held_out_share == 1:
             raise InputError("held_out_share must be below 1, which would leave nothing to train with")
+        check_real("test_crop", self.test_crop, 0, 1, above=True)
+
+    @property
+    def test_resize(self) -> int:
+        """What the shorter side of test images is resized to before the centre crop, pixels: 256 for 224 where test_crop is 0.875."""
+        return round(self.size / self.test_crop)
 
 
 @dataclass(frozen=True, kw_only=True)

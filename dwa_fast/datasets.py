@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import DataConfig, Normalisation, check_choice
-from dwa_fast.decoding import BadImageError, decode
+from dwa_fast.decoding import BadImageError, check_image, decode
 from dwa_fast.errors import InputError
 from dwa_fast.files import below, entries
 from dwa_fast.layout import image_root
@@ -24,7 +25,10 @@ Split = Literal["train", "test"]
 
 DIGITS_TEST_SHARE = 0.25
 _TINY_TABLE = Path("val", "val_annotations.txt")
+_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # their folders, as torchvision writes them
 _READERS = 8  # threads that decode image files
+_HELD_OUT = ("test", "val")  # folders of the held-out images
+_SHOWN = 5  # classes or files that an error names
 
 
 class ImageSet(Protocol):
@@ -78,7 +82,7 @@ class MemorySet:
 
 @dataclass(frozen=True)
 class FileSet:
-    """Image files, decoded when asked for: shorter side resized to `size`, centre kept."""
+    """Image files, decoded when asked for: shorter side resized, centre kept."""
 
     folder: Path
     files: list[str]  # below the folder, sorted class by class
@@ -86,6 +90,7 @@ class FileSet:
     class_names: list[str]
     size: int
     channels: int
+    resize: int | None = None  # what the shorter side is resized to before the centre is cut out; None: to `size`
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS), repr=False, compare=False)
 
     @property
@@ -120,11 +125,11 @@ class FileSet:
         return {index: cause for index, cause in enumerate(causes) if cause is not None}
 
     def _read(self, index: int) -> Tensor:
-        return decode(self.folder / self.files[index], self.size, self.channels)
+        return decode(self.folder / self.files[index], self.size, self.channels, resize=self.resize)
 
     def _fault(self, index: int) -> str | None:
         try:
-            self._read(index)
+            check_image(self.folder / self.files[index], self.channels)
         except BadImageError as error:
             return error.cause
         return None
@@ -163,15 +168,17 @@ def load(
         channels: 1 (grey) or 3, for image folders.
         download: whether CIFAR may be fetched into the folder.
     Raises:
-        InputError: the data are not there, not as the layout says, have another number of classes, or too few images of one to hold
-            some out.
+        InputError: the data are not there, not as the layout says, have another number of classes, other classes in the other split, or
+            too few images of one to hold some out.
     """
     check_choice("split", split, Split)
     share = config.held_out_share
     data = _open(config, folder, "train" if share else split, channels, download)
     if config.classes is not None and len(data.class_names) != config.classes:
         raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
-    return _part(data, share, split) if share else data
+    if share:
+        data = _part(data, share, split)
+    return replace(data, resize=config.test_resize) if split == "test" and isinstance(data, FileSet) else data
 
 
 def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | FileSet:
@@ -195,13 +202,24 @@ def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, 
         return digits(split, config.size)
     if folder is None:
         raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
-    if config.layout in ("cifar10", "cifar100"):
-        if config.size != 32:
-            raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
-        return _cifar(config.layout, folder, split, download)
-    if config.layout == "tiny" and split == "test":  # its folder "test" holds images without labels
-        return _tiny_test(folder, config.size) if (folder / _TINY_TABLE).is_file() else image_folder(folder / "val", config.size, channels)
-    return image_folder(_split_folder(folder, split), config.size, channels)
+    if config.layout in _CIFAR:
+        archive = (folder / _CIFAR[config.layout]).is_dir()
+        if archive or download or not any((folder / name).is_dir() for name in ("train", *_HELD_OUT)):
+            if config.size != 32:
+                raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
+            return _cifar(config.layout, folder, split, download)
+    if config.layout == "tiny" and (folder / _TINY_TABLE).is_file() and not (split == "train" and config.held_out_share):
+        test = _tiny_test(folder, config.size, channels)  # also for the training images: the classes of both are compared
+        return test if split == "test" else image_folder(_train_folder(folder), config.size, channels)
+    held_out = ("val",) if config.layout == "tiny" else _HELD_OUT  # Tiny-ImageNet's folder "test" holds images without labels
+    if split == "test":
+        data = image_folder(_test_folder(folder, held_out), config.size, channels)
+        return _numbered_alike(data, folder / "train") if (folder / "train").is_dir() else data
+    data = image_folder(_train_folder(folder), config.size, channels)
+    test_folder = None if config.held_out_share else _labelled(folder, held_out)
+    if test_folder:
+        class_numbers(class_folders(test_folder), data.class_names, test_folder, data.folder)
+    return data
 
 
 def digits(split: Split, size: int) -> MemorySet:
@@ -218,22 +236,25 @@ def digits(split: Split, size: int) -> MemorySet:
     return MemorySet((pixels * 255).round().to(torch.uint8), labels, [str(digit) for digit in range(10)])
 
 
-def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | None = None) -> FileSet:
+def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | None = None, *, by_number: bool = False) -> FileSet:
     """Any folder with one sub-folder of images per class, or of a distilled set of ours; classes and files in sorted order.
+
+    Names that begin with a dot are passed over.
 
     A class folder and a file may be symbolic links. Links to folders further down are not entered, so no loop can be.
 
     Args:
         per_class: take the first files of each class only.
+        by_number: sort the files of a class by the numbers in their names, as a person would: id999 before id1000.
     Raises:
         InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
     """
     folder = image_root(folder)
-    names = _class_folders(folder)
+    names = class_folders(folder)
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        members = list(_images(folder, name))
+        members = sorted(_images(folder, name), key=natural) if by_number else list(_images(folder, name))
         if len(members) < (per_class or 1):
             wanted = f"at least {per_class}" if per_class else "some"
             raise InputError(f"class folder {folder / name} has {len(members)} images, wanted {wanted}")
@@ -243,7 +264,13 @@ def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | No
     return FileSet(folder, files, torch.tensor(labels), names, size, channels)
 
 
-def _class_folders(folder: Path) -> list[str]:
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts names by the numbers in them: 2 before 10, id999 before id1000."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def class_folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
@@ -258,26 +285,91 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, class_name: str) -> Iterator[str]:
-    """The image files of a class, below the folder, in sorted order."""
+    """The image files of a class, below the folder, in sorted order; hidden ones are not (._1.png of macOS, .ipynb_checkpoints)."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     prefix = os.path.join(folder, "")
     for entry in below(prefix + class_name):
-        if entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
+        hidden = f"{os.sep}." in entry.path[len(prefix) :]
+        if not hidden and entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
             yield entry.path[len(prefix) :]
 
 
-def _split_folder(folder: Path, split: Split) -> Path:
-    """The sub-folder of a split where there is one (ImageNet: train, val), else the folder itself for training."""
-    if split == "train":
-        return folder / "train" if (folder / "train").is_dir() else folder
-    held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
-    if not held_out:
-        raise InputError(
-            f"{folder} has no 'val' or 'test' folder with the held-out images; --held-out-share takes some from the training images"
-        )
-    labelled = (path for path in held_out if any(map(os.path.isdir, entries(str(path)))))  # ImageNet's test images lie there bare
-    return next(labelled, held_out[0])
+def _train_folder(folder: Path) -> Path:
+    """The sub-folder of the training images where there is one (ImageNet: train, val), else the folder itself.
+
+    Raises:
+        InputError: the folder has held-out images, but no folder of training images: `val` would be taken for a class.
+    """
+    if (folder / "train").is_dir():
+        return folder / "train"
+    for name in _HELD_OUT:
+        if (folder / name).is_dir():
+            raise InputError(
+                f"{folder} has a folder {name!r}, but no 'train' beside it that holds the class folders of the training images"
+            )
+    return folder
+
+
+def _test_folder(folder: Path, names: Sequence[str]) -> Path:
+    """The sub-folder of the held-out images."""
+    found = _labelled(folder, names) or next((folder / name for name in names if (folder / name).is_dir()), None)
+    if found is None:
+        wanted = " or ".join(repr(name) for name in reversed(names))
+        raise InputError(f"{folder} has no {wanted} folder with the held-out images; --held-out-share takes some from the training images")
+    return found
+
+
+def _labelled(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these sub-folders that has class folders; ImageNet's test images lie there bare."""
+    places = (folder / name for name in names if (folder / name).is_dir())
+    return next((place for place in places if any(os.path.isdir(entry) for entry in entries(str(place)))), None)
+
+
+def _numbered_alike(data: FileSet, train: Path) -> FileSet:
+    """Test images whose classes are numbered and named as those of the training images."""
+    names = class_folders(train)
+    numbers = class_numbers(data.class_names, names, data.folder, train)
+    return replace(data, labels=torch.tensor(numbers)[data.labels], class_names=names)
+
+
+def class_numbers(names: Sequence[str], train_names: Sequence[str], folder: Path, train: Path) -> list[int]:
+    """For each class folder of the test images, the number of its class among those of the training images.
+
+    They have the same names, or the same numbers in their names, padded with zeros or not.
+
+    Raises:
+        InputError: one of them has a class that the other has not.
+    """
+    names = as_named(names, train_names)
+    if set(names) != set(train_names):
+        foreign, missing = sorted(set(names) - set(train_names)), sorted(set(train_names) - set(names))
+        parts = [f"{folder} has class folders that {train} lacks: {shown(foreign)}"] if foreign else []
+        parts += [f"{folder if not foreign else 'it'} lacks {shown(missing)}"] if missing else []
+        raise InputError(f"{', and '.join(parts)}; training and held-out images must be of the same classes")
+    return [train_names.index(name) for name in names]
+
+
+def as_named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Names as others write them where both differ in the zeros before a number alone: 2 for 02, class_2 for class_002; else unchanged."""
+    own, known = _by_number(names), _by_number(wanted)
+    if not own or not known or set(own) != set(known):
+        return list(names)
+    found = {name: known[number] for number, name in own.items()}
+    return [found[name] for name in names]
+
+
+def _by_number(names: Sequence[str]) -> dict[tuple[str, int], str] | None:
+    """Class folders by the text before the number at their end and that number; None where one has none, or two have the same."""
+    matches = [re.fullmatch(r"([^0-9]*)([0-9]+)", name) for name in names]
+    found = {(match[1], int(match[2])): match[0] for match in matches if match}
+    return found if len(found) == len(names) else None
+
+
+def shown(names: Sequence[str], at_most: int = _SHOWN) -> str:
+    """Names for a sentence; of many, the first."""
+    more = f", … ({len(names)} in all)" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet:
@@ -287,16 +379,17 @@ def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet
     try:
         source = kind(root=str(folder), train=split == "train", download=download)
     except RuntimeError as error:
-        raise InputError(f"{folder} holds no intact {kind.base_folder}; put it there, or pass --download to fetch it") from error
+        raise InputError(
+            f"{folder} holds neither an intact {_CIFAR[layout]} nor folders train and test with a sub-folder of images per class; "
+            "put one of the two there, or pass --download to fetch the first"
+        ) from error
     pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return MemorySet(pixels, torch.tensor(source.targets), list(source.classes))
 
 
-def _tiny_test(folder: Path, size: int) -> FileSet:
+def _tiny_test(folder: Path, size: int, channels: int) -> FileSet:
     """Tiny-ImageNet's held-out images, whose classes stand in a table and not in class folders."""
-    table = folder / _TINY_TABLE
-    names = _class_folders(folder / "train")
-    numbers = {name: number for number, name in enumerate(names)}
+    table, train = folder / _TINY_TABLE, folder / "train"
     try:
         rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
@@ -306,7 +399,15 @@ def _tiny_test(folder: Path, size: int) -> FileSet:
     for row in rows:
         if len(row) < 2 or row[0] in ("", "..") or "/" in row[0]:
             raise InputError(f"{table} must hold a file name, a tab and a class in each line, got {row[:2]}")
-        if row[1] not in numbers:
-            raise InputError(f"{table} names class {row[1]!r}, which has no folder in {folder / 'train'}")
+    own = sorted({row[1] for row in rows})
+    names = class_folders(train) if train.is_dir() else own
+    if own != names:
+        foreign, missing = sorted(set(own) - set(names)), sorted(set(names) - set(own))
+        raise InputError(
+            f"{table} names class {foreign[0]!r}, which has no folder in {train}"
+            if foreign
+            else f"{table} names no image of class {missing[0]!r}, which has a folder in {train}"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
     files = [row[0] for row in rows]
-    return FileSet(folder / "val" / "images", files, torch.tensor([numbers[row[1]] for row in rows]), names, size, channels=3)
+    return FileSet(folder / "val" / "images", files, torch.tensor([numbers[row[1]] for row in rows]), names, size, channels)

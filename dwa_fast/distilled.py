@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dwa_fast.datasets import FileSet, image_folder
+from dwa_fast.datasets import FileSet, as_named, image_folder, shown
 from dwa_fast.errors import InputError
+from dwa_fast.storage import MANIFEST, read_manifest
+
+log = logging.getLogger("dwa_fast")
 
 _NUMBERED = re.compile(r"\D*(\d+)")  # new007, 00007, 7
-_SHOWN = 3  # folders that an error names
 
 
 def open_distilled(
@@ -28,8 +32,10 @@ def open_distilled(
 ) -> tuple[FileSet, dict[str, str]]:
     """A distilled set, whose labels are those of the real classes.
 
-    Class folders bear the names of the real classes (wnids), or their numbers: `new000` of SRe2L, CDA, DWA and this program, `00000`
-    of RDED. Within a class the files are taken in sorted order, as all of them publish their sets.
+    Class folders are named as the real classes (wnids), or numbered: `new000` of SRe2L, CDA, DWA and this program, `00000` of RDED. Where
+    the set has a manifest, a number stands for the class of that number there; elsewhere for the class in that place of the sorted names.
+    Classes of the set that are not among the real ones are left out, if all have names. Within a class the files are sorted by the numbers
+    in their names.
 
     Args:
         class_names: of the real classes.
@@ -38,11 +44,17 @@ def open_distilled(
     Returns:
         the set, and why files were passed over, by name.
     Raises:
-        InputError: the folders are not those of the classes, or one has too few images.
+        InputError: the folders are not those of the classes, one has too few images, or the manifest says that images are of another size.
     """
-    data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class)
-    numbers = _numbers(folder, data.class_names, class_names)
+    data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class, by_number=True)
+    manifest = set_manifest(folder)
+    if manifest:
+        _check_shape(folder, manifest["settings"].get("image_shape"), size, channels)
+    numbers = _numbers(folder, data.class_names, class_names, manifest["class_names"] if manifest else None)
     data = replace(data, labels=torch.tensor(numbers)[data.labels], class_names=list(class_names))
+    if -1 in numbers:
+        log.info("%s: %d of its %d classes are among the real ones; the others are left out", folder, len(class_names), len(numbers))
+        data = data.select((data.labels >= 0).nonzero().flatten().tolist())
     if not skip_bad_images:
         return data, {}
     skipped = data.faults()
@@ -50,20 +62,65 @@ def open_distilled(
     return _first(data.select(good), per_class), {data.name(index): cause for index, cause in skipped.items()}
 
 
-def _numbers(folder: Path, names: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """Number of the real class of each class folder."""
-    if len(names) != len(class_names):
-        raise InputError(f"{folder} has {len(names)} classes, the held-out images have {len(class_names)}")
-    if set(names) == set(class_names):
-        return [class_names.index(name) for name in names]
-    matches = [_NUMBERED.fullmatch(name) for name in names]
+def set_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a set of ours; None where there is none, or one that is damaged or of another program, which is logged."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return read_manifest(folder)
+    except InputError as error:
+        log.warning("%s; its classes and settings are not known", error)
+        return None
+
+
+def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
+    if shape is None or shape == [channels, size, size]:
+        return
+    if not (isinstance(shape, list) and len(shape) == 3):
+        raise InputError(f"{folder / MANIFEST} has image_shape {shape!r}; wanted channels, height and width")
+    if shape[0] != channels:
+        raise InputError(f"{folder} holds images of {shape[0]} channel{'s' if shape[0] != 1 else ''}, got a mean and std of {channels}")
+    raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size}; pass --size {shape[1]}")
+
+
+def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], set_names: Sequence[str] | None) -> list[int]:
+    """Number of the real class of each class folder; -1 where it is none of the real ones.
+
+    Args:
+        set_names: class names of the set's manifest, if it has one.
+    """
+    matches = [_NUMBERED.fullmatch(name) for name in folders]
     numbers = [int(match[1]) for match in matches if match]
-    if sorted(numbers) != list(range(len(names))):
-        shown, real = (", ".join([*each[:_SHOWN], "…"][: len(each)]) for each in (list(names), list(class_names)))
+    unique = len(set(numbers)) == len(folders)
+    if set_names is not None and unique and max(numbers) < len(set_names) and len(set(set_names)) == len(set_names):
+        names = as_named([set_names[number] for number in numbers], class_names)
+        if missing := [name for name in class_names if name not in names]:
+            raise InputError(
+                f"{folder} holds images of the classes {shown(names)}; the real images have {shown(class_names)}: it lacks {shown(missing)}"
+            )
+        return [class_names.index(name) if name in class_names else -1 for name in names]
+    names = _as_named_by_text(folders, class_names)
+    if set(class_names) <= set(names):
+        return [class_names.index(name) if name in class_names else -1 for name in names]
+    if len(folders) != len(class_names):
+        raise InputError(f"{folder} has {len(folders)} classes, the held-out images have {len(class_names)}")
+    if sorted(numbers) != list(range(len(folders))):
         raise InputError(
-            f"class folders of {folder} are neither named as the held-out images' classes nor numbered from 0: {shown}; the classes: {real}"
+            f"class folders of {folder} are neither named as the held-out images' classes nor numbered from 0: {shown(folders)}; "
+            f"the classes: {shown(class_names)}"
+        )
+    own = [int(match[1]) for match in map(_NUMBERED.fullmatch, class_names) if match]
+    if own != sorted(own) and sorted(own) == list(range(len(class_names))):
+        raise InputError(
+            f"class folders of {folder} are numbered ({shown(folders)}), and the real classes have the same numbers in another order "
+            f"({shown(class_names)}), so that a number may be a name or a place; rename the folders as the real classes"
         )
     return numbers
+
+
+def _as_named_by_text(folders: Sequence[str], class_names: Sequence[str]) -> list[str]:
+    """Folders as the real classes are written, class_2 for class_002; a bare number is no name: it may be the place of a class."""
+    return list(folders) if any(name.isdecimal() for name in folders) else as_named(folders, class_names)
 
 
 def _first(data: FileSet, per_class: int | None) -> FileSet:

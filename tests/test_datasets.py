@@ -66,7 +66,7 @@ def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert data.load([2]).shape == (1, 3, 32, 32)
     assert float(data.load([2])[0, 1, 0, 2]) == pytest.approx(rows[2, 1024 + 2] / 255)
     (folder / "train").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"holds no intact .*; put it there, or pass --download to fetch it"):
+    with pytest.raises(InputError, match=r"holds neither an intact .* nor folders train and test .*, or pass --download to fetch the first"):
         load(DataConfig(layout=layout, size=32), tmp_path, "train")
 
 

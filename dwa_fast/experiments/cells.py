@@ -273,7 +273,7 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
 @functools.cache
 def _contents(folder: Path, ipc: int) -> str:
     """Checksum of the first images of each class of a set that was made elsewhere."""
-    found = image_folder(folder, 1, per_class=ipc)
+    found = image_folder(folder, 1, per_class=ipc, by_number=True)
     lines = (f"{name} {checksum(found.folder / name)}" for name in found.files)
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 

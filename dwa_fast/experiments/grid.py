@@ -207,7 +207,7 @@ def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: 
     folders = {variant: set_folder(setup, variant.source(seed)) for variant in variants}
     names = read_manifest(folders[variants[0]])["class_names"][:_SHEET_CLASSES]
     for variant, made in folders.items():
-        images = image_folder(made, setup.data.size, setup.synthesis.channels, per_class=shown)
+        images = image_folder(made, setup.data.size, setup.synthesis.channels, per_class=shown, by_number=True)
         panels[f"{variant.name}, ipc {shown}"] = images.load(range(len(names) * shown))
     pictures.contact_sheet(folder / "contact-sheet.png", panels, names)
     return [Picture(title="the first images of each class", file="contact-sheet.png")]
