@@ -65,7 +65,8 @@ class Program {
     std::vector<int64_t> last(values_.size(), -1);
     for (size_t i = 0; i < calls_.size(); ++i) {
       for (const auto& argument : calls_[i].arguments)
-        for (const int64_t slot : argument.slots) last[slot] = static_cast<int64_t>(i);
+        for (const int64_t slot : argument.slots)
+          if (slot >= 0) last[slot] = static_cast<int64_t>(i);
       for (const int64_t slot : calls_[i].results) last[slot] = std::max(last[slot], static_cast<int64_t>(i));
     }
     for (size_t slot = 0; slot < last.size(); ++slot)

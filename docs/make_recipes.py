@@ -35,10 +35,12 @@ def _fields(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _data(recipes: Sequence[Recipe]) -> str:
-    rows = [("recipe", "what", "pixels", "classes", "teacher", "mean", "std")]
+    rows = [("recipe", "what", "pixels", "`test_crop`", "classes", "teacher", "mean", "std")]
     for recipe in recipes:
         data, normalisation = recipe.data, recipe.synthesis
-        shown = [_shown(value) for value in (data.size, data.classes, recipe.architecture, normalisation.mean, normalisation.std)]
+        shown = [
+            _shown(value) for value in (data.size, data.test_crop, data.classes, recipe.architecture, normalisation.mean, normalisation.std)
+        ]
         rows.append((recipe.name, recipe.summary, *shown))
     return _table(rows)
 

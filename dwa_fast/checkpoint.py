@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from dwa_fast.architectures import build, check_architecture
 from dwa_fast.archives import read_checkpoint, write_archive
-from dwa_fast.config import check_integer, check_real
+from dwa_fast.config import Normalisation, check_integer, check_real
 from dwa_fast.errors import InputError
 from dwa_fast.files import checksum
 from dwa_fast.pickles import StandIn
@@ -29,6 +29,9 @@ class TeacherInfo:
     channels: int
     size: int
     accuracy: float | None = None  # top-1 on the held-out images, percent
+    class_names: list[str] | None = None  # in the order of its outputs; None, as the next two, in older checkpoints
+    mean: tuple[float, ...] | None = None  # with which the images were normalised that it was trained on
+    std: tuple[float, ...] | None = None
 
 
 _FIELDS = {field.name for field in fields(TeacherInfo)}
@@ -102,6 +105,7 @@ def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
         raise InputError(f"checkpoint {path} does not describe its network as dwa-fast does; make it again with dwa-fast squeeze")
     info = TeacherInfo(**described)
     try:
+        info = _checked_data(info)
         check_architecture("architecture", info.architecture)
         for name, most in (("classes", _MOST_CLASSES), ("channels", 3), ("size", _MOST_PIXELS)):
             check_integer(name, getattr(info, name), 1)
@@ -111,3 +115,21 @@ def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
     except InputError as error:
         raise InputError(f"checkpoint {path} describes a network that cannot be: {error}") from error
     return info
+
+
+def _checked_data(info: TeacherInfo) -> TeacherInfo:
+    """The description, if what it says about the data can be."""
+    names, mean, std = info.class_names, info.mean, info.std
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise InputError("class_names must be a list of different names")
+        if len(names) != info.classes:
+            raise InputError(f"it has {info.classes} classes and {len(names)} class_names")
+    if mean is None and std is None:
+        return info
+    if not all(isinstance(value, (list, tuple)) for value in (mean, std)):
+        raise InputError("mean and std must be lists of numbers")
+    normalisation = Normalisation(mean=tuple(mean or ()), std=tuple(std or ()))
+    if normalisation.channels != info.channels:
+        raise InputError(f"it has {info.channels} channels and {normalisation.channels} values of mean and std")
+    return replace(info, mean=normalisation.mean, std=normalisation.std)

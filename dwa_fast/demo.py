@@ -96,7 +96,17 @@ def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
         size = recipe.data.size
         module = squeeze(train, recipe.architecture, recipe.squeeze, size=size, device=device, seed=config.seed, progress=track("teacher"))
         accuracy = top1(module, test, recipe.squeeze, device)
-        save_teacher(path, module, TeacherInfo(architecture=recipe.architecture, classes=10, channels=1, size=size, accuracy=accuracy))
+        info = TeacherInfo(
+            architecture=recipe.architecture,
+            classes=10,
+            channels=1,
+            size=size,
+            accuracy=accuracy,
+            class_names=train.class_names,
+            mean=recipe.squeeze.mean,
+            std=recipe.squeeze.std,
+        )
+        save_teacher(path, module, info)
     module, info = load_teacher(path)
     return info.accuracy if info.accuracy is not None else top1(module.to(device), test, recipe.squeeze, device)
 

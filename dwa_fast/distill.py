@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from dwa_fast.preview import Preview
 from dwa_fast.production import Line, Observer, Progress
 from dwa_fast.storage import ImageStore, WorkItem, read_manifest
 from dwa_fast.synthesis import Synthesizer
+from dwa_fast.teacher_check import check_teacher
 from dwa_fast.threads import computing, recorded_threads
 from dwa_fast.tracking import tracked
-from dwa_fast.workers import Shard, StoreLostError, Workers, threads_alone
+from dwa_fast.workers import Shard, StoreLostError, Workers, rank, threads_alone
 from dwa_fast.wrappers import Output
 
 
@@ -47,6 +48,7 @@ def distill(
     workers: Workers | None = None,
     progress: Progress | None = None,
     observer: Observer | None = None,
+    try_teacher: bool = True,
 ) -> int:
     """Write `ipc` images of every class of `data` into `output`; images that are there already are kept.
 
@@ -62,10 +64,12 @@ def distill(
         workers: who else makes the set, and what is left for this process; default: nobody, and everything.
         progress: called with the iterations finished and the iterations in all; kept items count as finished.
         observer: called with each batch that is on the disk and its recorded losses, in another thread.
+        try_teacher: whether the teacher first predicts some of the images, so that one that knows nothing of them is warned of.
     Returns:
         the number of images that this call made.
     Raises:
-        InputError: as `synthesize`; or a class has fewer than ipc images, the folder holds a set of other settings or cannot be written.
+        InputError: as `synthesize`; or a class has fewer than ipc images, one of the initial images cannot be decoded, the folder holds a
+            set of other settings or cannot be written.
     """
     check_integer("ipc", ipc, 1)
     if threads is not None:
@@ -102,6 +106,10 @@ def distill(
         start.skipped.update(store.skipped)
         with contextlib.closing(store), computing(store.settings.get("threads")):
             line = Line(run, start, store, team, items, seed=seed)
+            if todo:
+                start.check(_last_indices(items[number] for number in todo))
+                if try_teacher and rank() == 0:
+                    check_teacher(run.logits, data, config)
             line.kept, line.todo, line.progress = len(items) - missing, len(todo), progress
             line.preview = Preview(store, data.image_shape, ipc) if store.form.preview else None
             with tracked(store.form.track, store.folder, store.settings) as trackers:
@@ -109,6 +117,14 @@ def distill(
                 made = line.produce()
             _finish(team, line, output)
     return made
+
+
+def _last_indices(items: Iterable[WorkItem]) -> dict[int, int]:
+    """For each class of these batches, the last of its images in them."""
+    last: dict[int, int] = {}
+    for item in items:
+        last |= {label: max(item.index, last.get(label, 0)) for label in item.labels}
+    return last
 
 
 def _finish(team: Workers, line: Line, output: Path) -> None:

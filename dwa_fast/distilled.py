@@ -14,7 +14,8 @@ import torch
 
 from dwa_fast.datasets import FileSet, as_named, image_folder, shown
 from dwa_fast.errors import InputError
-from dwa_fast.storage import MANIFEST, read_manifest
+from dwa_fast.layout import MANIFEST, is_set
+from dwa_fast.storage import read_manifest
 
 log = logging.getLogger("dwa_fast")
 
@@ -64,7 +65,7 @@ def open_distilled(
 
 def set_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a set of ours; None where there is none, or one that is damaged or of another program, which is logged."""
-    if not (folder / MANIFEST).is_file():
+    if not is_set(folder):
         return None
     try:
         return read_manifest(folder)
@@ -92,7 +93,8 @@ def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], s
     matches = [_NUMBERED.fullmatch(name) for name in folders]
     numbers = [int(match[1]) for match in matches if match]
     unique = len(set(numbers)) == len(folders)
-    if set_names is not None and unique and max(numbers) < len(set_names) and len(set(set_names)) == len(set_names):
+    named = set_names is not None and list(set_names) != [str(number) for number in range(len(set_names))]  # else imported without names
+    if set_names is not None and named and unique and max(numbers) < len(set_names) and len(set(set_names)) == len(set_names):
         names = as_named([set_names[number] for number in numbers], class_names)
         if missing := [name for name in class_names if name not in names]:
             raise InputError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dwa_fast.config import ValidationConfig, check_integer
 from dwa_fast.datasets import ImageSet
 from dwa_fast.errors import InputError
+from dwa_fast.pairing import KnownClasses
 from dwa_fast.resuming import image_digest
 from dwa_fast.seeding import derive, generator
 from dwa_fast.subsets import some_classes
@@ -32,25 +33,6 @@ class IncrementalConfig:
     def __post_init__(self) -> None:
         check_integer("tasks", self.tasks, 1)
         check_integer("seeds", self.seeds, 1)
-
-
-class KnownClasses(nn.Module):
-    """A teacher that gives the logits of some classes alone."""
-
-    classes: Tensor  # [k]
-
-    def __init__(self, teacher: nn.Module, classes: Sequence[int]) -> None:
-        super().__init__()
-        self.teacher = teacher
-        self.register_buffer("classes", torch.tensor(classes))
-
-    def forward(
-        self,
-        images: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, k]
-        """Logits of these classes, in their order."""
-        logits: Tensor = self.teacher(images)
-        return logits[:, self.classes]
 
 
 def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[list[int]]:

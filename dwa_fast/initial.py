@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,13 @@ class InitialImages(Protocol):
     @property
     def skipped(self) -> dict[str, str]:
         """Files that were no images, and why, as far as they have been met. Those that a set has skipped before are put in first."""
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Find out whether the images of each class up to the last one, by class, can be read, before anything is computed from them.
+
+        Raises:
+            InputError: as `load`, of the first that cannot.
+        """
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """Image `index` of each of these classes, [n, C, S, S], normalised."""
@@ -84,6 +91,25 @@ class RealImages:
         """
         with self._lock:  # a class is looked through by one thread at a time
             return normalise(torch.cat(list(self._pool.map(lambda label: self._find(label, index), labels))), self._normalisation)
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Decode the images of each class up to the last one, by class.
+
+        Raises:
+            InputError: as `load`; the sentence says how many classes have such images.
+        """
+        with self._lock:
+            faults = [fault for fault in self._pool.map(self._fault, last, last.values()) if fault is not None]
+        if faults:
+            others = f" (and images of {len(faults) - 1} more classes)" if len(faults) > 1 else ""
+            raise InputError(f"{faults[0]}{others}") from faults[0]
+
+    def _fault(self, label: int, index: int) -> InputError | None:
+        try:
+            self._find(label, index)
+        except InputError as error:
+            return error
+        return None
 
     def _find(self, label: int, index: int) -> Tensor:
         if label not in self._walks:
@@ -139,6 +165,15 @@ class TensorImages:
         self._last: tuple[int, Tensor] | None = None  # all batches of an index come from one file
         self._lock = Lock()
 
+    def check(self, last: Mapping[int, int]) -> None:
+        """Read the files up to that of the last image.
+
+        Raises:
+            InputError: as `read_tensor`.
+        """
+        for index in range(max(last.values()) + 1):
+            read_tensor(tensor_file(self._folder, index), self._shape)
+
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """Image `index` of each of these classes, [n, C, S, S], normalised.
 
@@ -186,6 +221,9 @@ class NoImages:
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self._image = unseen(data)
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """There is nothing to read."""
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """The same noise for each of these classes, [n, C, S, S]."""

@@ -129,8 +129,11 @@ def _differences(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> Iterat
     recipe, own = full_recipe(cell["recipe"]), full_recipe(cell["recipe"], method=cell["method"])
     if _part(settings, "teacher").get("architecture") != cell["student"]:
         yield "teacher"
-    if _part(settings, "data").get("size", settings.get("size")) != recipe.data.size:
+    data = {**settings, **_part(settings, "data")}
+    if data.get("size") != recipe.data.size:
         yield "size"
+    if data.get("test_crop", 1.0) != recipe.data.test_crop:  # older records do not have it
+        yield "test_crop"
     yield from _changed(_part(settings, "validation"), recipe.validation, "validation")
     # A study of several methods records the settings that it derives them from, those of DWA, and in each cell what is not its method's.
     stated = _part(cell if "synthesis" in cell else settings, "synthesis")

@@ -74,13 +74,13 @@ def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float
     )
 
 
-def _imagenet(name: str, summary: str, classes: int | None) -> Recipe:
+def _imagenet(name: str, summary: str, classes: int | None, test_crop: float) -> Recipe:
     return _recipe(
         name,
         summary,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        data=DataConfig(layout="folder", size=224, classes=classes),
+        data=DataConfig(layout="folder", size=224, classes=classes, test_crop=test_crop),
         architecture="resnet18",
         synthesis=SynthesisConfig(iterations=2000, lambda_var=0.02, view="crop", jitter=32),
         squeeze=SqueezeConfig(epochs=90, batch_size=256, weight_decay=1e-4, augmentation="resized-crop"),
@@ -143,7 +143,7 @@ def _released(paper: Recipe, *, synthesis: Mapping[str, Any] | None = None, vali
 _CIFAR10 = _cifar("cifar10", 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _CIFAR100 = _cifar("cifar100", 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _TINY = _tiny()
-_IMAGENET = _imagenet("imagenet", "ImageNet-1K, 224 pixels, torchvision's ResNet-18", 1000)
+_IMAGENET = _imagenet("imagenet", "ImageNet-1K, 224 pixels, torchvision's ResNet-18", 1000, test_crop=224 / 256)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -153,7 +153,7 @@ RECIPES: dict[str, Recipe] = {
         _CIFAR100,
         _TINY,
         _IMAGENET,
-        _imagenet("folder", "your own folder of class folders, with ImageNet's settings and any number of classes", None),
+        _imagenet("folder", "your own folder of class folders, with ImageNet's settings and any number of classes", None, test_crop=1.0),
         _released(_CIFAR10, validation={"teacher_mode": "train"}),
         _released(_CIFAR100, validation={"teacher_mode": "train"}),
         _released(_TINY, synthesis={"batch_size": 200}, validation={"batch_size": 64}),

@@ -37,7 +37,10 @@ def image_digest(data: ImageSet) -> str:
     count = len(data.labels)
     shown = max(1, min(count, _DIGEST_BYTES // math.prod(data.image_shape)))
     names = [data.name(index) for index in range(count)]
-    total = hashlib.sha256(json.dumps([names, data.labels.tolist(), data.class_names, data.image_shape]).encode())
+    described: list[Any] = [names, data.labels.tolist(), data.class_names, data.image_shape]
+    if isinstance(data, FileSet) and data.resize not in (None, data.size):
+        described.append(data.resize)
+    total = hashlib.sha256(json.dumps(described).encode())
     for part in torch.linspace(0, count - 1, shown).round().to(torch.int64).split(256):
         total.update(_content(data, part.tolist()))
     return total.hexdigest()

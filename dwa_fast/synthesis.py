@@ -16,15 +16,18 @@ from dwa_fast import initial
 from dwa_fast.ascent import Arena, Ascent
 from dwa_fast.backend import Execution, resolve
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.datasets import denormalise
 from dwa_fast.errors import InputError
 from dwa_fast.refine import Refinement, matching_dominates
 from dwa_fast.seeding import generator
 from dwa_fast.teacher import Network, check_precision, prepare
+from dwa_fast.teacher_check import check_predictions
 from dwa_fast.views import draw_schedule
 from dwa_fast.wrappers import Output
 
 log = logging.getLogger("dwa_fast")
 
+_TRIED = 1000  # images at most that the teacher is tried with before the first batch
 _CHUNK = 10  # iterations that are queued on a GPU between two reports of progress
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
@@ -65,8 +68,7 @@ class Lane:
     def begin(self, batch: Batch, seed: int) -> Refinement:
         """Views, ascent and start of a batch: all but the iterations."""
         config, execution = self.config, self.execution
-        if self._stream is not None:  # the batch comes from the caller's stream
-            self._stream.wait_stream(torch.cuda.current_stream(execution.device))
+        self.wait_for_caller()
         with self.active():
             layout = torch.channels_last if execution.channels_last else torch.contiguous_format
             images = batch.images.to(execution.device, execution.master_dtype, memory_format=layout)
@@ -93,6 +95,11 @@ class Lane:
                 tensor.record_stream(current)
         return images, losses
 
+    def wait_for_caller(self) -> None:
+        """What the caller's stream has computed so far is there for the lane's own."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.execution.device))
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, a GPU's work goes to the lane's own stream."""
@@ -117,6 +124,18 @@ class Synthesizer:
         with check_precision(network, images, self.execution), self.execution.arithmetic():
             self.lanes = [Lane(each, config, self.execution) for each in copies]
         self._warned = False  # whether the log has said that the matching losses dominate
+
+    def logits(
+        self,
+        images: Tensor,  # [n, C, H, W], normalised
+    ) -> Tensor:  # [n, classes] float32 on the CPU
+        """What the teacher says, on the device and in the precision that the batches are computed in."""
+        lane, execution = self.lanes[0], self.execution
+        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+        lane.wait_for_caller()
+        with lane.active(), torch.no_grad():
+            logits: Tensor = lane.network(images.to(execution.device, execution.dtype, memory_format=layout))
+            return logits.float().cpu()
 
     def run(
         self,
@@ -186,6 +205,10 @@ def synthesize(
     chosen = teacher if output is None else Output(teacher, output)
     run = Synthesizer(chosen, images, config, batch_sizes=[len(images[part]) for part in parts])
     check_label_range(labels, run.classes)
+    if config.sees_images:
+        some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
+        tried = ((denormalise(images[part.to(images.device)], config), labels[part.to(labels.device)].cpu()) for part in some)
+        check_predictions(run.logits, tried, config)
     batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
     total = len(batches) * config.iterations
     finished, losses = [], []

@@ -17,6 +17,7 @@ from PIL import Image
 from dwa_fast import InputError, recipe
 from dwa_fast.config import DataConfig
 from dwa_fast.datasets import denormalise, digits, image_folder, load, normalise
+from dwa_fast.recipes import full_recipe
 
 FOLDER = DataConfig(layout="folder", size=8)
 
@@ -66,7 +67,9 @@ def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert data.load([2]).shape == (1, 3, 32, 32)
     assert float(data.load([2])[0, 1, 0, 2]) == pytest.approx(rows[2, 1024 + 2] / 255)
     (folder / "train").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"holds neither an intact .* nor folders train and test .*, or pass --download to fetch the first"):
+    with pytest.raises(
+        InputError, match=r"holds neither an intact .* nor folders train and test .*, or pass --download to fetch the first"
+    ):
         load(DataConfig(layout=layout, size=32), tmp_path, "train")
 
 
@@ -196,3 +199,121 @@ def test_a_share_of_the_training_images_is_held_out_in_place_of_the_test_images(
     assert sorted(names) == [f"{name}/{index}.png" for name in ("cat", "dog") for index in range(4)]
     with pytest.raises(InputError, match=r"class 'cat' has 4 training images, of which a share of 0\.1 cannot be held out"):
         load(replace(FOLDER, held_out_share=0.1), tmp_path, "train")
+
+
+def classes(folder: Path, *names: str) -> None:
+    """A class folder each, with an image whose level says which."""
+    for number, name in enumerate(names):
+        write_image(folder / name / "0.png", (20 * number, 0, 0))
+
+
+def test_held_out_images_are_numbered_by_the_training_images(tmp_path: Path) -> None:
+    classes(tmp_path / "train", "airplane", "dog", "truck")
+    classes(tmp_path / "val", "dog", "truck", "zebra")
+    message = r"val has class folders that .*train lacks: zebra, and it lacks airplane; training and held-out images must be of the same"
+    for split in ("train", "test"):
+        with pytest.raises(InputError, match=message):
+            load(FOLDER, tmp_path, split)  # type: ignore[arg-type]
+    load(replace(FOLDER, held_out_share=0.5), _with_two_each(tmp_path), "train")  # val is not used
+    (tmp_path / "val" / "zebra").rename(tmp_path / "val" / ".zebra")
+    with pytest.raises(InputError, match=r"^\S*val lacks airplane; training"):
+        load(FOLDER, tmp_path, "test")
+    classes(tmp_path / "val", "airplane")
+    assert load(FOLDER, tmp_path, "test").class_names == ["airplane", "dog", "truck"]
+    classes(tmp_path / "test", "dog")
+    with pytest.raises(InputError, match=r"test lacks airplane, truck"):
+        load(FOLDER, tmp_path, "train")
+
+
+def _with_two_each(folder: Path) -> Path:
+    for path in list((folder / "train").iterdir()):
+        write_image(path / "1.png")
+    return folder
+
+
+def test_numbers_padded_in_one_split_alone_are_the_same_classes(tmp_path: Path) -> None:
+    """Sorted as text they are 00, 01, …, 10 and 0, 1, 10, 2, …: each split by itself would number them otherwise."""
+    classes(tmp_path / "train", *(f"{number:02d}" for number in range(11)))
+    classes(tmp_path / "val", *map(str, range(11)))
+    test = load(FOLDER, tmp_path, "test")
+    assert test.class_names == [f"{number:02d}" for number in range(11)]
+    levels = (test.load(range(11))[:, 0].mean((1, 2)) * 255).round().int()
+    assert (levels // 20).tolist() == test.labels.tolist()
+    assert load(FOLDER, tmp_path, "train").class_names == test.class_names
+    (tmp_path / "val" / "10").rename(tmp_path / "val" / "11")
+    with pytest.raises(InputError, match=r"train lacks: 0, 1, 11, 2, 3, … \(11 in all\), and it lacks 00"):
+        load(FOLDER, tmp_path, "test")
+
+
+def test_a_folder_of_held_out_images_is_no_class(tmp_path: Path) -> None:
+    classes(tmp_path, "cat", "dog")
+    write_image(tmp_path / "val" / "cat" / "0.png")
+    with pytest.raises(InputError, match="has a folder 'val', but no 'train' beside it"):
+        load(FOLDER, tmp_path, "train")
+    assert load(FOLDER, tmp_path, "test").class_names == ["cat"]
+
+
+def test_tiny_imagenet_of_other_classes(tmp_path: Path) -> None:
+    config = DataConfig(layout="tiny", size=8)
+    classes(tmp_path / "train", "n01", "n02")
+    write_image(tmp_path / "val" / "images" / "0.png")
+    (tmp_path / "val" / "val_annotations.txt").write_text("0.png\tn02\t0\n")
+    for split in ("train", "test"):
+        with pytest.raises(InputError, match="names no image of class 'n01', which has a folder in"):
+            load(config, tmp_path, split)  # type: ignore[arg-type]
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert load(config, tmp_path, "test").class_names == ["n02"]
+    (tmp_path / "val" / "val_annotations.txt").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "train")
+    classes(tmp_path / "val", "n02")
+    (tmp_path / "val" / "images").rename(tmp_path / "val" / "n03")
+    with pytest.raises(InputError, match=r"val has class folders that .*train lacks: n03, and it lacks n01"):
+        load(config, tmp_path, "test")
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    """macOS leaves ._0.png beside 0.png, Jupyter copies of images in .ipynb_checkpoints."""
+    classes(tmp_path, "cat")
+    for name in ("._0.png", ".ipynb_checkpoints/0-checkpoint.png", "more/.1.png"):
+        (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_bytes(b"no image")
+    assert image_folder(tmp_path, 8).files == ["cat/0.png"]
+
+
+def test_files_sorted_by_number(tmp_path: Path) -> None:
+    for name in ("class0_id1000.png", "class0_id999.png", "class0_id101.png", "10.png", "9.png", "a.png"):
+        write_image(tmp_path / "new0" / name)
+    data = image_folder(tmp_path, 8, per_class=5, by_number=True)
+    assert data.files == [f"new0/{name}.png" for name in ("9", "10", "a", "class0_id101", "class0_id999")]
+
+
+@pytest.mark.parametrize("layout", ["cifar10", "cifar100"])
+def test_cifar_as_class_folders(tmp_path: Path, layout: Any) -> None:
+    for split in ("train", "test"):
+        classes(tmp_path / split, "airplane", "dog")
+    config = DataConfig(layout=layout, size=32, classes=2)
+    assert load(config, tmp_path, "test").class_names == ["airplane", "dog"]
+    with pytest.raises(InputError, match="has 2 classes, wanted 10"):
+        load(replace(config, classes=10), tmp_path, "train")
+
+
+def test_test_images_are_cut_as_torchvision_does(tmp_path: Path) -> None:
+    """Resize(256), CenterCrop(224) of the released program; training images keep all of their shorter side."""
+    from torchvision.transforms import v2
+
+    rows, columns = torch.arange(375)[:, None].expand(375, 500), torch.arange(500)[None].expand(375, 500)
+    gradient = np.stack([columns * 255 // 499, rows * 255 // 374, (rows + columns) * 255 // 873], 2).astype(np.uint8)
+    for split in ("train", "val"):
+        path = tmp_path / split / "cat" / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(gradient).save(path)
+    config = full_recipe("imagenet").data
+    assert (config.test_crop, config.test_resize) == (0.875, 256)
+    assert full_recipe("folder").data.test_resize == 224
+    one = replace(config, classes=None)
+    test, train = (load(one, tmp_path, split).load([0])[0] * 255 for split in ("test", "train"))  # type: ignore[arg-type]
+    wanted = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))
+    assert float((test - wanted).abs().max()) <= 1
+    whole = v2.Compose([v2.Resize(224), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))
+    assert float((train - whole).abs().max()) <= 1
+    assert float(test[0, 0, 0]) > float(train[0, 0, 0]) + 10  # x begins further inside

@@ -17,7 +17,7 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from dwa_fast import InputError
-from dwa_fast.decoding import BadImageError, decode
+from dwa_fast.decoding import BadImageError, check_image, decode
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 12, 4), dtype=np.uint8)
 ORIENTATION = 274  # the EXIF tag
@@ -243,3 +243,24 @@ def test_failures_of_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InputError, match=f"{re.escape(message)}$") as error:
         decode(tmp_path / "x.png", 8, 3)
     assert isinstance(error.value, BadImageError) == ("is no image" in message)
+
+
+@pytest.mark.parametrize("form", ["baseline", "progressive", "grey", "CMYK", "PNG"])
+def test_the_quick_check_finds_what_decoding_finds(tmp_path: Path, form: str) -> None:
+    """A JPEG is decoded at an eighth of its size for it, and must still be read to its end."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
+    picture, path = Image.fromarray(pixels), tmp_path / "x"
+    picture = picture.convert({"grey": "L", "CMYK": "CMYK"}.get(form, "RGB"))
+    picture.save(path, format="PNG" if form == "PNG" else "JPEG", **({"progressive": True} if form == "progressive" else {}))
+    check_image(path, 3)
+    whole = path.read_bytes()
+    for share in (0.0, 0.02, 0.3, 0.6, 0.9, 0.97):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(BadImageError) as slow:
+            decode(path, 16, 3)
+        with pytest.raises(BadImageError) as quick:
+            check_image(path, 3)
+        assert str(quick.value) == str(slow.value)
+    Image.new("RGB", (500, 2)).save(tmp_path / "narrow.png")
+    with pytest.raises(BadImageError, match="500 × 2 pixels, too narrow"):
+        check_image(tmp_path / "narrow.png", 3)

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from dwa_fast import InputError
+from dwa_fast.config import StorageConfig
 from dwa_fast.distilled import open_distilled
+from dwa_fast.storage import MANIFEST, ImageStore, WorkItem
 
 WNIDS = ["n01440764", "n01443537", "n02102040"]
 
@@ -92,3 +94,78 @@ def test_bad_images_are_named_or_skipped(tmp_path: Path) -> None:
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     with pytest.raises(InputError, match=r"class 'n01443537' of .* has 2 images that can be read, wanted at least 3"):
         open_distilled(tmp_path, 8, 3, WNIDS, per_class=3, skip_bad_images=True)
+
+
+def own_set(folder: Path, names: list[str], size: int = 8) -> None:
+    """A set of ours, one image per class, whose level says which."""
+    settings = {"image_shape": [3, size, size]}
+    store = ImageStore(folder, settings, names, StorageConfig(losses_every=0))
+    item = WorkItem(0, 0, list(range(len(names))))
+    store.write(item, torch.stack([torch.full((3, size, size), 20 * label, dtype=torch.uint8) for label in item.labels]))
+    store.finish([item])
+    store.close()
+
+
+def classes_of(folder: Path, real: list[str]) -> dict[str, int]:
+    """By real class, the number that the class had when the set was made."""
+    data, _ = open_distilled(folder, 8, 3, real)
+    levels = (data.load(range(len(data.labels))).mean((1, 2, 3)) * 255).round().int() // 20
+    assert data.class_names == real
+    return {real[label]: int(level) for label, level in zip(data.labels.tolist(), levels, strict=True)}
+
+
+def test_a_set_of_ours_is_matched_by_its_class_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own_set(tmp_path / "set", ["dog", "airplane", "truck"])  # CIFAR's files, say, have an order of their own
+    assert classes_of(tmp_path / "set", ["airplane", "dog", "truck"]) == {"airplane": 1, "dog": 0, "truck": 2}
+    with caplog.at_level("INFO", "dwa_fast"):
+        assert classes_of(tmp_path / "set", ["airplane", "truck"]) == {"airplane": 1, "truck": 2}
+    assert "set: 2 of its 3 classes are among the real ones; the others are left out" in caplog.text
+    for real in (["dog", "truck", "zebra"], ["airplane", "dog", "truck", "zebra"]):
+        with pytest.raises(
+            InputError, match=r"set holds images of the classes dog, airplane, truck; the real images have .*: it lacks zebra"
+        ):
+            open_distilled(tmp_path / "set", 8, 3, real)
+    own_set(tmp_path / "numbers", sorted(map(str, range(12))))
+    padded = [f"{number:02d}" for number in range(12)]
+    assert classes_of(tmp_path / "numbers", padded) == {name: sorted(map(str, range(12))).index(str(int(name))) for name in padded}
+    (tmp_path / "set" / MANIFEST).write_text("{}")
+    with caplog.at_level("WARNING", "dwa_fast"):
+        assert classes_of(tmp_path / "set", ["dog", "truck", "zebra"]) == {"dog": 0, "truck": 1, "zebra": 2}  # as any set of numbers
+    assert "its classes and settings are not known" in caplog.text
+
+
+def test_a_set_of_ours_of_another_size_is_refused(tmp_path: Path) -> None:
+    own_set(tmp_path, ["cat", "dog"], size=16)
+    with pytest.raises(InputError, match="holds images of 16 × 16 pixels, not 8; pass --size 16"):
+        open_distilled(tmp_path, 8, 3, ["cat", "dog"])
+    with pytest.raises(InputError, match="holds images of 3 channels, got a mean and std of 1"):
+        open_distilled(tmp_path, 16, 1, ["cat", "dog"])
+
+
+def test_more_classes_by_name_are_cut(tmp_path: Path) -> None:
+    for number, name in enumerate(("ant", *WNIDS)):
+        write_image(tmp_path / name / "0.png", 20 * number)
+    assert classes_of(tmp_path, WNIDS) == {name: number + 1 for number, name in enumerate(WNIDS)}
+
+
+def test_numbers_that_are_names_or_places_are_refused(tmp_path: Path) -> None:
+    """Real classes 0 … 11, sorted 0, 1, 10, 11, 2, …: folder 2 may be class 2, or the third one, 10."""
+    real = sorted(map(str, range(12)))
+    for name in ("class_{}", "new{:03d}", "{:05d}"):
+        folder = tmp_path / name[:3].strip("{:")
+        for number in range(12):
+            write_image(folder / name.format(number) / "0.png", 20 * number)
+        with pytest.raises(InputError, match=r"the same numbers in another order .*; rename the folders as the real classes"):
+            open_distilled(folder, 8, 3, real)
+    for number in range(12):
+        write_image(tmp_path / "alike" / f"class_{number:03d}" / "0.png", 20 * number)
+    named = sorted(f"class_{number}" for number in range(12))
+    assert classes_of(tmp_path / "alike", named) == {name: int(name[6:]) for name in named}
+
+
+def test_images_beyond_a_thousand_are_sorted_by_number(tmp_path: Path) -> None:
+    for index in (2, 998, 999, 1000, 1001):
+        write_image(tmp_path / "new000" / f"class000_id{index:03d}.png", index % 200)
+    for per_class, last in ((3, "id999"), (4, "id1000")):
+        data, _ = open_distilled(tmp_path, 8, 3, ["cat"], per_class=per_class)
+        assert data.files[-1] == f"new000/class000_{last}.png"

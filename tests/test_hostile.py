@@ -139,7 +139,7 @@ def test_cifar_with_code_is_refused(tmp_path: Path, outside: Path) -> None:
     folder.mkdir()
     for name in [name for name, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list] + ["batches.meta"]:
         (folder / name).write_bytes(pickle.dumps(Harmful(outside / "canary")))
-    with pytest.raises(InputError, match="holds no intact cifar-10-batches-py"):
+    with pytest.raises(InputError, match="holds neither an intact cifar-10-batches-py nor folders train and test"):
         load(DataConfig(layout="cifar10", size=32), tmp_path, "train")
 
 

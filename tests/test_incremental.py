@@ -11,7 +11,8 @@ import torch
 
 from dwa_fast import InputError
 from dwa_fast.datasets import MemorySet, digits
-from dwa_fast.incremental import IncrementalConfig, KnownClasses, class_order, learn
+from dwa_fast.incremental import IncrementalConfig, class_order, learn
+from dwa_fast.pairing import KnownClasses
 from dwa_fast.recipes import full_recipe
 from tests.nets import SIZE, real_images, small_set, small_teacher
 

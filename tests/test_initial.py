@@ -153,7 +153,7 @@ def test_flag_may_be_given_after_the_first_stop(tmp_path: Path) -> None:
     distil(files(tmp_path / "data"), tmp_path / "whole", initial_order="sorted", skip_bad_images=True)
     with pytest.raises(InputError, match="--skip-bad-images"):
         distil(files(tmp_path / "data"), tmp_path / "set", initial_order="sorted")
-    assert distil(files(tmp_path / "data"), tmp_path / "set", initial_order="sorted", skip_bad_images=True) == 10
+    assert distil(files(tmp_path / "data"), tmp_path / "set", initial_order="sorted", skip_bad_images=True) == 20
     assert read_manifest(tmp_path / "set") == read_manifest(tmp_path / "whole")
 
 
@@ -233,3 +233,22 @@ def test_noise_start_needs_no_images(tmp_path: Path) -> None:
 def test_unknown_order() -> None:
     with pytest.raises(InputError, match="unknown initial_order 'random'; known: sampled, sorted"):
         InitialConfig(initial_order="random")  # type: ignore[arg-type]
+
+
+def test_all_images_that_a_set_needs_are_read_before_the_first_batch(tmp_path: Path) -> None:
+    """The last image of one class and a file of tensors at the end: nothing is computed before they are found."""
+    write_files(tmp_path / "data")
+    for name in ("c3/2.png", "c7/1.png"):
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"c3/2\.png is no image .*; with --skip-bad-images .* \(and images of 1 more classes\)"):
+        distil(files(tmp_path / "data"), tmp_path / "set", ipc=3, initial_order="sorted")
+    assert not read_manifest(tmp_path / "set")["images"]
+    (tmp_path / "tensors").mkdir()
+    for index in range(3):
+        torch.save(torch.zeros(10, 1, SIZE, SIZE), tmp_path / "tensors" / f"tensor_{index}.pt")
+    last = tmp_path / "tensors" / "tensor_2.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    start = initial_images(small_set(), CONFIG, InitialConfig(initial_tensors=tmp_path / "tensors"), ipc=3, seed=0)
+    start.check(dict.fromkeys(range(10), 1))
+    with pytest.raises(InputError, match=r"tensor_2\.pt"):
+        start.check({0: 1, 4: 2})

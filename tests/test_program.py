@@ -91,3 +91,12 @@ def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
         assert torch.equal(result, (source @ source.T).tanh() + (source * 2).sin())
     del programs
     assert torch.equal(torch.ones(500, 500) * 2, torch.full((500, 500), 2.0))
+
+
+def test_a_tensor_as_index_leaves_a_gap_in_a_list_of_optional_tensors() -> None:
+    """x[:, i] gives the operator [None, i]; the gap has no slot."""
+    x, index, result = torch.randn(4, 5), torch.tensor([2, 0, 1]), torch.zeros(4, 3)
+    program = Program(lambda: result.copy_((2 * x)[:, index]))
+    result.zero_()
+    program.run(3)
+    assert torch.equal(result, 2 * x[:, [2, 0, 1]])

@@ -137,3 +137,19 @@ def test_steps_of_incremental_learning() -> None:
 )
 def test_nothing_beside_what_was_never_published(record: Record) -> None:
     assert beside_published(record) is None
+
+
+def test_images_that_were_cut_otherwise_are_not_compared() -> None:
+    """Held-out images of ImageNet are resized to 256 pixels in the paper; older records say nothing, and kept all of them."""
+    record = study("imagenet", student="resnet18")
+    table = beside_published(record)
+    assert table
+    assert len(table.rows) == 1
+    for crop in (1.0, None):
+        record.settings["data"]["test_crop"] = crop
+        if crop is None:
+            del record.settings["data"]["test_crop"]
+        table = beside_published(record)
+        assert table
+        assert not table.rows
+        assert "published in: test_crop." in table.note

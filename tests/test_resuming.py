@@ -32,7 +32,9 @@ def test_images_labels_and_names_make_the_digest(tmp_path: Path) -> None:
         replace(data, labels=1 - data.labels),
         replace(data, class_names=["cat", "eel"]),
         replace(data, size=16),
+        replace(data, resize=9),
     ]
+    assert image_digest(replace(data, resize=8)) == image_digest(data)
     digests = {image_digest(each) for each in (data, *others)}
     Image.new("RGB", (8, 8), (1, 20, 99)).save(tmp_path / "a" / "dog" / "2.png")
     assert len(digests | {image_digest(data)}) == len(others) + 2

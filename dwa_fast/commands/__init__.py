@@ -27,7 +27,7 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
     """Every command with its defaults; those of a data set are the recipe's."""
     recipe = full_recipe(recipe_name or "digits", method=method)
     given: Any = recipe.name if recipe_name else tyro.MISSING
-    data = {"recipe": given, "size": recipe.data.size}
+    data = {"recipe": given, "size": recipe.data.size, "test_crop": recipe.data.test_crop}
     missing: Any = tyro.MISSING
     study = {**data, "teacher": missing, "output": missing, "synthesis": recipe.synthesis, "config": recipe.validation}
     return {

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor
 
 from dwa_fast.architectures import ARCHITECTURES
-from dwa_fast.checkpoint import TeacherInfo, load_teacher
-from dwa_fast.config import DataConfig
+from dwa_fast.config import DataConfig, Normalisation
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet, ImageSet, Split, load
 from dwa_fast.decoding import BadImageError
+from dwa_fast.distilled import set_manifest
 from dwa_fast.errors import InputError
+from dwa_fast.pairing import PairedTeacher, as_flags, described, open_teacher
 from dwa_fast.recipes import full_recipe
+from dwa_fast.teacher_check import check_teacher
+
+log = logging.getLogger("dwa_fast")
 
 Architecture = Annotated[str, tyro.conf.arg(help=f"One of {', '.join(ARCHITECTURES)}. Or timm:NAME, a network of timm.")]
 
@@ -32,6 +38,7 @@ class Data:
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
     size: int  # Height and width of the images, pixels.
     held_out_share: float = 0.0  # Hold out this share of the training images in place of the test images, to choose settings without them.
+    test_crop: float = 1.0  # Share of the shorter side that the centre crop of test images keeps; 0.875: resized to 256, 224 cut out.
 
     def load(self, split: Split, channels: int) -> ImageSet:
         """The images of a split, as the recipe says."""
@@ -41,34 +48,88 @@ class Data:
     def data_config(self) -> DataConfig:
         """The recipe's, at the size asked for."""
         config = full_recipe(self.recipe).data
-        return DataConfig(layout=config.layout, size=self.size, classes=config.classes, held_out_share=self.held_out_share)
+        return replace(config, size=self.size, held_out_share=self.held_out_share, test_crop=self.test_crop)
 
 
-def read_teacher(
-    data: Data, path: Path, architecture: str | None, classes: int, channels: int, weights_key: str | None = None
-) -> tuple[torch.nn.Module, TeacherInfo]:
-    """The teacher of a command; a checkpoint that does not say what it holds is taken for the recipe's architecture."""
-    try:
-        return load_teacher(path, architecture=architecture, classes=classes, channels=channels, size=data.size, weights_key=weights_key)
-    except InputError as error:
-        if architecture is not None or "does not say which network" not in str(error):
-            raise
-    usual = full_recipe(data.recipe).architecture
-    return load_teacher(path, architecture=usual, classes=classes, channels=channels, size=data.size, weights_key=weights_key)
+@dataclass(frozen=True, kw_only=True)
+class TaughtData(Data):
+    """Real images, and what a teacher's checkpoint does not say itself."""
+
+    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
+    classes: Path | None = None  # The teacher's classes, one name a line in the order of its outputs, where they are not those of the data.
+
+    def open_teacher(
+        self,
+        path: Path,
+        architecture: str | None,
+        class_names: Sequence[str],
+        normalisation: Normalisation,
+        flags: Sequence[str] = ("--mean", "--std"),
+    ) -> PairedTeacher:
+        """The teacher of a command, with the classes of its data as outputs.
+
+        A checkpoint that does not say what it holds is taken for the recipe's architecture. Raises InputError as `pairing.open_teacher`.
+        """
+        return open_teacher(
+            path,
+            class_names,
+            normalisation,
+            size=self.size,
+            architecture=architecture,
+            default_architecture=full_recipe(self.recipe).architecture,
+            classes=self.classes,
+            weights_key=self.weights_key,
+            flags=flags,
+        )
+
+
+def try_teacher(teacher: PairedTeacher, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
+    """Say how many of some real images the teacher names right, and warn where that is near chance."""
+    module = teacher.module.to(device)
+
+    def predict(images: Tensor) -> Tensor:
+        logits: Tensor = module(images.to(device))
+        return logits
+
+    check_teacher(predict, data, normalisation)
+    module.cpu()
+
+
+def check_set(folder: Path, normalisation: Normalisation, teacher: PairedTeacher | None) -> None:
+    """Compare the normalisation with that of the teacher that a set of ours was made with, as far as that is known.
+
+    Raises:
+        InputError: they differ, and it is this teacher.
+    """
+    settings = (set_manifest(folder) or {}).get("settings", {})
+    made = settings.get("mean"), settings.get("std")
+    known = teacher is not None and teacher.info.mean is not None  # then that has been compared, and is what counts
+    if known or not all(isinstance(value, list) for value in made) or made == (list(normalisation.mean), list(normalisation.std)):
+        return
+    difference = f"{folder} was made with {described(*made)}, not {described(normalisation.mean, normalisation.std)}"
+    if teacher is not None and settings.get("teacher") == teacher.checksum:
+        raise InputError(f"{difference}, and with this teacher; pass {as_flags(*made)}")
+    log.warning("%s; a teacher is given images of the normalisation that it was trained with", difference)
 
 
 _SHOWN = 5  # skipped files that are named
 
 
-def usable(console: Console, data: ImageSet, skip_bad_images: bool) -> ImageSet:
+def usable(console: Console, data: ImageSet, skip_bad_images: bool, *, used_late: bool = False) -> ImageSet:
     """The images, on request without those that cannot be decoded, which are counted and named; every file is read once for it.
 
+    Args:
+        used_late: whether the images are decoded after hours of work alone, so that bad ones must be found now.
     Raises:
         InputError: nothing is left of a class.
+        BadImageError: an image that is used late cannot be decoded, and none may be skipped.
     """
-    if not skip_bad_images or not isinstance(data, FileSet):
+    if not (skip_bad_images or used_late) or not isinstance(data, FileSet):
         return data
     faults = data.faults()
+    if faults and not skip_bad_images:
+        index, cause = next(iter(faults.items()))
+        raise BadImageError(data.folder / data.files[index], cause + (f" ({len(faults)} such files in all)" if len(faults) > 1 else ""))
     good = data.select([index for index in range(len(data.files)) if index not in faults])
     say_skipped(console, {data.name(index): cause for index, cause in faults.items()})
     missing = set(data.labels.tolist()) - set(good.labels.tolist())

@@ -14,10 +14,10 @@ import tyro
 from torch import Tensor
 
 from dwa_fast import backend
-from dwa_fast.checkpoint import teacher_checksum
-from dwa_fast.commands.data import naming_bad_images, read_teacher
+from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import DistilledSets, study_folder
+from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
+from dwa_fast.config import Normalisation
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet
 from dwa_fast.pictures import contact_sheet
@@ -47,29 +47,38 @@ class Diversity(DistilledSets):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
+    mean: tuple[float, ...] | None = None  # Mean of each channel with which the teacher was trained; default: the recipe's.
+    std: tuple[float, ...] | None = None  # Standard deviation of each channel; likewise.
     config: tyro.conf.OmitArgPrefixes[SurveyConfig]
+
+    def _normalisation(self) -> Normalisation:
+        recipe = full_recipe(self.recipe).validation
+        return Normalisation(mean=self.mean or recipe.mean, std=self.std or recipe.std)
 
     def run(self, console: Console) -> None:
         """Look, and write the record."""
         started = time.perf_counter()
-        normalisation, device = full_recipe(self.recipe).validation, backend.resolve_device(self.device)
+        normalisation, device = self._normalisation(), backend.resolve_device(self.device)
         train = self.real(console, "train", normalisation.channels)
         sets = self.open_sets(console, normalisation.channels, train.class_names)
-        module, info = read_teacher(self, self.teacher, self.architecture, len(train.class_names), normalisation.channels, self.weights_key)
+        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, normalisation)
+        for images in sets.values():
+            check_set(images.folder, normalisation, teacher)
+        try_teacher(teacher, train, normalisation, device)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
             "images": image_digest(train),
+            **({"mean": normalisation.mean, "std": normalisation.std} if self.mean or self.std else {}),
             "seed": self.seed,
             **asdict(self.config),
-            "teacher": {"architecture": info.architecture, "checksum": teacher_checksum(self.teacher, self.weights_key)},
+            "teacher": teacher_settings(teacher),
             "sets": {name: {"images": len(images.labels), "checksum": image_digest(images)} for name, images in sets.items()},
         }
         study_folder(self.output, settings)
         with naming_bad_images(), console.bars() as track:
             found = survey(
-                module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images looked at")
+                teacher.module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images looked at")
             )
         facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
         pictures = draw_pictures(found, self.output)

@@ -10,22 +10,24 @@ from pathlib import Path
 
 import tyro
 
-from dwa_fast.checkpoint import teacher_checksum
-from dwa_fast.commands.data import Data, read_teacher
+from dwa_fast import backend
+from dwa_fast.commands.data import TaughtData, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
 from dwa_fast.console import Console
+from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import Run, contact_sheet, run_grid
 from dwa_fast.experiments.schedule import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
 from dwa_fast.files import output_folder
+from dwa_fast.pairing import described
 from dwa_fast.records import Record, command_line
 from dwa_fast.resuming import image_digest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Data):
+class Study(TaughtData):
     """What every study is given."""
 
     teacher: Path  # Checkpoint of the teacher.
@@ -33,7 +35,6 @@ class Study(Data):
     ipc: tuple[int, ...] = (10,)  # Images per class; a smaller set is the beginning of a larger one.
     seeds: int = 3  # Sets of each kind, synthesised from seeds 0, 1, …; the spread of a result is over them.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     jobs: int | None = None  # Sets and cells computed at the same time, in processes; default: as the CPU has room for, 1 on a GPU.
     threads: int = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
@@ -46,17 +47,22 @@ class Study(Data):
         check_integer("threads", self.threads, 1)
         if self.jobs is not None:
             check_integer("jobs", self.jobs, 1)
-        setup, started = self._setup(), time.perf_counter()
+        setup, started = self._setup(console), time.perf_counter()
         folder = output_folder(self.output / name)
         with console.bars() as track:
             run = functools.partial(run_grid, setup, jobs=self.jobs or default_jobs(setup), watcher=track(name))
             record = study(run, setup, folder)
         finish(console, folder, replace(record, command=command_line(), seconds=time.perf_counter() - started))
 
-    def _setup(self) -> Setup:
+    def _setup(self, console: Console) -> Setup:
         channels = self.synthesis.channels
-        train, test = self.load("train", channels), self.load("test", channels)
-        _, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), channels, self.weights_key)
+        train, test = self.load("train", channels), usable(console, self.load("test", channels), False, used_late=True)
+        if (self.synthesis.mean, self.synthesis.std) != (self.config.mean, self.config.std):
+            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.config))
+            raise InputError(f"sets would be made with {made}, and students trained with {trained}, by the same teacher")
+        for config, flags in ((self.synthesis, ("--synthesis.mean", "--synthesis.std")), (self.config, ("--mean", "--std"))):
+            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, config, flags)
+        try_teacher(teacher, test, self.config, backend.resolve_device(self.synthesis.device))
         return Setup(
             output=self.output,
             recipe=self.recipe,
@@ -65,9 +71,11 @@ class Study(Data):
             train_checksum=image_digest(train),
             test_checksum=image_digest(test),
             teacher=self.teacher,
-            teacher_checksum=teacher_checksum(self.teacher, self.weights_key),
-            architecture=info.architecture,
+            teacher_checksum=teacher.checksum,
+            architecture=teacher.info.architecture,
             weights_key=self.weights_key,
+            outputs=tuple(teacher.outputs) if teacher.outputs else None,
+            teacher_classes=teacher.info.classes,
             synthesis=self.synthesis,
             validation=self.config,
             initial=self.initial,

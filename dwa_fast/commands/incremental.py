@@ -13,10 +13,9 @@ from typing import Any
 import tyro
 
 from dwa_fast import backend
-from dwa_fast.checkpoint import teacher_checksum
-from dwa_fast.commands.data import naming_bad_images, read_teacher
+from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import DistilledSets, study_folder
+from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import SynthesisConfig, ValidationConfig
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet
@@ -46,7 +45,6 @@ class Incremental(DistilledSets):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -56,7 +54,10 @@ class Incremental(DistilledSets):
         device = backend.resolve_device(self.device)
         test = self.real(console, "test", self.config.channels)
         sets = self.open_sets(console, self.config.channels, test.class_names)
-        module, info = read_teacher(self, self.teacher, self.architecture, len(test.class_names), self.config.channels, self.weights_key)
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
+        for images in sets.values():
+            check_set(images.folder, self.config, teacher)
+        try_teacher(teacher, test, self.config, device)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
@@ -64,7 +65,7 @@ class Incremental(DistilledSets):
             "student": self.student,
             "seed": self.seed,
             "tasks": self.protocol.tasks,
-            "teacher": {"architecture": info.architecture, "checksum": teacher_checksum(self.teacher, self.weights_key)},
+            "teacher": teacher_settings(teacher),
             "validation": asdict(self.config),
         }
         keep = study_folder(self.output, settings) / _STEPS
@@ -72,7 +73,7 @@ class Incremental(DistilledSets):
             accuracies = learn(
                 sets,
                 test,
-                module,
+                teacher.module,
                 self.student,
                 self.protocol,
                 self.config,

@@ -17,6 +17,7 @@ from dwa_fast import backend, ops
 from dwa_fast._version import __version__
 from dwa_fast.checkpoint import TeacherInfo, load_teacher
 from dwa_fast.console import Console
+from dwa_fast.datasets import shown
 from dwa_fast.errors import InputError
 from dwa_fast.storage import read_manifest
 from dwa_fast.teacher import prepare
@@ -60,6 +61,8 @@ class Info:
         if self.json:
             print(json.dumps(content, indent=2))
         else:
+            if self.teacher and info.class_names:
+                content["teacher"]["class_names"] = shown(info.class_names)
             console.tree("dwa-fast", content)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 import tyro
-from torch import nn
 
 from dwa_fast import backend, workers
-from dwa_fast.checkpoint import TeacherInfo, save_teacher, teacher_checksum
-from dwa_fast.commands.data import Architecture, Data, naming_bad_images, read_teacher, usable
+from dwa_fast.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.commands.data import Architecture, Data, TaughtData, naming_bad_images, usable
 from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.console import Console
+from dwa_fast.datasets import ImageSet
 from dwa_fast.distill import distill
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
@@ -44,33 +44,37 @@ class Squeeze(Data):
         keep = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
             train = usable(console, self.load("train", self.config.channels), self.skip_bad_images)
+            test = self._held_out(console)
             module = squeeze(
                 train, self.architecture, self.config, size=self.size, device=device, seed=self.seed, progress=track("teacher"), keep=keep
             )
-        accuracy = self._tested(console, module, device)
+        accuracy = None if test is None else top1(module, test, self.config, device)
         info = TeacherInfo(
             architecture=self.architecture,
             classes=len(train.class_names),
             channels=self.config.channels,
             size=self.size,
             accuracy=accuracy,
+            class_names=train.class_names,
+            mean=self.config.mean,
+            std=self.config.std,
         )
         save_teacher(self.output, module, info)
         keep.unlink(missing_ok=True)
         console.say(f"{self.output}: {self.architecture}" + ("" if accuracy is None else f", {accuracy:.2f} % top-1 on held-out images"))
 
-    def _tested(self, console: Console, module: nn.Module, device: torch.device) -> float | None:
-        """Top-1 on the held-out images, percent; None where there are none."""
+    def _held_out(self, console: Console) -> ImageSet | None:
+        """The held-out images; None where there are none, which is said."""
         try:
-            test = usable(console, self.load("test", self.config.channels), self.skip_bad_images)
-            return top1(module, test, self.config, device)
+            test = self.load("test", self.config.channels)
         except InputError as error:
             console.say(f"not tested: {error}")
             return None
+        return usable(console, test, self.skip_bad_images, used_late=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesize(Data):
+class Synthesize(TaughtData):
     """Distil a data set into a few images per class. The same command goes on where it stopped."""
 
     teacher: Path  # Checkpoint of the teacher.
@@ -79,7 +83,6 @@ class Synthesize(Data):
     ipc: int = 10  # Images per class, at least 1.
     seed: int = 0  # All random draws derive from it.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was begun, or all.
     shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
@@ -91,8 +94,10 @@ class Synthesize(Data):
         backend.resolve(self.config.backend, self.config.precision, self.config.device)
         check_integer("ipc", self.ipc, 1)
         train = self.load("train", self.config.channels)
-        module, _ = read_teacher(self, self.teacher, self.architecture, len(train.class_names), self.config.channels, self.weights_key)
-        origin = {"recipe": self.recipe, "method": self.method, "teacher": teacher_checksum(self.teacher, self.weights_key)}
+        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, self.config)
+        origin: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}
+        if teacher.outputs:
+            origin["teacher_outputs"] = teacher.outputs
         if workers.launched() and self.shard:
             raise InputError("--shard is for processes that know nothing of each other; those of torchrun share the work by themselves")
         team = workers.elastic() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
@@ -100,7 +105,7 @@ class Synthesize(Data):
         with console.bars(shown=workers.rank() == 0) as track:
             bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
-                module,
+                teacher.module,
                 train,
                 config,
                 ipc=self.ipc,

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast import backend
-from dwa_fast.commands.data import naming_bad_images, read_teacher
+from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.students import DistilledData
 from dwa_fast.config import ValidationConfig
 from dwa_fast.console import Console
@@ -29,7 +29,6 @@ class Relabel(DistilledData):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:
@@ -42,7 +41,11 @@ class Relabel(DistilledData):
             console.say(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
             if self.dry_run:
                 return
-            module, _ = read_teacher(self, self.teacher, self.architecture, classes, self.config.channels, self.weights_key)
+            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
+            check_set(self.images, self.config, teacher)
+            try_teacher(teacher, test, self.config, device)
             progress = track("soft labels")
-            relabel(distilled, module, self.config, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)
+            relabel(
+                distilled, teacher.module, self.config, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress
+            )
         console.say(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
-from torch import nn
 
 from dwa_fast import backend
 from dwa_fast.checkpoint import TeacherInfo
-from dwa_fast.commands.data import Architecture, Data, naming_bad_images, read_teacher, say_skipped, usable
+from dwa_fast.commands.data import Architecture, TaughtData, check_set, naming_bad_images, say_skipped, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
 from dwa_fast.console import Console
@@ -22,6 +22,7 @@ from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
 from dwa_fast.layout import refuse_images, set_folder
+from dwa_fast.pairing import PairedTeacher
 from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread
 from dwa_fast.storage import read_manifest
 from dwa_fast.subsets import images_per_class
@@ -29,7 +30,7 @@ from dwa_fast.validate import ValidationResult, validate
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilledData(Data):
+class DistilledData(TaughtData):
     """A distilled set, and the real data that it stands for."""
 
     images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
@@ -38,7 +39,7 @@ class DistilledData(Data):
 
     def open_both(self, console: Console, channels: int) -> tuple[FileSet, ImageSet]:
         """The distilled images, and the held-out real ones."""
-        test = usable(console, self.load("test", channels), self.skip_bad_images)
+        test = usable(console, self.load("test", channels), self.skip_bad_images, used_late=True)
         distilled, skipped = open_distilled(
             self.images, self.size, channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
         )
@@ -56,7 +57,6 @@ class Validate(DistilledData):
     seed: int = 0  # All random draws derive from it.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     output: Path | None = None  # Folder for record.json and for what a stopped run goes on from.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -69,11 +69,11 @@ class Validate(DistilledData):
         device = backend.resolve_device(self.device)
         with naming_bad_images(), console.bars() as track:
             distilled, test = self.open_both(console, self.config.channels)
-            teacher, info = self._teacher(len(test.class_names))
+            teacher = self._teacher(test, device)
             result = validate(
                 distilled,
                 test,
-                teacher,
+                teacher.module if teacher else None,
                 self.student,
                 self.config,
                 size=self.size,
@@ -85,13 +85,17 @@ class Validate(DistilledData):
             )
         console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
         if self.output:
-            record = self._record(result, images_per_class(distilled), info)
+            record = self._record(result, images_per_class(distilled), teacher.info if teacher else None)
             finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
 
-    def _teacher(self, classes: int) -> tuple[nn.Module | None, TeacherInfo | None]:
+    def _teacher(self, test: ImageSet, device: torch.device) -> PairedTeacher | None:
         if self.teacher is None:
-            return None, None
-        return read_teacher(self, self.teacher, self.architecture, classes, self.config.channels, self.weights_key)
+            check_set(self.images, self.config, None)
+            return None
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
+        check_set(self.images, self.config, teacher)
+        try_teacher(teacher, test, self.config, device)
+        return teacher
 
     def _record(self, result: ValidationResult, ipc: int | str, teacher: TeacherInfo | None) -> Record:
         made = self._set_settings()

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.commands.data import Data, say_skipped, usable
+from dwa_fast.commands.data import TaughtData, naming_bad_images, say_skipped, usable
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet, ImageSet, Split
 from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
 from dwa_fast.layout import refuse_images, set_folder
+from dwa_fast.pairing import PairedTeacher
 from dwa_fast.records import RECORD, read_record
 from dwa_fast.resuming import refuse_change
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilledSets(Data):
+class DistilledSets(TaughtData):
     """Some distilled sets, and the real data that they stand for."""
 
     sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
@@ -29,7 +30,8 @@ class DistilledSets(Data):
 
     def real(self, console: Console, split: Split, channels: int) -> ImageSet:
         """The real images of a split."""
-        return usable(console, self.load(split, channels), self.skip_bad_images)
+        with naming_bad_images():
+            return usable(console, self.load(split, channels), self.skip_bad_images, used_late=split == "test")
 
     def open_sets(self, console: Console, channels: int, class_names: Sequence[str]) -> dict[str, FileSet]:
         """The distilled sets by name, from `name=DIR`, or `DIR` alone, which names itself.
@@ -54,6 +56,12 @@ class DistilledSets(Data):
         if not found:
             raise InputError("there is no set to look at; name some with --sets")
         return found
+
+
+def teacher_settings(teacher: PairedTeacher) -> dict[str, Any]:
+    """What the numbers of a study depend on, of its teacher."""
+    outputs = {"outputs": teacher.outputs} if teacher.outputs else {}
+    return {"architecture": teacher.info.architecture, "checksum": teacher.checksum, **outputs}
 
 
 def study_folder(folder: Path, settings: Mapping[str, Any]) -> Path:

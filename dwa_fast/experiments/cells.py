@@ -24,6 +24,7 @@ from dwa_fast.distilled import open_distilled
 from dwa_fast.files import checksum, output_folder, read_regular, write_json
 from dwa_fast.initial import initial_images
 from dwa_fast.layout import is_set
+from dwa_fast.pairing import KnownClasses
 from dwa_fast.recipes import METHODS, full_recipe
 from dwa_fast.storage import ImageStore, read_manifest, to_levels
 from dwa_fast.threads import computing
@@ -52,6 +53,8 @@ class Setup:
     teacher_checksum: str  # as checkpoint.teacher_checksum
     architecture: str  # of the teacher
     weights_key: str | None = None  # which weights of the checkpoint, as load_teacher
+    outputs: tuple[int, ...] | None = None  # of the teacher, that are the classes; None: all, in their order
+    teacher_classes: int | None = None  # its outputs in all; None: as many as there are classes
     synthesis: SynthesisConfig  # DWA's settings, from which those of every set are derived; its device is that of the students too
     validation: ValidationConfig
     initial: InitialConfig = field(default_factory=InitialConfig)
@@ -100,14 +103,15 @@ class _Material:
     @functools.cached_property
     def teacher(self) -> nn.Module:
         setup = self._setup
-        return load_teacher(
+        module, _ = load_teacher(
             setup.teacher,
             architecture=setup.architecture,
-            classes=len(self.test.class_names),
+            classes=setup.teacher_classes or len(self.test.class_names),
             channels=setup.synthesis.channels,
             size=setup.data.size,
             weights_key=setup.weights_key,
-        )[0]
+        )
+        return module if setup.outputs is None else KnownClasses(module, setup.outputs).eval()
 
 
 @functools.lru_cache(maxsize=1)
@@ -159,6 +163,7 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         return
     initial = setup.initial if source.synthesis.sees_images else None
     origin = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
+    origin |= _outputs(setup)
     distill(
         stock.teacher,
         stock.train,
@@ -170,6 +175,7 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         origin=origin,
         threads=setup.threads,
         progress=progress,
+        try_teacher=False,  # it was tried before all sets
     )
 
 
@@ -248,7 +254,8 @@ def _set_settings(setup: Setup, source: Made) -> dict[str, Any]:
     computed = resolve(config.backend, config.precision, config.device).describe()
     threads = setup.threads if computed["device"] == "cpu" else None
     initial = _initial_settings(setup) if config.sees_images else {}
-    return {**base, **computed, "teacher": setup.teacher_checksum, "threads": threads, "initial": initial, "synthesis": _meaning(config)}
+    base |= {**computed, "teacher": setup.teacher_checksum, **_outputs(setup)}
+    return {**base, "threads": threads, "initial": initial, "synthesis": _meaning(config)}
 
 
 def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
@@ -261,6 +268,7 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
         "student": cell.student,
         "seed": cell.source.seed,
         "teacher": setup.teacher_checksum,
+        **_outputs(setup),
         "held_out": setup.test_checksum,
         "recipe": setup.recipe,
         "size": setup.data.size,
@@ -268,6 +276,11 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
         "threads": setup.threads if device == "cpu" else None,
         "validation": trained,
     }
+
+
+def _outputs(setup: Setup) -> dict[str, Any]:
+    """Which outputs of the teacher are used, for settings; nothing where it is all of them, as ever."""
+    return {} if setup.outputs is None else {"teacher_outputs": list(setup.outputs)}
 
 
 @functools.cache
