@@ -15,6 +15,7 @@ import harness
 import torch
 from torch import Tensor, nn
 
+from dwa_fast.activations import Activation, title
 from dwa_fast.architectures import build
 from dwa_fast.backend import Operators
 from dwa_fast.norms import batchnorm_layers
@@ -59,10 +60,11 @@ class Layer:
 
     shape: tuple[int, int, int, int]  # N, C, H, W of its input
     skip: bool
-    relu: bool
+    activation: Activation = "none"
 
     def __str__(self) -> str:
-        return "×".join(map(str, self.shape)) + (" + skip" if self.skip else "") + (" + ReLU" if self.relu else "")
+        parts = ["×".join(map(str, self.shape)), *(["skip"] if self.skip else [])]
+        return " + ".join([*parts, *([title(self.activation, None)] if self.activation != "none" else [])])
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def layers(network: Network) -> tuple[Layer, ...]:
 
     def look(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
         inner = tuple(given[0].shape[1:])
-        seen.append(Layer((network.batch(math.prod(inner)), *inner), len(given) > 1, bool(layer.relu)))  # type: ignore[arg-type]
+        seen.append(Layer((network.batch(math.prod(inner)), *inner), len(given) > 1, layer.activation))  # type: ignore[arg-type]
 
     module = network.build()
     rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
@@ -128,12 +130,12 @@ def _distinct_layers(network: Network) -> list[Subject]:
 def _inputs_of_layers(network: Network) -> list[Subject]:
     """What the layers read, whatever comes behind them."""
     shapes = dict.fromkeys(layer.shape for layer in layers(network))
-    return [Layer(shape, skip=False, relu=False) for shape in sorted(shapes, key=lambda shape: math.prod(shape[1:]), reverse=True)]
+    return [Layer(shape, skip=False) for shape in sorted(shapes, key=lambda shape: math.prod(shape[1:]), reverse=True)]
 
 
 def _pooled(network: Network) -> list[Subject]:
     """What a ConvNet-128 pools between its blocks, on images of the network's size; the same for every depth."""
-    return [Layer((network.batch(128 * network.workload.size**2), 128, *(network.workload.size,) * 2), skip=False, relu=False)]
+    return [Layer((network.batch(128 * network.workload.size**2), 128, *(network.workload.size,) * 2), skip=False)]
 
 
 def _all_layers(network: Network) -> list[Subject]:
@@ -170,15 +172,15 @@ def _features(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
         "bias": vector(-0.3, 0.3),
         "eps": 1e-5,
         "skip": features(1.5, 0.3) if layer.skip else None,
-        "relu": layer.relu,
+        "activation": layer.activation,
     }
-    if layer.relu:
-        before, _ = Operators("exact").bn_act(**(doubled(inputs) | {"relu": False}))
+    if layer.activation == "relu":
+        before, _ = Operators("exact").bn_act(**(doubled(inputs) | {"activation": "none"}))
         inputs["y"] = torch.where(before.abs() < _CORNER, inputs["y"] + 1, inputs["y"])
     return inputs | {"grad_z": features(1e-3), "grad_sums": torch.randn(2, channels, device=device) * 1e-6}
 
 
-_BN_ACT = ("y", "mean", "var", "weight", "bias", "eps", "skip", "relu")
+_BN_ACT = ("y", "mean", "var", "weight", "bias", "eps", "skip", "activation")
 
 
 def _bn_act(operators: Operators, inputs: Inputs) -> Call:
@@ -213,7 +215,7 @@ def _bn_act_backward_traffic(inputs: Inputs) -> int:
 
 
 def _mask_bytes(inputs: Inputs) -> int:
-    return math.ceil(inputs["y"].numel() / 8) if inputs["relu"] and inputs["skip"] is not None else 0
+    return math.ceil(inputs["y"].numel() / 8) if inputs["activation"] == "relu" and inputs["skip"] is not None else 0
 
 
 def _moments(operators: Operators, inputs: Inputs) -> Call:

@@ -16,11 +16,12 @@
 TORCH_LIBRARY(dwa_fast, m) {
   m.def("ascend_(Tensor(a!) weights, Tensor gradients, float radius, bool normalize=True, Tensor(b!)? compute=None) -> Tensor");
   m.def(
-      "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, bool relu) "
-      "-> (Tensor z, Tensor sums, Tensor mask)");
+      "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, str activation, "
+      "Tensor? slope) -> (Tensor z, Tensor sums, Tensor mask)");
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor mask, bool has_skip, bool relu, bool parameters=False) -> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters)");
+      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "
+      "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
   m.def(
       "matching_loss_forward(Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights) "
       "-> (Tensor loss, Tensor norms)");

@@ -1,4 +1,4 @@
-"""Rewrites a teacher so that every BatchNorm layer, with the addition and ReLU behind it where they can be traced, is one operator call."""
+"""Rewrites a teacher: every BatchNorm layer, with the addition and activation behind it where they can be traced, is one operator call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.node import Argument
 
+from dwa_fast.activations import Activation, Match, changed_in_place, match, title
 from dwa_fast.backend import Operators
 from dwa_fast.convolution import replace_convolutions
 from dwa_fast.layers import has_hooks, replace_layers
@@ -22,7 +24,6 @@ from dwa_fast.stem import replace_stems
 from dwa_fast.symbolic import symbolic
 
 _ADDITIONS = {operator.add, torch.add}
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
 _DROPPING = {F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # by name: importing torchvision loads Triton, and teachers may do without it
@@ -33,6 +34,7 @@ class BatchNormAct(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    slope: Tensor | None
 
     def __init__(self, layer: Any, operators: Operators) -> None:
         """Take the place of a plain BatchNorm layer, whose weights and statistics these are."""
@@ -42,7 +44,8 @@ class BatchNormAct(nn.Module):
         self.register_buffer("running_var", layer.running_var)
         self.operators = operators
         self.skip = False  # whether forward adds a second argument
-        self.relu = False
+        self.activation: Activation = "none"
+        self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
 
@@ -51,17 +54,33 @@ class BatchNormAct(nn.Module):
         input: Tensor,  # [N, C], or with positions in one, two or three dimensions behind; named as in the layers that it replaces
         skip: Tensor | None = None,  # like the input
     ) -> Tensor:  # like the input
-        """relu(BatchNorm(input) [+ skip]) with the running statistics."""
+        """f(BatchNorm(input) [+ skip]) with the running statistics."""
         y = input
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        z, sums = self.operators.bn_act(planes(y), *statistics, None if skip is None else planes(skip), self.relu)
+        added = None if skip is None else planes(skip)
+        z, sums = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope)
         self.sums.append(sums)
         self.count = y.numel() // y.shape[1]
         return z if y.dim() == 4 else z.view(y.shape)
 
+    def activate(self, found: Match) -> None:
+        """Apply an activation too; a PReLU's weight becomes a parameter of this layer."""
+        self.activation = found.activation
+        if isinstance(found.slope, nn.Parameter):
+            del self.slope
+            self.register_parameter("slope", found.slope)
+        elif found.slope is not None:
+            self.slope = self.running_mean.new_tensor([found.slope])
+
     def extra_repr(self) -> str:
         """What was fused, as `dwa-fast info` shows it."""
-        return "BatchNorm" + (" + addition" if self.skip else "") + (" + ReLU" if self.relu else "")
+        parts = ["BatchNorm", *(["addition"] if self.skip else []), *([title(self.activation, self.slope)] if self.activates else [])]
+        return " + ".join(parts)
+
+    @property
+    def activates(self) -> bool:
+        """Whether an activation was fused."""
+        return self.activation != "none"
 
 
 @dataclass(frozen=True)
@@ -117,16 +136,17 @@ def _erase_identities(traced: torch.fx.GraphModule) -> None:
 
 
 def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:
-    """Put the layer in place of the node, and of the addition and ReLU that alone use its result."""
+    """Put the layer in place of the node, and of the addition and activation that alone use its result."""
     before = traced.get_submodule(str(node.target))
     replace_layers(traced, lambda each: layer if each is before else None)
-    chain, arguments = [node], [given(node.args, node.kwargs)]
+    chain: list[torch.fx.Node] = [node]
+    arguments: list[Argument] = [given(node.args, node.kwargs)]
     for user in _sole_users(node):
-        if _is_addition(user, chain[-1]) and not layer.relu and not layer.skip:
+        if _is_addition(user, chain[-1]) and not layer.activates and not layer.skip:
             arguments.append(next(other for other in user.args if other is not chain[-1]))
             layer.skip = True
-        elif _is_relu(traced, user) and not layer.relu:
-            layer.relu = True
+        elif not layer.activates and (found := _activation(traced, layer, user, arguments, chain[-1])) is not None:
+            layer.activate(found)
         else:
             break
         chain.append(user)
@@ -156,13 +176,16 @@ def _is_addition(node: torch.fx.Node, summand: torch.fx.Node) -> bool:
     return shapes[0] is not None and shapes[0] == shapes[1]
 
 
-def _is_relu(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    if node.op == "call_module":
-        layer = _submodule(traced, node)
-        return type(layer) is nn.ReLU and not has_hooks(layer)
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return node.op == "call_function" and node.target in _RELUS
+def _activation(
+    traced: torch.fx.GraphModule, layer: BatchNormAct, node: torch.fx.Node, arguments: list[Argument], value: torch.fx.Node
+) -> Match | None:
+    """The activation that the node applies to `value`, where the layer can apply it to its arguments instead."""
+    found = match(traced, node, value)
+    if found is None or not found.fits(len(layer.running_mean), layer.running_mean.dtype):
+        return None
+    # But for a ReLU the gradient needs the skip as it was: a later write into it would be refused.
+    kept = [each for each in arguments[1:] if isinstance(each, torch.fx.Node)] if found.activation != "relu" else []
+    return None if any(changed_in_place(traced, each) for each in kept) else found
 
 
 def _is_identity(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:

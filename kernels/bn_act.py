@@ -1,7 +1,7 @@
-"""Triton twin of dwa_fast.ops.bn_act: BatchNorm in eval mode, skip, ReLU and the shifted moments in one pass over the activations;
-the gradients, where asked those of γ and β too, in a second one.
+"""Triton twin of dwa_fast.ops.bn_act: BatchNorm in eval mode, skip, activation and the shifted moments in one pass over the features;
+the gradients, where asked those of γ, β and the slope too, in a second one.
 
-Activations are channels-last, so memory is a matrix [rows, columns] whose rows hold a whole number of pixels: `columns` is C times the
+Features are channels-last, so memory is a matrix [rows, columns] whose rows hold a whole number of pixels: `columns` is C times the
 power of two that makes it a multiple of 16 and at least 64, and column j belongs to channel j mod C. Loads are then 16 bytes wide and no
 byte of the mask straddles two rows, whatever C is.
 """
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dwa_fast.activations import Activation
 from dwa_fast.kernels.layout import channels_last, laid_out_like, on_device_of
 
 _BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
@@ -41,6 +42,49 @@ def _constants(mean, var, weight, bias, eps, channel, used):
 
 
 @triton.jit
+def _activated(x, slope, ACTIVATION: tl.constexpr):
+    """f(x); slope, [columns], is read by leaky_relu alone."""
+    if ACTIVATION == "relu6":
+        return tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 6.0, x))
+    if ACTIVATION == "silu":
+        return tl.div_rn(x, 1.0 + tl.exp(-x))
+    if ACTIVATION == "hardswish":
+        return tl.div_rn(x * tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 6.0, x + 3.0)), 6.0)
+    if ACTIVATION == "gelu":
+        return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)))
+    if ACTIVATION == "gelu_tanh":  # x/(1 + e^(−2u)), u = √(2/π)(x + 0.044715 x³)
+        return tl.div_rn(x, 1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+    if ACTIVATION == "leaky_relu":
+        return tl.where(x > 0.0, x, x * slope[None, :])
+    return x
+
+
+@triton.jit
+def _derived(x, gradient, slope, ACTIVATION: tl.constexpr):
+    """f'(x)·gradient; at a corner the derivative that PyTorch takes."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0.0, 0.0, gradient)
+    if ACTIVATION == "relu6":
+        return tl.where((x <= 0.0) | (x >= 6.0), 0.0, gradient)
+    if ACTIVATION == "silu":
+        s = tl.div_rn(1.0, 1.0 + tl.exp(-x))
+        return gradient * s * tl.fma(x, 1.0 - s, tl.full(s.shape, 1.0, tl.float32))
+    if ACTIVATION == "hardswish":
+        return gradient * tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, tl.div_rn(x, 3.0) + 0.5))
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return gradient * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density)
+    if ACTIVATION == "gelu_tanh":
+        e = tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        s = tl.div_rn(1.0, 1.0 + e)
+        product = tl.where(e > 1e30, 0.0, s * (e * s))  # s(1 − s), without its cancellation
+        return gradient * (s + x * product * (1.5957691216057308 * (1.0 + 0.134145 * x * x)))
+    if ACTIVATION == "leaky_relu":
+        return tl.where(x > 0.0, gradient, gradient * slope[None, :])
+    return gradient
+
+
+@triton.jit
 def _bytes(start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Where the bytes of the mask of a tile lie behind byte base/8, and which of them exist."""
     row = tl.arange(0, BLOCK_ROWS)
@@ -54,17 +98,19 @@ def _bytes(start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _forward_kernel(
-    y, skip, z, bits, partials, mean, var, weight, bias, eps,
+    y, skip, z, bits, partials, mean, var, weight, bias, slope, eps,
     count, rows, columns, channels, programs,
-    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """z = relu(a(y − m) + β [+ skip]),   partials = (Σ(y − m), Σ(y − m)²) over the rows of this program.
+    """z = f(a(y − m) + β [+ skip]),   partials = (Σ(y − m), Σ(y − m)²) over the rows of this program.
 
-    Bit i of the mask, in memory order, says whether the ReLU lets element i pass; NaN passes, as in PyTorch.
+    Bit i of the mask, in memory order, says whether a ReLU lets element i pass; NaN passes, as in PyTorch.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
-    m, a, b = _constants(mean, var, weight, bias, eps, column % channels, used)
+    channel = column % channels
+    m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     row = tl.arange(0, BLOCK_ROWS)
     inner = row[:, None] * columns + column[None, :]
     first = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
@@ -86,7 +132,7 @@ def _forward_kernel(
         out = tl.fma(shifted, a[None, :], b[None, :])
         if skip is not None:
             out += added
-        if RELU:
+        if ACTIVATION == "relu":
             blocked = out <= 0.0
             out = tl.where(blocked, 0.0, out)
             if bits is not None:
@@ -94,6 +140,8 @@ def _forward_kernel(
                 packed = tl.sum(passes << tl.arange(0, 8)[None, None, :], axis=2)
                 byte, written = _bytes(start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS)
                 tl.store(bits + base // 8 + byte, packed.to(tl.uint8), mask=written)
+        else:
+            out = _activated(out, s, ACTIVATION)
         tl.store(z + base + inner, out.to(z.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
     place = partials + tl.program_id(1) * columns + column
@@ -123,18 +171,19 @@ def _finalize_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.c
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _backward_kernel(
-    grad_z, grad_sums, y, bits, grad_y, grad_skip, partials, mean, var, weight, bias, eps,
+    grad_z, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
     count, rows, columns, channels, programs, moment_stride,
-    RELU: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_skip = mask·grad_z,   grad_y = a·mask·grad_z + gs1 + 2·gs2·(y − m); without stored bits the mask comes from y.
+    """grad_skip = f'(x)·grad_z,   grad_y = a·f'(x)·grad_z + gs1 + 2·gs2·(y − m); without stored bits x comes from y and skip.
 
-    Where asked, partials = (Σ mask·grad_z·(y − m), Σ mask·grad_z) over the rows of this program.
+    Where asked, partials = (Σ f'(x)·grad_z·(y − m), Σ f'(x)·grad_z[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     channel = column % channels
     m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     if grad_sums is not None:
         gs1 = tl.load(grad_sums + channel, mask=used, other=0.0).to(tl.float32)
         gs2 = 2.0 * tl.load(grad_sums + moment_stride + channel, mask=used, other=0.0).to(tl.float32)
@@ -143,6 +192,8 @@ def _backward_kernel(
     if partials is not None:
         first = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
         second = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
+        if slope is not None:
+            third = tl.zeros([BLOCK_ROWS // 2, BLOCK_COLUMNS], dtype=tl.float32)
     start = tl.program_id(1) * BLOCK_ROWS
     while start < rows:
         base = start.to(tl.int64) * columns
@@ -150,16 +201,22 @@ def _backward_kernel(
         if RAGGED:
             inside = inside & (base + inner < count)
         gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
-        if grad_sums is not None or partials is not None or (RELU and bits is None):
+        if grad_sums is not None or partials is not None or (ACTIVATION != "none" and bits is None):
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
-        if RELU:
+        if ACTIVATION != "none":
             if bits is not None:
                 byte, exists = _bytes(start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS)
                 packed = tl.load(bits + base // 8 + byte, mask=exists, other=0).to(tl.int32)
                 passes = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
                 gradient = tl.where(tl.reshape(passes, [BLOCK_ROWS, BLOCK_COLUMNS]) != 0, gradient, 0.0)
             else:
-                gradient = tl.where(tl.fma(shifted, a[None, :], b[None, :]) <= 0.0, 0.0, gradient)
+                x = tl.fma(shifted, a[None, :], b[None, :])
+                if skip is not None:
+                    x += tl.load(skip + base + inner, mask=inside, other=0.0).to(tl.float32)
+                if partials is not None and slope is not None:
+                    below = tl.where(inside & ~(x > 0.0), gradient * x, 0.0)
+                    third += tl.sum(tl.reshape(below, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS]), axis=0)
+                gradient = _derived(x, gradient, s, ACTIVATION)
             if grad_skip is not None:
                 tl.store(grad_skip + base + inner, gradient.to(grad_skip.dtype.element_ty), mask=inside)
         if partials is not None:
@@ -175,6 +232,8 @@ def _backward_kernel(
         place = partials + tl.program_id(1) * columns + column
         tl.store(place, tl.sum(first, axis=0), mask=used)
         tl.store(place + programs * columns, tl.sum(second, axis=0), mask=used)
+        if slope is not None:
+            tl.store(place + 2 * programs * columns, tl.sum(third, axis=0), mask=used)
 
 
 class _Plan(NamedTuple):
@@ -201,19 +260,19 @@ def _plan(y: Tensor) -> _Plan:
     return _Plan(y.numel(), rows, columns, repeat, triton.cdiv(tiles, tiles_each), column_blocks)
 
 
-def _partials(plan: _Plan, y: Tensor) -> Tensor:  # [2, programs · repeat, C]
-    """Where the programs leave two sums per channel."""
-    return torch.empty(2, plan.programs * plan.repeat, y.shape[1], dtype=torch.float32, device=y.device)
+def _partials(plan: _Plan, y: Tensor, sums: int) -> Tensor:  # [sums, programs · repeat, C]
+    """Where the programs leave that many sums per channel."""
+    return torch.empty(sums, plan.programs * plan.repeat, y.shape[1], dtype=torch.float32, device=y.device)
 
 
 def _finalize(
-    partials: Tensor,  # [2, programs · repeat, C]
-    sums: Tensor,  # [2, C], written
+    partials: Tensor,  # [S, programs · repeat, C]
+    sums: Tensor,  # [S, C], written
     var: Tensor | None,  # [C]
     eps: float,
 ) -> None:
     """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
-    _finalize_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), 2)](
+    _finalize_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), len(sums))](
         partials, sums, var, eps, partials.shape[1], sums.shape[1],
         BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=_WARPS,
     )  # fmt: skip
@@ -227,7 +286,8 @@ def bn_act_forward(
     bias: Tensor | None,  # [C] float32
     eps: float,
     skip: Tensor | None,  # like y
-    relu: bool,
+    activation: Activation,
+    slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z like y, sums [2, C] float32, and with skip and ReLU the mask, uint8 [⌈numel/8⌉] in channels-last order (else empty).
 
@@ -236,18 +296,19 @@ def bn_act_forward(
     channels = y.shape[1]
     model, y = y, channels_last(y)
     skip = None if skip is None else channels_last(skip)
-    keeps_mask = relu and skip is not None
+    keeps_mask = activation == "relu" and skip is not None
     z = torch.empty_like(y)
     bits = torch.empty(triton.cdiv(y.numel(), 8) if keeps_mask else 0, dtype=torch.uint8, device=y.device)
     if y.numel() == 0:
         return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
     plan = _plan(y)
-    partials, sums = _partials(plan, y), torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    partials, sums = _partials(plan, y, 2), torch.empty(2, channels, dtype=torch.float32, device=y.device)
     with on_device_of(y):
         _forward_kernel[(plan.column_blocks, plan.programs)](
-            y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, eps,
+            y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, _per_channel(slope, channels), eps,
             plan.elements, plan.rows, plan.columns, channels, plan.programs,
-            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
+            ACTIVATION=activation, RAGGED=plan.elements % plan.columns != 0,
+            BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
         _finalize(partials, sums, None, eps)
     return laid_out_like(z, model), sums, bits
@@ -262,33 +323,52 @@ def bn_act_backward(
     weight: Tensor | None,  # [C] float32
     bias: Tensor | None,  # [C] float32
     eps: float,
+    skip: Tensor | None,  # like y: of the forward pass, where it had one before an activation other than ReLU
     mask: Tensor,  # uint8 [⌈numel/8⌉] of the forward pass where it had skip and ReLU
     has_skip: bool,
-    relu: bool,
-    parameters: bool = False,  # whether the gradients of γ and β are wanted
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_y like y; grad_skip like y with skip and ReLU (else empty: without ReLU it is grad_z); those of γ and β, [2, C] (else empty).
+    activation: Activation,
+    slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
+    parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_y like y; grad_skip like y with skip and activation (else empty: it is grad_z); those of γ and β, [2, C], and of the slope.
 
     One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
     """
     channels = y.shape[1]
     model, y, grad_z = y, channels_last(y), channels_last(grad_z)
-    keeps_mask = relu and has_skip
-    of_parameters = torch.empty((2, channels) if parameters else 0, dtype=torch.float32, device=y.device)
+    changes_skip, keeps_mask = has_skip and activation != "none", has_skip and activation == "relu"
+    skip = channels_last(skip) if skip is not None and changes_skip and not keeps_mask else None
+    sums = 0 if not parameters else 2 if slope is None else 3
+    of_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        return torch.empty_like(model), torch.empty_like(model) if keeps_mask else y.new_empty(0), of_parameters.zero_()
+        empty = torch.empty_like(model) if changes_skip else y.new_empty(0)
+        return torch.empty_like(model), empty, *_of_layer(of_parameters.zero_(), slope)
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
-    grad_skip = torch.empty_like(y) if keeps_mask else None
+    grad_skip = torch.empty_like(y) if changes_skip else None
     plan = _plan(y)
-    partials = _partials(plan, y) if parameters else None
+    partials = _partials(plan, y, sums) if parameters else None
     with on_device_of(y):
         _backward_kernel[(plan.column_blocks, plan.programs)](
-            grad_z, grad_sums, y, mask if keeps_mask else None, grad_y, grad_skip, partials, mean, var, weight, bias, eps,
+            grad_z, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
+            mean, var, weight, bias, _per_channel(slope, channels), eps,
             plan.elements, plan.rows, plan.columns, channels, plan.programs, 0 if grad_sums is None else grad_sums.stride(0),
-            RELU=relu, RAGGED=plan.elements % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
+            ACTIVATION=activation, RAGGED=plan.elements % plan.columns != 0,
+            BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
         if partials is not None:
             _finalize(partials, of_parameters, var, eps)
-    return laid_out_like(grad_y, model), y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model), of_parameters
+    behind = y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model)
+    return laid_out_like(grad_y, model), behind, *_of_layer(of_parameters, slope)
+
+
+def _per_channel(slope: Tensor | None, channels: int) -> Tensor | None:
+    return None if slope is None else slope.expand(channels).contiguous()
+
+
+def _of_layer(sums: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of γ and β, [2, C], and of the slope, shaped like it; each empty where it is not wanted."""
+    if slope is None or sums.dim() == 1:
+        return sums, sums.new_empty(0)
+    return sums[:2], sums[2] if len(slope) == sums.shape[1] else sums[2].sum(0, keepdim=True)

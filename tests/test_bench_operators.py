@@ -44,20 +44,20 @@ def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
     """ResNet-18 has a stem, eight blocks of two layers, and three strided skips."""
     workload = networks.harness.WORKLOADS["cifar100-resnet18"]
     found = networks.layers(networks.Network(workload, 18, CPU))
-    kinds = [(layer.skip, layer.relu) for layer in found]
-    assert [kinds.count(kind) for kind in ((False, True), (True, True), (False, False))] == [9, 8, 3]
+    kinds = [(layer.skip, layer.activation) for layer in found]
+    assert [kinds.count(kind) for kind in ((False, "relu"), (True, "relu"), (False, "none"))] == [9, 8, 3]
     assert {layer.shape[1:] for layer in found} == {(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)}
     assert {layer.shape[0] for layer in found if layer.shape[1] == 512} == {workload.batch}
     inputs = networks._inputs_of_layers(networks.Network(workload, 18, CPU))
     assert [layer.shape[1:] for layer in inputs] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
-    assert not any(layer.skip or layer.relu for layer in inputs)
+    assert not any(layer.skip or layer.activation != "none" for layer in inputs)
 
 
 @pytest.fixture
 def small(networks: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
     subjects = {
-        networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, True),
+        networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
         networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
         networks._pooled: networks.Layer((2, 20, 5, 3), False, False),
         networks._all_layers: networks.Layers("small", (3, 8), (50, 20)),

@@ -27,7 +27,7 @@ def test_matching_loss_by_hand() -> None:
 
 def test_bn_act_by_hand() -> None:
     y, skip = torch.tensor([4.0, -4.0]).view(2, 1, 1, 1), torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-    z, _ = ops.bn_act(y, torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([6.0]), torch.tensor([0.5]), 1.0, skip, True)
+    z, _ = ops.bn_act(y, torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([6.0]), torch.tensor([0.5]), 1.0, skip, "relu")
     assert z.flatten().tolist() == [6 * (4 - 2) / 2 + 0.5 + 1, 0.0]
 
 
@@ -41,7 +41,7 @@ def test_backward_of_matching_is_pointwise(relu: bool, with_skip: bool) -> None:
     m, gamma, beta = (torch.randn(channels, dtype=torch.float64) for _ in range(3))
     v = torch.rand(channels, dtype=torch.float64) + 0.1
     downstream = torch.randn(3, channels, 4, 2, dtype=torch.float64)
-    z, sums = ops.bn_act(y, m, v, gamma, beta, 1e-5, skip, relu)
+    z, sums = ops.bn_act(y, m, v, gamma, beta, 1e-5, skip, "relu" if relu else "none")
     n = y.numel() // channels
     layers = torch.tensor([0, channels]), torch.tensor([n]), torch.tensor([weight], dtype=torch.float64)
     mean, var = ops.matching_loss(sums, v, *layers)

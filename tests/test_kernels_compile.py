@@ -10,6 +10,7 @@ What is compiled is what the launchers launch: they run on meta tensors of real 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -80,27 +81,29 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from torch import Tensor
 
+    from dwa_fast.activations import ACTIVATIONS, Activation
     from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, moments, view, view_adam_clip
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device="meta")
         return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
 
-    def both_ways(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, relu: bool) -> None:
+    def both_ways(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation) -> None:
         y, values = tensor(*shape, dtype=dtype), [tensor(shape[1]) for _ in range(4)]
-        _, _, mask = bn_act.bn_act_forward(y, *values, 1e-5, y if has_skip else None, relu)
-        of_all_layers = tensor(2, 4800)
-        bn_act.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, mask, has_skip, relu)
+        skip, slope = y if has_skip else None, tensor(shape[1]) if activation == "leaky_relu" else None
+        _, _, mask = bn_act.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
+        of_all_layers, behind = tensor(2, 4800), (skip, mask, has_skip, activation, slope)
+        bn_act.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
         # During the ascent the moments go unused and γ and β take gradients.
-        bn_act.bn_act_backward(y, None, y, *values, 1e-5, mask, has_skip, relu, True)
+        bn_act.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for has_skip, relu in [(False, False), (False, True), (True, False), (True, True)]:
+        for has_skip, activation in itertools.product([False, True], ACTIVATIONS):
             for shape in [(100, 64, 32, 32), (100, 128, 16, 16), (100, 256, 8, 8), (100, 512, 4, 4), (100, 2048, 7, 7)]:
-                if dtype != torch.float16 or (has_skip and relu):
-                    case = f"{dtype}{' skip' * has_skip}{' relu' * relu} C={shape[1]}"
-                    yield case, partial(both_ways, shape, dtype, has_skip, relu)
-    yield "torch.bfloat16 skip relu C=58, odd size", partial(both_ways, (3, 58, 7, 7), torch.bfloat16, True, True)
+                if (dtype != torch.float16 or (has_skip and activation == "relu")) and (activation in ("none", "relu") or shape[1] == 64):
+                    case = f"{dtype}{' skip' * has_skip} {activation} C={shape[1]}"
+                    yield case, partial(both_ways, shape, dtype, has_skip, activation)
+    yield "torch.bfloat16 skip relu C=58, odd size", partial(both_ways, (3, 58, 7, 7), torch.bfloat16, True, "relu")
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for layout in (torch.contiguous_format, torch.channels_last):

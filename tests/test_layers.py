@@ -10,7 +10,7 @@ import pytest
 
 ORDER = """
     _version errors config seeding files layout formats pickles archives views recipes decoding datasets subsets architectures layers norms
-    reference reference.ops reference.loop
+    activations reference reference.ops reference.loop
     priors tracing compiled threads finite
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
     backend

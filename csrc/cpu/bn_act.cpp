@@ -1,4 +1,4 @@
-// z = relu(a(y − m) + β [+ skip]),   sums = (Σ(y − m), Σ(y − m)²);   ∂L/∂y = mask·a·gz + gs₁ + 2 gs₂ (y − m),   a = γ/√(v + ε)
+// z = f(x),   x = a(y − m) + β [+ skip],   sums = (Σ(y − m), Σ(y − m)²);   ∂L/∂y = f'(x)·a·gz + gs₁ + 2 gs₂ (y − m),   a = γ/√(v + ε)
 //
 // Channels-last tensors are read where they are, others through a channels-last copy. Sums are float32 within a block of rows
 // (those of the weights' gradients, which cancel, over a few rows) and float64 over the blocks, in their order; the blocks depend on the
@@ -10,9 +10,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -23,6 +26,8 @@ namespace dwa_fast {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr std::array<const char*, 8> kActivations = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu"};
 
 constexpr int64_t kBlockRows = 256;       // at most: float32 sums of so few stay as exact as a tree of them
 constexpr int64_t kGrainElements = 8192;  // elements that are worth waking a thread for
@@ -39,6 +44,41 @@ void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& y)
               tensor.scalar_type());
   TORCH_CHECK(tensor.device() == y.device(), name, " must be on the device of y, ", y.device(), ", got ", tensor.device());
 }
+
+// An activation by its name, and the slope per channel that kLeakyRelu alone has.
+struct Act {
+  Act(c10::string_view name, const OptionalTensor& slope_, const at::Tensor& y) {
+    const auto found = std::find(kActivations.begin(), kActivations.end(), name);
+    TORCH_CHECK(found != kActivations.end(), "activation must be none, relu, relu6, silu, hardswish, gelu, gelu_tanh or leaky_relu, got ", name);
+    kind = static_cast<Activation>(found - kActivations.begin());
+    const bool leaky = kind == Activation::kLeakyRelu;
+    TORCH_CHECK(slope_.has_value() == leaky, leaky ? "activation leaky_relu needs a slope" : "slope belongs to activation leaky_relu alone");
+    if (!leaky) return;
+    const int64_t count = slope_->numel();
+    TORCH_CHECK(slope_->dim() == 1 && (count == 1 || count == y.size(1)), "slope must be [1] or [C] with C = ", y.size(1), ", got shape ",
+                slope_->sizes());
+    TORCH_CHECK(slope_->scalar_type() == at::kFloat, "slope must be float32, got ", slope_->scalar_type());
+    TORCH_CHECK(slope_->device() == y.device(), "slope must be on the device of y, ", y.device(), ", got ", slope_->device());
+    shared = count == 1;
+    slope = slope_->expand({y.size(1)}).contiguous();
+  }
+
+  // Of the slope, from its gradient per channel
+  at::Tensor gradient(const double* of_channels) const {
+    const double* const last = of_channels + slope.numel();
+    at::Tensor result = at::empty({shared ? 1 : slope.numel()}, slope.options());
+    if (shared) {
+      result.data_ptr<float>()[0] = static_cast<float>(std::accumulate(of_channels, last, 0.0));
+    } else {
+      std::copy(of_channels, last, result.data_ptr<float>());
+    }
+    return result;
+  }
+
+  Activation kind;
+  bool shared = false;  // one slope for all channels
+  at::Tensor slope;     // [C]
+};
 
 // y and the vectors of a layer as one pass reads them; it owns what the pointers of `fill` point into.
 struct Layer {
@@ -62,12 +102,13 @@ struct Layer {
     blocks = channels == 0 ? 0 : (rows + block_rows - 1) / block_rows;
   }
 
-  void fill(BnAct& p, bool relu) const {
+  void fill(BnAct& p, const Act& act) const {
     p.rows = rows;
     p.channels = channels;
     p.block_rows = block_rows;
     p.bfloat16 = y.scalar_type() == at::kBFloat16;
-    p.relu = relu;
+    p.activation = act.kind;
+    p.slope = act.slope.defined() ? act.slope.const_data_ptr<float>() : nullptr;
     p.y = y.const_data_ptr();
     p.mean = mean.const_data_ptr<float>();
     p.scale = scale.const_data_ptr<float>();
@@ -97,19 +138,15 @@ struct Layer {
     at::parallel_for(0, blocks, grain, function);
   }
 
-  // [2, C], float32: the blocks' sums together, the first divided by √(v + ε) where asked
+  // The blocks' sums together, [·, C], one row after the other
   template <typename Sum>
-  at::Tensor combine(const at::Tensor& partials, bool normalize = false) const {
-    at::Tensor sums = at::empty({2, channels}, partials.options().dtype(at::kFloat));
-    std::vector<double> total(2 * channels);
+  std::vector<double> total(const at::Tensor& partials) const {
+    const int64_t width = partials.size(1) * channels;
+    std::vector<double> sums(width);
     const Sum* block = partials.const_data_ptr<Sum>();
-    for (int64_t i = 0; i < blocks; ++i, block += 2 * channels) {
-      for (int64_t c = 0; c < 2 * channels; ++c) total[c] += block[c];
+    for (int64_t i = 0; i < blocks; ++i, block += width) {
+      for (int64_t c = 0; c < width; ++c) sums[c] += block[c];
     }
-    if (normalize) {
-      for (int64_t c = 0; c < channels; ++c) total[c] /= deviation[c];
-    }
-    std::copy(total.begin(), total.end(), sums.data_ptr<float>());
     return sums;
   }
 
@@ -131,43 +168,60 @@ struct Result {
   at::Tensor seen, written;
 };
 
+// Like y, channels-last; undefined without a tensor
+at::Tensor dense_like(const OptionalTensor& tensor, const char* name, const at::Tensor& y) {
+  if (!tensor.has_value()) return {};
+  check_like(*tensor, name, y);
+  return tensor->contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// [rows, C], float32: the first sums of a layer
+at::Tensor rows_of(const std::vector<double>& sums, int64_t rows, const Layer& layer) {
+  at::Tensor result = at::empty({rows, layer.channels}, layer.mean.options());
+  std::copy(sums.begin(), sums.begin() + rows * layer.channels, result.data_ptr<float>());
+  return result;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_forward(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
                                                               const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                                                              const OptionalTensor& skip, bool relu) {
+                                                              const OptionalTensor& skip, c10::string_view activation,
+                                                              const OptionalTensor& slope) {
   const Layer layer(y, mean, var, weight, bias, eps);
-  at::Tensor dense_skip;
-  if (skip.has_value()) {
-    check_like(*skip, "skip", y);
-    dense_skip = skip->contiguous(at::MemoryFormat::ChannelsLast);
-  }
+  const Act act(activation, slope, y);
+  const at::Tensor dense_skip = dense_like(skip, "skip", y);
   Result z(y);
-  at::Tensor mask = at::empty({skip.has_value() && relu ? layer.mask_bytes() : 0}, y.options().dtype(at::kByte));
+  const bool masks = skip.has_value() && act.kind == Activation::kRelu;
+  at::Tensor mask = at::empty({masks ? layer.mask_bytes() : 0}, y.options().dtype(at::kByte));
   at::Tensor partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kFloat));
 
   BnActForward p{};
-  layer.fill(p, relu);
+  layer.fill(p, act);
   p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
   p.z = z.written.data_ptr();
   p.mask = mask.data_ptr<uint8_t>();
   p.partials = partials.data_ptr<float>();
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_forward(p, begin, end); });
-  return {z.finish(), layer.combine<float>(partials), mask};
+  return {z.finish(), rows_of(layer.total<float>(partials), 2, layer), mask};
 }
 
-void check_mask(const at::Tensor& mask, const Layer& layer, bool has_skip, bool relu) {
-  const int64_t bytes = has_skip && relu ? layer.mask_bytes() : 0;
+void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
+  const int64_t bytes = masks ? layer.mask_bytes() : 0;
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.is_contiguous() && mask.numel() == bytes,
               "mask must be what bn_act_forward returned, uint8 [", bytes, "], got ", mask.scalar_type(), " ", mask.sizes());
 }
 
-// With `parameters` also (Σ mask·gz·(y − m)/√(v + ε), Σ mask·gz), [2, C]: the gradients of γ and β
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward(const at::Tensor& grad_z, const OptionalTensor& grad_sums,
-                                                               const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
-                                                               const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                                                               const at::Tensor& mask, bool has_skip, bool relu, bool parameters) {
+// With `parameters` also (Σ g·(y − m)/√(v + ε), Σ g), [2, C], g = f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
+    const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& skip, const at::Tensor& mask, bool has_skip,
+    c10::string_view activation, const OptionalTensor& slope, bool parameters) {
   const Layer layer(y, mean, var, weight, bias, eps);
+  const Act act(activation, slope, y);
+  const bool masks = has_skip && act.kind == Activation::kRelu, changes_skip = has_skip && act.kind != Activation::kNone;
   check_like(grad_z, "grad_z", y);
-  check_mask(mask, layer, has_skip, relu);
+  check_mask(mask, layer, masks);
+  TORCH_CHECK(skip.has_value() || !changes_skip || masks, "activation ", activation, " behind a skip needs the skip again");
+  const at::Tensor dense_skip = changes_skip && !masks ? dense_like(skip, "skip", y) : at::Tensor();
   const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor dense_sums;
   if (grad_sums.has_value()) {
@@ -176,24 +230,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward(const at::Tensor&
     TORCH_CHECK(grad_sums->scalar_type() == at::kFloat, "grad_sums must be float32, got ", grad_sums->scalar_type());
     dense_sums = grad_sums->contiguous();
   }
-  const bool saved = has_skip && relu;
   Result grad_y(y);
   std::optional<Result> grad_skip;
-  if (saved) grad_skip.emplace(y);
+  if (changes_skip) grad_skip.emplace(y);
+  const bool sloped = parameters && act.slope.defined();
   at::Tensor partials;
-  if (parameters) partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kDouble));
+  if (parameters) partials = at::empty({layer.blocks, sloped ? 3 : 2, layer.channels}, y.options().dtype(at::kDouble));
 
   BnActBackward p{};
-  layer.fill(p, relu);
+  layer.fill(p, act);
   p.grad_z = dense_grad.const_data_ptr();
   p.grad_sums = dense_sums.defined() ? dense_sums.const_data_ptr<float>() : nullptr;
-  p.mask = saved ? mask.const_data_ptr<uint8_t>() : nullptr;
+  p.mask = masks ? mask.const_data_ptr<uint8_t>() : nullptr;
+  p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
   p.grad_y = grad_y.written.data_ptr();
-  p.grad_skip = saved ? grad_skip->written.data_ptr() : nullptr;
+  p.grad_skip = changes_skip ? grad_skip->written.data_ptr() : nullptr;
   p.partials = parameters ? partials.data_ptr<double>() : nullptr;
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_backward(p, begin, end); });
-  return {grad_y.finish(), saved ? grad_skip->finish() : at::empty({0}, y.options()),
-          parameters ? layer.combine<double>(partials, true) : at::empty({0}, mean.options())};
+
+  const at::Tensor nothing = at::empty({0}, mean.options());
+  at::Tensor of_parameters = nothing, of_slope = nothing;
+  if (parameters) {
+    std::vector<double> sums = layer.total<double>(partials);
+    for (int64_t c = 0; c < layer.channels; ++c) sums[c] /= layer.deviation[c];
+    of_parameters = rows_of(sums, 2, layer);
+    if (sloped) of_slope = act.gradient(sums.data() + 2 * layer.channels);
+  }
+  return {grad_y.finish(), changes_skip ? grad_skip->finish() : at::empty({0}, y.options()), of_parameters, of_slope};
 }
 
 }  // namespace

@@ -65,10 +65,10 @@ static inline void prefetch(const T* p) {
   for (int i = 0; i < U * kWidth; i += kLine / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i, 0, kSecondLevel);
 }
 
-// m, a = γ/√(v + ε) and β of a strip: z = a(y − m) + β, in both directions by the same arithmetic.
+// m, a = γ/√(v + ε), β and the slope of a strip: x = a(y − m) + β, in both directions by the same arithmetic.
 template <int U, bool Partial>
 struct Coefficients {
-  Vec mean[U], scale[U], bias[U];
+  Vec mean[U], scale[U], bias[U], slope[U];
 
   Coefficients(const BnAct& p, const Strip& strip) {
     for (int u = 0; u < U; ++u) {
@@ -76,14 +76,16 @@ struct Coefficients {
       mean[u] = get<Partial>(p.mean + c, strip.lanes);
       scale[u] = get<Partial>(p.scale + c, strip.lanes);
       bias[u] = p.bias == nullptr ? all(0) : get<Partial>(p.bias + c, strip.lanes);
+      slope[u] = p.slope == nullptr ? all(0) : get<Partial>(p.slope + c, strip.lanes);
     }
   }
 };
 
-// Two sums per channel over the rows of a tile: in registers, then in a buffer, [2, kPanel], from which `flush` adds them to the block's.
+// Sums per channel over the rows of a tile, two or three: in registers, then in a buffer, [·, kPanel], from which `flush` adds them to the
+// block's.
 // So they are two short chains of roundings, not a long one, and the sums of a block, which the tile has driven out of the first-level
 // cache, are fetched in their order.
-constexpr int64_t kPanel = 2048;  // channels at a time, a multiple of kWidth: the buffer takes 16 KB
+constexpr int64_t kPanel = 2048;  // channels at a time, a multiple of kWidth: two sums take 16 KB
 
 template <int U>
 struct Sums {
@@ -100,16 +102,19 @@ struct Sums {
   }
 };
 
-template <typename Sum>
+template <int Count, typename Sum>
 static inline void flush(const float* of_tile, Sum* sums, int64_t channels, int64_t count) {
-  for (int64_t c = 0; c < count; ++c) sums[c] += of_tile[c];
-  for (int64_t c = 0; c < count; ++c) sums[channels + c] += of_tile[kPanel + c];
+  for (int i = 0; i < Count; ++i) {
+    for (int64_t c = 0; c < count; ++c) sums[i * channels + c] += of_tile[i * kPanel + c];
+  }
 }
 
-template <typename T, bool Skip, bool Relu>
+template <typename T, Activation A, bool Skip>
 struct Forward {
   using Arguments = BnActForward;
   static constexpr int64_t kTileRows = 8;
+  static constexpr int kSums = 2;
+  static constexpr bool kMask = Skip && A == Activation::kRelu;
 
   template <int U, bool Partial>
   static void run(const BnActForward& p, const Strip& strip, float* sums) {
@@ -139,30 +144,26 @@ struct Forward {
         sum.second[u] = fma(shifted, shifted, sum.second[u]);
         Vec z = fma(of.scale[u], shifted, of.bias[u]);
         if constexpr (Skip) z = add(z, get<Partial>(skip + i, lanes));
-        if constexpr (Skip && Relu) bits |= static_cast<uint64_t>(positive(z)) << (u * kWidth);
-        if constexpr (Relu) z = larger(all(0), z);
-        put<Partial>(result + i, z, lanes);
+        if constexpr (kMask) bits |= static_cast<uint64_t>(positive(z)) << (u * kWidth);
+        put<Partial>(result + i, activated<A>(z, of.slope[u]), lanes);
       }
-      if constexpr (Skip && Relu) put_bits(mask, start, Partial ? bits & ((1u << lanes) - 1) : bits, count, bytes);
+      if constexpr (kMask) put_bits(mask, start, Partial ? bits & ((1u << lanes) - 1) : bits, count, bytes);
     }
     sum.put_to(sums);
   }
 };
 
-enum class Mask { kNone, kRecomputed, kSaved };
-
-// mask·gz of one vector; shifted is y − m, which only a recomputed mask needs.
-template <Mask From, int U, bool Partial>
-static inline Vec masked(Vec grad, Vec shifted, const Coefficients<U, Partial>& of, int u, uint64_t bits) {
-  if constexpr (From == Mask::kRecomputed) return keep(positive(fma(of.scale[u], shifted, of.bias[u])), grad);
-  if constexpr (From == Mask::kSaved) return keep(static_cast<uint32_t>(bits >> (u * kWidth)), grad);
-  return grad;
-}
-
-template <typename T, Mask From, bool Moments, bool Parameters>
+// The gradient behind the activation comes from the saved bits of a ReLU, or from what the activation was applied to, recomputed.
+// Without an activation the skip's gradient is gz itself, so Skip says nothing then.
+template <typename T, Activation A, bool Skip, bool Moments, bool Parameters>
 struct Backward {
   using Arguments = BnActBackward;
   static constexpr int64_t kTileRows = 4;  // no more: the sums for γ and β cancel
+  static constexpr bool kMask = Skip && A == Activation::kRelu;
+  static constexpr bool kRecomputes = A != Activation::kNone && !kMask;
+  static constexpr bool kReadsY = Moments || Parameters || kRecomputes;
+  static constexpr bool kSlope = Parameters && A == Activation::kLeakyRelu;
+  static constexpr int kSums = kSlope ? 3 : 2;
 
   template <int U, bool Partial>
   static void run(const BnActBackward& p, const Strip& strip, float* sums) {
@@ -181,6 +182,7 @@ struct Backward {
     const T* const y = static_cast<const T*>(p.y);
     const T* const grad_z = static_cast<const T*>(p.grad_z);
     T* const grad_y = static_cast<T*>(p.grad_y);
+    [[maybe_unused]] const T* const skip = static_cast<const T*>(p.skip);
     T* const grad_skip = static_cast<T*>(p.grad_skip);
     const uint8_t* const mask = p.mask;
     const int64_t channels = p.channels;
@@ -188,33 +190,46 @@ struct Backward {
     const bool several = channels > kWhole;
     const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
     [[maybe_unused]] Sums<U> sum;
+    [[maybe_unused]] Vec of_slope[U];
+    if constexpr (kSlope) {
+      for (int u = 0; u < U; ++u) of_slope[u] = all(0);
+    }
     for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
       if (several) {
-        if constexpr (Moments || Parameters || From == Mask::kRecomputed) prefetch<U>(y + start + ahead);
+        if constexpr (kReadsY) prefetch<U>(y + start + ahead);
+        if constexpr (Skip && kRecomputes) prefetch<U>(skip + start + ahead);
         prefetch<U>(grad_z + start + ahead);
         prefetch<U>(grad_y + start + ahead);
-        if constexpr (From == Mask::kSaved) prefetch<U>(grad_skip + start + ahead);
+        if constexpr (Skip) prefetch<U>(grad_skip + start + ahead);
       }
       uint64_t bits = 0;
-      if constexpr (From == Mask::kSaved) bits = get_bits(mask, start, count, bytes);
+      if constexpr (kMask) bits = get_bits(mask, start, count, bytes);
       for (int u = 0; u < U; ++u) {
         const int64_t i = start + u * kWidth;
         Vec shifted = all(0);
-        if constexpr (Moments || Parameters || From == Mask::kRecomputed) {
-          shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
+        if constexpr (kReadsY) shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
+        Vec grad = get<Partial>(grad_z + i, lanes);
+        if constexpr (kMask) grad = keep(static_cast<uint32_t>(bits >> (u * kWidth)), grad);
+        if constexpr (kRecomputes) {
+          Vec x = fma(of.scale[u], shifted, of.bias[u]);
+          if constexpr (Skip) x = add(x, get<Partial>(skip + i, lanes));
+          if constexpr (kSlope) of_slope[u] = fma(grad, smaller(all(0), x), of_slope[u]);
+          grad = derived<A>(x, grad, of.slope[u]);
         }
-        const Vec grad = masked<From>(get<Partial>(grad_z + i, lanes), shifted, of, u, bits);
         if constexpr (Parameters) {
           sum.first[u] = fma(grad, shifted, sum.first[u]);
           sum.second[u] = add(sum.second[u], grad);
         }
-        if constexpr (From == Mask::kSaved) put<Partial>(grad_skip + i, grad, lanes);
+        if constexpr (Skip) put<Partial>(grad_skip + i, grad, lanes);
         Vec result = mul(of.scale[u], grad);
         if constexpr (Moments) result = fma(slope[u], shifted, fma(of.scale[u], grad, constant[u]));
         put<Partial>(grad_y + i, result, lanes);
       }
     }
     if constexpr (Parameters) sum.put_to(sums);
+    if constexpr (kSlope) {
+      for (int u = 0; u < U; ++u) store(sums + 2 * kPanel + u * kWidth, of_slope[u]);
+    }
   }
 };
 
@@ -230,17 +245,18 @@ static void over_channels(const typename Kernel::Arguments& p, Strip strip, int6
 template <typename Kernel, typename Sum>
 static void over_blocks(const typename Kernel::Arguments& p, Sum* partials, int64_t begin, int64_t end) {
   constexpr int64_t kTileRows = Kernel::kTileRows;
-  float of_tile[2 * kPanel];
+  constexpr int kSums = Kernel::kSums;
+  float of_tile[kSums * kPanel];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t last = (block + 1) * p.block_rows < p.rows ? (block + 1) * p.block_rows : p.rows;
-    Sum* sums = partials == nullptr ? nullptr : partials + block * 2 * p.channels;
-    if (sums != nullptr) __builtin_memset(sums, 0, static_cast<unsigned long>(2 * p.channels) * sizeof(Sum));
+    Sum* sums = partials == nullptr ? nullptr : partials + block * kSums * p.channels;
+    if (sums != nullptr) __builtin_memset(sums, 0, static_cast<unsigned long>(kSums * p.channels) * sizeof(Sum));
     for (int64_t row = block * p.block_rows; row < last; row += kTileRows) {
       const int64_t stop = row + kTileRows < last ? row + kTileRows : last;
       for (int64_t channel = 0; channel < p.channels; channel += kPanel) {
         const int64_t count = channel + kPanel < p.channels ? kPanel : p.channels - channel;
         over_channels<Kernel>(p, {row, stop, channel, kWidth}, channel + count, of_tile);
-        if (sums != nullptr) flush(of_tile, sums + channel, p.channels, count);
+        if (sums != nullptr) flush<kSums>(of_tile, sums + channel, p.channels, count);
       }
     }
   }
@@ -252,20 +268,54 @@ static void zero_mask(const BnActForward& p, int64_t begin, int64_t end) {
   __builtin_memset(p.mask + first, 0, static_cast<unsigned long>(last - first));
 }
 
+// An activation as a type, so that a lambda knows it when it is compiled.
+template <Activation A>
+struct Constant {
+  static constexpr Activation value = A;
+};
+
+// function(Constant<A>()) for the activation A of a call
+template <typename Function>
+static inline void with_activation(Activation activation, const Function& function) {
+  switch (activation) {
+    case Activation::kNone:
+      return function(Constant<Activation::kNone>());
+    case Activation::kRelu:
+      return function(Constant<Activation::kRelu>());
+    case Activation::kRelu6:
+      return function(Constant<Activation::kRelu6>());
+    case Activation::kSilu:
+      return function(Constant<Activation::kSilu>());
+    case Activation::kHardswish:
+      return function(Constant<Activation::kHardswish>());
+    case Activation::kGelu:
+      return function(Constant<Activation::kGelu>());
+    case Activation::kGeluTanh:
+      return function(Constant<Activation::kGeluTanh>());
+    case Activation::kLeakyRelu:
+      return function(Constant<Activation::kLeakyRelu>());
+  }
+}
+
 template <typename T>
 static void forward(const BnActForward& p, int64_t begin, int64_t end) {
-  if (p.skip != nullptr && p.relu && p.channels % 8 != 0) zero_mask(p, begin, end);
-  if (p.skip != nullptr && p.relu) return over_blocks<Forward<T, true, true>>(p, p.partials, begin, end);
-  if (p.skip != nullptr) return over_blocks<Forward<T, true, false>>(p, p.partials, begin, end);
-  if (p.relu) return over_blocks<Forward<T, false, true>>(p, p.partials, begin, end);
-  return over_blocks<Forward<T, false, false>>(p, p.partials, begin, end);
+  if (p.skip != nullptr && p.activation == Activation::kRelu && p.channels % 8 != 0) zero_mask(p, begin, end);
+  with_activation(p.activation, [&](auto activation) {
+    constexpr Activation A = decltype(activation)::value;
+    if (p.skip != nullptr) return over_blocks<Forward<T, A, true>>(p, p.partials, begin, end);
+    return over_blocks<Forward<T, A, false>>(p, p.partials, begin, end);
+  });
 }
 
 template <typename T, bool Moments, bool Parameters>
 static void backward(const BnActBackward& p, int64_t begin, int64_t end) {
-  if (p.mask != nullptr) return over_blocks<Backward<T, Mask::kSaved, Moments, Parameters>>(p, p.partials, begin, end);
-  if (p.relu) return over_blocks<Backward<T, Mask::kRecomputed, Moments, Parameters>>(p, p.partials, begin, end);
-  return over_blocks<Backward<T, Mask::kNone, Moments, Parameters>>(p, p.partials, begin, end);
+  with_activation(p.activation, [&](auto activation) {
+    constexpr Activation A = decltype(activation)::value;
+    if constexpr (A != Activation::kNone) {
+      if (p.grad_skip != nullptr) return over_blocks<Backward<T, A, true, Moments, Parameters>>(p, p.partials, begin, end);
+    }
+    return over_blocks<Backward<T, A, false, Moments, Parameters>>(p, p.partials, begin, end);
+  });
 }
 
 template <typename T>

@@ -6,6 +6,9 @@
 
 namespace dwa_fast {
 
+// What bn_act applies after the BatchNorm and the skip.
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kHardswish, kGelu, kGeluTanh, kLeakyRelu };
+
 // Rows of y, [rows, channels], are the pixels of a channels-last tensor. They are cut into blocks whose size depends on the number of
 // rows alone, a multiple of 8, so that a block's bits of the mask are bytes of its own.
 struct BnAct {
@@ -13,27 +16,30 @@ struct BnAct {
   int64_t channels;
   int64_t block_rows;
   bool bfloat16;  // precision of y, z, skip and their gradients: bfloat16 or float32
-  bool relu;
+  Activation activation;
   const void* y;
   const float* mean;   // [C]
   const float* scale;  // [C]: a = γ/√(v + ε)
   const float* bias;   // [C] or null: 0
+  const float* slope;  // [C]: of kLeakyRelu below 0
 };
 
 struct BnActForward : BnAct {
   const void* skip;  // or null
   void* z;
-  uint8_t* mask;    // with skip and relu: one bit per element, in memory order, set where z > 0
+  uint8_t* mask;    // with skip and kRelu: one bit per element, in memory order, set where z > 0
   float* partials;  // [blocks, 2, C]: each block's Σ(y − m) and Σ(y − m)²
 };
 
 struct BnActBackward : BnAct {
   const void* grad_z;
   const float* grad_sums;  // [2, C] or null: 0
-  const uint8_t* mask;     // null: recomputed from y where relu is set
+  const uint8_t* mask;     // of the forward pass with skip and kRelu, else null
+  const void* skip;        // with an activation other than kNone and kRelu: what it was applied to is recomputed from y and skip
   void* grad_y;
-  void* grad_skip;   // with mask
-  double* partials;  // [blocks, 2, C] or null: each block's Σ mask·gz·(y − m) and Σ mask·gz
+  void* grad_skip;   // with mask or skip
+  double* partials;  // [blocks, 2, C] or null: each block's Σ g·(y − m) and Σ g, where g is gz times the derivative of the activation;
+                     // with kLeakyRelu [blocks, 3, C]: also Σ gz·min(x, 0), where x is what it was applied to
 };
 
 // In the rows of a channels-last tensor, or in the planes of a contiguous one.

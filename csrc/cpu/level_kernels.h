@@ -4,6 +4,7 @@ namespace {
 using Bf16 = uint16_t;  // its bits
 #include DWA_FAST_VECTOR
 // The operators on those vectors.
+#include "cpu/activation_kernels.h"
 #include "cpu/adam_clip_kernel.h"
 #include "cpu/bn_act_kernels.h"
 #include "cpu/mean_pool_kernels.h"

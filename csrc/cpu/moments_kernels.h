@@ -6,6 +6,7 @@ template <typename T>
 struct RowMoments {
   using Arguments = Moments;
   static constexpr int64_t kTileRows = 8;
+  static constexpr int kSums = 2;
 
   template <int U, bool Partial>
   static void run(const Moments& p, const Strip& strip, float* sums) {
@@ -33,6 +34,7 @@ template <typename T>
 struct RowMomentsBackward {
   using Arguments = Moments;
   static constexpr int64_t kTileRows = 4;
+  static constexpr int kSums = 2;
 
   template <int U, bool Partial>
   static void run(const Moments& p, const Strip& strip, float*) {

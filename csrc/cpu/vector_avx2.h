@@ -32,6 +32,16 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 // b where either is NaN
 static inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+// a where z > 0, b where it is not or is NaN
+static inline Vec pick(Vec z, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_GT_OQ)); }
+static inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a·2ⁿ for an integer n of −200 to 200, in two steps: 2ⁿ alone may lie beyond the range
+static inline Vec scaled(Vec a, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), one = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, one), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), one), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
 
 // Bit i is set unless lane i ≤ 0: a NaN counts as positive, so that gradients of NaN are not hidden.
 static inline uint32_t positive(Vec v) {

@@ -39,6 +39,11 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // b where either is NaN
 static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// a where z > 0, b where it is not or is NaN
+static inline Vec pick(Vec z, Vec a, Vec b) { return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GT_OQ), a); }
+static inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a·2ⁿ for an integer n
+static inline Vec scaled(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
 // Bit i is set unless lane i ≤ 0: a NaN counts as positive, so that gradients of NaN are not hidden.
 static inline uint32_t positive(Vec v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }

@@ -48,6 +48,15 @@ static inline Vec choose(Ints condition, Vec a, Vec b) {
 // b where either is NaN
 static inline Vec larger(Vec a, Vec b) { return choose(a > b, a, b); }
 static inline Vec smaller(Vec a, Vec b) { return choose(a < b, a, b); }
+// a where z > 0, b where it is not or is NaN
+static inline Vec pick(Vec z, Vec a, Vec b) { return choose(z > all(0), a, b); }
+// For |a| < 2²²: what is below 1 has no place beside 1.5·2²³.
+static inline Vec nearest(Vec a) { return (a + all(0x1.8p23f)) - all(0x1.8p23f); }
+// a·2ⁿ for an integer n of −200 to 200, in two steps: 2ⁿ alone may lie beyond the range
+static inline Vec scaled(Vec a, Vec n) {
+  const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
+  return a * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
+}
 
 // Bit i is set unless lane i ≤ 0: a NaN counts as positive, so that gradients of NaN are not hidden.
 static inline uint32_t positive(Vec v) {

@@ -1,4 +1,4 @@
-"""BatchNorm in eval mode, skip and ReLU in one pass, with the moments that the matching loss needs (Eq. 3)."""
+"""BatchNorm in eval mode, skip and activation in one pass, with the moments that the matching loss needs (Eq. 3)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dwa_fast.activations import ACTIVATIONS, Activation
 from dwa_fast.ops import _library
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -24,16 +25,20 @@ def bn_act(
     bias: Tensor | None,  # [C], float32
     eps: float,
     skip: Tensor | None = None,  # [N, C, H, W]
-    relu: bool = False,
+    activation: Activation = "none",
+    slope: Tensor | None = None,  # [1] or [C], float32
 ) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input, in one read of the input.
 
-        z = relu(γ(y − m)/√(v + ε) + β [+ skip]),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
+        x = γ(y − m)/√(v + ε) + β [+ skip],   z = f(x),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
 
-    Differentiable in y, skip, weight and bias, once; y and the gradient of z are read once:
+    Differentiable in y, skip, weight, bias and slope, once; y and the gradient of z are read once:
 
-        ∂L/∂skip = mask · ∂L/∂z,   ∂L/∂y = mask · γ/√(v + ε) · ∂L/∂z + ∂L/∂sums₁ + 2 ∂L/∂sums₂ (y − m)
-        ∂L/∂γ = Σ mask · ∂L/∂z (y − m)/√(v + ε),   ∂L/∂β = Σ mask · ∂L/∂z
+        ∂L/∂skip = f'(x) · ∂L/∂z,   ∂L/∂y = f'(x) · γ/√(v + ε) · ∂L/∂z + ∂L/∂sums₁ + 2 ∂L/∂sums₂ (y − m)
+        ∂L/∂γ = Σ f'(x) · ∂L/∂z (y − m)/√(v + ε),   ∂L/∂β = Σ f'(x) · ∂L/∂z,   ∂L/∂slope = Σ ∂L/∂z min(x, 0)
+
+    x is never stored: the backward pass computes it again from y and skip, but for a ReLU behind a skip, where one bit per element is
+    stored. At the corners of f, f' is what PyTorch takes.
 
     Arithmetic is float32, rounded once. Channels-last tensors are read where they are, others through a copy. NaN propagates as in the
     plain operations. The same input gives the same bits on the same device, for any number of threads.
@@ -43,17 +48,21 @@ def bn_act(
         mean, var: running statistics m and v, which are constants.
         weight, bias: γ and β; None: 1 and 0.
         eps: ε.
-        skip: added before the ReLU; shape, precision and device of y.
-        relu: apply the ReLU.
+        skip: added before the activation; shape, precision and device of y.
+        activation: f: none, relu, relu6, silu, hardswish, gelu (by the error function), gelu_tanh or leaky_relu, which with a learned slope
+            is PReLU.
+        slope: the slope of leaky_relu below 0, one or one per channel; None for all others.
     Returns:
         z in the precision and memory format of y, and sums, [2, C], float32.
     Raises:
         TypeError: an argument has the wrong type or precision.
-        ValueError: shapes or devices do not fit, or a gradient of mean or var is asked for.
+        ValueError: shapes or devices do not fit, there is no such activation, leaky_relu has no slope or another one has, or a gradient of
+            mean or var is asked for.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     _check(y, mean, var, weight, bias, skip)
-    z, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, relu)
+    _check_activation(activation, slope, y)
+    z, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope)
     return z, sums
 
 
@@ -68,36 +77,48 @@ class _BnAct(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         skip: Tensor | None,
-        relu: bool,
+        activation: Activation,
+        slope: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        layer = y, mean, var, weight, bias, eps, skip, activation, slope
         if y.is_cuda:
-            z, sums, mask = _triton().bn_act_forward(y, mean, var, weight, bias, eps, skip, relu)
+            z, sums, mask = _triton().bn_act_forward(*layer)
         else:
             _library.load()
-            z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(y, mean, var, weight, bias, eps, skip, relu)
-        ctx.save_for_backward(y, mean, var, weight, bias, mask)
-        ctx.eps, ctx.has_skip, ctx.relu = eps, skip is not None, relu
+            z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer)
+        ctx.save_for_backward(y, mean, var, weight, bias, skip if _reads_skip(skip is not None, activation) else None, mask, slope)
+        ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
         ctx.set_materialize_grads(False)
         return z, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        y, mean, var, weight, bias, mask = ctx.saved_tensors
-        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _ = ctx.needs_input_grad
+        y, mean, var, weight, bias, skip, mask, slope = ctx.saved_tensors
+        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _, needs_slope = ctx.needs_input_grad
         if grad_z is None:
             grad_z = torch.zeros_like(y)
-        layer = y, mean, var, weight, bias, ctx.eps, mask, ctx.has_skip, ctx.relu
-        masked, parameters = ctx.has_skip and ctx.relu, needs_weight or needs_bias
-        grad_y = grad_skip = both = None
-        if needs_y or parameters or (needs_skip and masked):
+        layer = y, mean, var, weight, bias, ctx.eps, skip, mask, ctx.has_skip, ctx.activation, slope
+        changes_skip, parameters = ctx.has_skip and ctx.activation != "none", needs_weight or needs_bias or needs_slope
+        grad_y = grad_skip = both = grad_slope = None
+        if needs_y or parameters or (needs_skip and changes_skip):
             backward = _triton().bn_act_backward if y.is_cuda else torch.ops.dwa_fast.bn_act_backward.default
-            grad_y, grad_skip, both = backward(grad_z, grad_sums, *layer, parameters)
-        if not masked:
+            grad_y, grad_skip, both, grad_slope = backward(grad_z, grad_sums, *layer, parameters)
+        if not changes_skip:
             grad_skip = grad_z
-        grad_weight = both[0] if both is not None and needs_weight else None
-        grad_bias = both[1] if both is not None and needs_bias else None
-        return (grad_y if needs_y else None), None, None, grad_weight, grad_bias, None, (grad_skip if needs_skip else None), None
+        of_layer = (
+            grad_y if needs_y else None,
+            None,
+            None,
+            both[0] if both is not None and needs_weight else None,
+            both[1] if both is not None and needs_bias else None,
+        )
+        return *of_layer, None, (grad_skip if needs_skip else None), None, (grad_slope if needs_slope else None)
+
+
+def _reads_skip(has_skip: bool, activation: Activation) -> bool:
+    """Whether the backward pass computes what the activation was applied to from the skip again."""
+    return has_skip and activation not in ("none", "relu")
 
 
 @functools.cache
@@ -107,9 +128,17 @@ def _triton() -> Any:
 
 @_library.fake("bn_act_forward")
 def _forward_fake(
-    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, skip: Tensor | None, relu: bool
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    skip: Tensor | None,
+    activation: Activation,
+    slope: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bits = y.numel() if skip is not None and relu else 0
+    bits = y.numel() if skip is not None and activation == "relu" else 0
     sums = torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)
     return torch.empty_like(y), sums, torch.empty((bits + 7) // 8, dtype=torch.uint8, device=y.device)
 
@@ -124,13 +153,37 @@ def _backward_fake(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    skip: Tensor | None,
     mask: Tensor,
     has_skip: bool,
-    relu: bool,
+    activation: Activation,
+    slope: Tensor | None,
     parameters: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
-    return torch.empty_like(y), torch.empty_like(y) if has_skip and relu else y.new_empty(0), of_parameters
+    of_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
+    return torch.empty_like(y), torch.empty_like(y) if has_skip and activation != "none" else y.new_empty(0), of_parameters, of_slope
+
+
+def _check_activation(activation: str, slope: Tensor | None, y: Tensor) -> None:
+    if not isinstance(activation, str):
+        raise TypeError(f"activation must be a name, got {type(activation).__name__}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation != "leaky_relu":
+        if slope is not None:
+            raise ValueError(f"slope belongs to the activation leaky_relu, got one with {activation}")
+        return
+    if slope is None:
+        raise ValueError("the activation leaky_relu needs a slope, [1] or [C]")
+    if not isinstance(slope, Tensor):
+        raise TypeError(f"slope must be a tensor, got {type(slope).__name__}")
+    if slope.dtype is not torch.float32:
+        raise TypeError(f"slope must be float32, got {_names((slope.dtype,))}")
+    if slope.shape not in ((1,), (y.size(1),)):
+        raise ValueError(f"slope must be [1] or [C] with C = {y.size(1)}, got shape {tuple(slope.shape)}")
+    if slope.device != y.device:
+        raise ValueError(f"slope must be on the device of y, {y.device}, got {slope.device}")
 
 
 def _check(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None) -> None:

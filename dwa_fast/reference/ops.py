@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwa_fast.activations import Activation
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # leaky_relu has a slope besides
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 ASCENT_EPSILON = 1e-12  # added to ‖g‖ before the division, Algorithm 1 as published
 
 
@@ -17,16 +31,18 @@ def bn_act(
     bias: Tensor | None,  # [C] β
     eps: float,
     skip: Tensor | None = None,  # [N, C, H, W]
-    relu: bool = False,
+    activation: Activation = "none",
+    slope: Tensor | None = None,  # [1] or [C], of leaky_relu
 ) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32 or wider
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
 
-    z = relu(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
+    z = f(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
     """
     z = F.batch_norm(y, mean, var, weight, bias, training=False, eps=eps)
     if skip is not None:
         z = z + skip
-    return (z.relu() if relu else z), moments(y, mean)
+    z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
+    return z, moments(y, mean)
 
 
 def moments(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwa_fast.activations import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured, error
 
@@ -31,18 +32,33 @@ def layer(channels: int, device: torch.device | str) -> list[Tensor]:
     return [value.to(device) for value in values]
 
 
+def slope_of(activation: Activation, y: Tensor) -> Tensor | None:
+    """A slope per channel of leaky_relu, of either sign."""
+    return torch.linspace(-0.2, 0.5, y.shape[1], device=y.device) if activation == "leaky_relu" else None
+
+
 def both_ways(
-    y: Tensor, values: list[Tensor | None], skip: Tensor | None, relu: bool, grad_z: Tensor, grad_sums: Tensor | None
+    y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_z: Tensor, grad_sums: Tensor | None
 ) -> dict[str, Tensor]:
     """Every result of the kernels, forward and backward."""
-    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, skip, relu)
-    grad_y, grad_skip, parameters = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, mask, skip is not None, relu, True)
+    slope = slope_of(activation, y)
+    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, skip, activation, slope)
+    behind = skip, mask, skip is not None, activation, slope
+    grad_y, grad_skip, parameters, grad_slope = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, *behind, True)
     results = {"z": z, "sums": sums, "grad_y": grad_y, "grad_weight": parameters[0], "grad_bias": parameters[1]}
-    return {**results, "grad_skip": grad_skip} if skip is not None and relu else results
+    if slope is not None:
+        results["grad_slope"] = grad_slope
+    return {**results, "grad_skip": grad_skip} if skip is not None and activation != "none" else results
 
 
 def plainly(
-    y: Tensor, values: list[Tensor | None], skip: Tensor | None, relu: bool, grad_z: Tensor, grad_sums: Tensor | None, dtype: torch.dtype
+    y: Tensor,
+    values: list[Tensor | None],
+    skip: Tensor | None,
+    activation: Activation,
+    grad_z: Tensor,
+    grad_sums: Tensor | None,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The same from the plain twin and automatic differentiation, activations in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -51,44 +67,55 @@ def plainly(
     mean, var, weight, bias = (None if value is None else value.to(wide) for value in values)
     # γ = 1 and β = 0 have gradients too.
     weight, bias = ((torch.full_like(mean, i) if v is None else v.detach()).requires_grad_() for i, v in ((1, weight), (0, bias)))
-    z, sums = reference.bn_act(y, mean, var, weight, bias, EPS, skip, relu)
+    slope = slope_of(activation, y)
+    slope = None if slope is None else slope.to(wide).requires_grad_()
+    z, sums = reference.bn_act(y, mean, var, weight, bias, EPS, skip, activation, slope)
     grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums.to(wide)
-    wanted = {"grad_y": y, "grad_weight": weight, "grad_bias": bias} | ({} if skip is None or not relu else {"grad_skip": skip})
+    wanted = {"grad_y": y, "grad_weight": weight, "grad_bias": bias} | ({} if slope is None else {"grad_slope": slope})
+    wanted |= {} if skip is None or activation == "none" else {"grad_skip": skip}
     grads = torch.autograd.grad([z, sums], list(wanted.values()), [grad_z.to(dtype), grad_sums])
     return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def of_sums(y: Tensor, values: list[Tensor | None], passes: Tensor, grad_z: Tensor) -> dict[str, Tensor]:
-    """√Σ terms² of the gradients of γ and β: how large such sums are where their terms do not cancel by chance."""
-    mean, var = (values[i].double()[:, None, None] for i in (0, 1))  # type: ignore[union-attr]
-    terms = grad_z.double() * passes
+def of_sums(y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_z: Tensor) -> dict[str, Tensor]:
+    """√Σ terms² of the gradients of γ, β and the slope: how large such sums are where their terms do not cancel by chance."""
+    doubles = [None if value is None else value.double() for value in values]
+    mean, var = (value[:, None, None] for value in doubles[:2])  # type: ignore[index]
+    before, _ = reference.bn_act(y.double(), *doubles, EPS, None if skip is None else skip.double())
+    before.requires_grad_()
+    slope, one = slope_of(activation, y), torch.ones(y.shape[1], dtype=torch.float64, device=y.device)
+    z, _ = reference.bn_act(before, 0 * one, one, None, None, 0.0, None, activation, None if slope is None else slope.double())
+    (terms,) = torch.autograd.grad(z, before, grad_z.double())
     return {
         "grad_weight": (terms * (y.double() - mean) / (var + EPS).sqrt()).square().sum((0, 2, 3)).sqrt(),
         "grad_bias": terms.square().sum((0, 2, 3)).sqrt(),
+        "grad_slope": (grad_z.double() * before.detach().clamp_max(0)).square().sum((0, 2, 3)).sqrt(),
     }
 
 
 def assert_matches(
-    y: Tensor, values: list[Tensor | None], skip: Tensor | None, relu: bool, grad_sums: Tensor | None = None
+    y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_sums: Tensor | None = None
 ) -> dict[str, Tensor]:
     grad_z = torch.randn_like(y)
-    ours = both_ways(y, values, skip, relu, grad_z, grad_sums)
+    ours = both_ways(y, values, skip, activation, grad_z, grad_sums)
     # Where a plain float16 or bfloat16 z rounds to 0 its ReLU is blocked, so the mask of the oracle is that of float64.
-    plain = plainly(y, values, skip, relu, grad_z, grad_sums, y.dtype)
-    expected = plainly(y, values, skip, relu, grad_z, grad_sums, torch.float64)
-    sizes = of_sums(y, values, expected["z"] > 0 if relu else torch.ones_like(y), grad_z)
+    plain = plainly(y, values, skip, activation, grad_z, grad_sums, y.dtype)
+    expected = plainly(y, values, skip, activation, grad_z, grad_sums, torch.float64)
+    sizes = of_sums(y, values, skip, activation, grad_z)
     for name, result in ours.items():
         assert_as_good_as_pytorch(result, plain[name], expected[name], sizes.get(name))
     return ours
 
 
-@pytest.mark.parametrize("relu", [False, True])
+CASES = [(shape, activation) for shape in SMALL for activation in ACTIVATIONS if activation in ("none", "relu") or shape in SMALL[1:4:2]]
+
+
+@pytest.mark.parametrize(("shape", "activation"), CASES)
 @pytest.mark.parametrize("has_skip", [False, True])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("shape", SMALL)
-def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, relu: bool, device: torch.device) -> None:
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation, device: torch.device) -> None:
     y, skip = batch(shape, dtype, device), batch(shape, dtype, device) if has_skip else None
-    assert_matches(y, layer(shape[1], device), skip, relu, torch.randn(2, shape[1], device=device))
+    assert_matches(y, layer(shape[1], device), skip, activation, torch.randn(2, shape[1], device=device))
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -96,10 +123,11 @@ def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_skip: b
 def test_one_element_by_hand(skip: float, z: float, passes: float, dtype: torch.dtype, device: torch.device) -> None:
     y, m, v, weight, bias = (torch.tensor([value], device=device) for value in (3.0, 1.0, 0.25, 2.0, 1.0))
     y, added = y.to(dtype).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), skip, dtype=dtype, device=device)
-    out, sums, mask = kernel.bn_act_forward(y, m, v, weight, bias, 0.0, added, True)
+    out, sums, mask = kernel.bn_act_forward(y, m, v, weight, bias, 0.0, added, "relu", None)
     assert (out.item(), sums.tolist(), mask.tolist()) == (z, [[2.0], [4.0]], [int(passes)])
     grad_sums = torch.tensor([[0.5], [0.25]], device=device)
-    grad_y, grad_skip, parameters = kernel.bn_act_backward(y, grad_sums, y, m, v, weight, bias, 0.0, mask, True, True, True)
+    behind = None, mask, True, "relu", None, True
+    grad_y, grad_skip, parameters, _ = kernel.bn_act_backward(y, grad_sums, y, m, v, weight, bias, 0.0, *behind)
     assert (grad_y.item(), grad_skip.item()) == (12 * passes + 1.5, 3 * passes)
     assert parameters.tolist() == [[12 * passes], [3 * passes]]
 
@@ -108,7 +136,7 @@ def test_one_element_by_hand(skip: float, z: float, passes: float, dtype: torch.
 @pytest.mark.parametrize("shape", LARGER)
 def test_several_column_blocks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     y, skip = batch(shape, dtype, device), batch(shape, dtype, device)
-    assert_matches(y, layer(shape[1], device), skip, True, torch.randn(2, shape[1], device=device))
+    assert_matches(y, layer(shape[1], device), skip, "relu", torch.randn(2, shape[1], device=device))
 
 
 @pytest.mark.parametrize("programs", [1, 2, 3])
@@ -116,38 +144,77 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
     monkeypatch.setattr(kernel, "_PROGRAMS", programs)
     y, skip = batch((3, 64, 9, 7), torch.float32, device), batch((3, 64, 9, 7), torch.float32, device)
-    assert_matches(y, layer(64, device), skip, True, torch.randn(2, 64, device=device))
+    assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
 
 
 @pytest.mark.parametrize("missing", [(2,), (3,), (2, 3)])
-@pytest.mark.parametrize("relu", [False, True])
-def test_without_weight_or_bias(missing: tuple[int, ...], relu: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "leaky_relu"])
+def test_without_weight_or_bias(missing: tuple[int, ...], activation: Activation, device: torch.device) -> None:
     values: list[Tensor | None] = [*layer(20, device)]
     for position in missing:
         values[position] = None
-    assert_matches(batch((2, 20, 5, 5), torch.float32, device), values, None, relu, torch.randn(2, 20, device=device))
+    assert_matches(batch((2, 20, 5, 5), torch.float32, device), values, None, activation, torch.randn(2, 20, device=device))
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "leaky_relu"])
 @pytest.mark.parametrize("has_skip", [False, True])
-def test_without_gradient_of_the_sums(has_skip: bool, relu: bool, device: torch.device) -> None:
+def test_without_gradient_of_the_sums(has_skip: bool, activation: Activation, device: torch.device) -> None:
     y, skip = batch((2, 20, 5, 5), torch.float32, device), batch((2, 20, 5, 5), torch.float32, device) if has_skip else None
-    assert_matches(y, layer(20, device), skip, relu, None)
+    assert_matches(y, layer(20, device), skip, activation, None)
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "leaky_relu"])
 @pytest.mark.parametrize("has_skip", [False, True])
-def test_gradients_of_weight_and_bias_only_where_asked(has_skip: bool, relu: bool, device: torch.device) -> None:
+def test_gradients_of_weight_and_bias_only_where_asked(has_skip: bool, activation: Activation, device: torch.device) -> None:
     """Frozen weights cost nothing, and the other gradients keep every bit."""
     y, grad_z = batch((2, 20, 5, 5), torch.float32, device), batch((2, 20, 5, 5), torch.float32, device)
     values, skip = layer(20, device), batch((2, 20, 5, 5), torch.float32, device) if has_skip else None
     for grad_sums in (None, torch.randn(2, 20, device=device)):
-        asked = both_ways(y, values, skip, relu, grad_z, grad_sums)
-        mask = kernel.bn_act_forward(y, *values, EPS, skip, relu)[2]
-        grad_y, grad_skip, parameters = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, mask, has_skip, relu)
-        assert parameters.shape == (0,)
+        asked = both_ways(y, values, skip, activation, grad_z, grad_sums)
+        slope = slope_of(activation, y)
+        mask = kernel.bn_act_forward(y, *values, EPS, skip, activation, slope)[2]
+        behind = skip, mask, has_skip, activation, slope
+        grad_y, grad_skip, parameters, grad_slope = kernel.bn_act_backward(grad_z, grad_sums, y, *values, EPS, *behind)
+        assert parameters.shape == grad_slope.shape == (0,)
         assert torch.equal(grad_y, asked["grad_y"])
-        assert torch.equal(grad_skip, asked["grad_skip"]) if has_skip and relu else grad_skip.shape == (0,)
+        assert torch.equal(grad_skip, asked["grad_skip"]) if has_skip and activation != "none" else grad_skip.shape == (0,)
+
+
+def test_one_slope_for_all_channels(device: torch.device) -> None:
+    """It is that slope in every channel, and its gradient the sum of theirs."""
+    y, values = batch((2, 20, 5, 5), torch.float32, device), layer(20, device)
+    found = []
+    for slope in (torch.tensor([0.25], device=device), torch.full((20,), 0.25, device=device)):
+        z, sums, mask = kernel.bn_act_forward(y, *values, EPS, None, "leaky_relu", slope)
+        found.append((z, *kernel.bn_act_backward(y, sums, y, *values, EPS, None, mask, False, "leaky_relu", slope, True)))
+    (z, grad_y, _, parameters, shared), (z_each, grad_y_each, _, parameters_each, each) = found
+    assert torch.equal(z, z_each)
+    assert torch.equal(grad_y, grad_y_each)
+    assert torch.equal(parameters, parameters_each)
+    assert (shared.shape, each.shape) == ((1,), (20,))
+    torch.testing.assert_close(shared[0], each.sum())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_corners_and_extremes(activation: Activation, has_skip: bool, device: torch.device) -> None:
+    """At 0, ±3 and 6 the gradient is PyTorch's own; far from 0 nothing is NaN that is not NaN there."""
+    points = torch.tensor([0.0, -0.0, 3, -3, 6, 2.9999998, -2.9999998, 5.9999995, 6.0000005, 1e4, -1e4, 100, -100, 1e-30, -1e-30, 0.5])
+    y = points.view(1, 1, 1, 16).to(device)
+    values = [torch.zeros(1, device=device), torch.ones(1, device=device), None, None]
+    skip, slope = torch.zeros_like(y) if has_skip else None, torch.tensor([0.1], device=device) if activation == "leaky_relu" else None
+    z, _, mask = kernel.bn_act_forward(y, *values, 0.0, skip, activation, slope)
+    behind = skip, mask, has_skip, activation, slope
+    grad_y, grad_skip, *_ = kernel.bn_act_backward(torch.ones_like(y), None, y, *values, 0.0, *behind)
+    leaf = y.double().requires_grad_()
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    slopes = None if slope is None else slope.double()
+    expected, _ = reference.bn_act(leaf, 0 * one, one, None, None, 0.0, None, activation, slopes)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad_y.double(), gradient, rtol=1e-5, atol=1e-6)
+    if grad_skip.numel():
+        assert torch.equal(grad_skip, grad_y)
 
 
 @pytest.mark.parametrize("ratio", [30.0, 100.0])
@@ -156,7 +223,7 @@ def test_gradient_of_weight_far_from_zero(ratio: float, device: torch.device) ->
     y, values = (ratio + torch.randn(4, 8, 16, 16)).to(device), [torch.full((8,), ratio, device=device), *layer(8, device)[1:]]
     values[1][3] = 0
     grad_z = 1 + 0.1 * torch.randn_like(y)
-    ours, expected = both_ways(y, values, None, False, grad_z, None), plainly(y, values, None, False, grad_z, None, torch.float64)
+    ours, expected = both_ways(y, values, None, "none", grad_z, None), plainly(y, values, None, "none", grad_z, None, torch.float64)
     assert error(ours["grad_weight"], expected["grad_weight"]) < 1e-6
     assert error(ours["grad_bias"], expected["grad_bias"]) < 1e-6
 
@@ -165,12 +232,12 @@ def test_gradient_of_the_sums_is_a_slice_of_all_layers(device: torch.device) -> 
     y, values = batch((2, 20, 5, 5), torch.float32, device), layer(20, device)
     of_all = torch.randn(2, 100, device=device)
     grad_z = torch.randn_like(y)
-    expected = both_ways(y, values, None, True, grad_z, of_all[:, 37:57].contiguous())
+    expected = both_ways(y, values, None, "relu", grad_z, of_all[:, 37:57].contiguous())
     for grad_sums in (of_all[:, 37:57], of_all[:, 37:57].t().contiguous().t()):
-        assert torch.equal(both_ways(y, values, None, True, grad_z, grad_sums)["grad_y"], expected["grad_y"])
+        assert torch.equal(both_ways(y, values, None, "relu", grad_z, grad_sums)["grad_y"], expected["grad_y"])
     same = torch.randn(1, 20, device=device).expand(2, 20)
     assert torch.equal(
-        both_ways(y, values, None, True, grad_z, same)["grad_y"], both_ways(y, values, None, True, grad_z, same.contiguous())["grad_y"]
+        both_ways(y, values, None, "relu", grad_z, same)["grad_y"], both_ways(y, values, None, "relu", grad_z, same.contiguous())["grad_y"]
     )
 
 
@@ -181,20 +248,24 @@ def test_any_memory_layout(layout: str, device: torch.device) -> None:
     given = {"contiguous": whole, "slice": whole[:, 1:11, :, ::2], "transposed": whole.transpose(2, 3)}[layout]
     skip, grad_z = torch.randn_like(given), torch.randn_like(given)
     values, grad_sums = layer(given.shape[1], device), torch.randn(2, given.shape[1], device=device)
-    ours = both_ways(given, values, skip, True, grad_z, grad_sums)
+    ours = both_ways(given, values, skip, "relu", grad_z, grad_sums)
     same = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (given, skip, grad_z)]
-    expected = both_ways(same[0], values, same[1], True, same[2], grad_sums)
+    expected = both_ways(same[0], values, same[1], "relu", same[2], grad_sums)
     for name, result in ours.items():
         assert torch.equal(result, expected[name])
     for name in ("z", "grad_y", "grad_skip"):
         assert ours[name].stride() == torch.empty_like(given).stride()
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "leaky_relu"])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 0, 0, 0)])
-def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
+def test_empty(shape: tuple[int, ...], activation: Activation, device: torch.device) -> None:
     y, values = torch.zeros(shape, device=device), layer(shape[1], device)
-    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y, True)
-    grad_y, grad_skip, parameters = kernel.bn_act_backward(y, sums, y, *values, EPS, mask, True, True, True)
+    slope = slope_of(activation, y)
+    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y, activation, slope)
+    behind = y, mask, True, activation, slope, True
+    grad_y, grad_skip, parameters, grad_slope = kernel.bn_act_backward(y, sums, y, *values, EPS, *behind)
+    assert grad_slope.tolist() == [0] * (0 if slope is None else shape[1])
     assert z.shape == grad_y.shape == grad_skip.shape == y.shape
     assert torch.equal(sums, torch.zeros(2, shape[1], device=device))
     assert torch.equal(parameters, torch.zeros(2, shape[1], device=device))
@@ -204,18 +275,19 @@ def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 3, 5, 7), (2, 64, 8, 8), (1, 130, 3, 3)])
 def test_mask_is_one_bit_per_element_in_memory_order(shape: tuple[int, ...], device: torch.device) -> None:
     y, skip = batch(shape, torch.float32, device), batch(shape, torch.float32, device)
-    z, _, mask = kernel.bn_act_forward(y, *layer(shape[1], device), EPS, skip, True)
+    z, _, mask = kernel.bn_act_forward(y, *layer(shape[1], device), EPS, skip, "relu", None)
     in_memory = z.permute(0, 2, 3, 1).flatten().cpu().numpy() > 0
     np.testing.assert_array_equal(mask.cpu().numpy(), np.packbits(in_memory, bitorder="little"))
 
 
-@pytest.mark.parametrize(("has_skip", "relu"), [(False, False), (False, True), (True, False)])
-def test_no_mask_where_it_follows_from_y(has_skip: bool, relu: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("has_skip", "activation"), [(False, "none"), (False, "relu"), (True, "none"), (True, "silu")])
+def test_no_mask_where_it_follows_from_y(has_skip: bool, activation: Activation, device: torch.device) -> None:
     y, values = batch((2, 8, 4, 4), torch.bfloat16, device), layer(8, device)
-    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y if has_skip else None, relu)
+    z, sums, mask = kernel.bn_act_forward(y, *values, EPS, y if has_skip else None, activation, None)
     assert mask.numel() == 0
     assert mask.dtype == torch.uint8
-    assert kernel.bn_act_backward(z, sums, y, *values, EPS, mask, has_skip, relu)[1].numel() == 0
+    grad_skip = kernel.bn_act_backward(z, sums, y, *values, EPS, y if has_skip else None, mask, has_skip, activation, None)[1]
+    assert grad_skip.numel() == (y.numel() if has_skip and activation != "none" else 0)
 
 
 def test_mask_of_forward_and_backward_agree_bit_for_bit(device: torch.device) -> None:
@@ -223,8 +295,9 @@ def test_mask_of_forward_and_backward_agree_bit_for_bit(device: torch.device) ->
     y, values = batch((4, 32, 16, 16), torch.float32, device), layer(32, device)
     values[3] = values[0] * values[2] * (values[1] + EPS).rsqrt()  # many results next to 0
     y = torch.where(torch.rand_like(y) < 0.5, y * 1e-7, y)
-    z, _, mask = kernel.bn_act_forward(y, *values, EPS, None, True)
-    grad_y, _, parameters = kernel.bn_act_backward(torch.ones_like(y), None, y, *values, EPS, mask, False, True, True)
+    z, _, mask = kernel.bn_act_forward(y, *values, EPS, None, "relu", None)
+    behind = None, mask, False, "relu", None, True
+    grad_y, _, parameters, _ = kernel.bn_act_backward(torch.ones_like(y), None, y, *values, EPS, *behind)
     assert torch.equal(grad_y != 0, z > 0)
     assert torch.equal(parameters[1], (z > 0).sum((0, 2, 3)).float())
 
@@ -234,7 +307,7 @@ def test_moments_far_from_zero(ratio: float, device: torch.device) -> None:
     """Σ(y − m)² keeps its precision where E[y²] − E[y]² would lose it."""
     y = (ratio + torch.randn(4, 8, 16, 16)).to(device)
     values = [torch.full((8,), ratio, device=device), *layer(8, device)[1:]]
-    _, sums, _ = kernel.bn_act_forward(y, *values, EPS, None, False)
+    _, sums, _ = kernel.bn_act_forward(y, *values, EPS, None, "none", None)
     shifted = y.double() - ratio
     assert error(sums[1], shifted.square().sum((0, 2, 3))) < 1e-6
     assert error(sums[0], shifted.sum((0, 2, 3))) < 1e-6
@@ -244,7 +317,7 @@ def test_dead_channels_pass_the_gradient_of_the_sums(device: torch.device) -> No
     """γ = 0 and v = 0 are ordinary values: nothing is divided by a."""
     y, values = batch((2, 4, 5, 5), torch.float32, device), layer(4, device)
     values[2][1], values[1][2] = 0, 0
-    assert_matches(y, values, None, True, torch.randn(2, 4, device=device))
+    assert_matches(y, values, None, "relu", torch.randn(2, 4, device=device))
 
 
 @pytest.mark.parametrize("has_skip", [False, True])
@@ -252,8 +325,8 @@ def test_nan_propagates_as_in_pytorch(has_skip: bool, device: torch.device) -> N
     y, values = batch((2, 8, 4, 4), torch.float32, device), layer(8, device)
     y[1, 5, 2, 3], y[0, 2, 0, 0] = math.nan, math.inf
     skip, grad_z = batch((2, 8, 4, 4), torch.float32, device) if has_skip else None, torch.randn_like(y)
-    ours = both_ways(y, values, skip, True, grad_z, torch.ones(2, 8, device=device))
-    plain = plainly(y, values, skip, True, grad_z, torch.ones(2, 8, device=device), torch.float32)
+    ours = both_ways(y, values, skip, "relu", grad_z, torch.ones(2, 8, device=device))
+    plain = plainly(y, values, skip, "relu", grad_z, torch.ones(2, 8, device=device), torch.float32)
     for name, result in ours.items():
         torch.testing.assert_close(result, plain[name], equal_nan=True, rtol=1e-4, atol=1e-4)
 
@@ -262,7 +335,7 @@ def test_nan_propagates_as_in_pytorch(has_skip: bool, device: torch.device) -> N
 def test_same_bits_again(dtype: torch.dtype, device: torch.device) -> None:
     y, skip, grad_z = (batch((2, 40, 9, 9), dtype, device) for _ in range(3))
     values, grad_sums = layer(40, device), torch.randn(2, 40, device=device)
-    first, second = (both_ways(y, values, skip, True, grad_z, grad_sums) for _ in range(2))
+    first, second = (both_ways(y, values, skip, "relu", grad_z, grad_sums) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -272,7 +345,7 @@ def test_same_bits_again(dtype: torch.dtype, device: torch.device) -> None:
 def test_real_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for has_skip in (False, True):
         y, skip = batch(shape, dtype, "cuda"), batch(shape, dtype, "cuda") if has_skip else None
-        assert_matches(y, layer(shape[1], "cuda"), skip, True, torch.randn(2, shape[1], device="cuda"))
+        assert_matches(y, layer(shape[1], "cuda"), skip, "relu", torch.randn(2, shape[1], device="cuda"))
 
 
 @pytest.mark.gpu
@@ -281,8 +354,8 @@ def test_captured_in_a_cuda_graph(has_skip: bool) -> None:
     y, grad_z = batch((8, 64, 16, 16), torch.bfloat16, "cuda"), batch((8, 64, 16, 16), torch.bfloat16, "cuda")
     skip = batch((8, 64, 16, 16), torch.bfloat16, "cuda") if has_skip else None
     values, grad_sums = layer(64, "cuda"), torch.randn(2, 64, device="cuda")
-    called = both_ways(y, values, skip, True, grad_z, grad_sums)
-    replayed = captured(lambda: both_ways(y, values, skip, True, grad_z, grad_sums))
+    called = both_ways(y, values, skip, "relu", grad_z, grad_sums)
+    replayed = captured(lambda: both_ways(y, values, skip, "relu", grad_z, grad_sums))
     assert all(torch.equal(called[name], replayed[name]) for name in called)
 
 
@@ -294,11 +367,12 @@ def test_more_than_two_to_the_31_elements() -> None:
     images = 2**31 // (64 * 1024) + 3
     y = torch.ones(images, 64, 32, 32, dtype=torch.bfloat16, device="cuda").contiguous(memory_format=torch.channels_last)
     values = [torch.zeros(64, device="cuda"), torch.ones(64, device="cuda"), None, None]
-    z, sums, mask = kernel.bn_act_forward(y, *values, 0.0, y, True)
+    z, sums, mask = kernel.bn_act_forward(y, *values, 0.0, y, "relu", None)
     assert bool((z == 2).all())
     assert bool((mask == 255).all())
     torch.testing.assert_close(sums, torch.full_like(sums, images * 1024))
-    grad_y, grad_skip, parameters = kernel.bn_act_backward(y, torch.ones_like(sums), y, *values, 0.0, mask, True, True, True)
+    behind = None, mask, True, "relu", None, True
+    grad_y, grad_skip, parameters, _ = kernel.bn_act_backward(y, torch.ones_like(sums), y, *values, 0.0, *behind)
     assert bool((grad_y == 4).all())
     assert bool((grad_skip == 1).all())
     torch.testing.assert_close(parameters, torch.full_like(parameters, images * 1024))

@@ -1,4 +1,4 @@
-"""bn_act: BatchNorm in eval mode, skip, ReLU and moments in one pass, in C++ on every instruction set, against float64."""
+"""bn_act: BatchNorm in eval mode, skip, activation and moments in one pass, in C++ on every instruction set, against float64."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast import ops
+from dwa_fast.activations import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS
 
@@ -30,7 +31,7 @@ SHAPES = [
 ]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
 DTYPES = [torch.float32, torch.bfloat16]
-VARIANTS = list(itertools.product([False, True], [False, True]))
+VARIANTS = list(itertools.product([False, True], ACTIVATIONS))
 Inputs = dict[str, Any]
 
 
@@ -57,7 +58,8 @@ def make(
     layout: str = "channels_last",
     *,
     skip: bool = False,
-    relu: bool = False,
+    activation: Activation = "none",
+    slopes: int | None = None,
     affine: bool = True,
     device: torch.device | str = "cpu",
 ) -> Inputs:
@@ -74,7 +76,9 @@ def make(
         "bias": torch.randn(channels) * 0.3 if affine else None,
     }
     placed = {name: None if vector is None else vector.to(device) for name, vector in vectors.items()}
-    return {"y": features(), **placed, "eps": EPS, "skip": features() if skip else None, "relu": relu}
+    inputs = {"y": features(), **placed, "eps": EPS, "skip": features() if skip else None, "activation": activation}
+    slope = torch.rand(channels if slopes is None else slopes) - 0.3 if activation == "leaky_relu" else None
+    return inputs | {"slope": None if slope is None else slope.to(device)}
 
 
 def run(operator: Callable[..., Any], inputs: Inputs, double: bool = False, moments: bool = True) -> dict[str, Tensor]:
@@ -84,7 +88,7 @@ def run(operator: Callable[..., Any], inputs: Inputs, double: bool = False, mome
         leaves[name] = value
         if isinstance(value, Tensor):
             leaves[name] = value.detach().double() if double else value.detach()
-            leaves[name].requires_grad_(name in ("y", "skip", "weight", "bias"))
+            leaves[name].requires_grad_(name in ("y", "skip", "weight", "bias", "slope"))
     z, sums = operator(**leaves)
     source = torch.Generator().manual_seed(1)
     grad_z = torch.randn(z.shape, generator=source).to(inputs["y"].dtype).to(z)
@@ -110,45 +114,47 @@ def assert_as_good_as_pytorch(inputs: Inputs, moments: bool = True) -> None:
         unit = 2.0 ** (-9 if result.dtype == torch.bfloat16 else -23)
         assert error(result, expected[name]) <= max(2 * error(plain[name], expected[name]), unit), name
     for name in ("z", "y", "skip"):
-        if name in ours and (name != "skip" or inputs["relu"]):  # without ReLU the skip's gradient is that of z itself
+        if name in ours and (name != "skip" or inputs["activation"] != "none"):  # else the skip's gradient is that of z itself
             assert ours[name].stride() == torch.empty_like(inputs["y"]).stride(), name
 
 
-@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_float64(shape: tuple[int, ...], layout: str, dtype: torch.dtype, skip: bool, relu: bool, device: torch.device) -> None:
-    assert_as_good_as_pytorch(make(shape, dtype, layout, skip=skip, relu=relu, device=device))
+def test_matches_float64(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, skip: bool, activation: Activation, device: torch.device
+) -> None:
+    assert_as_good_as_pytorch(make(shape, dtype, layout, skip=skip, activation=activation, device=device))
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_matches_float64(
-    level: str, dtype: torch.dtype, skip: bool, relu: bool, use_level: Callable[[str], None]
+    level: str, dtype: torch.dtype, skip: bool, activation: Activation, use_level: Callable[[str], None]
 ) -> None:
     use_level(level)
     for shape in SHAPES:
-        assert_as_good_as_pytorch(make(shape, dtype, skip=skip, relu=relu))
-        assert_as_good_as_pytorch(make(shape, dtype, skip=skip, relu=relu), moments=False)
+        assert_as_good_as_pytorch(make(shape, dtype, skip=skip, activation=activation))
+        assert_as_good_as_pytorch(make(shape, dtype, skip=skip, activation=activation), moments=False)
 
 
 def test_no_channels() -> None:
     """PyTorch's batch_norm refuses them."""
-    z, sums = ops.bn_act(**make((4, 0, 2, 2), skip=True, relu=True))
+    z, sums = ops.bn_act(**make((4, 0, 2, 2), skip=True, activation="relu"))
     assert (z.shape, sums.shape) == ((4, 0, 2, 2), (2, 0))
 
 
-@pytest.mark.parametrize("relu", [False, True])
-def test_without_weight_and_bias(relu: bool, device: torch.device) -> None:
-    assert_as_good_as_pytorch(make((4, 24, 6, 6), relu=relu, affine=False, device=device))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_weight_and_bias(activation: Activation, device: torch.device) -> None:
+    assert_as_good_as_pytorch(make((4, 24, 6, 6), activation=activation, affine=False, device=device))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.gpu
 def test_half_precisions_on_a_gpu(dtype: torch.dtype) -> None:
-    assert_as_good_as_pytorch(make((8, 64, 16, 16), dtype, skip=True, relu=True, device="cuda"))
+    assert_as_good_as_pytorch(make((8, 64, 16, 16), dtype, skip=True, activation="relu", device="cuda"))
 
 
 def test_large_offsets_keep_their_variance(device: torch.device) -> None:
@@ -170,12 +176,14 @@ def numerical(inputs: Inputs, name: str, direction: Tensor, grad_z: Tensor, grad
     return float(values[0] - values[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("name", ["y", "skip", "weight", "bias"])
-@pytest.mark.parametrize("relu", [False, True])
-def test_gradients_are_those_of_the_results(name: str, relu: bool, device: torch.device) -> None:
-    """Finite differences; with ReLU the values are kept away from its corner, on both sides of it."""
-    inputs = make((2, 5, 3, 3), skip=True, relu=relu, device=device)
-    if relu:
+@pytest.mark.parametrize("name", ["y", "skip", "weight", "bias", "slope"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_those_of_the_results(name: str, activation: Activation, device: torch.device) -> None:
+    """Finite differences; where the activation has a corner the values are kept away from it, on both sides of it."""
+    inputs = make((2, 5, 3, 3), skip=True, activation=activation, device=device)
+    if name == "slope" and inputs["slope"] is None:
+        return
+    if activation in ("relu", "relu6", "hardswish", "leaky_relu"):
         inputs["skip"] = inputs["skip"] + torch.where(inputs["skip"] > 0.3, 20, -20)
     grad_z, grad_sums = torch.randn(2, 5, 3, 3, device=device), torch.randn(2, 5, device=device)
     inputs[name].requires_grad_()
@@ -192,7 +200,7 @@ def test_zero_is_not_let_through(with_skip: bool, device: torch.device) -> None:
     y = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38]).view(1, 1, 1, 6).to(device).requires_grad_()
     skip = torch.zeros_like(y).requires_grad_() if with_skip else None
     zero, one = torch.zeros(1, device=device), torch.ones(1, device=device)
-    z, _ = ops.bn_act(y, zero, one, None, None, 0.0, skip, True)
+    z, _ = ops.bn_act(y, zero, one, None, None, 0.0, skip, "relu")
     z.sum().backward()
     expected = torch.tensor([0.0, 0, 1, 0, 1, 0], device=device)
     assert y.grad is not None
@@ -203,12 +211,63 @@ def test_zero_is_not_let_through(with_skip: bool, device: torch.device) -> None:
         assert torch.equal(skip.grad.flatten(), expected)
 
 
+CORNERS = [0.0, -0.0, 3, -3, 6, 2.9999998, -2.9999998, 3.0000002, -3.0000002, 5.9999995, 6.0000005]
+EXTREMES = [1e4, -1e4, 88.5, -88.5, 90, -90, 104, -104, 1e-30, -1e-30, 1e30, -1e30, 0.5, -0.5]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
+def test_corners_and_extremes(level: str, dtype: torch.dtype, skip: bool, activation: Activation, use_level: Callable[[str], None]) -> None:
+    """At 0, ±3 and 6 the gradient is PyTorch's own; far from 0 every value is as the formula has it: SiLU of −10⁴ is −0, not NaN."""
+    use_level(level)
+    y = torch.tensor(CORNERS + EXTREMES).to(dtype).view(1, 1, 1, -1).requires_grad_()
+    added, slope = torch.zeros_like(y) if skip else None, torch.tensor([0.1]) if activation == "leaky_relu" else None
+    constants = torch.zeros(1), torch.ones(1), None, None, 0.0
+    z, _ = ops.bn_act(y, *constants, added, activation, slope)
+    (gradient,) = torch.autograd.grad(z, y, torch.ones_like(z))
+    leaf = y.detach().double().requires_grad_()
+    doubles = torch.zeros(1).double(), torch.ones(1).double(), None, None, 0.0
+    expected, _ = reference.bn_act(leaf, *doubles, None, activation, None if slope is None else slope.double())
+    (wanted,) = torch.autograd.grad(expected, leaf, torch.ones_like(expected))
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-7}
+    torch.testing.assert_close(z.double(), expected, **close)
+    finite = leaf.abs() < 1e20 if activation == "gelu_tanh" else torch.ones_like(leaf, dtype=torch.bool)  # x² is infinite in float32
+    torch.testing.assert_close(gradient.double()[finite], wanted[finite], **(close | {"atol": 1e-6}))
+    if activation in ("silu", "hardswish", "gelu", "gelu_tanh"):
+        far = z.detach()[y == torch.tensor(-1e4).to(dtype)]
+        assert far.tolist() == [0]
+        assert far.signbit().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_every_value_is_as_good_as_pytorch(level: str, activation: Activation, use_level: Callable[[str], None]) -> None:
+    """Over the whole range where the functions bend, the worst absolute error is at most twice PyTorch's, value and derivative."""
+    use_level(level)
+    x = torch.linspace(-20, 20, 40_001)
+    found = []
+    for operator, points in ((ops.bn_act, x), (reference.bn_act, x), (reference.bn_act, x.double())):
+        leaf = points.view(1, 1, 1, -1).detach().requires_grad_()
+        z, _ = operator(leaf, torch.zeros(1).to(leaf), torch.ones(1).to(leaf), None, None, 0.0, None, activation)
+        found.append((z.detach().double(), torch.autograd.grad(z.sum(), leaf)[0].double()))
+    for ours, plain, exact in zip(*found, strict=True):
+        unit = torch.finfo(torch.float32).eps * exact.abs().clamp_min(0.1)
+        assert ((ours - exact) / unit).abs().max() <= max(2 * ((plain - exact) / unit).abs().max(), 1.0)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_slope_for_all_channels(dtype: torch.dtype, skip: bool) -> None:
+    assert_as_good_as_pytorch(make((4, 24, 6, 6), dtype, skip=skip, activation="leaky_relu", slopes=1))
+
+
 @pytest.mark.parametrize("channels", [1, 5, 8, 12, 24, 67, 80])
 @pytest.mark.parametrize("level", LEVELS)
 def test_mask_has_a_bit_per_element(level: str, channels: int, use_level: Callable[[str], None]) -> None:
     """Bit i of the mask, in memory order, says whether element i passes; a byte beyond the last element does not exist."""
     use_level(level)
-    inputs = make((3, channels, 7, 13), skip=True, relu=True)
+    inputs = make((3, channels, 7, 13), skip=True, activation="relu")
     z, _, mask = torch.ops.dwa_fast.bn_act_forward(*inputs.values())
     bits = (mask[:, None] >> torch.arange(8)).bitwise_and(1).flatten()
     passed = z.permute(0, 2, 3, 1).flatten() > 0
@@ -219,13 +278,17 @@ def test_mask_has_a_bit_per_element(level: str, channels: int, use_level: Callab
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
-def test_nan_and_infinity_propagate(level: str, dtype: torch.dtype, skip: bool, relu: bool, use_level: Callable[[str], None]) -> None:
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
+def test_nan_and_infinity_propagate(
+    level: str, dtype: torch.dtype, skip: bool, activation: Activation, use_level: Callable[[str], None]
+) -> None:
     use_level(level)
-    inputs = make((2, 35, 4, 5), dtype, skip=skip, relu=relu)
+    inputs = make((2, 35, 4, 5), dtype, skip=skip, activation=activation)
     inputs["y"][0, 3, 1, 2], inputs["y"][1, 17, 0, 0], inputs["y"][1, 34, 3, 4] = math.nan, math.inf, -math.inf
-    ours, plain = run(ops.bn_act, inputs), run(reference.bn_act, inputs)
+    ours, plain = run(ops.bn_act, inputs), run(reference.bn_act, inputs, double=True)
     for name, result in ours.items():
+        if activation == "hardswish" and name not in ("z", "sums"):
+            continue  # whether PyTorch's gradient at NaN is NaN depends on the layout of its tensors
         assert torch.equal(result.isnan(), plain[name].isnan()), name
         assert torch.equal(result.isinf(), plain[name].isinf()), name
 
@@ -245,9 +308,9 @@ def test_bfloat16_is_rounded_to_nearest_even(use_level: Callable[[str], None]) -
 
 @pytest.mark.parametrize("shape", [(5, 67, 9, 7), (6, 64, 32, 32)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
-def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype, skip: bool, relu: bool) -> None:
-    inputs = make(shape, dtype, skip=skip, relu=relu)
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
+def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype, skip: bool, activation: Activation) -> None:
+    inputs = make(shape, dtype, skip=skip, activation=activation)
     results = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
@@ -257,14 +320,14 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], dtype: torc
 
 
 def test_same_bits_again(device: torch.device) -> None:
-    inputs = make((6, 48, 16, 16), torch.bfloat16, skip=True, relu=True, device=device)
+    inputs = make((6, 48, 16, 16), torch.bfloat16, skip=True, activation="relu", device=device)
     first, second = run(ops.bn_act, inputs), run(ops.bn_act, inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("used", ["z", "sums"])
 def test_one_result_may_go_unused(used: str, device: torch.device) -> None:
-    inputs = make((3, 16, 5, 5), skip=True, relu=True, device=device)
+    inputs = make((3, 16, 5, 5), skip=True, activation="relu", device=device)
     doubles = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     gradients = []
     for operator, values in ((ops.bn_act, inputs), (reference.bn_act, doubles)):
@@ -275,19 +338,20 @@ def test_one_result_may_go_unused(used: str, device: torch.device) -> None:
     assert error(*gradients) < 1e-6
 
 
-@pytest.mark.parametrize("relu", [False, True])
-def test_only_the_skip_needs_a_gradient(relu: bool, device: torch.device) -> None:
-    inputs = make((3, 16, 5, 5), skip=True, relu=relu, device=device)
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_only_the_skip_needs_a_gradient(activation: Activation, device: torch.device) -> None:
+    inputs = make((3, 16, 5, 5), skip=True, activation=activation, device=device)
+    expected = run(reference.bn_act, inputs, double=True)["skip"]
     inputs["skip"].requires_grad_()
     z, _ = ops.bn_act(**inputs)
-    z.sum().backward()
-    assert torch.equal(inputs["skip"].grad, (z > 0).float() if relu else torch.ones_like(z))
+    z.backward(torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z))
+    assert error(inputs["skip"].grad, expected) < 1e-6
     assert inputs["y"].grad is None
 
 
 def test_gradients_of_any_strides(device: torch.device) -> None:
     """z.sum() hands back an expanded scalar, a flattening layer a contiguous tensor."""
-    inputs = make((3, 16, 5, 5), relu=True, device=device)
+    inputs = make((3, 16, 5, 5), activation="relu", device=device)
     for scale in (torch.ones((), device=device).expand(3, 16, 5, 5), torch.randn(3, 16, 5, 5, device=device)):
         y = inputs["y"].clone().requires_grad_()
         z, _ = ops.bn_act(**(inputs | {"y": y}))
@@ -297,18 +361,19 @@ def test_gradients_of_any_strides(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
-def test_gradients_of_weight_and_bias_only_where_asked(dtype: torch.dtype, skip: bool, relu: bool) -> None:
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
+def test_gradients_of_weight_and_bias_only_where_asked(dtype: torch.dtype, skip: bool, activation: Activation) -> None:
     """Frozen weights cost nothing, and the other gradients keep every bit."""
     ops.load()
-    inputs = make((3, 67, 7, 5), dtype, skip=skip, relu=relu)
+    inputs = make((3, 67, 7, 5), dtype, skip=skip, activation=activation)
     forward = tuple(inputs.values())
-    layer = (*forward[:6], torch.ops.dwa_fast.bn_act_forward(*forward)[2], skip, relu)
+    layer = (*forward[:7], torch.ops.dwa_fast.bn_act_forward(*forward)[2], skip, *forward[7:])
     grad = torch.randn_like(inputs["y"])
     for grad_sums in (None, torch.randn(2, 67)):
         frozen = torch.ops.dwa_fast.bn_act_backward(grad, grad_sums, *layer)
         asked = torch.ops.dwa_fast.bn_act_backward(grad, grad_sums, *layer, True)
         assert (frozen[2].shape, asked[2].shape) == ((0,), (2, 67))
+        assert (frozen[3].shape, asked[3].shape) == ((0,), (0 if inputs["slope"] is None else 67,))
         assert torch.equal(frozen[0], asked[0])
         assert torch.equal(frozen[1], asked[1])
 
@@ -323,14 +388,14 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("skip", "relu"), VARIANTS)
-def test_opcheck(layout: str, skip: bool, relu: bool) -> None:
+@pytest.mark.parametrize(("skip", "activation"), VARIANTS)
+def test_opcheck(layout: str, skip: bool, activation: Activation) -> None:
     ops.load()
-    inputs = make((2, 19, 5, 4), torch.bfloat16, layout, skip=skip, relu=relu)
+    inputs = make((2, 19, 5, 4), torch.bfloat16, layout, skip=skip, activation=activation)
     forward = tuple(inputs.values())
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_forward.default, forward)
     mask = torch.ops.dwa_fast.bn_act_forward(*forward)[2]
-    shared = (*forward[:6], mask, skip, relu)
+    shared = (*forward[:7], mask, skip, *forward[7:])
     grad = torch.randn_like(inputs["y"])
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, torch.randn(2, 19), *shared))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared))
@@ -338,7 +403,7 @@ def test_opcheck(layout: str, skip: bool, relu: bool) -> None:
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
-    inputs = make((2, 8, 3, 3), torch.bfloat16, skip=True, relu=True, device="meta")
+    inputs = make((2, 8, 3, 3), torch.bfloat16, skip=True, activation="relu", device="meta")
     z, sums = ops.bn_act(**inputs)
     assert (z.shape, z.dtype, z.stride()) == (inputs["y"].shape, torch.bfloat16, inputs["y"].stride())
     assert (sums.shape, sums.dtype, sums.device.type) == ((2, 8), torch.float32, "meta")
@@ -360,6 +425,18 @@ WRONG: list[tuple[Inputs, type[Exception], str]] = [
     ({"skip": torch.zeros(2, 4, 3, 3).bfloat16()}, TypeError, "skip must have the precision of y, float32, got bfloat16"),
     ({"skip": torch.zeros(2, 4, 1, 1)}, ValueError, "skip must have the shape of y, (2, 4, 3, 3), got (2, 4, 1, 1)"),
     ({"skip": torch.zeros(2, 4, 3, 3, device="meta")}, ValueError, "skip must be on the device of y, cpu, got meta"),
+    ({"activation": True}, TypeError, "activation must be a name, got bool"),
+    (
+        {"activation": "tanh"},
+        ValueError,
+        "activation must be one of none, relu, relu6, silu, hardswish, gelu, gelu_tanh, leaky_relu, got 'tanh'",
+    ),
+    ({"slope": torch.zeros(1)}, ValueError, "slope belongs to the activation leaky_relu, got one with none"),
+    ({"activation": "leaky_relu"}, ValueError, "the activation leaky_relu needs a slope, [1] or [C]"),
+    ({"activation": "leaky_relu", "slope": 0.1}, TypeError, "slope must be a tensor, got float"),
+    ({"activation": "leaky_relu", "slope": torch.zeros(1).double()}, TypeError, "slope must be float32, got float64"),
+    ({"activation": "leaky_relu", "slope": torch.zeros(3)}, ValueError, "slope must be [1] or [C] with C = 4, got shape (3,)"),
+    ({"activation": "leaky_relu", "slope": torch.zeros(4, device="meta")}, ValueError, "slope must be on the device of y, cpu, got meta"),
 ]
 
 
@@ -378,6 +455,11 @@ def test_wrong_input(change: Inputs, kind: type[Exception], message: str) -> Non
         ({"var": torch.zeros(4).double()}, "var must be float32, got Double"),
         ({"skip": torch.zeros(2, 4, 3, 3).bfloat16()}, "skip must have the precision of y, Float, got BFloat16"),
         ({"skip": torch.zeros(2, 4, 1, 1)}, r"skip must have the shape of y, \[2, 4, 3, 3\], got \[2, 4, 1, 1\]"),
+        ({"activation": "tanh"}, "activation must be none, relu, relu6, silu, hardswish, gelu, gelu_tanh or leaky_relu, got tanh"),
+        ({"slope": torch.zeros(1)}, "slope belongs to activation leaky_relu alone"),
+        ({"activation": "leaky_relu"}, "activation leaky_relu needs a slope"),
+        ({"activation": "leaky_relu", "slope": torch.zeros(3)}, r"slope must be \[1\] or \[C\] with C = 4, got shape \[3\]"),
+        ({"activation": "leaky_relu", "slope": torch.zeros(1).double()}, "slope must be float32, got Double"),
     ],
 )
 def test_the_operator_checks_for_itself(change: Inputs, message: str) -> None:
@@ -391,7 +473,14 @@ def test_a_foreign_mask_is_refused() -> None:
     ops.load()
     inputs = list(make((2, 4, 3, 3)).values())[:6]
     with pytest.raises(RuntimeError, match=r"mask must be what bn_act_forward returned, uint8 \[9\], got Byte \[8\]"):
-        torch.ops.dwa_fast.bn_act_backward(inputs[0], None, *inputs, torch.zeros(8, dtype=torch.uint8), True, True)
+        torch.ops.dwa_fast.bn_act_backward(inputs[0], None, *inputs, None, torch.zeros(8, dtype=torch.uint8), True, "relu", None)
+
+
+def test_the_skip_is_needed_again() -> None:
+    ops.load()
+    inputs, none = list(make((2, 4, 3, 3)).values())[:6], torch.zeros(0, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="activation silu behind a skip needs the skip again"):
+        torch.ops.dwa_fast.bn_act_backward(inputs[0], None, *inputs, None, none, True, "silu", None)
 
 
 def test_levels_have_names() -> None:
@@ -403,7 +492,7 @@ def test_levels_have_names() -> None:
 @pytest.mark.gpu
 def test_captured_in_a_cuda_graph() -> None:
     """A replay equals a call, bit for bit: nothing in the operator waits or allocates outside the graph."""
-    inputs = make((8, 64, 16, 16), torch.bfloat16, skip=True, relu=True, device="cuda")
+    inputs = make((8, 64, 16, 16), torch.bfloat16, skip=True, activation="relu", device="cuda")
     called = run(ops.bn_act, inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
