@@ -108,13 +108,6 @@ def test_fused(name: str, skip: bool) -> None:
         assert torch.allclose(found[position].double(), expected[weight], rtol=1e-4, atol=1e-7)
 
 
-class OtherSiLU(nn.SiLU):
-    """Not SiLU."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features) * 2
-
-
 def with_forward() -> nn.Module:
     layer = nn.ReLU()
     layer.forward = lambda features: features.abs()  # type: ignore[method-assign]
@@ -151,14 +144,13 @@ KEPT: dict[str, Callable[[], Act]] = {
     "clamp": lambda: lambda x: x.clamp(0, 6),
     "ELU": nn.ELU,
     "Softplus": nn.Softplus,
-    "a subclass": OtherSiLU,
     "a forward of its own": with_forward,
     "a hook": lambda: hooked(nn.ReLU(), "register_forward_hook"),
     "a hook before": lambda: hooked(nn.SiLU(), "register_forward_pre_hook"),
     "a weight that is computed": lambda: Learned(lambda x, w: F.prelu(x, 2 * w)),
     "a PReLU that is used twice": Twice,
     "a weight that is used twice": lambda: Learned(lambda x, w: F.prelu(x, w) * w.sum()),
-    "a PReLU of the BatchNorm's values": lambda: lambda x: F.prelu(torch.ones(1, CHANNELS, 2, 2), x.mean((0, 2, 3))),
+    "a PReLU of the BatchNorm's values": lambda: lambda x: F.prelu(torch.ones_like(x), x.mean((0, 2, 3))),
 }
 
 
@@ -183,11 +175,11 @@ class Written(nn.Module):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
         self.first, self.norm, self.act, self.fc = nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), act, nn.Linear(CHANNELS, 5)
-        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.conv = nn.Conv2d(3, CHANNELS, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         skip = self.first(images)
-        features = self.act(self.norm(self.conv(skip)) + skip)
+        features = self.act(self.norm(self.conv(images)) + skip)
         return self.fc((features + torch.relu_(skip)).mean((2, 3)))
 
 

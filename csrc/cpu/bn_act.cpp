@@ -49,10 +49,12 @@ void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& y)
 struct Act {
   Act(c10::string_view name, const OptionalTensor& slope_, const at::Tensor& y) {
     const auto found = std::find(kActivations.begin(), kActivations.end(), name);
-    TORCH_CHECK(found != kActivations.end(), "activation must be none, relu, relu6, silu, hardswish, gelu, gelu_tanh or leaky_relu, got ", name);
+    TORCH_CHECK(found != kActivations.end(), "activation must be none, relu, relu6, silu, hardswish, gelu, gelu_tanh or leaky_relu, got ",
+                name);
     kind = static_cast<Activation>(found - kActivations.begin());
     const bool leaky = kind == Activation::kLeakyRelu;
-    TORCH_CHECK(slope_.has_value() == leaky, leaky ? "activation leaky_relu needs a slope" : "slope belongs to activation leaky_relu alone");
+    TORCH_CHECK(slope_.has_value() == leaky,
+                leaky ? "activation leaky_relu needs a slope" : "slope belongs to activation leaky_relu alone");
     if (!leaky) return;
     const int64_t count = slope_->numel();
     TORCH_CHECK(slope_->dim() == 1 && (count == 1 || count == y.size(1)), "slope must be [1] or [C] with C = ", y.size(1), ", got shape ",
