@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.activations import Activation
 from dwa_fast.kernels.layout import channels_last, laid_out_like, on_device_of
 
 _BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
@@ -286,7 +285,7 @@ def bn_act_forward(
     bias: Tensor | None,  # [C] float32
     eps: float,
     skip: Tensor | None,  # like y
-    activation: Activation,
+    activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z like y, sums [2, C] float32, and with skip and ReLU the mask, uint8 [⌈numel/8⌉] in channels-last order (else empty).
@@ -326,7 +325,7 @@ def bn_act_backward(
     skip: Tensor | None,  # like y: of the forward pass, where it had one before an activation other than ReLU
     mask: Tensor,  # uint8 [⌈numel/8⌉] of the forward pass where it had skip and ReLU
     has_skip: bool,
-    activation: Activation,
+    activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
