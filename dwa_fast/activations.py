@@ -12,6 +12,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwa_fast.layers import has_hooks
+
 Activation = Literal["none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
@@ -125,14 +127,10 @@ def _rule(traced: torch.fx.GraphModule, node: torch.fx.Node) -> tuple[_Rule | No
     if node.op == "call_method":
         return _METHODS.get(str(node.target)), {}
     layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if layer is None or type(layer) not in _MODULES or "forward" in vars(layer) or _has_hooks(layer):
+    if layer is None or type(layer) not in _MODULES or "forward" in vars(layer) or has_hooks(layer):
         return None, {}
     rule, names = _MODULES[type(layer)]
     return rule, {name: getattr(layer, name) for name in names}
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
 def _own_parameter(traced: torch.fx.GraphModule, weight: Any) -> Any:

@@ -95,7 +95,7 @@ def _respond(
         with torch.set_grad_enabled(gradients):
             logits = call(leaf)
             found = gaps()
-            if not gradients:
+            if not gradients or not found:
                 return Response(logits, found, None)
             direction = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).view(logits.shape)
             terms = [torch.cat(each).norm() for each in zip(*found.values(), strict=True)]

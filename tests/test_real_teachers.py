@@ -382,7 +382,7 @@ def test_logits_among_several_outputs(kind: str, backend: str) -> None:
 
 
 def test_logits_of_one_pixel_are_refused_with_the_way_out() -> None:
-    with pytest.raises(InputError, match=r"got shape \(3, 5, 1, 1\); flatten it: nn.Sequential\(teacher, nn.Flatten\(\)\)"):
+    with pytest.raises(InputError, match=r"got shape \(3, 5, 1, 1\); put nn.Flatten\(\) behind it: nn.Sequential"):
         synthesize(alive(Several("square")), torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1]), config())
 
 
@@ -406,7 +406,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "random": (AlwaysDropout, "teacher gives other logits for the same images each time"),
     "no layer runs": (Unreached, "none of the 2 BatchNorm layers of the teacher runs in a forward pass"),
     "InstanceNorm": (lambda: Net(nn.InstanceNorm2d(6, track_running_stats=True), nn.InstanceNorm2d(8)), "Net has none"),
-    "scripted": (lambda: Net(torch.jit.script(nn.BatchNorm2d(6).eval())), "BatchNorm layer 'norm1' is scripted, which hides its input"),
+    "scripted": (lambda: Net(torch.jit.script(nn.BatchNorm2d(6).eval())), "BatchNorm layer 'norm1' is scripted, so that its input cannot be taken"),
     "on the meta device": (lambda: Net().to("meta"), "teacher has no values: conv1.weight is on the meta device"),
 }
 
