@@ -44,7 +44,7 @@ $(VENV)/.stamp-tools: constraints.txt | prerequisites
 # The editable install also builds the extension, so what follows finds its objects.
 $(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml
 	@echo 'environment: dwa_fast itself, editable, with what its tests need'
-	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev,timm,parquet]'
 	@touch $@
 
 $(VENV)/.stamp-build: $(VENV)/.stamp-package $(NATIVE)
