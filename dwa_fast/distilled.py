@@ -93,7 +93,8 @@ def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], s
     matches = [_NUMBERED.fullmatch(name) for name in folders]
     numbers = [int(match[1]) for match in matches if match]
     unique = len(set(numbers)) == len(folders)
-    named = set_names is not None and list(set_names) != [str(number) for number in range(len(set_names))]  # else imported without names
+    unnamed = [str(number) for number in range(len(set_names or ()))]  # what a set is called by that was imported without names
+    named = set_names is not None and (list(set_names) != unnamed or list(class_names) == unnamed)
     if set_names is not None and named and unique and max(numbers) < len(set_names) and len(set(set_names)) == len(set_names):
         names = as_named([set_names[number] for number in numbers], class_names)
         if missing := [name for name in class_names if name not in names]:

@@ -39,7 +39,8 @@ def set_folder(folder: Path) -> Path:
 def image_root(folder: Path) -> Path:
     """The folder of the class folders: `images/` of a set of ours, given it or the set's folder; else the folder itself."""
     outer = set_folder(folder)
-    return outer / IMAGES if _format(outer) == FORMAT else outer
+    # Where the manifest is lost or damaged, the note still says which layout it was.
+    return outer / IMAGES if _format(outer) == FORMAT or (outer / NOTE).is_file() else outer
 
 
 def is_set(folder: Path) -> bool:

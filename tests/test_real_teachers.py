@@ -406,7 +406,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "random": (AlwaysDropout, "teacher gives other logits for the same images each time"),
     "no layer runs": (Unreached, "none of the 2 BatchNorm layers of the teacher runs in a forward pass"),
     "InstanceNorm": (lambda: Net(nn.InstanceNorm2d(6, track_running_stats=True), nn.InstanceNorm2d(8)), "Net has none"),
-    "scripted": (lambda: Net(torch.jit.script(nn.BatchNorm2d(6).eval())), "BatchNorm layer 'norm1' is scripted, so that its input cannot be taken"),
+    "scripted": (
+        lambda: Net(torch.jit.script(nn.BatchNorm2d(6).eval())),
+        "layer 'norm1' is scripted, so that its input cannot be taken",
+    ),
     "on the meta device": (lambda: Net().to("meta"), "teacher has no values: conv1.weight is on the meta device"),
 }
 
