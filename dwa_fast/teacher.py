@@ -26,7 +26,7 @@ from dwa_fast.wrappers import copied, described, unwrapped
 log = logging.getLogger("dwa_fast")
 
 _TRIED = 3  # images that the teacher and its copy are compared on
-_ROUNDING = 200.0  # times what is allowed in fp32, in a lower precision
+_ROUNDING = 100.0  # times what is allowed in fp32, in a lower precision
 _NOISE = 0.1  # standard deviations that they are moved by: no two alike, no pre-activation exactly 0
 
 
