@@ -35,7 +35,7 @@ def symbolic(
     images: Tensor,  # [3, C, H, W]
     leaves: Collection[nn.Module],
 ) -> GraphModule:
-    """The teacher's graph, whose modules are the teacher's own, below the name "teacher". A node has its shape, if any, in meta["shape"].
+    """The teacher's graph, whose modules are the teacher's own, under their names. A node has its shape, if any, in meta["shape"].
 
     Shapes are numbers while it is traced, so that a forward pass may compare them and branch on them; it must not branch on values.
     Sizes that depend on the number of images are told by tracing two batches of different size, and computed in the graph.
@@ -48,9 +48,13 @@ def symbolic(
     root = Root(teacher)
     graph = _Tracer(images[:2], leaves).trace(root)
     _generalise(graph, _Tracer(images[:3], leaves).trace(root))
+    attributes: dict[str, Any] = {}
     for node in graph.nodes:
         node.meta = {"shape": getattr(node.meta.get("value"), "shape", None)}
-    traced = GraphModule(root, graph)
+        if node.op in ("call_module", "get_attr"):
+            value, node.target = operator.attrgetter(str(node.target))(root), str(node.target).removeprefix("teacher.")
+            attributes[str(node.target)] = value
+    traced = GraphModule(attributes, graph)
     traced.graph.lint()
     return traced
 

@@ -76,7 +76,11 @@ def rewritten(network: Any, parameters: nn.Module, images: Tensor, *, gradients:
                 found[name] = mean, layer.sums[0][1] / layer.count - mean.square() - layer.running_var
         return found
 
-    return _respond(network, parameters, images, gaps, gradients)
+    try:
+        return _respond(network, parameters, images, gaps, gradients)
+    finally:
+        for layer in network.layers.values():  # they belong to a graph, and what holds a graph cannot be copied
+            layer.sums.clear()
 
 
 def _respond(

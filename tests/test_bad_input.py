@@ -77,7 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InputError,
         "BatchNorm layer 'stem.1' keeps no running statistics; it needs track_running_stats=True",
     ),
-    "no logits": ({"teacher": NORM}, InputError, "teacher must give [N, classes] logits, got shape (2, 3, 6, 6)"),
+    "no logits": ({"teacher": NORM}, InputError, "teacher must give [N, classes] logits, got shape (3, 3, 6, 6)"),
     "bare BatchNorm": (
         {"teacher": nn.BatchNorm2d(1).eval()},
         InputError,

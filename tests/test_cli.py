@@ -262,7 +262,7 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> N
     deadline = time.monotonic() + 120
 
     def second_batch_begun() -> bool:  # so that the first one is in the manifest
-        return len(list(folder.glob("new*/*.png"))) > 5
+        return len(list(folder.glob("images/new*/*.png"))) > 5
 
     while time.monotonic() < deadline and process.poll() is None and not second_batch_begun():
         time.sleep(0.02)
@@ -273,7 +273,7 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> N
     assert "Traceback" not in errors
     assert not read_manifest(folder)["complete"]
     assert list(problems(folder)) == ["the set is not complete; the command that began it goes on with it"]
-    assert 5 <= len(list(folder.glob("new*/*.png"))) < 60
+    assert 5 <= len(list(folder.glob("images/new*/*.png"))) < 60
     assert run([*command[3:], "--output", str(folder), *quick]) == 0
     assert run([*command[3:], "--output", str(tmp_path / "whole"), *quick]) == 0
     assert read_manifest(folder)["images"] == read_manifest(tmp_path / "whole")["images"]

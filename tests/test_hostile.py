@@ -254,7 +254,7 @@ def test_hostile_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     manifest = read_manifest(tmp_path / "set")
     assert manifest["class_names"] == names
     assert sorted(manifest["images"]) == [f"new{label:03d}/class{label:03d}_id000.png" for label in range(10)]
-    assert sorted(path.name for path in (tmp_path / "set").iterdir() if path.is_dir()) == [f"new{label:03d}" for label in range(10)]
+    assert sorted(path.name for path in (tmp_path / "set" / "images").iterdir() if path.is_dir()) == [f"new{label:03d}" for label in range(10)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "set", "t.pt"]
 
 
@@ -265,7 +265,7 @@ def test_class_names_that_are_paths(tmp_path: Path, outside: Path) -> None:
     distill(small_teacher(), data, small_config(iterations=1, steps=1), ipc=1, output=tmp_path / "set")
     assert read_manifest(tmp_path / "set")["class_names"] == names
     assert {path.name for path in tmp_path.iterdir()} == {"outside", "set"}
-    assert {path.name for path in (tmp_path / "set").iterdir() if path.is_dir()} == {f"new{label:03d}" for label in range(10)}
+    assert {path.name for path in (tmp_path / "set" / "images").iterdir() if path.is_dir()} == {f"new{label:03d}" for label in range(10)}
 
 
 PRINTED = {

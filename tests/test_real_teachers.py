@@ -433,9 +433,10 @@ def test_what_the_caller_has_set_changes_nothing(backend: str) -> None:
         module = small_teacher()
         with around:
             assert torch.equal(synthesize(module, images.clone(), labels.clone(), settings).images, wanted)
+    module = small_teacher()
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(synthesize(small_teacher().float(), images, labels, settings).images, wanted)
+        assert torch.equal(synthesize(module, images, labels, settings).images, wanted)
     finally:
         torch.set_default_dtype(torch.float32)
 

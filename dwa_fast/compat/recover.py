@@ -98,7 +98,9 @@ def _recover(asked: Recovery, teacher: nn.Module, index: int, seed: int, display
     if asked.output:
         output_folder(asked.output)  # before hours are spent
     shape = asked.config.channels, asked.size, asked.size
-    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), asked.config)
+    size, expected = asked.config.batch_size, asked.classes or asked.config.batch_size
+    sizes = sorted({min(size, expected), expected % size or size})
+    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), asked.config, batch_sizes=sizes)
     classes = asked.classes or run.classes
     if run.classes != classes:
         raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
