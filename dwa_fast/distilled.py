@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dwa_fast.config import check_integer
 from dwa_fast.datasets import FileSet, as_named, image_folder, shown
 from dwa_fast.errors import InputError
 from dwa_fast.layout import MANIFEST, is_set
@@ -40,17 +41,21 @@ def open_distilled(
 
     Args:
         class_names: of the real classes.
-        per_class: take the first images of each class only.
+        per_class: take the first images of each class only, at least 1.
         skip_bad_images: pass over files that are no images.
     Returns:
         the set, and why files were passed over, by name.
     Raises:
-        InputError: the folders are not those of the classes, one has too few images, or the manifest says that images are of another size.
+        InputError: per_class is below 1, the folders are not those of the classes, one has too few images, or the manifest says that
+            images are of another size, or names other images than those that are there.
     """
+    if per_class is not None:
+        check_integer("ipc", per_class, 1)
     data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class, by_number=True)
     manifest = set_manifest(folder)
     if manifest:
         _check_shape(folder, manifest["settings"].get("image_shape"), size, channels)
+        _check_names(folder, data, manifest)
     numbers = _numbers(folder, data.class_names, class_names, manifest["class_names"] if manifest else None)
     data = replace(data, labels=torch.tensor(numbers)[data.labels], class_names=list(class_names))
     if -1 in numbers:
@@ -82,6 +87,23 @@ def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
     if shape[0] != channels:
         raise InputError(f"{folder} holds images of {shape[0]} channel{'s' if shape[0] != 1 else ''}, got a mean and std of {channels}")
     raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size}; pass --size {shape[1]}")
+
+
+def _check_names(folder: Path, data: FileSet, manifest: Mapping[str, Any]) -> None:
+    """Whether the images of a complete set are those that its manifest names; their content is for `dwa-fast verify` to check.
+
+    Raises:
+        InputError: one is missing, or does not belong to the set, so that an accuracy would be that of another set.
+    """
+    named = manifest["images"]
+    if not manifest["complete"]:
+        log.warning("%s is not complete; the command that made it goes on with it", folder)
+        return
+    missing = next((name for name in named if not (data.folder / name).is_file()), None)
+    strange = next((name for name in data.files if name not in named), None)
+    if missing or strange:
+        what = f"{missing} is missing" if missing else f"{strange} does not belong to the set"
+        raise InputError(f"{folder} holds other images than its manifest names: {what}; dwa-fast verify names all of them")
 
 
 def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], set_names: Sequence[str] | None) -> list[int]:

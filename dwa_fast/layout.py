@@ -37,7 +37,10 @@ def set_folder(folder: Path) -> Path:
 
 
 def image_root(folder: Path) -> Path:
-    """The folder of the class folders: `images/` of a set of ours, given it or the set's folder; else the folder itself."""
+    """The folder of the class folders: `images/` of a set of ours, given it or the set's folder; else the folder itself.
+
+    A set whose manifest is damaged or lost is recognised by the note beside its images.
+    """
     outer = set_folder(folder)
     # Where the manifest is lost or damaged, the note still says which layout it was.
     return outer / IMAGES if _format(outer) == FORMAT or (outer / NOTE).is_file() else outer

@@ -134,6 +134,43 @@ def test_a_set_of_ours_is_matched_by_its_class_names(tmp_path: Path, caplog: pyt
     assert "its classes and settings are not known" in caplog.text
 
 
+def test_a_set_of_ours_with_other_images_than_its_manifest_names_is_refused(tmp_path: Path) -> None:
+    real = ["airplane", "dog", "truck"]
+    own_set(tmp_path, real)
+    image = next((tmp_path / "images").rglob("*.png"))
+    name = image.relative_to(tmp_path / "images")
+    copy = image.with_name("id999.png")
+    copy.write_bytes(image.read_bytes())
+    for folder in (tmp_path, tmp_path / "images"):
+        with pytest.raises(
+            InputError, match=rf"holds other images than its manifest names: {name.parent}/id999.png does not belong to the set"
+        ):
+            open_distilled(folder, 8, 3, real)
+    image.unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing; dwa-fast verify names all of them"):
+        open_distilled(tmp_path, 8, 3, real)
+    image.write_bytes(copy.read_bytes())
+    copy.unlink()
+    assert classes_of(tmp_path, real) == {"airplane": 0, "dog": 1, "truck": 2}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"format": 3'])
+def test_a_set_of_ours_without_a_manifest_that_can_be_read_is_matched_by_number(tmp_path: Path, damage: str) -> None:
+    own_set(tmp_path, ["airplane", "dog", "truck"])
+    (tmp_path / MANIFEST).unlink()
+    if damage:
+        (tmp_path / MANIFEST).write_text(damage)
+    assert classes_of(tmp_path, ["airplane", "dog", "truck"]) == {"airplane": 0, "dog": 1, "truck": 2}
+
+
+@pytest.mark.parametrize("per_class", [0, -1])
+def test_less_than_one_image_per_class_is_refused(tmp_path: Path, per_class: int) -> None:
+    own_set(tmp_path, ["airplane", "dog", "truck"])
+    for skip in (False, True):
+        with pytest.raises(InputError, match=rf"ipc must be an integer of at least 1, got {per_class}"):
+            open_distilled(tmp_path, 8, 3, ["airplane", "dog", "truck"], per_class=per_class, skip_bad_images=skip)
+
+
 def test_a_set_of_ours_of_another_size_is_refused(tmp_path: Path) -> None:
     own_set(tmp_path, ["cat", "dog"], size=16)
     with pytest.raises(InputError, match="holds images of 16 × 16 pixels, not 8; pass --size 16"):

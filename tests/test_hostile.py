@@ -254,7 +254,9 @@ def test_hostile_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     manifest = read_manifest(tmp_path / "set")
     assert manifest["class_names"] == names
     assert sorted(manifest["images"]) == [f"new{label:03d}/class{label:03d}_id000.png" for label in range(10)]
-    assert sorted(path.name for path in (tmp_path / "set" / "images").iterdir() if path.is_dir()) == [f"new{label:03d}" for label in range(10)]
+    assert sorted(path.name for path in (tmp_path / "set" / "images").iterdir() if path.is_dir()) == [
+        f"new{label:03d}" for label in range(10)
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "set", "t.pt"]
 
 
