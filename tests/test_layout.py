@@ -206,5 +206,12 @@ def test_command_takes_both_paths(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(["verify", str(tmp_path / "set" / IMAGES)]) == 0
     assert "complete, 6 images, every file as it was written" in capsys.readouterr().out
     assert run(["report", str(tmp_path / "set" / IMAGES), "--output", str(tmp_path / "report.html")]) == 0
-    assert run(["validate", "--recipe", "digits", "--images", "x", "--output", str(tmp_path / "set" / IMAGES / "out")]) == 1
-    assert "is for the images of a set alone" in capsys.readouterr().err
+    inside = str(tmp_path / "set" / IMAGES / "out")
+    for command in (
+        ["validate", "--recipe", "digits", "--images", "x", "--output", inside],
+        ["squeeze", "--recipe", "digits", "--output", f"{inside}.pt"],
+        ["synthesize", "--recipe", "digits", "--teacher", "x", "--output", inside],
+        ["report", str(tmp_path), "--output", f"{inside}.html"],
+    ):
+        assert run(command) == 1
+        assert "is for the images of a set alone" in capsys.readouterr().err

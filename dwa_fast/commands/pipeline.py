@@ -17,6 +17,7 @@ from dwa_fast.datasets import ImageSet
 from dwa_fast.distill import distill
 from dwa_fast.errors import InputError
 from dwa_fast.files import output_folder
+from dwa_fast.layout import refuse_images, set_folder
 from dwa_fast.losses import Rows
 from dwa_fast.squeeze import squeeze
 from dwa_fast.storage import read_manifest
@@ -39,6 +40,7 @@ class Squeeze(Data):
         """Train, test where there are held-out images, and write the checkpoint."""
         if self.output.exists() and not self.overwrite:
             raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
+        refuse_images(self.output)
         output_folder(self.output.parent)
         device = backend.resolve_device(self.device)
         keep = self.output.with_name(f".{self.output.name}.state")
@@ -93,6 +95,8 @@ class Synthesize(TaughtData):
         """Distil into the folder."""
         backend.resolve(self.config.backend, self.config.precision, self.config.device)
         check_integer("ipc", self.ipc, 1)
+        if set_folder(self.output) == self.output:  # else the output is `images` of a set, which stands for the set
+            refuse_images(self.output)
         train = self.load("train", self.config.channels)
         teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, self.config)
         origin: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}

@@ -10,6 +10,7 @@ import tyro
 from dwa_fast.config import check_integer
 from dwa_fast.console import Console
 from dwa_fast.errors import InputError
+from dwa_fast.layout import refuse_images
 from dwa_fast.report import write_report
 
 
@@ -31,6 +32,7 @@ class Report:
         if not self.folders:
             raise InputError("report needs at least one folder to look through")
         check_integer("sets", self.sets, 0)
+        refuse_images(self.output)
         document = write_report(self.folders, self.output, self.title, most_sets=self.sets)
         for sentence in document.left_out:
             console.say(f"left out: {sentence}")
