@@ -12,7 +12,7 @@ import torch
 
 from dwa_fast.errors import InputError
 from dwa_fast.files import replacing
-from dwa_fast.formats import folder_reason, foreign_format, is_safetensors
+from dwa_fast.formats import damaged_entry, folder_reason, foreign_format, is_safetensors
 from dwa_fast.pickles import stand_ins
 
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what it refuses to call
@@ -68,6 +68,8 @@ def _reading(path: Path, what: str, load: Callable[[], Any]) -> Any:
 
 def _load(path: Path, allowed: Sequence[tuple[type, str]] = ()) -> Any:
     _check_format(path)
+    if (damaged := damaged_entry(path)) is not None:
+        raise InputError(f"it is damaged: the checksum of {damaged} in it is not that of its bytes; copy or download it again")
     with open(path, "rb") as file, torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # 3 has all that 2 has
         return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch.load would judge by its name

@@ -9,6 +9,7 @@ _HEAD = 512  # bytes that tell what a file is
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a file of torch.save before PyTorch 1.6
 _LONGEST = 100_000_000  # bytes of a safetensors header, as its own library allows
 _SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar"}  # of files that may hold weights
+_PIECE = 2**20  # bytes that are read at a time
 _NAMED = 3  # how many of them a sentence names
 _SAFE_PROTOCOLS = (2, 3)  # of pickle, that PyTorch reads with weights_only
 
@@ -65,6 +66,26 @@ def foreign_format(path: Path) -> str | None:
     return _foreign_text(head)
 
 
+def damaged_entry(path: Path) -> str | None:
+    """The first part of an archive of torch.save whose bytes have been changed since; None where there is none, or nothing tells.
+
+    PyTorch itself does not compare the checksums, so that a flipped bit would be a wrong weight without a word.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if not entry.CRC:  # archives may be written without
+                continue
+            try:
+                with archive.open(entry) as part:
+                    while part.read(_PIECE):
+                        pass
+            except zipfile.BadZipFile:
+                return entry.filename
+    return None
+
+
 def _foreign_text(head: bytes) -> str | None:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
@@ -101,8 +122,11 @@ def _foreign_zip(path: Path) -> str | None:
 
 
 def _protocol(archive: zipfile.ZipFile, name: str) -> int:
-    with archive.open(name) as pickled:
-        head = pickled.read(2)
+    try:
+        with archive.open(name) as pickled:
+            head = pickled.read(2)
+    except zipfile.BadZipFile:  # written without checksums, or damaged, which is looked for later
+        return _SAFE_PROTOCOLS[0]
     return head[1] if head[:1] == b"\x80" else 0
 
 

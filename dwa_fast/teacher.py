@@ -189,6 +189,8 @@ def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor
             if isinstance(error, InputError):
                 raise
             raise InputError(f"teacher cannot take images of shape {tuple(trial.shape[1:])}: {first_line(error)}") from error
+    if wanted.gradients and not (wanted.gradients.logits.isfinite().all() and wanted.gradients.matching.isfinite().all()):
+        raise InputError("gradients of the teacher are not finite, though its logits are: some weights are too large, or damaged")
     if not wanted.gaps:
         raise InputError(
             f"none of the {len(layers)} BatchNorm layers of the teacher runs in a forward pass, so that no statistics can be matched"

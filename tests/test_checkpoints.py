@@ -574,3 +574,28 @@ def test_weights_key_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "several" not in capsys.readouterr().err
     assert run(command) == 1  # the other weights of the file are another teacher
     assert "teacher" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """PyTorch reads such a file without a word."""
+    path = tmp_path / "teacher.pt"
+    weights = build("convnet128", classes=7, channels=1, size=8).state_dict()
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    largest = max(weights.values(), key=torch.numel).contiguous().numpy().tobytes()
+    content[content.index(largest) + len(largest) // 2] ^= 1
+    path.write_bytes(content)
+    assert any(not torch.equal(value, weights[name]) for name, value in torch.load(path, weights_only=True).items())
+    with pytest.raises(InputError, match=r"cannot be read: it is damaged: the checksum of .*data/\d+ in it is not that of its bytes"):
+        load_teacher(path, architecture="convnet128", channels=1, size=8)
+
+
+def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(build("convnet128", classes=7, channels=1, size=8).state_dict(), path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert load_teacher(path, architecture="convnet128", channels=1, size=8)[1].classes == 7
