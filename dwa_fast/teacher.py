@@ -93,11 +93,15 @@ class Network(nn.Module):
         images: Tensor,  # [N, C, H, W], normalised
     ) -> Tensor:  # [N, classes] logits
         """Logits; the moments of all layers are then ready for `matching`."""
-        for layer in self.layers.values():
-            layer.sums.clear()
+        self.forget()
         with self._views():
             logits: Tensor = self.module(images)
         return logits
+
+    def forget(self) -> None:
+        """Let go of the moments of the last forward pass, which may belong to a graph: what holds a graph cannot be copied."""
+        for layer in self.layers.values():
+            layer.sums.clear()
 
     def matching(
         self,
@@ -184,6 +188,7 @@ def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor
         try:
             first = module(trial)
             _check_logits(first)
+            first = first.detach()
             wanted = untouched(module, layers, trial, gradients=True)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
             if isinstance(error, InputError):
@@ -257,6 +262,8 @@ def _unrecorded(network: Network, images: Tensor) -> str | None:
         cause = first_line(error)
         log.warning("teacher cannot be recorded (%s); its own code is called in every step, which is a little slower", cause)
         return cause
+    finally:
+        network.forget()
     return None
 
 

@@ -79,8 +79,7 @@ def rewritten(network: Any, parameters: nn.Module, images: Tensor, *, gradients:
     try:
         return _respond(network, parameters, images, gaps, gradients)
     finally:
-        for layer in network.layers.values():  # they belong to a graph, and what holds a graph cannot be copied
-            layer.sums.clear()
+        network.forget()
 
 
 def _respond(

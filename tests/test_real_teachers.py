@@ -401,6 +401,31 @@ class Unreached(Net):
         return self.conv2(self.conv1(images))
 
 
+class Unregistered(Net):
+    """A convolution in a plain list, which PyTorch does not know: its weights are frozen by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = [nn.Conv2d(6, 6, 1)]
+
+    def features(self, images: Tensor) -> Tensor:
+        first = self.others[0].to(images.dtype)(F.relu(self.norm1(self.conv1(images))))
+        return F.relu(self.norm2(self.conv2(first)))
+
+
+@pytest.mark.parametrize("make", [Unregistered, lambda: Net(BNReLU(6), nn.BatchNorm2d(8)), Net])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_batches_at_once(make: Callable[[], nn.Module], backend: str) -> None:
+    """Networks are copied, with what is recorded of their layers."""
+    torch.manual_seed(3)
+    module, images, labels = alive(make()), torch.randn(5, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 3, 4])
+    settings = config(backend, batch_size=3, learning_rate=0.01, matching_weights="original", concurrent_batches=2)
+    wanted = recover(double(module), images.double(), labels, settings)
+    got = synthesize(module, images, labels, settings)
+    assert distance(got.losses, wanted.losses.double()) < 1e-4
+    assert distance(got.images, wanted.images) < 1e-3
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "in train mode for ever": (lambda: Net(AlwaysTrain(6)), "BatchNorm layer 'norm1' stays in train mode after eval"),
     "random": (AlwaysDropout, "teacher gives other logits for the same images each time"),
