@@ -38,7 +38,7 @@ def symbolic(
     """The teacher's graph, whose modules are the teacher's own, under their names. A node has its shape, if any, in meta["shape"].
 
     Shapes are numbers while it is traced, so that a forward pass may compare them and branch on them; it must not branch on values.
-    Sizes that depend on the number of images are told by tracing two batches of different size, and computed in the graph.
+    Sizes that depend on the number of images are found by tracing two batches of different size, and computed in the graph.
 
     Args:
         leaves: modules that are called, not traced into.

@@ -52,7 +52,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaughtData(Data):
+class TeacherData(Data):
     """Real images, and what a teacher's checkpoint does not say itself."""
 
     weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast import backend
-from dwa_fast.commands.data import TaughtData, try_teacher, usable
+from dwa_fast.commands.data import TeacherData, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
 from dwa_fast.console import Console
@@ -27,7 +27,7 @@ from dwa_fast.resuming import image_digest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(TaughtData):
+class Study(TeacherData):
     """What every study is given."""
 
     teacher: Path  # Checkpoint of the teacher.

@@ -10,7 +10,7 @@ import tyro
 
 from dwa_fast import backend, workers
 from dwa_fast.checkpoint import TeacherInfo, save_teacher
-from dwa_fast.commands.data import Architecture, Data, TaughtData, naming_bad_images, usable
+from dwa_fast.commands.data import Architecture, Data, TeacherData, naming_bad_images, usable
 from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.console import Console
 from dwa_fast.datasets import ImageSet
@@ -76,7 +76,7 @@ class Squeeze(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesize(TaughtData):
+class Synthesize(TeacherData):
     """Distil a data set into a few images per class. The same command goes on where it stopped."""
 
     teacher: Path  # Checkpoint of the teacher.

@@ -13,7 +13,7 @@ import tyro
 
 from dwa_fast import backend
 from dwa_fast.checkpoint import TeacherInfo
-from dwa_fast.commands.data import Architecture, TaughtData, check_set, naming_bad_images, say_skipped, try_teacher, usable
+from dwa_fast.commands.data import Architecture, TeacherData, check_set, naming_bad_images, say_skipped, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
 from dwa_fast.console import Console
@@ -30,7 +30,7 @@ from dwa_fast.validate import ValidationResult, validate
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilledData(TaughtData):
+class DistilledData(TeacherData):
     """A distilled set, and the real data that it stands for."""
 
     images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.commands.data import TaughtData, naming_bad_images, say_skipped, usable
+from dwa_fast.commands.data import TeacherData, naming_bad_images, say_skipped, usable
 from dwa_fast.console import Console
 from dwa_fast.datasets import FileSet, ImageSet, Split
 from dwa_fast.distilled import open_distilled
@@ -21,7 +21,7 @@ from dwa_fast.resuming import refuse_change
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilledSets(TaughtData):
+class DistilledSets(TeacherData):
     """Some distilled sets, and the real data that they stand for."""
 
     sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
