@@ -1,4 +1,5 @@
 // A recorded list of operator calls on fixed tensors, replayed without the interpreter: its lock is released for as many repeats as asked.
+// Calls whose result is the same in every repeat are made once, before them.
 #include "program.h"
 
 #include <ATen/ScalarOps.h>
@@ -42,8 +43,8 @@ class Program {
     return Slot{static_cast<int64_t>(values_.size()) - 1};
   }
 
-  // One call with all arguments of the schema in order; gives the slots of its results.
-  std::vector<Slot> call(const std::string& name, const std::string& overload, const py::list& arguments, int64_t results) {
+  // One call with all arguments of the schema in order; gives the slots of its results. Made `once`, it belongs to `refresh`.
+  std::vector<Slot> call(const std::string& name, const std::string& overload, const py::list& arguments, int64_t results, bool once) {
     Call call{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str()), {}, {}, {}};
     const auto& schema = call.op.schema();
     TORCH_CHECK(arguments.size() == schema.arguments().size(), name, " takes ", schema.arguments().size(), " arguments, got ",
@@ -54,9 +55,9 @@ class Program {
       slots.push_back(Slot{static_cast<int64_t>(values_.size())});
       call.results.push_back(slots.back().index);
       values_.emplace_back();
-      held_.push_back(false);
+      held_.push_back(once);
     }
-    calls_.push_back(std::move(call));
+    (once ? constant_calls_ : calls_).push_back(std::move(call));
     return slots;
   }
 
@@ -73,6 +74,13 @@ class Program {
       if (!held_[slot] && last[slot] >= 0) calls_[last[slot]].dropped.push_back(static_cast<int64_t>(slot));
   }
 
+  // Makes the calls of constant result; before the first repeat, and whenever a tensor that they read has changed.
+  void refresh() {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const PoolBypass bypass;
+    for (const auto& call : constant_calls_) execute(call);
+  }
+
   // Autograd has been recorded, not repeated: the calls below it are all there is to do.
   void run(int64_t times) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -81,7 +89,7 @@ class Program {
       for (const auto& call : calls_) execute(call);
   }
 
-  int64_t size() const { return static_cast<int64_t>(calls_.size()); }
+  int64_t size() const { return static_cast<int64_t>(calls_.size()); }  // calls of a repeat
 
  private:
   enum class Kind { kConstant, kValue, kTensors, kOptionalTensors };
@@ -159,20 +167,23 @@ class Program {
 
   std::vector<c10::IValue> values_;
   std::vector<bool> held_;
+  std::vector<Call> constant_calls_;
   std::vector<Call> calls_;
 };
 
 }  // namespace
 
 void register_program(pybind11::module& m) {
+  m.def("pool_in_use", &pool_in_use, "Number of blocks of the pool of memory that are handed out.");
   py::class_<Slot>(m, "Slot", "The place of a value in a Program.");
   py::class_<Program>(m, "Program", "Operator calls on fixed tensors, repeated without the interpreter.")
       .def(py::init<>())
       .def("hold", &Program::hold, "A tensor that every repeat reads or changes in place.")
       .def("call", &Program::call, "Append one call; gives the slots of its results.")
       .def("seal", &Program::seal, "Decide when each result is dropped; after the last call.")
+      .def("refresh", &Program::refresh, py::call_guard<py::gil_scoped_release>(), "Make the calls of constant result anew.")
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>(), "Repeat all calls that many times.")
-      .def_property_readonly("size", &Program::size, "Number of calls.");
+      .def_property_readonly("size", &Program::size, "Number of calls of a repeat.");
 }
 
 }  // namespace dwa_fast

@@ -99,6 +99,7 @@ class Ascent:
         static_labels.copy_(labels)
         self.arena.restore()
         self._count.zero_()
+        repeat.refresh()
         repeat.run(self.config.steps)
         return _finite(self._norms, self.execution.precision)
 

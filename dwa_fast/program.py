@@ -12,19 +12,23 @@ from torch import Tensor
 from torch.fx import Node
 
 from dwa_fast import ops
+from dwa_fast.packing import constants, pack_convolutions
 from dwa_fast.tracing import trace
 
 
 class Program:
     """A step as a flat list of operator calls: forward, backward and updates in the order in which Python made them once.
 
-    The step must read and write only tensors that stay where they are, and take the same path every time. The calls, their order and
-    so the bits of the result are those of the step itself. Making a Program runs the step once.
+    The step must read and write only tensors that stay where they are, and take the same path every time. The bits of the result are
+    those of the step itself. What depends only on tensors that the step leaves alone, such as frozen weights, is computed by `refresh`:
+    once when the Program is made, and to be called after such a tensor has been changed. Making a Program runs the step once.
     """
 
     def __init__(self, step: Callable[[], None]) -> None:
         ops.load()
         graph = trace(step)
+        once = constants(graph)
+        pack_convolutions(graph, once)
         self._program = importlib.import_module("dwa_fast._C").Program()
         slots: dict[Node, Any] = {}
         for node in graph.graph.nodes:
@@ -33,10 +37,15 @@ class Program:
             elif node.op == "call_function" and node.target is operator.getitem:
                 slots[node] = slots[node.args[0]][node.args[1]]
             elif node.op == "call_function":
-                slots[node] = self._append(node, slots)
+                slots[node] = self._append(node, slots, node in once)
             elif node.op not in ("placeholder", "output"):
                 raise RuntimeError(f"a recorded step holds {node.format_node()}, which is no operator call")
         self._program.seal()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute anew what the step has from tensors that it leaves alone."""
+        self._program.refresh()
 
     def run(self, times: int) -> None:
         """Repeat the step; other Python threads go on meanwhile."""
@@ -45,7 +54,7 @@ class Program:
     def __len__(self) -> int:
         return int(self._program.size)
 
-    def _append(self, node: Node, slots: dict[Node, Any]) -> Any:
+    def _append(self, node: Node, slots: dict[Node, Any], once: bool) -> Any:
         """The slot of the node's result, or a list of them where the operator gives several."""
         target: Any = node.target
         schema = target._schema
@@ -56,5 +65,5 @@ class Program:
         value = node.meta["val"] if schema.returns else ()
         several = not isinstance(value, Tensor)
         count = len(value) if several else 1
-        results = self._program.call(schema.name, schema.overload_name, arguments, count)
+        results = self._program.call(schema.name, schema.overload_name, arguments, count, once)
         return results if several else results[0]

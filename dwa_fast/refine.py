@@ -48,13 +48,14 @@ class Refinement:
         self._repeat = Repeat(self._iterate, execution, compiles=True, records=records, pool=pool)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
-        """Set every buffer for a new batch."""
+        """Set every buffer for a new batch, whose weights the networks have by now."""
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.rows.copy_(schedule.rows)
         self.learning_rates.copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
+        self._repeat.refresh()
 
     def advance(self, iterations: int) -> None:
         """Do that many iterations; on a GPU this only queues them."""

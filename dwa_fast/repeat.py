@@ -45,6 +45,11 @@ class Repeat:
         elif execution.backend == "fused":
             self._program = Program(step)
 
+    def refresh(self) -> None:
+        """To be called before the first repeat, and after a tensor that the step reads and never writes, such as a weight, has changed."""
+        if self._program is not None:
+            self._program.refresh()
+
     def run(self, times: int) -> None:
         """Repeat the step; on a GPU this only queues the work."""
         if self._program is not None:

@@ -15,7 +15,7 @@ ORDER = """
     ops._library ops.adam_clip ops.ascend ops.bn_act ops.matching_loss ops.mean_pool ops.moments ops.view ops.view_adam_clip ops
     backend
     weights checkpoint pairing teacher_check pointwise pooling convolution stem symbolic rewrite trial wrappers teacher initial
-    program repeat ascent refine
+    packing program repeat ascent refine
     journal losses storage tracking pipeline workers
     synthesis
     records distilled augment lessons resuming training squeeze labels validate relabel
