@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,7 +249,8 @@ def main(arguments: list[str]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     capabilities = [int(argument) for argument in arguments if argument != "--json"] or list(CAPABILITIES)
     kernels, found = record()
-    rows = [compile_launch(launch, capability) for launch in found for capability in capabilities]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
+        rows = list(workers.map(compile_launch, *zip(*itertools.product(found, capabilities), strict=True), chunksize=4))
     print(json.dumps({"kernels": kernels, "rows": rows}) if "--json" in arguments else table(rows))
 
 
