@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import rich.console
@@ -27,6 +29,7 @@ from rich.tree import Tree
 from dwa_fast.errors import printable
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
+_LINE_EVERY = 60.0  # seconds between two lines of progress, at least, where there is no bar
 
 
 class Console:
@@ -64,31 +67,56 @@ class Console:
 
     @contextmanager
     def bars(self, *, shown: bool = True) -> Iterator[Callable[[str], Bar]]:
-        """Progress bars: gives a function that starts a bar of a title."""
+        """Progress bars: gives a function that starts a bar of a title.
+
+        Where standard error is no terminal, as under nohup, Slurm or CI, each bar prints a line at its start and at most one a minute.
+        """
         columns = (
             *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
             *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
         )
-        with Progress(*columns, console=self._err, disable=not shown) as progress:
-            yield lambda title: Bar(progress, progress.add_task(_safe(title), total=None, note=""))
+        lines = shown and not self._err.is_terminal
+        with Progress(*columns, console=self._err, disable=lines or not shown) as progress:
+            yield lambda title: Bar(progress, progress.add_task(_safe(title), total=None, note=""), lines=lines)
 
 
 class Bar:
-    """One progress bar: called with what is done and the whole, it moves."""
+    """One progress bar: called with what is done and the whole, it moves. Where there is no terminal, it prints plain lines instead."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task, self._begun = progress, task, False
+    def __init__(self, progress: Progress, task: TaskID, *, lines: bool = False) -> None:
+        self._progress, self._task, self._lines = progress, task, lines
+        self._start: tuple[float, int] | None = None  # time and what was done, at the first call
+        self._printed = -math.inf  # when the last line was printed
 
     def __call__(self, done: int, total: int) -> None:
         """Move the bar. What is done at the first call was done before, and says nothing about the rate."""
-        if not self._begun:
+        if self._start is None:
+            self._start = self._progress.get_time(), done
             self._progress.reset(self._task, completed=done, total=total)
-            self._begun = True
         self._progress.update(self._task, completed=done, total=total)
+        if self._lines and self._progress.get_time() >= self._printed + _LINE_EVERY:
+            self._print(*self._start)
 
     def note(self, text: str) -> None:
         """Show a few words behind the bar."""
         self._progress.update(self._task, note=_safe(text))
+
+    def _print(self, start: float, before: int) -> None:
+        """One line: done and total, rate, time left, note."""
+        task = next(each for each in self._progress.tasks if each.id == self._task)
+        now, done, total = self._progress.get_time(), int(task.completed), int(task.total or 0)
+        parts = [f"{task.description}: {done}/{total}"]
+        if done > before and now > start:
+            rate = (done - before) / (now - start)
+            parts += [_per_second(rate), f"{timedelta(seconds=round((total - done) / rate))} left"]
+        parts += [task.fields["note"]] if task.fields["note"] else []
+        self._progress.console.print(", ".join(parts), soft_wrap=True, highlight=False)
+        self._printed = now
+
+
+def _per_second(rate: float) -> str:
+    """A rate; seconds for each where it is less than one per second."""
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
 class _Rate(ProgressColumn):
@@ -99,7 +127,7 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
-        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+        return Text(_per_second(speed))
 
 
 class _Lines(logging.Handler):
