@@ -1,16 +1,54 @@
 """dwa_fast: fast, reproducible dataset distillation with directed weight adjustment (DWA) over SRe2L.
 
-from dwa_fast import synthesize, recipe
+from dwa_fast import load_teacher, recipe, synthesize
+teacher, _ = load_teacher("teacher.pt")
 result = synthesize(teacher, images, labels, recipe("cifar100"), seed=0)
+result.save("distilled")
 """
 
 from __future__ import annotations
 
 from dwa_fast._version import __version__
-from dwa_fast.config import InitialConfig, SynthesisConfig
+from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
+from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig
+from dwa_fast.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
+from dwa_fast.datasets import load as load_data
 from dwa_fast.distill import distill
+from dwa_fast.distilled import open_distilled
 from dwa_fast.errors import InputError
-from dwa_fast.recipes import recipe
+from dwa_fast.recipes import full_recipe, recipe
+from dwa_fast.relabel import relabel
+from dwa_fast.squeeze import squeeze
 from dwa_fast.synthesis import SynthesisResult, synthesize
+from dwa_fast.validate import ValidationResult, validate
 
-__all__ = ["InitialConfig", "InputError", "SynthesisConfig", "SynthesisResult", "__version__", "distill", "recipe", "synthesize"]
+__all__ = [
+    "DataConfig",
+    "FileSet",
+    "InitialConfig",
+    "InputError",
+    "MemorySet",
+    "SqueezeConfig",
+    "StorageConfig",
+    "SynthesisConfig",
+    "SynthesisResult",
+    "TeacherInfo",
+    "ValidationConfig",
+    "ValidationResult",
+    "__version__",
+    "denormalise",
+    "digits",
+    "distill",
+    "full_recipe",
+    "image_folder",
+    "load_data",
+    "load_teacher",
+    "normalise",
+    "open_distilled",
+    "recipe",
+    "relabel",
+    "save_teacher",
+    "squeeze",
+    "synthesize",
+    "validate",
+]

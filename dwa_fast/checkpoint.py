@@ -37,14 +37,14 @@ class TeacherInfo:
 _FIELDS = {field.name for field in fields(TeacherInfo)}
 
 
-def save_teacher(path: Path, module: nn.Module, info: TeacherInfo) -> None:
+def save_teacher(path: str | Path, module: nn.Module, info: TeacherInfo) -> None:
     """Write weights and description, whole or not at all."""
     weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
-    write_archive(path, {"state_dict": weights, "dwa_fast": vars(info)})
+    write_archive(Path(path), {"state_dict": weights, "dwa_fast": vars(info)})
 
 
 def load_teacher(
-    path: Path,
+    path: str | Path,
     *,
     architecture: str | None = None,
     classes: int | None = None,

@@ -155,7 +155,7 @@ def denormalise(
 
 def load(
     config: DataConfig,
-    folder: Path | None,
+    folder: str | Path | None,
     split: Split,
     *,
     channels: int = 3,
@@ -171,6 +171,7 @@ def load(
         InputError: the data are not there, not as the layout says, have another number of classes, other classes in the other split, or
             too few images of one to hold some out.
     """
+    folder = None if folder is None else Path(folder)
     check_choice("split", split, Split)
     share = config.held_out_share
     data = _open(config, folder, "train" if share else split, channels, download)
@@ -236,7 +237,7 @@ def digits(split: Split, size: int) -> MemorySet:
     return MemorySet((pixels * 255).round().to(torch.uint8), labels, [str(digit) for digit in range(10)])
 
 
-def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | None = None, *, by_number: bool = False) -> FileSet:
+def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: int | None = None, *, by_number: bool = False) -> FileSet:
     """Any folder with one sub-folder of images per class, or of a distilled set of ours; classes and files in sorted order.
 
     Names that begin with a dot are passed over.
@@ -249,7 +250,7 @@ def image_folder(folder: Path, size: int, channels: int = 3, per_class: int | No
     Raises:
         InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
     """
-    folder = image_root(folder)
+    folder = image_root(Path(folder))
     names = class_folders(folder)
     files: list[str] = []
     labels: list[int] = []

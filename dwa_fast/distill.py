@@ -38,7 +38,7 @@ def distill(
     config: SynthesisConfig,
     *,
     ipc: int,
-    output: Path,
+    output: str | Path,
     initial: InitialConfig | None = None,
     seed: int = 0,
     origin: Mapping[str, Any] | None = None,
@@ -71,6 +71,7 @@ def distill(
         InputError: as `synthesize`; or a class has fewer than ipc images, one of the initial images cannot be decoded, the folder holds a
             set of other settings or cannot be written.
     """
+    output = Path(output)
     check_integer("ipc", ipc, 1)
     if threads is not None:
         check_integer("threads", threads, 1)

@@ -24,7 +24,7 @@ _NUMBERED = re.compile(r"\D*(\d+)")  # new007, 00007, 7
 
 
 def open_distilled(
-    folder: Path,
+    folder: str | Path,
     size: int,
     channels: int,
     class_names: Sequence[str],
@@ -49,6 +49,7 @@ def open_distilled(
         InputError: per_class is below 1, the folders are not those of the classes, one has too few images, or the manifest says that
             images are of another size, or names other images than those that are there.
     """
+    folder = Path(folder)
     if per_class is not None:
         check_integer("ipc", per_class, 1)
     data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class, by_number=True)

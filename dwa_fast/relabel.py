@@ -41,8 +41,8 @@ def relabel(
     teacher: nn.Module,
     config: ValidationConfig,
     *,
-    output: Path,
-    device: torch.device,
+    output: str | Path,
+    device: str | torch.device,
     seed: int = 0,
     pool: int = 1,
     progress: Progress | None = None,
@@ -58,6 +58,7 @@ def relabel(
     Raises:
         InputError: the folder holds other labels, the disk is too small, or the teacher gives no finite logits of the set's classes.
     """
+    output, device = Path(output), torch.device(device)
     check_set(distilled, "distilled images")
     check_teaching(teacher, distilled, config, device)
     classes = len(distilled.class_names)

@@ -24,10 +24,10 @@ def squeeze(
     config: SqueezeConfig,
     *,
     size: int,
-    device: torch.device,
+    device: str | torch.device,
     seed: int = 0,
     progress: Progress | None = None,
-    keep: Path | None = None,
+    keep: str | Path | None = None,
 ) -> nn.Module:
     """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
 
@@ -41,6 +41,7 @@ def squeeze(
         InputError: the file holds the state of a training with other settings, a set image cannot be read, a label is not the number of a
             class, a batch of one image is too small for the architecture, or the training diverges.
     """
+    device = torch.device(device)
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device)
@@ -65,7 +66,7 @@ def squeeze(
         learning_rate=config.learning_rate,
         seed=seed,
         remedy=lambda: remedy(config, precision),
-        state=TrainingState(keep, settings | {"real_images": image_digest(data)}) if keep else None,
+        state=TrainingState(Path(keep), settings | {"real_images": image_digest(data)}) if keep else None,
         progress=progress,
     )
     return model.eval()

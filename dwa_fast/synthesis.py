@@ -7,7 +7,8 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from dwa_fast.backend import Execution, resolve
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.datasets import denormalise
 from dwa_fast.errors import InputError
+from dwa_fast.exchange import write_set
 from dwa_fast.refine import Refinement, matching_dominates
 from dwa_fast.seeding import generator
+from dwa_fast.storage import to_levels
 from dwa_fast.teacher import Network, check_precision, prepare
 from dwa_fast.teacher_check import check_predictions
 from dwa_fast.views import draw_schedule
@@ -39,6 +42,23 @@ class SynthesisResult:
 
     images: Tensor  # [N, C, H, W] float32 (float64 in that precision), normalised, in the order of the input, on its device
     losses: Tensor  # [batches, T, 3] float32 on the CPU: cross-entropy, R_mean, R_var of each iteration
+    labels: Tensor  # [N] as given
+    config: SynthesisConfig
+    seed: int
+
+    def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> None:
+        """Write the images as `dwa-fast synthesize` does: PNGs in class folders below `images/`, and beside these a manifest.
+
+        Args:
+            folder: of the set; made where there is none.
+            class_names: of all classes, in the order of their numbers; default: the numbers.
+        Raises:
+            InputError: a class has no image, the folder holds another set or cannot be written.
+        """
+        labels = [int(label) for label in self.labels]
+        names = [str(label) for label in range(max(labels) + 1)] if class_names is None else list(class_names)
+        levels = to_levels(denormalise(self.images, self.config))
+        write_set(Path(folder), lambda row: levels[row], labels, names, {**asdict(self.config), "seed": self.seed})
 
 
 @dataclass(frozen=True)
@@ -218,7 +238,7 @@ def synthesize(
         for refined, terms in run.run(group, seed=seed, progress=tick):
             finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())
-    return SynthesisResult(torch.cat(finished), torch.stack(losses))
+    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels, config, seed)
 
 
 def check_arguments(images: Tensor, labels: Tensor, config: SynthesisConfig) -> None:

@@ -64,11 +64,11 @@ def validate(
     config: ValidationConfig,
     *,
     size: int,
-    device: torch.device,
+    device: str | torch.device,
     seed: int = 0,
     progress: Progress | None = None,
-    keep: Path | None = None,
-    soft_labels: Path | None = None,
+    keep: str | Path | None = None,
+    soft_labels: str | Path | None = None,
 ) -> ValidationResult:
     """Train `config.students` students and test each.
 
@@ -88,6 +88,7 @@ def validate(
             number of a class, the stored labels are not those of this set, these views and this teacher, the teacher gives no finite
             logits of these classes, a batch of one image is too small for the student, or a training diverges. Finished students are kept.
     """
+    device = torch.device(device)
     check_set(distilled, "distilled images")
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):
@@ -103,7 +104,7 @@ def validate(
     kept = None
     if keep:
         own = {"student": student, "size": size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
-        kept = KeptStudents(keep, {**course.settings, **own, "held_out": image_digest(test)})
+        kept = KeptStudents(Path(keep), {**course.settings, **own, "held_out": image_digest(test)})
     finished = kept.accuracies if kept else {}
     seeds = [derive(seed, "student", index) for index in range(config.students)]
     with computing(kept.threads if kept else None):
@@ -123,7 +124,7 @@ def _share(progress: Progress | None, index: int, students: int) -> Progress | N
     return (lambda done, total: progress(index * total + done, students * total)) if progress else None
 
 
-def _stored(folder: Path | None, config: ValidationConfig, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
+def _stored(folder: str | Path | None, config: ValidationConfig, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
     """The soft labels on disk, if students are to learn from those.
 
     Raises:
@@ -135,6 +136,7 @@ def _stored(folder: Path | None, config: ValidationConfig, distilled: ImageSet, 
         return None
     if config.labels == "hard":
         raise InputError("stored soft labels are not used by students with hard labels; leave one of the two out")
+    folder = Path(folder)
     store = LabelStore(folder)
     wanted = {**view_settings(config), "images": image_digest(distilled), "classes": len(distilled.class_names)}
     if teacher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class StoppedError(Exception):
 def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole")
     trained: list[int] = []
-    from dwa_fast import validate as module
+    module = importlib.import_module("dwa_fast.validate")
 
     fresh = module.fresh
 

@@ -17,11 +17,11 @@ ORDER = """
     weights checkpoint pairing teacher_check pointwise pooling convolution stem symbolic rewrite trial wrappers teacher initial
     packing program repeat ascent refine
     journal losses storage tracking pipeline workers
+    parquet tensors exchange
     synthesis
     records distilled augment lessons resuming training squeeze labels validate relabel
     embedding neighbours diversity survey incremental pictures plots
     preview verify production distill
-    parquet tensors exchange
     published report.findings report.document report.values report.sets report.contents report.style report.page report.markdown report
     compat.fields compat.hooks compat.perterb compat.known compat.data_set compat.namespace compat.recover compat
     experiments experiments.cells experiments.schedule experiments.grid experiments.studies

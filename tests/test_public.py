@@ -1,0 +1,81 @@
+"""What `dwa_fast` exports is enough for the whole way from a data set to an accuracy, with paths as plain strings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dwa_fast
+from dwa_fast import (
+    InputError,
+    SynthesisResult,
+    TeacherInfo,
+    denormalise,
+    digits,
+    distill,
+    full_recipe,
+    image_folder,
+    load_data,
+    load_teacher,
+    normalise,
+    open_distilled,
+    recipe,
+    relabel,
+    save_teacher,
+    squeeze,
+    synthesize,
+    validate,
+)
+from dwa_fast.verify import problems
+
+SIZE = 16
+
+
+def test_everything_that_is_exported_is_there() -> None:
+    assert all(hasattr(dwa_fast, name) for name in dwa_fast.__all__)
+
+
+def test_from_data_to_accuracy_with_strings_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = full_recipe("digits")
+    real, test = load_data(chosen.data, None, "train", channels=1), digits("test", SIZE)
+    teacher = squeeze(real, "small-resnet", replace(chosen.squeeze, epochs=1), size=SIZE, device="cpu", keep="state.pt")
+    save_teacher("teacher.pt", teacher, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
+    teacher, info = load_teacher("teacher.pt")
+    assert info.classes == 10
+    config = recipe("digits", iterations=3)
+    assert distill(teacher, real, config, ipc=1, output="set", try_teacher=False) == 10
+    distilled, skipped = open_distilled("set", SIZE, 1, real.class_names)
+    assert (len(distilled.labels), skipped) == (10, {})
+    assert image_folder("set", SIZE, 1).class_names == [f"new{label:03d}" for label in range(10)]
+    short = replace(chosen.validation, epochs=2, students=1)
+    relabel(distilled, teacher, short, output="labels", device="cpu")
+    result = validate(distilled, test, None, "small-resnet", short, size=SIZE, device="cpu", keep="students", soft_labels="labels")
+    assert len(result.accuracies) == 1
+
+
+def synthesized(seed: int = 0) -> SynthesisResult:
+    real, config = digits("train", SIZE), recipe("digits", iterations=3, batch_size=5)
+    torch.manual_seed(0)
+    teacher = dwa_fast.squeeze(real, "small-resnet", replace(full_recipe("digits").squeeze, epochs=1), size=SIZE, device="cpu")
+    rows = [int((real.labels == label).nonzero()[index]) for index in range(2) for label in range(10)]
+    return synthesize(teacher, normalise(real.load(rows), config), real.labels[rows], config, seed=seed)
+
+
+def test_save_writes_the_set_that_the_command_writes(tmp_path: Path) -> None:
+    result = synthesized()
+    result.save(str(tmp_path / "set"))
+    assert list(problems(tmp_path / "set")) == []
+    saved, _ = open_distilled(tmp_path / "set", SIZE, 1, [str(label) for label in range(10)])
+    wanted = (denormalise(result.images, result.config).clamp(0, 1) * 255).round() / 255
+    for label in range(10):
+        ours = saved.load((saved.labels == label).nonzero().flatten().tolist())
+        torch.testing.assert_close(ours, wanted[result.labels == label], rtol=0, atol=1e-6)
+    result.save(tmp_path / "set")  # again: nothing to do
+    with pytest.raises(InputError, match="other settings"):
+        replace(result, seed=1).save(tmp_path / "set")
+    with pytest.raises(InputError, match="class 'ten'"):
+        result.save(tmp_path / "other", class_names=[*map(str, range(10)), "ten"])
