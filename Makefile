@@ -23,7 +23,7 @@ help:
 	@echo 'make test-oldest  the same tests against the oldest supported PyTorch, on an installed wheel'
 	@echo 'make check        ruff, mypy and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
-	@echo 'make report       the part of README.md about speed, and its plots, from the JSON files under benchmarks/results/'
+	@echo 'make report       the parts of README.md and docs/speed.md about speed, and their plots, from the JSON files under benchmarks/results/'
 	@echo 'make gpu          build in the current Python ($(PYTHON)), run every test and benchmark that needs a GPU; all in $(OUT)/gpu.json'
 	@echo 'make clean        remove what was built and both environments'
 

@@ -1,4 +1,4 @@
-"""Tables and a plot of what throughput.py measured, and the section of README.md that shows what is committed.
+"""Tables and a plot of what throughput.py measured, and the parts of README.md and docs/speed.md that show what is committed.
 
 python benchmarks/report.py FILE.json [...] --markdown OUT.md --plot OUT.png     also for the gpu.json of `make gpu`
 python benchmarks/report.py --readme                                             from benchmarks/results/*/*.json; `make report`
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -62,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write what was asked for; the tables to the screen where no file was."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.readme:
-        update(ROOT / "README.md", committed(RESULTS))
+        runs = committed(RESULTS)
+        update(ROOT / "docs" / "speed.md", runs)
+        update(ROOT / "README.md", runs, brief=True)
         return 0
     runs = [read(path) for path in options.files]
     for target in filter(None, (options.markdown, options.plot)):
@@ -156,6 +159,15 @@ def section(runs: Sequence[Run], *, every_peer: bool = False, figure: str | None
     return "\n".join(lines) + "\n"
 
 
+def _brief(runs: Sequence[Run]) -> str:
+    """One table of one machine: a row per workload, in the precision that is measured first."""
+    rows = [line.strip("| ").split(" | ") for run in runs for line in tables.iterations([("", each) for each in run.content["workloads"]])]
+    first = {cells[0]: cells[:5] for cells in reversed(rows) if len(cells) > 5 and cells[0] != "workload" and not cells[0].startswith("-")}
+    head = ["workload", "precision", "fused, ms per iteration (10 … 90 %)", "× published (fp32)", "× best rival in this precision"]
+    lines = [head, ["---"] * len(head), *reversed(first.values())]
+    return "\n".join([f"{_machine(runs[0])}:", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
+
+
 def _more(folder: Path, figure: str) -> list[str]:
     """A link to the page of the folder, where there is one."""
     page = figure.rpartition("/")[0] + "/README.md"
@@ -198,9 +210,9 @@ def _proof(proof: dict[str, Any]) -> list[str]:
     return found
 
 
-def update(readme: Path, runs: Sequence[Run]) -> None:
-    """Write the section, and the plot beside each folder's files."""
-    readme.write_text(replaced(readme.read_text(encoding="utf-8"), runs, readme.parent), encoding="utf-8")
+def update(page: Path, runs: Sequence[Run], *, brief: bool = False) -> None:
+    """Write the marked part of a page, and the plot beside each folder's files."""
+    page.write_text(replaced(page.read_text(encoding="utf-8"), runs, page, brief=brief), encoding="utf-8")
     for group in grouped(runs):
         bars.plot([result for run in group for result in run.content["workloads"]], figure_of(group), title(group), digest(group))
         more = summaries.page(figure_of(group).parent)
@@ -213,22 +225,23 @@ def figure_of(runs: Sequence[Run]) -> Path:
     return runs[0].path.with_name("throughput.png")
 
 
-def replaced(text: str, runs: Sequence[Run], root: Path) -> str:
-    """README with the section that those runs give.
+def replaced(text: str, runs: Sequence[Run], page: Path, *, brief: bool = False) -> str:
+    """The text of a page with the part that those runs give: all of their tables, or one short table of each machine.
 
     Raises:
-        InputError: the section is not marked, or a folder has runs of several machines.
+        InputError: the part is not marked, or a folder has runs of several machines.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise InputError(f"README.md needs a line {BEGIN!r} and after it a line {END!r}")
+        raise InputError(f"{page.name} needs a line {BEGIN!r} and after it a line {END!r}")
     groups = grouped(runs)
     folders = [figure_of(group) for group in groups]
     for folder in folders:
         if folders.count(folder) > 1:
             raise InputError(f"{folder.parent} holds runs of several machines or numbers of threads: give each a folder of its own")
-    parts = [section(group, figure=figure.relative_to(root).as_posix()) for group, figure in zip(groups, folders, strict=True)]
+    figures = [Path(os.path.relpath(figure, page.parent)).as_posix() for figure in folders]
+    parts = [_brief(group) if brief else section(group, figure=figure) for group, figure in zip(groups, figures, strict=True)]
     parts += [f"{sentence}\n" for kind, sentence in _UNMEASURED.items() if kind not in [run.kind for run in runs]]
     return "\n".join([f"{before}{BEGIN}\n", *parts, f"{END}{after}"])
 
@@ -238,7 +251,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="what throughput.py or `make gpu` wrote")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: to the screen")
     parser.add_argument("--plot", type=Path, help="write the plot there, a PNG")
-    parser.add_argument("--readme", action="store_true", help="write README.md's section and the plots under benchmarks/results/")
+    parser.add_argument(
+        "--readme", action="store_true", help="write README.md, docs/speed.md and the plots from benchmarks/results/"
+    )
     options = parser.parse_args(arguments)
     if options.readme == bool(options.files) or (options.readme and (options.markdown or options.plot)):
         parser.error("give either files, with --markdown and --plot as you like, or --readme by itself")

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,19 @@ def test_a_wrong_command_would_be_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(commands(page)) == [["verify", "--fast", "DIR"]]
     with pytest.raises(AssertionError, match="dwa-fast verify --fast DIR"):
         test_commands_parse(page, capsys)
+
+
+def test_quick_start_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's first command and its first Python block."""
+    monkeypatch.chdir(tmp_path)
+    readme = ROOT / "README.md"
+    first = next(words for words in commands(readme) if words[0] == "squeeze")
+    assert run(first) == 0
+    code = next(blocks(readme, "python"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["result"].images.shape == (10, 1, 16, 16)
+    assert len(list((tmp_path / "distilled" / "images").rglob("*.png"))) == 10
 
 
 def test_guide_on_digits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

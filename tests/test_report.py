@@ -127,8 +127,10 @@ def rows_of(text: str, *starts: str) -> list[list[str]]:
 
 
 def test_readme_shows_what_is_committed(report: ModuleType) -> None:
-    runs, text = report.committed(report.RESULTS), (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.replaced(text, runs, ROOT) == text, "README.md's part about speed is stale: make report"
+    runs = report.committed(report.RESULTS)
+    for page, brief in ((ROOT / "README.md", True), (ROOT / "docs" / "speed.md", False)):
+        text = page.read_text(encoding="utf-8")
+        assert report.replaced(text, runs, page, brief=brief) == text, f"the part of {page} about speed is stale: make report"
     for group in report.grouped(runs):
         with Image.open(report.figure_of(group)) as figure:
             assert figure.text["Source"] == report.digest(group), f"{report.figure_of(group)} is stale: make report"
@@ -272,11 +274,11 @@ def test_one_command_makes_the_readme(report: ModuleType, write: Callable[..., P
 
 def test_readme_that_cannot_be_written(report: ModuleType, write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"README.md needs a line '<!-- speed: .*' and after it a line '<!-- /speed -->'"):
-        report.replaced(f"{report.END}\n{report.BEGIN}\n", [], tmp_path)
+        report.replaced(f"{report.END}\n{report.BEGIN}\n", [], tmp_path / "README.md")
     write("cpu/a.json", content(workload("digits", ROWS)))
     write("cpu/b.json", content(workload("digits", ROWS), threads=4))
     with pytest.raises(InputError, match="holds runs of several machines or numbers of threads"):
-        report.replaced(README.format(begin=report.BEGIN, end=report.END), report.committed(tmp_path / "results"), tmp_path)
+        report.replaced(README.format(begin=report.BEGIN, end=report.END), report.committed(tmp_path / "results"), tmp_path / "README.md")
 
 
 @pytest.mark.parametrize(
