@@ -251,9 +251,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="what throughput.py or `make gpu` wrote")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: to the screen")
     parser.add_argument("--plot", type=Path, help="write the plot there, a PNG")
-    parser.add_argument(
-        "--readme", action="store_true", help="write README.md, docs/speed.md and the plots from benchmarks/results/"
-    )
+    parser.add_argument("--readme", action="store_true", help="write README.md, docs/speed.md and the plots from benchmarks/results/")
     options = parser.parse_args(arguments)
     if options.readme == bool(options.files) or (options.readme and (options.markdown or options.plot)):
         parser.error("give either files, with --markdown and --plot as you like, or --readme by itself")
