@@ -200,12 +200,24 @@ def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor
         raise InputError(
             f"none of the {len(layers)} BatchNorm layers of the teacher runs in a forward pass, so that no statistics can be matched"
         )
-    if not torch.allclose(first, wanted.logits, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+    if not _alike(first, wanted.logits):
+        with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
+            torch.manual_seed(1)
+            again = module(trial).detach()
+        if _alike(first, again):
+            raise InputError(
+                "teacher gives other logits where gradients of its weights or of the images are wanted: "
+                "its forward pass depends on requires_grad"
+            )
         raise InputError(
             "teacher gives other logits for the same images each time: it draws random numbers in eval mode "
             "(such as F.dropout without training=self.training)"
         )
     return wanted
+
+
+def _alike(logits: Tensor, others: Tensor) -> bool:
+    return torch.allclose(logits, others, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
 
 
 def _check_logits(logits: Any) -> None:

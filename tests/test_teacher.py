@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dwa_fast import InputError
 from dwa_fast.architectures import build
@@ -30,6 +31,30 @@ def test_architectures_give_logits_and_can_be_matched(name: str, channels: int) 
     assert classes == 7
     assert torch.allclose(network(images).double(), module.double()(images.double()), rtol=1e-5, atol=1e-5)
     assert len(network.layers) == len(batchnorm_layers(module))
+
+
+class Answer(nn.Module):
+    """A teacher whose logits are changed by something other than the images."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.change = small_teacher(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self.change(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x + torch.rand_like(x), "draws random numbers in eval mode"),
+        (lambda x: 2 * x if x.requires_grad else x, "depends on requires_grad"),
+    ],
+    ids=["random", "requires_grad"],
+)
+def test_logits_that_change_are_refused_with_their_cause(change: Callable[[Tensor], Tensor], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        prepare(Answer(change).eval(), torch.randn(1, 1, 8, 8), EXECUTION)
 
 
 @pytest.mark.parametrize("shape", ["bare", "state_dict", "model"])
