@@ -14,13 +14,14 @@ BUILD_TOOLS := setuptools wheel ninja pybind11
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-oldest check bench report gpu clean prerequisites build
+.PHONY: help demo test test-all test-avx2 test-oldest check bench report gpu clean prerequisites build
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
-	@echo 'make test         environment, build, checks, then every test that needs no GPU'
-	@echo 'make test-avx2    the same tests with PyTorch, oneDNN and our operators held down to AVX2, as on a processor without AVX-512'
-	@echo 'make test-oldest  the same tests against the oldest supported PyTorch, on an installed wheel'
+	@echo 'make test         environment, build, checks, then every test that needs no GPU and is not slow'
+	@echo 'make test-all     the slow tests too: the same promises on larger and further networks; before a release'
+	@echo 'make test-avx2    all tests with PyTorch, oneDNN and our operators held down to AVX2, as on a processor without AVX-512'
+	@echo 'make test-oldest  all tests against the oldest supported PyTorch, on an installed wheel'
 	@echo 'make check        ruff, mypy and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
 	@echo 'make report       the parts of README.md and docs/speed.md about speed, and their plots, from the JSON files under benchmarks/results/'
@@ -63,6 +64,10 @@ check: build
 	@$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 test: check
+	@$(BIN)/pytest -m 'not gpu and not slow'
+
+# Before a release.
+test-all: check
 	@$(BIN)/pytest -m 'not gpu'
 
 # Our operators use no more than PyTorch does.

@@ -77,7 +77,10 @@ def test_number_of_threads_does_not_change_the_bits() -> None:
     assert distance(results[0].images, results[1].images) < 1e-6
 
 
-@pytest.mark.parametrize("settings", [{}, {"view": "crop"}, {"matching_weights": "original", "rho": 0.3}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"view": "crop"}, {"matching_weights": "original", "rho": 0.3}))],
+)
 def test_compiled_equals_the_loop(settings: dict[str, object]) -> None:
     images, labels = real_images(6)
     config = small_config(iterations=8, backend="compiled", precision="fp32", device="cpu", learning_rate=0.01, **settings)

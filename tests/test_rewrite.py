@@ -34,6 +34,7 @@ TEACHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "efficientnet_b0": (lambda: MODELS.efficientnet_b0(num_classes=7), 32),
     "densenet121": (lambda: MODELS.densenet121(num_classes=7), 32),
 }
+LARGE = {"resnet34", "resnet50", "resnet101", "vgg16_bn"}  # of families that smaller ones stand for
 FUSED = {  # layers in all, with an addition, with an activation
     "resnet18": (20, 8, 17),
     "resnet34": (36, 16, 33),
@@ -63,7 +64,7 @@ def all_weights(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> float
     return distance(*(torch.cat([each[name].double().flatten() for name in exact]) for each in (gradients, exact)))
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in TEACHERS])
 def test_rewritten_teacher_is_the_teacher(name: str) -> None:
     """Twice as far from float64 as PyTorch's own fp32, at most."""
     make, size = TEACHERS[name]

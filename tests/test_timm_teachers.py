@@ -29,11 +29,12 @@ FAMILIES: dict[str, int] = {  # by name, the pixels of an image
     "levit_128s": 224,
     "test_resnet": 32,
 }
+QUICK = {"skresnet18", "mobilenetv3_small_050", "regnety_002", "test_resnet"}
 BACKENDS = ["reference", "fused"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES])
 def test_family_can_be_a_teacher(name: str, backend: str) -> None:
     torch.manual_seed(0)
     module, size = alive(timm.create_model(name, num_classes=7)).requires_grad_(False), FAMILIES[name]
