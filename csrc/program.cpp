@@ -1,5 +1,5 @@
 // A recorded list of operator calls on fixed tensors, replayed without the interpreter: its lock is released for as many repeats as asked.
-// Calls whose result is the same in every repeat are made once, before them.
+// Packing of weights that no call changes is done once, before them.
 #include "program.h"
 
 #include <ATen/ScalarOps.h>
@@ -57,7 +57,7 @@ class Program {
       values_.emplace_back();
       held_.push_back(once);
     }
-    (once ? constant_calls_ : calls_).push_back(std::move(call));
+    (once ? packing_calls_ : calls_).push_back(std::move(call));
     return slots;
   }
 
@@ -74,11 +74,10 @@ class Program {
       if (!held_[slot] && last[slot] >= 0) calls_[last[slot]].dropped.push_back(static_cast<int64_t>(slot));
   }
 
-  // Makes the calls of constant result; before the first repeat, and whenever a tensor that they read has changed.
+  // Makes the calls that pack weights; before the first repeat, and whenever the weights have changed. Not in the pool: see PoolGuard.
   void refresh() {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const PoolBypass bypass;
-    for (const auto& call : constant_calls_) execute(call);
+    for (const auto& call : packing_calls_) execute(call);
   }
 
   // Autograd has been recorded, not repeated: the calls below it are all there is to do.
@@ -167,7 +166,7 @@ class Program {
 
   std::vector<c10::IValue> values_;
   std::vector<bool> held_;
-  std::vector<Call> constant_calls_;
+  std::vector<Call> packing_calls_;
   std::vector<Call> calls_;
 };
 
@@ -181,7 +180,7 @@ void register_program(pybind11::module& m) {
       .def("hold", &Program::hold, "A tensor that every repeat reads or changes in place.")
       .def("call", &Program::call, "Append one call; gives the slots of its results.")
       .def("seal", &Program::seal, "Decide when each result is dropped; after the last call.")
-      .def("refresh", &Program::refresh, py::call_guard<py::gil_scoped_release>(), "Make the calls of constant result anew.")
+      .def("refresh", &Program::refresh, py::call_guard<py::gil_scoped_release>(), "Make the calls that pack weights anew.")
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>(), "Repeat all calls that many times.")
       .def_property_readonly("size", &Program::size, "Number of calls of a repeat.");
 }

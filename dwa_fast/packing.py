@@ -1,4 +1,4 @@
-"""Recorded steps: what they compute from frozen tensors alone, and convolutions whose weights are frozen, in oneDNN's own format."""
+"""Recorded steps: convolutions whose weights the step never changes take them in oneDNN's own format."""
 
 from __future__ import annotations
 
@@ -11,37 +11,31 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 _aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
+# These share memory with an argument, or write into one, and their schemas do not say so: what they are given counts as written into.
+_UNDECLARED = {_aten._unsafe_view, _aten.unsafe_split, _aten.unsafe_split_with_sizes, _aten.native_batch_norm, _aten.set_}
 _PLAIN: tuple[Any, ...] = ("none", [], None)  # nothing else is done to the result of a convolution
 
 
-def constants(graph: GraphModule) -> set[Node]:
-    """The values that are the same in every repeat: computed from tensors that no call writes into, and never written into themselves.
-
-    A call that writes into a tensor writes into all views of its memory.
-    """
-    memory: dict[Node, set[Any]] = {}  # by value: where it may lie
-    written: set[Any] = set()
+def frozen_tensors(graph: GraphModule) -> set[Node]:
+    """The tensors from outside of a step that no call of it writes into, through whatever view of their memory."""
+    memory: dict[Node, set[int]] = {}  # by value: the outside memory that it lies in
+    written: set[int] = set()
     for node in graph.graph.nodes:
         target: Any = node.target
-        memory[node] = {node}
+        memory[node] = set()
         if node.op == "get_attr":
             memory[node] = {operator.attrgetter(str(target))(graph).untyped_storage().data_ptr()}
-        elif target is operator.getitem:
-            memory[node] = memory[node.all_input_nodes[0]]
+        elif target is operator.getitem or getattr(target, "overloadpacket", None) in _UNDECLARED:
+            memory[node] = set().union(*(memory[each] for each in node.all_input_nodes))
+            written |= memory[node] if target is not operator.getitem else set()
         elif node.op == "call_function":
             for position, declared in enumerate(target._schema.arguments):
                 given: Any = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
-                if declared.alias_info is None or given is None:
-                    continue
-                shared: set[Any] = set().union(*(memory[each] for each in (given if isinstance(given, (list, tuple)) else [given])))
-                memory[node] |= shared
-                written |= shared if declared.alias_info.is_write else set()
-    found: set[Node] = set()
-    for node in graph.graph.nodes:
-        computed = node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes)
-        if (node.op == "get_attr" or computed) and not memory[node] & written and not _draws(node):
-            found.add(node)
-    return found
+                for each in given if isinstance(given, (list, tuple)) else [given]:
+                    if declared.alias_info is not None and isinstance(each, Node):
+                        memory[node] |= memory[each]
+                        written |= memory[each] if declared.alias_info.is_write else set()
+    return {node for node in graph.graph.nodes if node.op == "get_attr" and not memory[node] & written}
 
 
 @dataclass(frozen=True)
@@ -56,26 +50,28 @@ class _Packed:
     shape: tuple[Any, ...]
 
 
-def pack_convolutions(graph: GraphModule, once: set[Node]) -> None:
-    """Let convolutions of a CPU take constant weights packed, and add the packing to what is computed `once`.
+def pack_convolutions(graph: GraphModule) -> set[Node]:
+    """Let convolutions of a CPU take frozen weights packed, and return the calls that pack: to be made before the first repeat.
 
     PyTorch gives oneDNN the weights as they lie, and oneDNN packs them in every call, which costs up to a third of the time where batches
     are small. Each replacement is tried on random numbers, and made only where it gives the same bits in the same layout.
     """
+    frozen, packing = frozen_tensors(graph), set()
     for node in list(graph.graph.nodes):
         packed = _packed(node)
-        if packed is None or node in once or packed.weight not in once or not _agrees(node, packed):
+        if packed is None or packed.weight not in frozen or not _agrees(node, packed):
             continue
         with graph.graph.inserting_before(node):
             weight = graph.graph.call_function(packed.pack, (packed.weight, *packed.order))
             new = graph.graph.call_function(packed.call, (packed.source, weight, *packed.shape, *_PLAIN))
         weight.meta["val"] = packed.weight.meta["val"]
-        once.add(weight)
+        packing.add(weight)
         replaced = [node] if node.target is _aten.convolution.default else [user for user in node.users if user.args[1] == 0]
         for old in replaced:
             new.meta = dict(old.meta)
             old.replace_all_uses_with(new)
         _erase(graph, node)
+    return packing
 
 
 def _packed(node: Node) -> _Packed | None:
@@ -89,6 +85,7 @@ def _packed(node: Node) -> _Packed | None:
         source, x, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
         if list(wanted) != [True, False, False] or groups != 1:  # oneDNN is slow at the transposed ones of several groups
             return None
+        stride, padding, dilation = (list(each) * (2 // len(each)) for each in (stride, padding, dilation))  # one number may stand for two
         axes = zip(_size(x)[2:], _size(source)[2:], _size(weight)[2:], stride, padding, dilation, strict=True)
         left = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in axes]
         shape, bias = (padding, left, stride, dilation, groups), None
@@ -96,7 +93,7 @@ def _packed(node: Node) -> _Packed | None:
     else:
         return None
     value = source.meta["val"]
-    if transposed or value.device.type != "cpu" or value.dim() != 4 or not value.is_contiguous(memory_format=torch.channels_last):
+    if transposed or value.dim() != 4 or value.device.type != "cpu" or not value.is_contiguous(memory_format=torch.channels_last):
         return None
     return _Packed(source, weight, pack, (*shape, _size(source)), call, (bias, *shape))
 
@@ -113,12 +110,12 @@ def _agrees(node: Node, packed: _Packed) -> bool:
         return values[used]
 
     target: Any = node.target
-    result = target(*map_arg(node.args, value))
-    wanted: Tensor = result if isinstance(result, Tensor) else result[0]
     try:
+        result = target(*map_arg(node.args, value))
+        wanted: Tensor = result if isinstance(result, Tensor) else result[0]
         weight = packed.pack(value(packed.weight), *packed.order)
         got: Tensor = packed.call(value(packed.source), weight, *map_arg(packed.shape, value), *_PLAIN)
-    except RuntimeError:  # there is no such primitive on this processor
+    except RuntimeError:  # no such primitive on this processor, numbers that are not drawn at random, memory that overlaps
         return False
     return got.stride() == wanted.stride() and torch.equal(got, wanted)
 
@@ -132,10 +129,6 @@ def _erase(graph: GraphModule, node: Node) -> None:
     for each in before:
         if not each.users and each.target is _aten.empty_strided.default:
             graph.graph.erase_node(each)
-
-
-def _draws(node: Node) -> bool:
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _size(node: Node) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from dwa_fast import ops
-from dwa_fast.packing import constants, pack_convolutions
+from dwa_fast.packing import pack_convolutions
 from dwa_fast.tracing import trace
 
 
@@ -20,15 +20,14 @@ class Program:
     """A step as a flat list of operator calls: forward, backward and updates in the order in which Python made them once.
 
     The step must read and write only tensors that stay where they are, and take the same path every time. The bits of the result are
-    those of the step itself. What depends only on tensors that the step leaves alone, such as frozen weights, is computed by `refresh`:
-    once when the Program is made, and to be called after such a tensor has been changed. Making a Program runs the step once.
+    those of the step itself. Convolutions take weights that the step leaves alone in oneDNN's format: `refresh` packs them,
+    once when the Program is made, and is to be called after such weights have been changed. Making a Program runs the step once.
     """
 
     def __init__(self, step: Callable[[], None]) -> None:
         ops.load()
         graph = trace(step)
-        once = constants(graph)
-        pack_convolutions(graph, once)
+        once = pack_convolutions(graph)
         self._program = importlib.import_module("dwa_fast._C").Program()
         slots: dict[Node, Any] = {}
         for node in graph.graph.nodes:
@@ -44,7 +43,7 @@ class Program:
         self.refresh()
 
     def refresh(self) -> None:
-        """Compute anew what the step has from tensors that it leaves alone."""
+        """Pack the weights that the step leaves alone anew."""
         self._program.refresh()
 
     def run(self, times: int) -> None:

@@ -46,7 +46,7 @@ class Repeat:
             self._program = Program(step)
 
     def refresh(self) -> None:
-        """To be called before the first repeat, and after a tensor that the step reads and never writes, such as a weight, has changed."""
+        """To be called before the first repeat, and after weights that the step reads and never writes have been changed."""
         if self._program is not None:
             self._program.refresh()
 

@@ -23,7 +23,7 @@ constexpr std::size_t kSmallest = 64 << 10;  // smaller blocks the C library its
 constexpr std::size_t kStep = 64 << 10;      // sizes are rounded up to this
 constexpr std::size_t kHugePage = 2 << 20;
 
-thread_local bool bypassed = false;
+thread_local int guards = 0;  // of this thread
 
 class Pool final : public c10::Allocator {
  public:
@@ -34,7 +34,7 @@ class Pool final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(std::size_t bytes) override {
-    if (bytes < kSmallest || bypassed) return base_->allocate(bytes);
+    if (bytes < kSmallest || guards == 0) return base_->allocate(bytes);
     void* data = take((bytes + kStep - 1) / kStep * kStep);
     return {data, data, &Pool::give_back, c10::Device(c10::DeviceType::CPU)};
   }
@@ -119,13 +119,15 @@ class Pool final : public c10::Allocator {
 
 }  // namespace
 
-PoolGuard::PoolGuard() { Pool::get().enter(); }
+PoolGuard::PoolGuard() {
+  ++guards;
+  Pool::get().enter();
+}
 
-PoolGuard::~PoolGuard() { Pool::get().leave(); }
-
-PoolBypass::PoolBypass() { bypassed = true; }
-
-PoolBypass::~PoolBypass() { bypassed = false; }
+PoolGuard::~PoolGuard() {
+  Pool::get().leave();
+  --guards;
+}
 
 void release_pool() { Pool::get().release(); }
 

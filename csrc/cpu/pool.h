@@ -5,23 +5,14 @@
 
 namespace dwa_fast {
 
-// While one of these lives, tensors of the CPU take their memory from the pool; they may outlive it.
+// While one of these lives, tensors that this thread makes on the CPU take their memory from the pool; they may outlive it. Other threads
+// never do: oneDNN frees its memory through the allocator of that moment, and the pool would count such a block as handed out for ever.
 class PoolGuard {
  public:
   PoolGuard();
   ~PoolGuard();
   PoolGuard(const PoolGuard&) = delete;
   PoolGuard& operator=(const PoolGuard&) = delete;
-};
-
-// While one of these lives, tensors that this thread makes do not come from the pool, whoever else uses it. For what oneDNN holds for long:
-// it frees memory through the allocator of that moment, and the pool would count the block as handed out for ever.
-class PoolBypass {
- public:
-  PoolBypass();
-  ~PoolBypass();
-  PoolBypass(const PoolBypass&) = delete;
-  PoolBypass& operator=(const PoolBypass&) = delete;
 };
 
 // Gives the pool's unused memory back to the system.
