@@ -77,11 +77,13 @@ def pack_convolutions(graph: GraphModule) -> set[Node]:
 def _packed(node: Node) -> _Packed | None:
     """The node with packed weights, where it may have them: no transposed convolution, and no gradient of weights."""
     args: Any = node.args
+    if node.target not in (_aten.convolution.default, _aten.convolution_backward.default) or args[0].meta["val"].dim() != 4:
+        return None
     if node.target is _aten.convolution.default:
         source, weight, bias, stride, padding, dilation, transposed, _, groups = args
         shape: tuple[Any, ...] = (padding, stride, dilation, groups)
         pack, call = _mkldnn._reorder_convolution_weight.default, _mkldnn._convolution_pointwise.default
-    elif node.target is _aten.convolution_backward.default:
+    else:
         source, x, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
         if list(wanted) != [True, False, False] or groups != 1:  # oneDNN is slow at the transposed ones of several groups
             return None
@@ -90,10 +92,8 @@ def _packed(node: Node) -> _Packed | None:
         left = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in axes]
         shape, bias = (padding, left, stride, dilation, groups), None
         pack, call = _mkldnn._reorder_convolution_transpose_weight.default, _mkldnn._convolution_transpose_pointwise.default
-    else:
-        return None
     value = source.meta["val"]
-    if transposed or value.dim() != 4 or value.device.type != "cpu" or not value.is_contiguous(memory_format=torch.channels_last):
+    if transposed or value.device.type != "cpu" or not value.is_contiguous(memory_format=torch.channels_last):
         return None
     return _Packed(source, weight, pack, (*shape, _size(source)), call, (bias, *shape))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,9 @@ class SynthesisResult:
         labels = [int(label) for label in self.labels]
         names = [str(label) for label in range(max(labels) + 1)] if class_names is None else list(class_names)
         levels = to_levels(denormalise(self.images, self.config))
-        write_set(Path(folder), lambda row: levels[row], labels, names, {**asdict(self.config), "seed": self.seed})
+        # Teacher and initial images are not known here: only the pixels tell a result from another one of the same settings.
+        pixels = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
+        write_set(Path(folder), lambda row: levels[row], labels, names, {**asdict(self.config), "seed": self.seed, "pixels": pixels})
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ log = logging.getLogger("dwa_fast")
 
 _TRIED = 3  # images that the teacher and its copy are compared on
 _ROUNDING = 100.0  # times what is allowed in fp32, in a lower precision
+_MOVE = 0.02  # relative deviation by which weights are moved to see whether a copy follows them
 _NOISE = 0.1  # standard deviations that they are moved by: no two alike, no pre-activation exactly 0
 
 
@@ -153,7 +154,9 @@ def prepare(
         check_finite_weights(module)
         wanted = _untouched(module, layers, trial)
         layers = {name: layer for name, layer in layers.items() if name in wanted.gaps}
-        network = _agreeing(module, layers, wanted, trial, execution, batch_sizes)
+        with _moved(module):
+            moved = untouched(module, layers, trial, gradients=False)
+        network = _agreeing(module, layers, wanted, moved, trial, execution, batch_sizes)
     return network, wanted.logits.shape[1]
 
 
@@ -231,6 +234,7 @@ def _agreeing(
     module: nn.Module,
     layers: Mapping[str, nn.Module],
     wanted: Response,
+    moved: Response,  # with moved weights
     trial: Tensor,
     execution: Execution,
     batch_sizes: Sequence[int],
@@ -249,7 +253,11 @@ def _agreeing(
                 found = rewritten(network, module, _tiled(shown, size), gradients=False)
                 cause = cause or difference(response, found, layers)
             if cause is None:
-                return network
+                with _moved(module):
+                    followed = difference(moved, rewritten(network, module, shown, gradients=False), layers)
+                if followed is None:
+                    return network
+                cause = f"with other weights {followed}"
             network.release()
             cause = f"the trace differs: {cause}"
         except Exception as error:  # tracing runs the teacher's own code, which may raise anything
@@ -262,14 +270,23 @@ def _agreeing(
         cause = first_line(error)
     if cause is not None:
         raise InputError(f"back-end {execution.backend!r} does not compute what the teacher does: {cause}; another back-end may")
-    network.unrecorded = _unrecorded(network, shown)
+    network.unrecorded = _unrecorded(network, module, shown)
     return network
 
 
-def _unrecorded(network: Network, images: Tensor) -> str | None:
+def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | None:
     """Why the forward pass of a network that was not traced cannot be recorded, such as branches on values; None where it can."""
+    recorded = torch.zeros_like(network(images).detach())
+
+    def step() -> None:
+        recorded.copy_(network(images).detach())
+
     try:
-        record(lambda: network(images))
+        repeat = record(step)
+        with _moved(module), torch.no_grad():
+            repeat(torch.empty(0))
+            if not _alike(network(images), recorded):
+                raise RuntimeError("it computes with numbers that it reads from its weights")
     except Exception as error:  # of any kind: the teacher's own code runs on tensors that are being followed
         cause = first_line(error)
         log.warning("teacher cannot be recorded (%s); its own code is called in every step, which is a little slower", cause)
@@ -277,6 +294,23 @@ def _unrecorded(network: Network, images: Tensor) -> str | None:
     finally:
         network.forget()
     return None
+
+
+@contextmanager
+def _moved(module: nn.Module) -> Iterator[None]:
+    """Inside, every weight is another one, as it is after an ascent: numbers that a copy has read from the weights show."""
+    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    originals = [weight.detach().clone() for weight in weights]
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1 + _MOVE * torch.randn(weight.shape, generator=source).to(weight))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(original)
 
 
 def _tiled(images: Tensor, size: int) -> Tensor:

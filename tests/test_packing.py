@@ -120,6 +120,17 @@ def test_what_is_computed_from_weights_alone_is_computed_in_every_repeat() -> No
     assert torch.equal(result, weight.t().reshape(-1) + 1)
 
 
+@pytest.mark.parametrize(("make", "shape"), [(nn.Conv1d, (3, 16, 8)), (nn.Conv3d, (3, 16, 4, 8, 8))], ids=["1d", "3d"])
+def test_other_dimensions_are_called_as_they_are(make: type[nn.Module], shape: tuple[int, ...]) -> None:
+    layer = make(16, 8, 3, padding=1).requires_grad_(False)
+    plain, recorded = ((torch.ones(shape), torch.zeros(()), torch.zeros(shape)) for _ in range(2))
+    program = Program(lambda: step_of(layer, *recorded))
+    program.run(2)
+    for _ in range(3):
+        step_of(layer, *plain)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recorded, plain, strict=True))
+
+
 @pytest.mark.parametrize(
     "call",
     [

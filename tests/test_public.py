@@ -77,5 +77,7 @@ def test_save_writes_the_set_that_the_command_writes(tmp_path: Path) -> None:
     result.save(tmp_path / "set")  # again: nothing to do
     with pytest.raises(InputError, match="other settings"):
         replace(result, seed=1).save(tmp_path / "set")
+    with pytest.raises(InputError, match="other settings"):  # the same settings, another teacher or other initial images
+        replace(result, images=-result.images).save(tmp_path / "set")
     with pytest.raises(InputError, match="class 'ten'"):
         result.save(tmp_path / "other", class_names=[*map(str, range(10)), "ten"])

@@ -154,6 +154,17 @@ def hooked(register: str) -> nn.Module:
     return net
 
 
+class NumberOfWeights(Net):
+    """A recorded step must not take a number of θ for that of θ̃."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale * self.scale.item())
+
+
 def pruned() -> nn.Module:
     net = Net()
     prune.l1_unstructured(net.conv2, "weight", amount=0.5)
@@ -205,6 +216,7 @@ TEACHERS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {  # layers tha
     "view": (Views, 2, True),
     "no_grad inside": (NoGradPart, 2, False),
     "branch on values": (ValueBranch, 2, False),
+    "a number read from the weights": (NumberOfWeights, 2, False),
     "branch on shapes": (ShapeBranch, 2, True),
     "branch on the batch": (BatchBranch, 2, False),
     "modules made inside": (MadeInside, 2, True),
