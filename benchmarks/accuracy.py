@@ -20,14 +20,14 @@ from rich.table import Table
 from torch import nn
 
 from dwa_fast import synthesize
-from dwa_fast.backend import precisions, resolve_device
-from dwa_fast.datasets import MemorySet, denormalise, load, normalise
-from dwa_fast.distill import work_list
-from dwa_fast.initial import sample
+from dwa_fast.data.datasets import MemorySet, denormalise, load, normalise
+from dwa_fast.data.initial import sample
+from dwa_fast.engine.backend import precisions, resolve_device
 from dwa_fast.recipes import full_recipe
-from dwa_fast.squeeze import squeeze
-from dwa_fast.training import top1
-from dwa_fast.validate import validate
+from dwa_fast.sets.distill import work_list
+from dwa_fast.training.fit import top1
+from dwa_fast.training.squeeze import squeeze
+from dwa_fast.training.validate import validate
 
 RECIPE = full_recipe("digits")
 

@@ -25,7 +25,7 @@ import floor
 import harness
 import machine
 
-from dwa_fast.backend import resolve_device
+from dwa_fast.engine.backend import resolve_device
 
 # The first that an operator's name, or on a GPU a kernel's, matches.
 PARTS = {

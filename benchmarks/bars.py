@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tables import find, ratio
 
-from dwa_fast.files import replacing
+from dwa_fast.io.files import replacing
 
 _COLOURS = {"fp32": "#4477aa", "tf32": "#228833", "bf16": "#ee8866", "fp16": "#aa3377"}  # told apart by colour-blind eyes too
 _RIVAL = 0.45  # opacity of what is not ours

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dwa_fast import compiled
-from dwa_fast.backend import OPERATORS, Operators, fused_causes, resolve, resolve_device
+from dwa_fast.engine import compiled
+from dwa_fast.engine.backend import OPERATORS, Operators, fused_causes, resolve, resolve_device
 from dwa_fast.reference import ops as plain
 
 _FACTOR = 2  # an error may be this many times that of PyTorch's own operators in the same precision

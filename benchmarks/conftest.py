@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 
-from dwa_fast.backend import resolve_device
+from dwa_fast.engine.backend import resolve_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

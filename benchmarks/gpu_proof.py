@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.files import output_folder, write_json
+from dwa_fast.io.files import output_folder, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every kernel at odd small sizes; not its CUDA graph, in which PyTorch cannot allocate without its own allocator.

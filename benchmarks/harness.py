@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.architectures import build
-from dwa_fast.backend import Execution, precisions, resolve, tuned
-from dwa_fast.checkpoint import load_teacher
 from dwa_fast.config import SynthesisConfig
-from dwa_fast.norms import batchnorm_layers
+from dwa_fast.engine.backend import Execution, precisions, resolve, tuned
+from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.synthesis import Batch, Lane
+from dwa_fast.engine.teacher import prepare
+from dwa_fast.models.architectures import build
+from dwa_fast.models.batchnorm import batchnorm_layers
+from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import full_recipe
 from dwa_fast.reference.loop import StatisticsHook, see
-from dwa_fast.refine import Refinement
-from dwa_fast.synthesis import Batch, Lane
-from dwa_fast.teacher import prepare
-from dwa_fast.views import Schedule, draw_schedule
+from dwa_fast.schedule import Schedule, draw_schedule
 
 SEED = 0
 _GENTLE = 1e-3  # share of the learning rate at which numbers are compared

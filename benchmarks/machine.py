@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dwa_fast import __version__, ops
-from dwa_fast.backend import resolve
+from dwa_fast.engine.backend import resolve
 
 T = TypeVar("T")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -15,13 +15,13 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.activations import Activation, title
-from dwa_fast.architectures import build
-from dwa_fast.backend import Operators
-from dwa_fast.norms import batchnorm_layers
+from dwa_fast.engine.activations import Activation, title
+from dwa_fast.engine.backend import Operators
+from dwa_fast.engine.fuse import trace
+from dwa_fast.models.architectures import build
+from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.recipes import full_recipe
-from dwa_fast.rewrite import trace
-from dwa_fast.views import HEIGHT, WIDTH, draw_schedule
+from dwa_fast.schedule import HEIGHT, WIDTH, draw_schedule
 
 Inputs = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]

@@ -23,7 +23,7 @@ import summaries
 import tables
 
 from dwa_fast.errors import InputError
-from dwa_fast.files import output_folder
+from dwa_fast.io.files import output_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

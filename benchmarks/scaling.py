@@ -24,11 +24,11 @@ import harness
 import machine
 
 from dwa_fast import distill
-from dwa_fast.backend import resolve_device
 from dwa_fast.config import Precision
-from dwa_fast.datasets import MemorySet, denormalise
+from dwa_fast.data.datasets import MemorySet, denormalise
+from dwa_fast.engine.backend import resolve_device
+from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
-from dwa_fast.synthesis import Batch, Synthesizer
 
 _PEERS = ("published", "fused")
 _PEAK_RUNS = 2  # calls of one measurement of a peak

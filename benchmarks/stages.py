@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dwa_fast import distill
-from dwa_fast.ascent import Ascent
-from dwa_fast.datasets import denormalise, image_folder, normalise
+from dwa_fast.data.datasets import denormalise, image_folder, normalise
+from dwa_fast.engine.ascent import Ascent
+from dwa_fast.engine.synthesis import Lane
+from dwa_fast.engine.teacher import prepare
 from dwa_fast.reference.loop import see
 from dwa_fast.seeding import generator
-from dwa_fast.synthesis import Lane
-from dwa_fast.teacher import prepare
 
 
 def ascents(problem: harness.Problem, peers: dict[str, harness.Peer], rounds: int) -> dict[str, list[float]]:

@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 import machine
 
-from dwa_fast.backend import precisions, resolve_device
 from dwa_fast.compat import BNFeatureHook, Perterb
 from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.compat.recover import advance
 from dwa_fast.config import Precision
+from dwa_fast.engine.backend import precisions, resolve_device
+from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.reference.loop import see
+from dwa_fast.schedule import draw_schedule
 from dwa_fast.seeding import generator, normal
-from dwa_fast.synthesis import Batch, Synthesizer
-from dwa_fast.views import draw_schedule
 
 COMPARED = 3  # iterations whose losses are compared with those in float64
 _ALLOWED = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.15}  # relative error of the losses, or twice the plain loop's

@@ -24,7 +24,7 @@ import harness
 import machine
 import stages
 
-from dwa_fast.backend import resolve, resolve_device
+from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.errors import InputError
 
 COMPARED = 3  # iterations whose losses are compared with those in float64

@@ -9,18 +9,18 @@ result.save("distilled")
 from __future__ import annotations
 
 from dwa_fast._version import __version__
-from dwa_fast.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig
-from dwa_fast.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
-from dwa_fast.datasets import load as load_data
-from dwa_fast.distill import distill
-from dwa_fast.distilled import open_distilled
+from dwa_fast.data.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
+from dwa_fast.data.datasets import load as load_data
+from dwa_fast.data.distilled import open_distilled
+from dwa_fast.engine.synthesis import SynthesisResult, synthesize
 from dwa_fast.errors import InputError
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.recipes import full_recipe, recipe
-from dwa_fast.relabel import relabel
-from dwa_fast.squeeze import squeeze
-from dwa_fast.synthesis import SynthesisResult, synthesize
-from dwa_fast.validate import ValidationResult, validate
+from dwa_fast.sets.distill import distill
+from dwa_fast.training.relabel import relabel
+from dwa_fast.training.squeeze import squeeze
+from dwa_fast.training.validate import ValidationResult, validate
 
 __all__ = [
     "DataConfig",

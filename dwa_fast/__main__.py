@@ -1,6 +1,6 @@
 """`python -m dwa_fast` is the command `dwa-fast`."""
 
-from dwa_fast.cli import main
+from dwa_fast.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dwa_fast.architectures import build
-from dwa_fast.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.models.architectures import build
+from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 
 SIZE = 8
 QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--ipc", "3", "--backend", "reference"]

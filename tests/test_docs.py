@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dwa_fast.architectures import ARCHITECTURES
-from dwa_fast.cli import _DESCRIPTIONS, _parse, run
+from dwa_fast.commands.cli import _DESCRIPTIONS, _parse, run
+from dwa_fast.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -76,7 +76,7 @@ def test_imports_point_down() -> None:
 
 def test_a_wrong_import_would_be_found(tmp_path: Path) -> None:
     wrong = tmp_path / "config.py"
-    wrong.write_text("def late():\n    from dwa_fast.synthesis import synthesize\n")
+    wrong.write_text("def late():\n    from dwa_fast.engine.synthesis import synthesize\n")
     assert violations({"config": wrong}) == ["config imports synthesis"]
 
 

@@ -82,13 +82,13 @@ def test_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert "Name: dwa-fast\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
     assert "Requires-Python: >=3.10\n" in metadata
-    assert "dwa-fast = dwa_fast.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "dwa-fast = dwa_fast.commands.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
 
 
 def test_console_script_is_installed() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="dwa-fast")
-    assert script.value == "dwa_fast.cli:main"
+    assert script.value == "dwa_fast.commands.cli:main"
     assert callable(script.load())
 
 

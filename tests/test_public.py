@@ -29,7 +29,7 @@ from dwa_fast import (
     synthesize,
     validate,
 )
-from dwa_fast.verify import problems
+from dwa_fast.sets.verify import problems
 
 SIZE = 16
 

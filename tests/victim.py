@@ -16,9 +16,11 @@ import time
 import traceback
 from typing import Any
 
-from dwa_fast import workers
+from dwa_fast.sets import workers
 
-NEEDED = "dwa_fast.cli dwa_fast.commands torchvision.transforms.v2 sklearn.datasets sklearn.model_selection importlib.readers".split()
+NEEDED = (
+    "dwa_fast.commands.cli dwa_fast.commands torchvision.transforms.v2 sklearn.datasets sklearn.model_selection importlib.readers".split()
+)
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
@@ -55,7 +57,7 @@ def serve(order: dict[str, Any]) -> None:
     started = time.monotonic()
     code = 70
     try:
-        code = importlib.import_module("dwa_fast.cli").run(order["arguments"])
+        code = importlib.import_module("dwa_fast.commands.cli").run(order["arguments"])
         print(json.dumps({"seconds": time.monotonic() - started, "operations": operations[0]}))
     except BaseException:
         traceback.print_exc()

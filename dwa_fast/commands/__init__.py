@@ -18,9 +18,9 @@ from dwa_fast.commands.pipeline import Squeeze, Synthesize
 from dwa_fast.commands.relabel import Relabel
 from dwa_fast.commands.report import Report
 from dwa_fast.commands.students import Validate
-from dwa_fast.demo import DemoConfig
+from dwa_fast.evaluation.survey import SurveyConfig
+from dwa_fast.experiments.demo import DemoConfig
 from dwa_fast.recipes import full_recipe
-from dwa_fast.survey import SurveyConfig
 
 
 def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:

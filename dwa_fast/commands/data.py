@@ -13,16 +13,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from dwa_fast.architectures import ARCHITECTURES
+from dwa_fast.commands.console import Console
 from dwa_fast.config import DataConfig, Normalisation
-from dwa_fast.console import Console
-from dwa_fast.datasets import FileSet, ImageSet, Split, load
-from dwa_fast.decoding import BadImageError
-from dwa_fast.distilled import set_manifest
+from dwa_fast.data.datasets import FileSet, ImageSet, Split, load
+from dwa_fast.data.distilled import set_manifest
+from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
+from dwa_fast.data.teacher_check import check_teacher
 from dwa_fast.errors import InputError
-from dwa_fast.pairing import PairedTeacher, as_flags, described, open_teacher
+from dwa_fast.io.decode import BadImageError
+from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.recipes import full_recipe
-from dwa_fast.teacher_check import check_teacher
 
 log = logging.getLogger("dwa_fast")
 

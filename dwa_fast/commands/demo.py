@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tyro
 
+from dwa_fast.commands.console import Console
 from dwa_fast.commands.finish import finish
-from dwa_fast.console import Console
-from dwa_fast.demo import DemoConfig, run_demo
-from dwa_fast.records import command_line
+from dwa_fast.experiments.demo import DemoConfig, run_demo
+from dwa_fast.report.records import command_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from dwa_fast.console import Console
-from dwa_fast.plots import Figure, draw
-from dwa_fast.records import RECORD, Record, write_record
+from dwa_fast.commands.console import Console
+from dwa_fast.report.plots import Figure, draw
+from dwa_fast.report.records import RECORD, Record, write_record
 
 
 def finish(console: Console, folder: Path, record: Record) -> None:

@@ -12,20 +12,20 @@ from typing import Any
 
 import tyro
 
-from dwa_fast import backend
+from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import SynthesisConfig, ValidationConfig
-from dwa_fast.console import Console
-from dwa_fast.datasets import FileSet
-from dwa_fast.incremental import IncrementalConfig, class_order, learn
-from dwa_fast.layout import is_set
-from dwa_fast.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
-from dwa_fast.resuming import image_digest
-from dwa_fast.storage import read_manifest
-from dwa_fast.subsets import images_per_class
-from dwa_fast.validate import ValidationResult
+from dwa_fast.data.datasets import FileSet
+from dwa_fast.data.set_layout import is_set
+from dwa_fast.data.subsets import images_per_class
+from dwa_fast.engine import backend
+from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
+from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
+from dwa_fast.sets.store import read_manifest
+from dwa_fast.training.state import image_digest
+from dwa_fast.training.validate import ValidationResult
 
 _STEPS = "steps"  # folder of what is finished
 

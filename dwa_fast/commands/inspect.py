@@ -13,15 +13,16 @@ from typing import Any
 import torch
 import tyro
 
-from dwa_fast import backend, ops
+from dwa_fast import ops
 from dwa_fast._version import __version__
-from dwa_fast.checkpoint import TeacherInfo, load_teacher
-from dwa_fast.console import Console
-from dwa_fast.datasets import shown
+from dwa_fast.commands.console import Console
+from dwa_fast.data.datasets import shown
+from dwa_fast.engine import backend
+from dwa_fast.engine.teacher import prepare
 from dwa_fast.errors import InputError
-from dwa_fast.storage import read_manifest
-from dwa_fast.teacher import prepare
-from dwa_fast.verify import problems
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher
+from dwa_fast.sets.store import read_manifest
+from dwa_fast.sets.verify import problems
 
 
 @dataclass(frozen=True, kw_only=True)

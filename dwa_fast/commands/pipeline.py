@@ -8,20 +8,21 @@ from typing import Any
 
 import tyro
 
-from dwa_fast import backend, workers
-from dwa_fast.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, TeacherData, naming_bad_images, usable
 from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
-from dwa_fast.console import Console
-from dwa_fast.datasets import ImageSet
-from dwa_fast.distill import distill
+from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.set_layout import refuse_images, set_folder
+from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
-from dwa_fast.files import output_folder
-from dwa_fast.layout import refuse_images, set_folder
-from dwa_fast.losses import Rows
-from dwa_fast.squeeze import squeeze
-from dwa_fast.storage import read_manifest
-from dwa_fast.training import top1
+from dwa_fast.io.files import output_folder
+from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.sets import workers
+from dwa_fast.sets.distill import distill
+from dwa_fast.sets.loss_log import Rows
+from dwa_fast.sets.store import read_manifest
+from dwa_fast.training.fit import top1
+from dwa_fast.training.squeeze import squeeze
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import tyro
 
-from dwa_fast import backend
+from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.students import DistilledData
 from dwa_fast.config import ValidationConfig
-from dwa_fast.console import Console
-from dwa_fast.relabel import kept_epochs, label_bytes, relabel
+from dwa_fast.engine import backend
+from dwa_fast.training.relabel import kept_epochs, label_bytes, relabel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tyro
 
+from dwa_fast.commands.console import Console
 from dwa_fast.config import check_integer
-from dwa_fast.console import Console
+from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
-from dwa_fast.layout import refuse_images
 from dwa_fast.report import write_report
 
 

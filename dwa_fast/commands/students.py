@@ -11,22 +11,22 @@ from typing import Any
 import torch
 import tyro
 
-from dwa_fast import backend
-from dwa_fast.checkpoint import TeacherInfo
+from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, TeacherData, check_set, naming_bad_images, say_skipped, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
-from dwa_fast.console import Console
-from dwa_fast.datasets import FileSet, ImageSet
-from dwa_fast.distilled import open_distilled
+from dwa_fast.data.datasets import FileSet, ImageSet
+from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.pairing import PairedTeacher
+from dwa_fast.data.set_layout import refuse_images, set_folder
+from dwa_fast.data.subsets import images_per_class
+from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
-from dwa_fast.files import output_folder
-from dwa_fast.layout import refuse_images, set_folder
-from dwa_fast.pairing import PairedTeacher
-from dwa_fast.records import Record, Table, command_line, environment, mean_and_spread
-from dwa_fast.storage import read_manifest
-from dwa_fast.subsets import images_per_class
-from dwa_fast.validate import ValidationResult, validate
+from dwa_fast.io.files import output_folder
+from dwa_fast.models.checkpoint import TeacherInfo
+from dwa_fast.report.records import Record, Table, command_line, environment, mean_and_spread
+from dwa_fast.sets.store import read_manifest
+from dwa_fast.training.validate import ValidationResult, validate
 
 
 @dataclass(frozen=True, kw_only=True)

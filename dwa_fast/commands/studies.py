@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData, naming_bad_images, say_skipped, usable
-from dwa_fast.console import Console
-from dwa_fast.datasets import FileSet, ImageSet, Split
-from dwa_fast.distilled import open_distilled
+from dwa_fast.data.datasets import FileSet, ImageSet, Split
+from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.pairing import PairedTeacher
+from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.files import output_folder
-from dwa_fast.layout import refuse_images, set_folder
-from dwa_fast.pairing import PairedTeacher
-from dwa_fast.records import RECORD, read_record
-from dwa_fast.resuming import refuse_change
+from dwa_fast.io.files import output_folder
+from dwa_fast.report.records import RECORD, read_record
+from dwa_fast.training.state import refuse_change
 
 
 @dataclass(frozen=True, kw_only=True)

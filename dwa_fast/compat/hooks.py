@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dwa_fast.backend import Operators, operators_for
 from dwa_fast.compat.fields import fields_of, say_once
 from dwa_fast.config import check_real
+from dwa_fast.engine.backend import Operators, operators_for
 from dwa_fast.errors import InputError
-from dwa_fast.norms import planes
+from dwa_fast.models.batchnorm import planes
 
 _PER_CLASS = ("per_class_bn", "ipc", "start", "end", "weights")  # of WMDD's and GUARD's hooks, with no meaning where the first is False
 _OTHER_METHOD = (

@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dwa_fast.backend import resolve_device
 from dwa_fast.compat.fields import plain
 from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.config import BackendName, Precision, check_integer
-from dwa_fast.datasets import denormalise, normalise
-from dwa_fast.decoding import decode
+from dwa_fast.data.datasets import denormalise, normalise
+from dwa_fast.data.initial import read_tensor, tensor_file
+from dwa_fast.engine.backend import resolve_device
+from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.synthesis import Batch, Lane, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
-from dwa_fast.files import output_folder, replacing
-from dwa_fast.initial import read_tensor, tensor_file
-from dwa_fast.priors import mean_norm, total_variation
-from dwa_fast.refine import Refinement
+from dwa_fast.io.decode import decode
+from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.seeding import generator, normal
-from dwa_fast.storage import image_name
-from dwa_fast.synthesis import Batch, Lane, Synthesizer, memory_errors
+from dwa_fast.sets.store import image_name
 
 log = logging.getLogger("dwa_fast")
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dwa_fast.backend import resolve_device
+from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import Cell, Made, Setup, accuracies, make_set, measure, set_is_there
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dwa_fast.config import SynthesisConfig, check_choice
+from dwa_fast.data.set_layout import set_folder
 from dwa_fast.errors import InputError, printable
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import (
@@ -25,9 +26,8 @@ from dwa_fast.experiments.grid import (
     raw,
     surroundings,
 )
-from dwa_fast.layout import set_folder
 from dwa_fast.recipes import METHODS
-from dwa_fast.records import Chart, HeatMap, Record, Table
+from dwa_fast.report.records import Chart, HeatMap, Record, Table
 
 AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwa_fast.activations import ACTIVATIONS, Activation
+from dwa_fast.engine.activations import ACTIVATIONS, Activation
 from dwa_fast.ops import _library
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
-from dwa_fast.norms import batchnorm_layers, given
+from dwa_fast.models.batchnorm import batchnorm_layers, given
+from dwa_fast.schedule import Schedule, draw_schedule
 from dwa_fast.seeding import generator, normal
-from dwa_fast.views import Schedule, draw_schedule
 
 
 @dataclass(frozen=True, kw_only=True)

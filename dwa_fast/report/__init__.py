@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dwa_fast.errors import InputError
-from dwa_fast.files import output_folder, replacing
+from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.report.contents import gather
 from dwa_fast.report.document import Document
 from dwa_fast.report.markdown import as_markdown

@@ -10,12 +10,12 @@ from typing import Any
 import PIL.Image
 
 from dwa_fast.errors import InputError
-from dwa_fast.files import read_regular
-from dwa_fast.plots import Figure, as_png, as_svg
-from dwa_fast.published import beside_published
-from dwa_fast.records import Picture, Scatter
+from dwa_fast.io.files import read_regular
 from dwa_fast.report.document import Block, Command, Document, Drawing, Facts, Image, Paragraph, Section
 from dwa_fast.report.findings import Run, find
+from dwa_fast.report.plots import Figure, as_png, as_svg
+from dwa_fast.report.published import beside_published
+from dwa_fast.report.records import Picture, Scatter
 from dwa_fast.report.sets import kinds, set_section
 from dwa_fast.report.values import duration, groups
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dwa_fast.records import Table
+from dwa_fast.report.records import Table
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from dwa_fast.errors import printable
-from dwa_fast.records import Table
 from dwa_fast.report.document import Block, Command, Document, Drawing, Facts, Image, Paragraph
+from dwa_fast.report.records import Table
 
 _ACTIVE = re.compile(r"([\\`*_\[\]<>|~#])")  # what Markdown or HTML would read as more than text
 

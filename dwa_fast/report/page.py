@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import Any
 
 from dwa_fast.errors import printable
-from dwa_fast.records import Table
 from dwa_fast.report.document import Block, Command, Document, Drawing, Facts, Image, Paragraph, Section
+from dwa_fast.report.records import Table
 from dwa_fast.report.style import STYLE
 
 # Were anything of a record taken for more than text, a browser would still load and run nothing.

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from dwa_fast.cli import run
-from dwa_fast.records import Record, read_record
+from dwa_fast.commands.cli import run
+from dwa_fast.report.records import Record, read_record
 from tests.experiments.setups import small_setup
 from tests.nets import SIZE
 

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dwa_fast import SynthesisConfig
-from dwa_fast.architectures import SmallResNet
 from dwa_fast.config import Normalisation
-from dwa_fast.datasets import denormalise
-from dwa_fast.priors import mean_norm, total_variation
+from dwa_fast.data.datasets import denormalise
+from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.reference.loop import see
+from dwa_fast.schedule import draw_schedule
 from dwa_fast.seeding import generator, normal
-from dwa_fast.views import draw_schedule
 
 EPSILON = 1e-12
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from dwa_fast import InputError
-from dwa_fast.backend import operators_for
 from dwa_fast.compat import BNFeatureHook, ViT_BNFeatureHook, hooks
 from dwa_fast.compat.fields import say_once
+from dwa_fast.engine.backend import operators_for
 from tests.nets import real_images, small_teacher
 
 

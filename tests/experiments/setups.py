@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dwa_fast.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.config import DataConfig, ValidationConfig
 from dwa_fast.experiments.cells import Setup
-from dwa_fast.files import checksum
+from dwa_fast.io.files import checksum
+from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.recipes import full_recipe
-from dwa_fast.training import fresh
+from dwa_fast.training.fit import fresh
 from tests.nets import SIZE, small_config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dwa_fast import InputError
-from dwa_fast.datasets import image_folder
+from dwa_fast.data.datasets import image_folder
 from dwa_fast.experiments import schedule
 from dwa_fast.experiments.cells import Cell, Made, Setup, measure
 from dwa_fast.experiments.schedule import carry_out, default_jobs

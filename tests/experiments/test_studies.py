@@ -12,7 +12,7 @@ from dwa_fast.experiments.cells import Setup
 from dwa_fast.experiments.grid import Grid, Outcome, Outcomes
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
 from dwa_fast.recipes import METHODS, recipe
-from dwa_fast.records import Record
+from dwa_fast.report.records import Record
 from tests.experiments.setups import small_setup
 
 VALUES: dict[str, Any] = {"lambda_vars": (0.11, 0.01), "steps": (12, 4), "rhos": (0.02, 0.01, 0.015)}

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from dwa_fast.config import StorageConfig
-from dwa_fast.records import RECORD, Chart, HeatMap, Picture, Record, Scatter, Series, Table, write_record
-from dwa_fast.storage import ImageStore, WorkItem
+from dwa_fast.report.records import RECORD, Chart, HeatMap, Picture, Record, Scatter, Series, Table, write_record
+from dwa_fast.sets.store import ImageStore, WorkItem
 
 EVIL = '<script>alert("x")</script> & `a` | [b](http://evil.example) <img src=x onerror=y> $\\frac{1}{2}$ \x1b[31m "quoted" \'it\''
 

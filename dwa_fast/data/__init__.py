@@ -1,0 +1,1 @@
+"""Images and labels: data sets, subsets, distilled sets, initial images, training batches."""

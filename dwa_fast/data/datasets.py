@@ -1,0 +1,414 @@
+"""Real images: scikit-learn's digits, CIFAR, Tiny-ImageNet and any folder of class folders, all as square images of one size."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwa_fast.config import DataConfig, Normalisation, check_choice
+from dwa_fast.data.set_layout import image_root
+from dwa_fast.errors import InputError
+from dwa_fast.io.decode import BadImageError, check_image, decode
+from dwa_fast.io.files import below, entries
+from dwa_fast.seeding import generator
+
+Split = Literal["train", "test"]
+
+DIGITS_TEST_SHARE = 0.25
+_TINY_TABLE = Path("val", "val_annotations.txt")
+_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # their folders, as torchvision writes them
+_READERS = 8  # threads that decode image files
+_HELD_OUT = ("test", "val")  # folders of the held-out images
+_SHOWN = 5  # classes or files that an error names
+
+
+class ImageSet(Protocol):
+    """Labelled images of one size. `load` gives pixels in [0, 1]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, [N] int64."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+
+    def name(self, index: int) -> str:
+        """What an image is called inside the set; the same wherever the set lies."""
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class MemorySet:
+    """Images held in memory."""
+
+    pixels: Tensor  # [N, C, S, S] uint8
+    labels: Tensor  # [N] int64
+    class_names: list[str]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def select(self, indices: Sequence[int]) -> MemorySet:
+        """These images alone, in this order."""
+        return replace(self, pixels=self.pixels[list(indices)], labels=self.labels[list(indices)])
+
+    def name(self, index: int) -> str:
+        """The image's number."""
+        return str(index)
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1]."""
+        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)].float() / 255
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Image files, decoded when asked for: shorter side resized, centre kept."""
+
+    folder: Path
+    files: list[str]  # below the folder, sorted class by class
+    labels: Tensor  # [N] int64
+    class_names: list[str]
+    size: int
+    channels: int
+    resize: int | None = None  # what the shorter side is resized to before the centre is cut out; None: to `size`
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS), repr=False, compare=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.channels, self.size, self.size
+
+    def name(self, index: int) -> str:
+        """The file, below the folder."""
+        return self.files[index]
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1].
+
+        Raises:
+            BadImageError: a file is no image.
+            InputError: a file cannot be read.
+        """
+        return torch.stack(list(self._pool.map(self._read, indices)))
+
+    def select(self, indices: Sequence[int]) -> FileSet:
+        """These images alone, in this order."""
+        return replace(self, files=[self.files[index] for index in indices], labels=self.labels[list(indices)])
+
+    def faults(self) -> dict[int, str]:
+        """Images that cannot be decoded, and why; every file is read for it.
+
+        Raises:
+            InputError: a file cannot be opened or read.
+        """
+        causes = self._pool.map(self._fault, range(len(self.files)))
+        return {index: cause for index, cause in enumerate(causes) if cause is not None}
+
+    def _read(self, index: int) -> Tensor:
+        return decode(self.folder / self.files[index], self.size, self.channels, resize=self.resize)
+
+    def _fault(self, index: int) -> str | None:
+        try:
+            check_image(self.folder / self.files[index], self.channels)
+        except BadImageError as error:
+            return error.cause
+        return None
+
+
+def normalise(
+    pixels: Tensor,  # [N, C, H, W] in [0, 1]
+    normalisation: Normalisation,
+) -> Tensor:  # [N, C, H, W]
+    """(pixels − mean) / std, per channel."""
+    mean, std = (torch.tensor(value).to(pixels)[:, None, None] for value in (normalisation.mean, normalisation.std))
+    return (pixels - mean) / std
+
+
+def denormalise(
+    images: Tensor,  # [N, C, H, W], normalised
+    normalisation: Normalisation,
+) -> Tensor:  # [N, C, H, W] in [0, 1]
+    """The inverse of `normalise`."""
+    mean, std = (torch.tensor(value).to(images)[:, None, None] for value in (normalisation.mean, normalisation.std))
+    return images * std + mean
+
+
+def load(
+    config: DataConfig,
+    folder: str | Path | None,
+    split: Split,
+    *,
+    channels: int = 3,
+    download: bool = False,
+) -> ImageSet:
+    """The real images of a split.
+
+    Args:
+        folder: where the data lie; digits need none.
+        channels: 1 (grey) or 3, for image folders.
+        download: whether CIFAR may be fetched into the folder.
+    Raises:
+        InputError: the data are not there, not as the layout says, have another number of classes, other classes in the other split, or
+            too few images of one to hold some out.
+    """
+    folder = None if folder is None else Path(folder)
+    check_choice("split", split, Split)
+    share = config.held_out_share
+    data = _open(config, folder, "train" if share else split, channels, download)
+    if config.classes is not None and len(data.class_names) != config.classes:
+        raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
+    if share:
+        data = _part(data, share, split)
+    return replace(data, resize=config.test_resize) if split == "test" and isinstance(data, FileSet) else data
+
+
+def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | FileSet:
+    """The training images that are held out, or the others. Which ones depends on their number alone.
+
+    Raises:
+        InputError: a class has too few images for both.
+    """
+    chosen = torch.zeros(len(data.labels), dtype=torch.bool)
+    for label, name in enumerate(data.class_names):
+        own = (data.labels == label).nonzero().flatten()
+        count = round(share * len(own))
+        if not 0 < count < len(own):
+            raise InputError(f"class {name!r} has {len(own)} training images, of which a share of {share:g} cannot be held out")
+        chosen[own[generator(0, "held out", label).permutation(len(own))[:count]]] = True
+    return data.select((chosen if split == "test" else ~chosen).nonzero().flatten().tolist())
+
+
+def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, download: bool) -> MemorySet | FileSet:
+    if config.layout == "digits":
+        return digits(split, config.size)
+    if folder is None:
+        raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
+    if config.layout in _CIFAR:
+        archive = (folder / _CIFAR[config.layout]).is_dir()
+        if archive or download or not any((folder / name).is_dir() for name in ("train", *_HELD_OUT)):
+            if config.size != 32:
+                raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
+            return _cifar(config.layout, folder, split, download)
+    if config.layout == "tiny" and (folder / _TINY_TABLE).is_file() and not (split == "train" and config.held_out_share):
+        test = _tiny_test(folder, config.size, channels)  # also for the training images: the classes of both are compared
+        return test if split == "test" else image_folder(_train_folder(folder), config.size, channels)
+    held_out = ("val",) if config.layout == "tiny" else _HELD_OUT  # Tiny-ImageNet's folder "test" holds images without labels
+    if split == "test":
+        data = image_folder(_test_folder(folder, held_out), config.size, channels)
+        return _numbered_alike(data, folder / "train") if (folder / "train").is_dir() else data
+    data = image_folder(_train_folder(folder), config.size, channels)
+    test_folder = None if config.held_out_share else _labelled(folder, held_out)
+    if test_folder:
+        class_numbers(class_folders(test_folder), data.class_names, test_folder, data.folder)
+    return data
+
+
+def digits(split: Split, size: int) -> MemorySet:
+    """scikit-learn's 1797 handwritten digits, grey, enlarged from 8 to `size` pixels; a quarter of each class is held out for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    parts = train_test_split(np.arange(len(source.target)), test_size=DIGITS_TEST_SHARE, stratify=source.target, random_state=0)
+    chosen = np.sort(parts[0 if split == "train" else 1])
+    pixels = torch.from_numpy(source.images[chosen]).float()[:, None] / 16
+    pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(source.target[chosen]).to(torch.int64)
+    return MemorySet((pixels * 255).round().to(torch.uint8), labels, [str(digit) for digit in range(10)])
+
+
+def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: int | None = None, *, by_number: bool = False) -> FileSet:
+    """Any folder with one sub-folder of images per class, or of a distilled set of ours; classes and files in sorted order.
+
+    Names that begin with a dot are passed over.
+
+    A class folder and a file may be symbolic links. Links to folders further down are not entered, so no loop can be.
+
+    Args:
+        per_class: take the first files of each class only.
+        by_number: sort the files of a class by the numbers in their names, as a person would: id999 before id1000.
+    Raises:
+        InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
+    """
+    folder = image_root(Path(folder))
+    names = class_folders(folder)
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        members = sorted(_images(folder, name), key=natural) if by_number else list(_images(folder, name))
+        if len(members) < (per_class or 1):
+            wanted = f"at least {per_class}" if per_class else "some"
+            raise InputError(f"class folder {folder / name} has {len(members)} images, wanted {wanted}")
+        members = members[:per_class]
+        files += members
+        labels += [label] * len(members)
+    return FileSet(folder, files, torch.tensor(labels), names, size, channels)
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts names by the numbers in them: 2 before 10, id999 before id1000."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones.
+
+    Raises:
+        InputError: it is no folder, cannot be read, or has none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
+    names = [entry.name for entry in entries(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
+    if not names:
+        raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
+    return names
+
+
+def _images(folder: Path, class_name: str) -> Iterator[str]:
+    """The image files of a class, below the folder, in sorted order; hidden ones are not (._1.png of macOS, .ipynb_checkpoints)."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    prefix = os.path.join(folder, "")
+    for entry in below(prefix + class_name):
+        hidden = f"{os.sep}." in entry.path[len(prefix) :]
+        if not hidden and entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
+            yield entry.path[len(prefix) :]
+
+
+def _train_folder(folder: Path) -> Path:
+    """The sub-folder of the training images where there is one (ImageNet: train, val), else the folder itself.
+
+    Raises:
+        InputError: the folder has held-out images, but no folder of training images: `val` would be taken for a class.
+    """
+    if (folder / "train").is_dir():
+        return folder / "train"
+    for name in _HELD_OUT:
+        if (folder / name).is_dir():
+            raise InputError(
+                f"{folder} has a folder {name!r}, but no 'train' beside it that holds the class folders of the training images"
+            )
+    return folder
+
+
+def _test_folder(folder: Path, names: Sequence[str]) -> Path:
+    """The sub-folder of the held-out images."""
+    found = _labelled(folder, names) or next((folder / name for name in names if (folder / name).is_dir()), None)
+    if found is None:
+        wanted = " or ".join(repr(name) for name in reversed(names))
+        raise InputError(f"{folder} has no {wanted} folder with the held-out images; --held-out-share takes some from the training images")
+    return found
+
+
+def _labelled(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these sub-folders that has class folders; ImageNet's test images lie there bare."""
+    places = (folder / name for name in names if (folder / name).is_dir())
+    return next((place for place in places if any(os.path.isdir(entry) for entry in entries(str(place)))), None)
+
+
+def _numbered_alike(data: FileSet, train: Path) -> FileSet:
+    """Test images whose classes are numbered and named as those of the training images."""
+    names = class_folders(train)
+    numbers = class_numbers(data.class_names, names, data.folder, train)
+    return replace(data, labels=torch.tensor(numbers)[data.labels], class_names=names)
+
+
+def class_numbers(names: Sequence[str], train_names: Sequence[str], folder: Path, train: Path) -> list[int]:
+    """For each class folder of the test images, the number of its class among those of the training images.
+
+    They have the same names, or the same numbers in their names, padded with zeros or not.
+
+    Raises:
+        InputError: one of them has a class that the other has not.
+    """
+    names = as_named(names, train_names)
+    if set(names) != set(train_names):
+        foreign, missing = sorted(set(names) - set(train_names)), sorted(set(train_names) - set(names))
+        parts = [f"{folder} has class folders that {train} lacks: {shown(foreign)}"] if foreign else []
+        parts += [f"{folder if not foreign else 'it'} lacks {shown(missing)}"] if missing else []
+        raise InputError(f"{', and '.join(parts)}; training and held-out images must be of the same classes")
+    return [train_names.index(name) for name in names]
+
+
+def as_named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Names as others write them where both differ in the zeros before a number alone: 2 for 02, class_2 for class_002; else unchanged."""
+    own, known = _by_number(names), _by_number(wanted)
+    if not own or not known or set(own) != set(known):
+        return list(names)
+    found = {name: known[number] for number, name in own.items()}
+    return [found[name] for name in names]
+
+
+def _by_number(names: Sequence[str]) -> dict[tuple[str, int], str] | None:
+    """Class folders by the text before the number at their end and that number; None where one has none, or two have the same."""
+    matches = [re.fullmatch(r"([^0-9]*)([0-9]+)", name) for name in names]
+    found = {(match[1], int(match[2])): match[0] for match in matches if match}
+    return found if len(found) == len(names) else None
+
+
+def shown(names: Sequence[str], at_most: int = _SHOWN) -> str:
+    """Names for a sentence; of many, the first."""
+    more = f", … ({len(names)} in all)" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
+
+
+def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet:
+    import torchvision.datasets
+
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[layout]
+    try:
+        source = kind(root=str(folder), train=split == "train", download=download)
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder} holds neither an intact {_CIFAR[layout]} nor folders train and test with a sub-folder of images per class; "
+            "put one of the two there, or pass --download to fetch the first"
+        ) from error
+    pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    return MemorySet(pixels, torch.tensor(source.targets), list(source.classes))
+
+
+def _tiny_test(folder: Path, size: int, channels: int) -> FileSet:
+    """Tiny-ImageNet's held-out images, whose classes stand in a table and not in class folders."""
+    table, train = folder / _TINY_TABLE, folder / "train"
+    try:
+        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{table} cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"{table} is empty; wanted a file name, a tab and a class in each line")
+    for row in rows:
+        if len(row) < 2 or row[0] in ("", "..") or "/" in row[0]:
+            raise InputError(f"{table} must hold a file name, a tab and a class in each line, got {row[:2]}")
+    own = sorted({row[1] for row in rows})
+    names = class_folders(train) if train.is_dir() else own
+    if own != names:
+        foreign, missing = sorted(set(own) - set(names)), sorted(set(names) - set(own))
+        raise InputError(
+            f"{table} names class {foreign[0]!r}, which has no folder in {train}"
+            if foreign
+            else f"{table} names no image of class {missing[0]!r}, which has a folder in {train}"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    files = [row[0] for row in rows]
+    return FileSet(folder / "val" / "images", files, torch.tensor([numbers[row[1]] for row in rows]), names, size, channels)

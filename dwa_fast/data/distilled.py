@@ -1,0 +1,167 @@
+"""Distilled sets of any origin: their class folders matched with the real classes, the first images of each, without damaged files."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwa_fast.config import check_integer
+from dwa_fast.data.datasets import FileSet, as_named, image_folder, shown
+from dwa_fast.data.set_layout import MANIFEST, is_set
+from dwa_fast.errors import InputError
+from dwa_fast.sets.store import read_manifest
+
+log = logging.getLogger("dwa_fast")
+
+_NUMBERED = re.compile(r"\D*(\d+)")  # new007, 00007, 7
+
+
+def open_distilled(
+    folder: str | Path,
+    size: int,
+    channels: int,
+    class_names: Sequence[str],
+    *,
+    per_class: int | None = None,
+    skip_bad_images: bool = False,
+) -> tuple[FileSet, dict[str, str]]:
+    """A distilled set, whose labels are those of the real classes.
+
+    Class folders are named as the real classes (wnids), or numbered: `new000` of SRe2L, CDA, DWA and this program, `00000` of RDED. Where
+    the set has a manifest, a number stands for the class of that number there; elsewhere for the class in that place of the sorted names.
+    Classes of the set that are not among the real ones are left out, if all have names. Within a class the files are sorted by the numbers
+    in their names.
+
+    Args:
+        class_names: of the real classes.
+        per_class: take the first images of each class only, at least 1.
+        skip_bad_images: pass over files that are no images.
+    Returns:
+        the set, and why files were passed over, by name.
+    Raises:
+        InputError: per_class is below 1, the folders are not those of the classes, one has too few images, or the manifest says that
+            images are of another size, or names other images than those that are there.
+    """
+    folder = Path(folder)
+    if per_class is not None:
+        check_integer("ipc", per_class, 1)
+    data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class, by_number=True)
+    manifest = set_manifest(folder)
+    if manifest:
+        _check_shape(folder, manifest["settings"].get("image_shape"), size, channels)
+        _check_names(folder, data, manifest)
+    numbers = _numbers(folder, data.class_names, class_names, manifest["class_names"] if manifest else None)
+    data = replace(data, labels=torch.tensor(numbers)[data.labels], class_names=list(class_names))
+    if -1 in numbers:
+        log.info("%s: %d of its %d classes are among the real ones; the others are left out", folder, len(class_names), len(numbers))
+        data = data.select((data.labels >= 0).nonzero().flatten().tolist())
+    if not skip_bad_images:
+        return data, {}
+    skipped = data.faults()
+    good = [index for index in range(len(data.files)) if index not in skipped]
+    return _first(data.select(good), per_class), {data.name(index): cause for index, cause in skipped.items()}
+
+
+def set_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a set of ours; None where there is none, or one that is damaged or of another program, which is logged."""
+    if not is_set(folder):
+        return None
+    try:
+        return read_manifest(folder)
+    except InputError as error:
+        log.warning("%s; its classes and settings are not known", error)
+        return None
+
+
+def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
+    if shape is None or shape == [channels, size, size]:
+        return
+    if not (isinstance(shape, list) and len(shape) == 3):
+        raise InputError(f"{folder / MANIFEST} has image_shape {shape!r}; wanted channels, height and width")
+    if shape[0] != channels:
+        raise InputError(f"{folder} holds images of {shape[0]} channel{'s' if shape[0] != 1 else ''}, got a mean and std of {channels}")
+    raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size}; pass --size {shape[1]}")
+
+
+def _check_names(folder: Path, data: FileSet, manifest: Mapping[str, Any]) -> None:
+    """Whether the images of a complete set are those that its manifest names; their content is for `dwa-fast verify` to check.
+
+    Raises:
+        InputError: one is missing, or does not belong to the set, so that an accuracy would be that of another set.
+    """
+    named = manifest["images"]
+    if not manifest["complete"]:
+        log.warning("%s is not complete; the command that made it goes on with it", folder)
+        return
+    missing = next((name for name in named if not (data.folder / name).is_file()), None)
+    strange = next((name for name in data.files if name not in named), None)
+    if missing or strange:
+        what = f"{missing} is missing" if missing else f"{strange} does not belong to the set"
+        raise InputError(f"{folder} holds other images than its manifest names: {what}; dwa-fast verify names all of them")
+
+
+def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], set_names: Sequence[str] | None) -> list[int]:
+    """Number of the real class of each class folder; -1 where it is none of the real ones.
+
+    Args:
+        set_names: class names of the set's manifest, if it has one.
+    """
+    matches = [_NUMBERED.fullmatch(name) for name in folders]
+    numbers = [int(match[1]) for match in matches if match]
+    unique = len(set(numbers)) == len(folders)
+    unnamed = [str(number) for number in range(len(set_names or ()))]  # what a set is called by that was imported without names
+    named = set_names is not None and (list(set_names) != unnamed or list(class_names) == unnamed)
+    if set_names is not None and named and unique and max(numbers) < len(set_names) and len(set(set_names)) == len(set_names):
+        names = as_named([set_names[number] for number in numbers], class_names)
+        if missing := [name for name in class_names if name not in names]:
+            raise InputError(
+                f"{folder} holds images of the classes {shown(names)}; the real images have {shown(class_names)}: it lacks {shown(missing)}"
+            )
+        return [class_names.index(name) if name in class_names else -1 for name in names]
+    names = _as_named_by_text(folders, class_names)
+    if set(class_names) <= set(names):
+        return [class_names.index(name) if name in class_names else -1 for name in names]
+    if len(folders) != len(class_names):
+        raise InputError(f"{folder} has {len(folders)} classes, the held-out images have {len(class_names)}")
+    if sorted(numbers) != list(range(len(folders))):
+        raise InputError(
+            f"class folders of {folder} are neither named as the held-out images' classes nor numbered from 0: {shown(folders)}; "
+            f"the classes: {shown(class_names)}"
+        )
+    own = [int(match[1]) for match in map(_NUMBERED.fullmatch, class_names) if match]
+    if own != sorted(own) and sorted(own) == list(range(len(class_names))):
+        raise InputError(
+            f"class folders of {folder} are numbered ({shown(folders)}), and the real classes have the same numbers in another order "
+            f"({shown(class_names)}), so that a number may be a name or a place; rename the folders as the real classes"
+        )
+    return numbers
+
+
+def _as_named_by_text(folders: Sequence[str], class_names: Sequence[str]) -> list[str]:
+    """Folders as the real classes are written, class_2 for class_002; a bare number is no name: it may be the place of a class."""
+    return list(folders) if any(name.isdecimal() for name in folders) else as_named(folders, class_names)
+
+
+def _first(data: FileSet, per_class: int | None) -> FileSet:
+    """The first images of each class.
+
+    Raises:
+        InputError: a class has fewer, or none.
+    """
+    seen: Counter[int] = Counter()
+    chosen = []
+    for index, label in enumerate(data.labels.tolist()):
+        seen[label] += 1
+        if per_class is None or seen[label] <= per_class:
+            chosen.append(index)
+    for label, name in enumerate(data.class_names):
+        if seen[label] < (per_class or 1):
+            raise InputError(f"class {name!r} of {data.folder} has {seen[label]} images that can be read, wanted at least {per_class or 1}")
+    return data.select(chosen)

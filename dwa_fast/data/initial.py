@@ -1,0 +1,280 @@
+"""Where the refinement starts: real images of each class, drawn or in order, tensors from files, or Gaussian noise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, SynthesisConfig
+from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.subsets import by_class
+from dwa_fast.errors import InputError
+from dwa_fast.io.decode import BadImageError
+from dwa_fast.io.files import checksum
+from dwa_fast.io.torch_files import read_archive
+from dwa_fast.seeding import generator, normal
+
+log = logging.getLogger("dwa_fast")
+
+_READERS = 8  # threads that look for the images of a batch, each for one class at a time
+
+
+class InitialImages(Protocol):
+    """Image i of every class. Image i never depends on how many are asked for, in which order, or by how many processes."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the images depend on, beside the data and the seed; JSON values."""
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Files that were no images, and why, as far as they have been met. Those that a set has skipped before are put in first."""
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Find out whether the images of each class up to the last one, by class, can be read, before anything is computed from them.
+
+        Raises:
+            InputError: as `load`, of the first that cannot.
+        """
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """Image `index` of each of these classes, [n, C, S, S], normalised."""
+
+
+def initial_images(
+    data: ImageSet,
+    synthesis: SynthesisConfig,
+    config: InitialConfig,
+    *,
+    ipc: int,
+    seed: int,
+) -> InitialImages:
+    """The initial images of a whole set, as configured; nothing is decoded yet.
+
+    Raises:
+        InputError: a class has fewer than ipc images, one of the tensor files is missing, or nothing would use them.
+    """
+    if not synthesis.sees_images:
+        if config.initial_tensors:
+            raise InputError("initial_tensors would not be used: a noise start without directed adjustment sees no images")
+        return NoImages(data)
+    if config.initial_tensors:
+        return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
+    return RealImages(data, synthesis, config, ipc=ipc, seed=seed)
+
+
+class RealImages:
+    """Real images: image i of a class is the i-th good one of the class's order."""
+
+    def __init__(self, data: ImageSet, normalisation: Normalisation, config: InitialConfig, *, ipc: int, seed: int) -> None:
+        self.settings: dict[str, Any] = {"initial_order": config.initial_order}
+        self.skipped: dict[str, str] = {}
+        self._data, self._normalisation, self._skip = data, normalisation, config.skip_bad_images
+        self._members, self._order, self._seed = class_members(data, ipc), config.initial_order, seed
+        self._walks: dict[int, _Walk] = {}
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(_READERS)
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """Image `index` of each of these classes, all different, [n, C, S, S], normalised.
+
+        Raises:
+            InputError: a file is no image and none may be skipped, or a class has too few good images.
+        """
+        with self._lock:  # a class is looked through by one thread at a time
+            return normalise(torch.cat(list(self._pool.map(lambda label: self._find(label, index), labels))), self._normalisation)
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Decode the images of each class up to the last one, by class.
+
+        Raises:
+            InputError: as `load`; the sentence says how many classes have such images.
+        """
+        with self._lock:
+            faults = [fault for fault in self._pool.map(self._fault, last, last.values()) if fault is not None]
+        if faults:
+            others = f" (and images of {len(faults) - 1} more classes)" if len(faults) > 1 else ""
+            raise InputError(f"{faults[0]}{others}") from faults[0]
+
+    def _fault(self, label: int, index: int) -> InputError | None:
+        try:
+            self._find(label, index)
+        except InputError as error:
+            return error
+        return None
+
+    def _find(self, label: int, index: int) -> Tensor:
+        if label not in self._walks:
+            self._walks[label] = _Walk(ordered(self._members[label], label, self._order, seed=self._seed))
+        walk = self._walks[label]
+        if index < len(walk.good):
+            return self._data.load([walk.good[index]])
+        while walk.seen < len(walk.order):
+            candidate = walk.order[walk.seen]
+            pixels = self._try(candidate)
+            walk.seen += 1  # not where _try raised: asked again, it is tried again
+            if pixels is not None:
+                walk.good.append(candidate)
+                if index < len(walk.good):
+                    return pixels
+        name, good, bad = self._data.class_names[label], len(walk.good), walk.seen - len(walk.good)
+        raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, but image {index + 1} of it is asked for")
+
+    def _try(self, candidate: int) -> Tensor | None:
+        """The pixels, or None where the image is skipped. What a set once skipped stays skipped, even where it has been repaired since."""
+        name = self._data.name(candidate)
+        if name in self.skipped:
+            return None
+        try:
+            return self._data.load([candidate])
+        except BadImageError as error:
+            if not self._skip:
+                raise InputError(f"{error}; with --skip-bad-images the next image of its class takes its place") from error
+            log.warning("skipped %s: %s", name, error.cause)
+            self.skipped[name] = error.cause
+            return None
+
+
+@dataclass
+class _Walk:
+    """The images of one class in the order in which they are taken, and how far they have been looked at."""
+
+    order: list[int]
+    good: list[int] = field(default_factory=list)  # those that could be decoded
+    seen: int = 0  # how many have been tried
+
+
+class TensorImages:
+    """Files tensor_0.pt, tensor_1.pt, … as the published CIFAR code reads them: image i of every class in one tensor, normalised."""
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], ipc: int) -> None:
+        missing = [index for index in range(ipc) if not tensor_file(folder, index).is_file()]
+        if missing:
+            raise InputError(f"{tensor_file(folder, missing[0])} does not exist; ipc {ipc} needs tensor_0.pt to tensor_{ipc - 1}.pt")
+        self.settings: dict[str, Any] = {"initial_tensors": checksum(tensor_file(folder, 0))}
+        self.skipped: dict[str, str] = {}
+        self._folder, self._shape = folder, shape
+        self._last: tuple[int, Tensor] | None = None  # all batches of an index come from one file
+        self._lock = Lock()
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Read the files up to that of the last image.
+
+        Raises:
+            InputError: as `read_tensor`.
+        """
+        for index in range(max(last.values()) + 1):
+            read_tensor(tensor_file(self._folder, index), self._shape)
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """Image `index` of each of these classes, [n, C, S, S], normalised.
+
+        Raises:
+            InputError: as `read_tensor`.
+        """
+        with self._lock:
+            if self._last is None or self._last[0] != index:
+                self._last = index, read_tensor(tensor_file(self._folder, index), self._shape)
+            return self._last[1][list(labels)]
+
+
+def tensor_file(folder: Path, index: int) -> Path:
+    """Where the published code looks for image `index` of every class."""
+    return folder / f"tensor_{index}.pt"
+
+
+def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A tensor file, as float32 on the CPU, read with weights_only.
+
+    Args:
+        shape: wanted: [classes, C, H, W].
+    Raises:
+        InputError: it cannot be read safely, is no tensor, has another shape, is not floating point, or is not finite.
+    """
+    content = read_archive(path, "tensor file")
+    wanted = f"wanted one of shape {shape}: an image per class, normalised"
+    if not isinstance(content, Tensor):
+        raise InputError(f"tensor file {path} holds no tensor but {type(content).__name__}; {wanted}")
+    if content.is_nested or content.layout != torch.strided or content.device.type != "cpu":
+        raise InputError(f"tensor file {path} holds no plain tensor with values; {wanted}")
+    if tuple(content.shape) != shape:
+        raise InputError(f"tensor file {path} holds a tensor of shape {tuple(content.shape)}; {wanted}")
+    if not content.is_floating_point():
+        raise InputError(f"tensor file {path} holds a tensor of {content.dtype}; {wanted}, in floating point")
+    if not torch.isfinite(content).all():
+        raise InputError(f"tensor file {path} holds values that are NaN or infinite")
+    return content.detach().float().contiguous()
+
+
+class NoImages:
+    """What stands for initial images where nothing looks at them."""
+
+    def __init__(self, data: ImageSet) -> None:
+        self.settings: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self._image = unseen(data)
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """There is nothing to read."""
+
+    def load(self, labels: Sequence[int], index: int) -> Tensor:
+        """The same noise for each of these classes, [n, C, S, S]."""
+        return self._image.expand(len(labels), -1, -1, -1)
+
+
+def unseen(data: ImageSet) -> Tensor:
+    """Noise of the shape of an image of the set, [1, C, S, S], to try a teacher with before anything is decoded."""
+    return normal(generator(0, "unseen"), (1, *data.image_shape))
+
+
+def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:
+    """The indices of the images of each class, in the order of the set.
+
+    Raises:
+        InputError: a class has fewer than ipc.
+    """
+    found = by_class(data)
+    for label, own in enumerate(found):
+        if len(own) < ipc:
+            raise InputError(f"class {data.class_names[label]!r} has {len(own)} images, but ipc {ipc} needs as many initial ones")
+    return found
+
+
+def ordered(members: Tensor, label: int, order: InitialOrder, *, seed: int) -> list[int]:
+    """The images of a class as they are taken: in a random order of its own, or in that of the set, which is sorted by file name."""
+    if order == "sampled":
+        members = members[generator(seed, "initial", label).permutation(len(members))]
+    return [int(index) for index in members.tolist()]
+
+
+def sample(
+    data: ImageSet,
+    label: int,
+    ipc: int,
+    *,
+    seed: int,
+) -> list[int]:
+    """Indices of `ipc` images of a class, drawn without replacement; a smaller ipc draws the first of a larger one's.
+
+    Raises:
+        InputError: a class has fewer images.
+    """
+    return ordered(class_members(data, ipc)[label], label, "sampled", seed=seed)[:ipc]
+
+
+def noise(
+    images: Tensor,  # [B, C, H, W]: gives shape, type and device
+    *,
+    seed: int,
+    batch: int,
+) -> Tensor:  # [B, C, H, W]
+    """Standard normal noise, SRe2L's start."""
+    return normal(generator(seed, "noise", batch), tuple(images.shape)).to(images)

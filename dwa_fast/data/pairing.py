@@ -1,0 +1,172 @@
+"""A teacher and the data that it is used with: the same classes, normalisation and size, or the difference and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dwa_fast.config import Normalisation
+from dwa_fast.data.datasets import as_named, shown
+from dwa_fast.errors import InputError
+from dwa_fast.io.files import read_regular
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, teacher_checksum
+
+
+class KnownClasses(nn.Module):
+    """A teacher that gives the logits of some of its classes alone, so that probabilities are over these classes."""
+
+    classes: Tensor  # [k]
+
+    def __init__(self, teacher: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("classes", torch.tensor(classes))
+
+    def forward(
+        self,
+        images: Tensor,  # [N, C, H, W]
+    ) -> Tensor:  # [N, k]
+        """Logits of these classes, in their order."""
+        logits: Tensor = self.teacher(images)
+        return logits.index_select(1, self.classes)
+
+
+@dataclass(frozen=True)
+class PairedTeacher:
+    """A teacher whose outputs are the classes of the data, in their order."""
+
+    module: nn.Module  # in eval mode
+    info: TeacherInfo  # of the checkpoint
+    outputs: list[int] | None  # which output of the checkpoint is which class, where some are left out or the order differs
+    checksum: str  # as checkpoint.teacher_checksum
+
+
+def read_classes(path: Path) -> list[str]:
+    """The class names of a teacher, in the order of its outputs: one a line; empty lines and those that begin with # do not count.
+
+    Raises:
+        InputError: it cannot be read, holds no name, or one twice.
+    """
+    try:
+        lines = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"list of classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}"
+        ) from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice or not names:
+        got = f"names {shown(twice)} more than once" if twice else "names no class"
+        raise InputError(f"list of classes {path} {got}; wanted one class name a line, in the order of the teacher's outputs")
+    return names
+
+
+def open_teacher(
+    path: Path,
+    class_names: Sequence[str],
+    normalisation: Normalisation,
+    *,
+    size: int,
+    architecture: str | None = None,
+    default_architecture: str | None = None,
+    classes: Path | None = None,
+    weights_key: str | None = None,
+    flags: Sequence[str] = ("--mean", "--std"),
+) -> PairedTeacher:
+    """The teacher of a checkpoint, for images of these classes.
+
+    A checkpoint of ours says what it was trained on, and that must be what it is used with. Where it has more classes than the data, or
+    has them in another order, the outputs of the data's classes are taken by name.
+
+    Args:
+        class_names: of the data. normalisation, size: with which the images reach the teacher.
+        architecture: what the checkpoint holds. default_architecture: the same, where neither this nor the checkpoint says it.
+        classes: a file as `read_classes` reads it, for a checkpoint that does not name its classes, or names them otherwise.
+        weights_key: which weights of the checkpoint, as `load_teacher`.
+        flags: what the normalisation is called on the command line.
+    Raises:
+        InputError: the checkpoint cannot be read, or its classes, normalisation or size are not those of the data.
+    """
+    listed = read_classes(classes) if classes else None
+    count = len(listed) if listed else len(class_names)
+    shape = {"channels": normalisation.channels, "size": size}
+    module, info = _load(path, count, architecture, default_architecture, shape, weights_key)
+    _check_images(path, info, normalisation, size, flags)
+    names = listed or (list(info.class_names) if info.class_names else None)
+    if info.classes != (len(names) if names else len(class_names)):
+        if classes:
+            raise InputError(f"{path} has {info.classes} outputs, but {classes} names {len(names or [])} classes")
+        way = "--classes FILE, with the teacher's classes one a line in the order of its outputs, takes those of the data"
+        raise InputError(f"teacher {path} knows {info.classes} classes, the data have {len(class_names)}; {way}")
+    outputs = _outputs(names, class_names, classes or path) if names else None
+    chosen = KnownClasses(module, outputs).eval() if outputs else module
+    return PairedTeacher(chosen, info, outputs, teacher_checksum(path, weights_key))
+
+
+def _load(
+    path: Path, count: int, architecture: str | None, default: str | None, shape: Mapping[str, int], weights_key: str | None
+) -> tuple[nn.Module, TeacherInfo]:
+    """The checkpoint, with `count` classes, or, where it does not hold so many, with those that it holds."""
+    try:
+        return load_teacher(path, architecture=architecture, classes=count, weights_key=weights_key, **shape)
+    except InputError as error:
+        if architecture is None and default is not None and "does not say which network" in str(error):
+            return _load(path, count, default, None, shape, weights_key)
+        first = error
+    try:
+        return load_teacher(path, architecture=architecture, weights_key=weights_key, **shape)
+    except InputError:
+        raise first from None
+
+
+def _check_images(path: Path, info: TeacherInfo, normalisation: Normalisation, size: int, flags: Sequence[str]) -> None:
+    """Raise InputError where a checkpoint of ours was trained on images of another size or normalisation."""
+    found: list[str] = []
+    ways: list[str] = []
+    if info.size != size:
+        found.append(f"{info.size} × {info.size} pixels, not {size} × {size}")
+        ways.append(f"--size {info.size}")
+    if info.channels != normalisation.channels:
+        found.append(f"{info.channels} channels, not {normalisation.channels}")
+    elif info.mean is not None and info.std is not None and (info.mean, info.std) != (tuple(normalisation.mean), tuple(normalisation.std)):
+        found.append(f"{described(info.mean, info.std)}, not {described(normalisation.mean, normalisation.std)}")
+    if info.mean is not None and info.std is not None and len(found) > len(ways):
+        ways.append(as_flags(info.mean, info.std, flags))
+    if found:
+        way = f"; pass {' '.join(ways)}" if ways else "; give --mean and --std as many values"
+        raise InputError(f"teacher {path} was trained on images of {' and '.join(found)}{way}")
+
+
+def described(mean: Sequence[float], std: Sequence[float]) -> str:
+    """A normalisation for a sentence."""
+    return f"mean {_plain(mean)} and std {_plain(std)}"
+
+
+def as_flags(mean: Sequence[float], std: Sequence[float], flags: Sequence[str] = ("--mean", "--std")) -> str:
+    """A normalisation as a person passes it on the command line."""
+    return f"{flags[0]} {_plain(mean)} {flags[1]} {_plain(std)}"
+
+
+def _plain(values: Sequence[float]) -> str:
+    return " ".join(map(str, values))
+
+
+def _outputs(names: Sequence[str], class_names: Sequence[str], source: Path) -> list[int] | None:
+    """The output of each class of the data; None where they are all, in the same order.
+
+    Raises:
+        InputError: the teacher does not know a class of the data.
+    """
+    if not set(class_names) <= set(names):
+        first = [name.split()[0] for name in names]  # lists of ImageNet's classes have words behind the wnid
+        names = first if len(set(first)) == len(first) and set(class_names) <= set(first) else as_named(names, class_names)
+    if missing := [name for name in class_names if name not in names]:
+        raise InputError(
+            f"{source} names the classes {shown(names)}; the data have {shown(class_names)}, of which the teacher does not know "
+            f"{shown(missing)}; --classes FILE names the teacher's outputs anew, one class a line"
+        )
+    return None if list(names) == list(class_names) else [list(names).index(name) for name in class_names]

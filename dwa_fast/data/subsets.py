@@ -1,0 +1,75 @@
+"""Parts of a set of images, with the same interface: some of its images, or some of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dwa_fast.data.datasets import ImageSet
+from dwa_fast.errors import InputError
+from dwa_fast.seeding import generator
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of a set; nothing is copied."""
+
+    source: ImageSet
+    indices: Tensor  # [n] int64, into the source
+    labels: Tensor  # [n] int64
+    class_names: list[str]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.source.image_shape
+
+    def name(self, index: int) -> str:
+        """What the image is called in the source."""
+        return self.source.name(int(self.indices[index]))
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Images [n, C, S, S], float32 in [0, 1]."""
+        return self.source.load(self.indices[torch.as_tensor(indices, dtype=torch.int64)].tolist())
+
+
+def by_class(data: ImageSet) -> list[Tensor]:
+    """The indices of the images of each class, in the order of the set."""
+    counts = torch.bincount(data.labels, minlength=len(data.class_names)).tolist()
+    return list(torch.argsort(data.labels, stable=True).split(counts))
+
+
+def images_per_class(data: ImageSet) -> int | str:
+    """How many images every class of a set has: a number, or "2–5" where classes differ."""
+    counts = [len(own) for own in by_class(data)]
+    return counts[0] if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
+
+
+def part(data: ImageSet, indices: Tensor) -> Subset:
+    """These images of a set, with the classes as they are."""
+    return Subset(data, indices, data.labels[indices], data.class_names)
+
+
+def some_classes(data: ImageSet, classes: Sequence[int]) -> Subset:
+    """The images of these classes, which are numbered anew: the first one given is 0."""
+    numbers = torch.full((len(data.class_names),), -1)
+    numbers[list(classes)] = torch.arange(len(classes))
+    indices = (numbers[data.labels] >= 0).nonzero().flatten()
+    return Subset(data, indices, numbers[data.labels[indices]], [data.class_names[label] for label in classes])
+
+
+def draw(data: ImageSet, per_class: int, purpose: str, *, seed: int) -> Subset:
+    """A random draw of so many images of every class, class after class, without replacement.
+
+    Raises:
+        InputError: a class has fewer images.
+    """
+    chosen = []
+    for label, own in enumerate(by_class(data)):
+        if len(own) < per_class:
+            raise InputError(f"class {data.class_names[label]!r} has {len(own)} real images, wanted at least {per_class} to compare with")
+        chosen.append(own[generator(seed, purpose, label).permutation(len(own))[:per_class]])
+    return part(data, torch.cat(chosen))

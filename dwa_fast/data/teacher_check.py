@@ -1,0 +1,204 @@
+"""Does the teacher know the data? Some real images of each class are predicted before hours are spent, and what looks wrong is logged."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dwa_fast.config import Normalisation
+from dwa_fast.data.datasets import ImageSet, normalise, shown
+from dwa_fast.data.pairing import described
+from dwa_fast.data.subsets import by_class
+from dwa_fast.errors import InputError
+from dwa_fast.recipes import RECIPES
+from dwa_fast.seeding import generator
+
+log = logging.getLogger("dwa_fast")
+
+Predict = Callable[[Tensor], Tensor]  # normalised images [n, C, H, W] → logits [n, classes], on any device
+
+_IMAGES, _OF_A_CLASS = 1000, 50  # that are predicted at most
+_BATCH = 100
+_FEWEST = 30  # images, below which an accuracy says too little
+_GAIN = 0.2  # share of the images that must be predicted better for something else to be the cause
+_ABOVE_CHANCE = 0.1  # of the way from chance to all right; below, a teacher knows nothing of the data
+_DOUBTFUL = 0.6  # accuracy below which other normalisations are tried
+_TRIED = 200  # images that they are tried with
+_CERTAIN, _RARELY = 0.5, 0.2  # shares of the images of a class that are given another output, and its own, where the two are swapped
+_ENOUGH = 10  # images of each class with which two swapped classes are told from two that are alike
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a teacher's outputs agree with the classes of real images."""
+
+    accuracy: float  # share of the images in [0, 1] whose class has the largest output
+    reordered: float  # the same after the best permutation of the outputs, each half of the images judged by the permutation of the other
+    moved: dict[int, int]  # class → output that stands for it, where that is another one and the permutation fits far better; else empty
+
+
+def judge(
+    answers: Tensor,  # [n] int64: the largest output of each image
+    labels: Tensor,  # [n] int64
+    outputs: int,
+) -> Verdict:
+    """Compare the predicted classes with the right ones, and look for a permutation of the outputs that fits far better."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows = labels.unique()
+    halves = torch.zeros(2, len(rows), outputs)
+    for row, label in enumerate(rows.tolist()):
+        own = answers[labels == label]
+        for half in (0, 1):
+            halves[half, row] = torch.bincount(own[half::2], minlength=outputs)
+    count, confusion = len(labels), halves.sum(0)
+    accuracy = float((answers == labels).sum()) / count
+    right = 0.0
+    for half in (0, 1):
+        places = linear_sum_assignment(-halves[half].numpy())
+        right += float(halves[1 - half].numpy()[places].sum())
+    assigned = [int(output) for output in linear_sum_assignment(-confusion.numpy())[1]]
+    moved = {label: output for label, output in zip(rows.tolist(), assigned, strict=True) if label != output}
+    totals = confusion.sum(1)
+    swapped = [
+        row
+        for row, label in enumerate(rows.tolist())
+        if label in moved and confusion[row, assigned[row]] >= _CERTAIN * totals[row] and confusion[row, label] <= _RARELY * totals[row]
+    ]
+    fits = right / count >= accuracy + _gain(count) or (len(swapped) > 1 and float(totals.min()) >= _ENOUGH)
+    return Verdict(accuracy, right / count, moved if fits else {})
+
+
+def _gain(count: int) -> float:
+    """By how much more of so many images must be predicted right, so that it is no chance: twice the deviation of their share at least."""
+    return max(_GAIN, 2 / math.sqrt(count))
+
+
+def check_teacher(predict: Predict, data: ImageSet, normalisation: Normalisation, *, seed: int = 0) -> None:
+    """Predict some images of each class, at most a thousand in all, log the accuracy, and warn where it is near chance.
+
+    Images that cannot be read are passed over.
+
+    Args:
+        predict: the teacher in eval mode.
+        data: real images, whose labels are the teacher's outputs.
+        seed: of the choice of the images.
+    """
+    check_predictions(predict, _read(data, _chosen(data, seed)), normalisation, data.class_names)
+
+
+@torch.no_grad()
+def check_predictions(
+    predict: Predict,
+    batches: Iterable[tuple[Tensor, Tensor]],  # pixels [n, C, H, W] in [0, 1], and their labels [n] on the CPU
+    normalisation: Normalisation,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """The same for these images; of fewer than 30, or of a single class, nothing is said."""
+    kept, given, wanted = [], [], []
+    for pixels, labels in batches:
+        given.append(predict(normalise(pixels.float(), normalisation)).float().cpu())
+        wanted.append(labels.to(torch.int64))
+        kept.append((pixels.clamp(0, 1) * 255).round().to(torch.uint8))
+    labels = torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64)
+    count = len(labels)
+    if count < _FEWEST or len(labels.unique()) < 2:
+        return
+    logits = torch.cat(given)
+    if not bool(logits.isfinite().all()):
+        return  # refused elsewhere, with the cause
+    outputs = logits.shape[1]
+    found = judge(logits.argmax(1), labels, outputs)
+    right = f"{100 * found.accuracy:.1f} % of {count} real images right"
+    log.info("teacher: %s", right)
+    doubtful = found.moved or found.accuracy < _DOUBTFUL
+    better = _better_normalisation(predict, torch.cat(kept), labels, normalisation) if doubtful else None
+    if better and better[0] >= found.reordered:
+        log.warning(
+            "teacher gives only %s, but %.1f %% of images normalised with %s; see --mean and --std", right, 100 * better[0], better[1]
+        )
+    elif found.moved:
+        log.warning(
+            "teacher gives only %s, but %.1f %% where its outputs are permuted: %s; --classes FILE names the class of each output",
+            right,
+            100 * found.reordered,
+            _orders(found.moved, class_names),
+        )
+    elif found.accuracy < 1 / outputs + _ABOVE_CHANCE * (1 - 1 / outputs):
+        log.warning(
+            "teacher gives only %s, and guessing gives %.1f %%: it was trained on other classes, or on images of another normalisation or "
+            "size, or hardly at all",
+            right,
+            100 / outputs,
+        )
+
+
+def _chosen(data: ImageSet, seed: int) -> list[int]:
+    """Images of every class, or, where there are many, of some classes: two at least, and not more than 50."""
+    members = [own for own in by_class(data) if len(own)]
+    most = _IMAGES // 2
+    if len(members) > most:
+        members = [members[place] for place in generator(seed, "teacher check").permutation(len(members))[:most]]
+    each = max(2, min(_OF_A_CLASS, _IMAGES // max(1, len(members))))
+    return [
+        int(own[place])
+        for number, own in enumerate(members)
+        for place in generator(seed, "teacher check", number).permutation(len(own))[:each]
+    ]
+
+
+def _read(data: ImageSet, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels and labels of these images, those that can be read."""
+    for start in range(0, len(indices), _BATCH):
+        part = list(indices[start : start + _BATCH])
+        try:
+            yield data.load(part), data.labels[part]
+        except InputError:
+            for index in part:
+                try:
+                    yield data.load([index]), data.labels[[index]]
+                except InputError:
+                    continue
+
+
+def _better_normalisation(
+    predict: Predict,
+    pixels: Tensor,  # [n, C, H, W] uint8
+    labels: Tensor,  # [n]
+    normalisation: Normalisation,
+) -> tuple[float, str] | None:
+    """The usual normalisation with which far more images are predicted right: their share, and its description."""
+
+    some = torch.linspace(0, len(labels) - 1, min(_TRIED, len(labels))).round().to(torch.int64)
+    pixels, labels = pixels[some.to(pixels.device)], labels[some]
+
+    def accuracy(each: Normalisation) -> float:
+        right = [predict(normalise(part.float() / 255, each)).argmax(1).cpu() for part in pixels.split(_BATCH)]
+        return float((torch.cat(right) == labels).float().mean())
+
+    found = [(accuracy(each), each) for each in _usual(pixels.float() / 255, normalisation)]
+    best, each = max(found, key=lambda pair: pair[0])
+    return (best, described(each.mean, each.std)) if best >= accuracy(normalisation) + _gain(len(labels)) else None
+
+
+def _usual(pixels: Tensor, normalisation: Normalisation) -> list[Normalisation]:
+    """What a teacher may have been trained with: the recipes', [−1, 1], [0, 1], and the images' own mean and deviation."""
+    channels = pixels.shape[1]
+    found = [recipe.squeeze for recipe in RECIPES.values() if recipe.squeeze.channels == channels]
+    pairs = [(each.mean, each.std) for each in found]
+    pairs += [((0.5,) * channels, (0.5,) * channels), ((0.0,) * channels, (1.0,) * channels)]
+    own = pixels.transpose(0, 1).flatten(1)
+    pairs.append((tuple(own.mean(1).tolist()), tuple((own.std(1) + 1e-6).tolist())))
+    unlike = (pair for pair in dict.fromkeys(pairs) if pair != (normalisation.mean, normalisation.std))
+    return [Normalisation(mean=mean, std=std) for mean, std in unlike]
+
+
+def _orders(moved: dict[int, int], class_names: Sequence[str] | None) -> str:
+    """Which output is which class, by output."""
+    pairs = sorted((output, label) for label, output in moved.items())
+    return shown([f"output {output} is class {class_names[label] if class_names else label}" for output, label in pairs])

@@ -1,0 +1,1 @@
+"""The fast synthesis: teacher, ascent, refinement, and the back-ends that they run on."""

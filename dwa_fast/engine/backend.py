@@ -1,0 +1,223 @@
+"""Chooses once which implementation of each operator runs, and says why the others cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwa_fast import ops
+from dwa_fast.config import BackendName, Precision, check_choice
+from dwa_fast.engine import compiled
+from dwa_fast.errors import InputError
+from dwa_fast.reference import ops as plain
+
+log = logging.getLogger("dwa_fast")
+
+OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_", "mean_pool")
+_PLAIN = "plain PyTorch"
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators that a run or a hook calls; signatures as in `reference.ops`."""
+
+    name: str
+    bn_act: Callable[..., tuple[Tensor, Tensor]] = plain.bn_act
+    moments: Callable[..., Tensor] = plain.moments
+    matching_loss: Callable[..., Tensor] = plain.matching_loss
+    view: Callable[..., Tensor] = plain.view
+    adam_clip_: Callable[..., None] = plain.adam_clip_
+    view_adam_clip_: Callable[..., None] = plain.view_adam_clip_
+    ascend_: Callable[..., Tensor] = plain.ascend_
+    mean_pool: Callable[..., Tensor] = plain.mean_pool
+    fuses: bool = False  # whether bn_act is worth tracing the teacher for
+    implementations: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, _PLAIN))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a run computes: everything that "auto" stood for, decided."""
+
+    backend: str  # reference, fused or compiled
+    operators: Operators
+    device: torch.device
+    precision: str  # fp32, tf32, bf16, fp16 or fp64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of the weights that convolutions see."""
+        return _DTYPES[self.precision]
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of images, statistics, losses, Adam's state and the weights that the ascent moves."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images and weights lie with their channels innermost."""
+        return self.backend != "reference"
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before the backward pass."""
+        return _FP16_LOSS_SCALE if self.precision == "fp16" else 1.0
+
+    def describe(self) -> dict[str, str]:
+        """What the bits of the result depend on, for manifests and reports."""
+        return {"backend": self.backend, "device": self.device.type, "precision": self.precision}
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time.
+
+        Gradients can be taken and no autocast is on, whatever the caller has set.
+        """
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+        try:
+            matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
+            cudnn.deterministic, cudnn.benchmark = True, False
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+def resolve(backend: BackendName, precision: Precision, device: str) -> Execution:
+    """Decide device, operators and arithmetic; log what "auto" became.
+
+    Raises:
+        InputError: something that was asked for by name cannot run here; every cause is given.
+    """
+    check_choice("backend", backend, BackendName)
+    check_choice("precision", precision, Precision)
+    where = resolve_device(device)
+    causes = fused_causes(where)
+    chosen: str = backend
+    if backend == "auto":
+        chosen = "reference" if causes or precision == "fp64" else "fused"
+    if chosen == "fused" and causes:
+        raise InputError(f"back-end 'fused' cannot run: {'; '.join(causes)}")
+    offered = precisions(chosen, where)
+    if precision != "auto" and precision not in offered:
+        raise InputError(f"precision {precision!r} is not offered by back-end {chosen!r} on {where.type}; it offers: {', '.join(offered)}")
+    arithmetic = offered[0] if precision == "auto" else precision
+    if "auto" in (backend, precision):
+        why = f" (fused cannot run: {'; '.join(causes)})" if causes and backend == "auto" else ""
+        slow = precision == "auto" and chosen != "reference" and where.type == "cpu" and arithmetic == "fp32"
+        _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (" (no AVX-512 BF16 for bf16)" if slow else ""))
+    return Execution(chosen, _operators(chosen, where), where, arithmetic)
+
+
+def precisions(backend: str, device: torch.device) -> list[str]:
+    """What a back-end offers on a device; the first is what "auto" takes."""
+    if backend == "reference":
+        return ["fp32", "fp64"]
+    if device.type == "cuda":
+        return ["bf16", "tf32", "fp32", "fp16"]
+    return ["bf16", "fp32"] if _fast_bf16() else ["fp32", "bf16"]
+
+
+def _fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), so that oneDNN's convolutions gain from it.
+
+    No where PyTorch or oneDNN is held down to fewer instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
+    """
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    allowed = torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
+    return bool(native and allowed and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@functools.cache
+def _announce(choice: str) -> None:
+    """Log what "auto" became, once."""
+    log.info(choice)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0, …") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported; supported: cpu, cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} is not there: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def fused_causes(device: torch.device) -> list[str]:
+    """Why the fused operators cannot run on a device; empty where they can."""
+    causes = [cause] if (cause := ops.cause()) else []
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            causes.append("Triton is not installed")
+        if not causes and not ops.built_with()["has_cuda"]:
+            causes.append("the extension was built without CUDA")
+    return causes
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What `dwa-fast info` shows: each back-end with its operators, or with the causes that keep it from running."""
+    causes = fused_causes(device)
+    return {
+        "reference": dict(Operators("reference").implementations),
+        "fused": causes or dict(_fused(device).implementations),
+        "compiled": "plain PyTorch, compiled by TorchInductor at the first batch",
+    }
+
+
+def tuned(name: str) -> Operators:
+    """Plain operators that read schedule and counter as tensors: for TorchInductor, and for CUDA graphs."""
+    return Operators(
+        name,
+        matching_loss=compiled.matching_loss,
+        view=compiled.view,
+        adam_clip_=compiled.adam_clip_,
+        view_adam_clip_=compiled.view_adam_clip_,
+    )
+
+
+@functools.cache
+def operators_for(device: torch.device, dtype: torch.dtype) -> Operators:
+    """What a hook measures features of a precision with: fused operators where they can run, else plain ones, and a line in the log."""
+    causes = fused_causes(device) if device.type in ("cpu", "cuda") else [f"they do not run on {device.type}"]
+    if not causes and dtype not in {_DTYPES[precision] for precision in precisions("fused", device)}:
+        causes = [f"they do not compute in {str(dtype).removeprefix('torch.')} on {device.type}"]
+    if not causes:
+        return _fused(device)
+    log.warning("BatchNorm statistics are measured with %s, not by the fused operators: %s", _PLAIN, "; ".join(causes))
+    return Operators("reference")
+
+
+def _operators(backend: str, device: torch.device) -> Operators:
+    if backend == "fused":
+        return _fused(device)
+    return tuned(backend) if backend == "compiled" else Operators(backend)
+
+
+def _fused(device: torch.device) -> Operators:
+    kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
+    calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
+    implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "C++"}
+    if device.type == "cuda":
+        return Operators("fused", *calls, plain.mean_pool, True, implementations | {"ascend_": "CUDA C++", "mean_pool": _PLAIN})
+    return Operators("fused", *calls, ops.mean_pool, True, implementations)

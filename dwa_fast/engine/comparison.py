@@ -1,0 +1,169 @@
+"""Compares a rewritten teacher with the untouched one on a few images: logits, statistics, gradients of images and of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dwa_fast.errors import InputError
+from dwa_fast.models.batchnorm import given, planes
+
+_LOGITS = 1e-3  # largest relative difference of logits and statistics in float32
+_GRADIENTS = 0.05  # and of gradients: where rounding decides on which side of 0 the input of a ReLU lies, they differ by up to 1e-2
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of a fixed combination of the logits, and of the matching terms."""
+
+    logits: Tensor  # of the logits to the images
+    matching: Tensor  # of the matching terms to the images
+    weights: dict[str, Tensor]  # of the logits to each weight that they depend on
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a teacher makes of some images."""
+
+    logits: Tensor  # [N, classes]
+    gaps: dict[str, tuple[Tensor, Tensor]]  # by layer, in the order of the calls: μ − m and σ² − v, [C] each
+    gradients: Gradients | None
+
+
+def untouched(module: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, *, gradients: bool) -> Response:
+    """Response of a teacher as it is, its layers' inputs taken by hooks and averaged by plain PyTorch.
+
+    Raises:
+        InputError: a layer runs more than once.
+    """
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def measure(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            y = planes(given(args, kwargs)).to(layer.running_mean.dtype)
+            var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            calls.setdefault(name, []).append((mean - layer.running_mean, var - layer.running_var))
+
+        return hook
+
+    hooks: list[RemovableHandle] = [layer.register_forward_pre_hook(measure(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        return _respond(module, module, images, lambda: {name: _single(name, found) for name, found in calls.items()}, gradients)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _single(name: str, calls: list[Any]) -> Any:
+    if len(calls) > 1:
+        raise InputError(f"BatchNorm layer {name!r} runs {len(calls)} times in a forward pass; each layer may run once")
+    return calls[0]
+
+
+def rewritten(network: Any, parameters: nn.Module, images: Tensor, *, gradients: bool) -> Response:
+    """Response of a network whose layers keep the shifted moments of their inputs; the weights are those of `parameters`."""
+
+    def gaps() -> dict[str, tuple[Tensor, Tensor]]:
+        found = {}
+        for name, layer in network.layers.items():
+            if layer.sums:
+                mean = _single(name, layer.sums)[0] / layer.count
+                found[name] = mean, layer.sums[0][1] / layer.count - mean.square() - layer.running_var
+        return found
+
+    try:
+        return _respond(network, parameters, images, gaps, gradients)
+    finally:
+        network.forget()
+
+
+def _respond(
+    call: Callable[[Tensor], Tensor],
+    parameters: nn.Module,
+    images: Tensor,
+    gaps: Callable[[], dict[str, tuple[Tensor, Tensor]]],
+    gradients: bool,
+) -> Response:
+    leaf = images.detach().clone(memory_format=torch.preserve_format).requires_grad_(gradients)
+    weights = dict(parameters.named_parameters()) if gradients else {}
+    frozen = [weight for weight in weights.values() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        with torch.set_grad_enabled(gradients):
+            logits = call(leaf)
+            found = gaps()
+            if not gradients or not found:
+                return Response(logits, found, None)
+            direction = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).view(logits.shape)
+            terms = [torch.cat(each).norm() for each in zip(*found.values(), strict=True)]
+            matching = torch.stack([term / term.detach().clamp_min(torch.finfo(term.dtype).tiny) for term in terms]).sum()
+            of_logits = torch.autograd.grad((logits * direction).sum(), [leaf, *weights.values()], retain_graph=True, allow_unused=True)
+            (of_matching,) = torch.autograd.grad(matching, leaf, allow_unused=True) if matching.requires_grad else (None,)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    of_images, *of_weights = of_logits
+    nothing = torch.zeros_like(leaf)
+    named = {name: gradient for name, gradient in zip(weights, of_weights, strict=True) if gradient is not None}
+    gradients_found = Gradients(nothing if of_images is None else of_images, nothing if of_matching is None else of_matching, named)
+    return Response(logits.detach(), {name: (mean.detach(), var.detach()) for name, (mean, var) in found.items()}, gradients_found)
+
+
+def difference(wanted: Response, got: Response, layers: Mapping[str, Any], tolerance: float = 1.0) -> str | None:
+    """In which way a rewritten teacher differs from the untouched one, most telling first; None where it does not.
+
+    Args:
+        layers: the BatchNorm layers, whose running variances say which differences of the statistics are small.
+        tolerance: how many times what is allowed in float32.
+    """
+    missing, foreign = wanted.gaps.keys() - got.gaps.keys(), got.gaps.keys() - wanted.gaps.keys()
+    for names, what in ((missing, "does not record"), (foreign, "records, though it does not run,")):
+        if names:
+            return f"it {what} BatchNorm layer {sorted(names)[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    for name, pair in wanted.gaps.items():
+        variance = layers[name].running_var.detach()
+        for gap, mine, usual, what in zip(pair, got.gaps[name], (variance.sqrt(), variance), ("mean", "variance"), strict=True):
+            error = _relative(mine, gap, usual)
+            if not error <= _LOGITS * tolerance:
+                return f"the {what} of what BatchNorm layer {name!r} is given is off by {_percent(error)}"
+    error = _relative(got.logits, wanted.logits)
+    if not error <= _LOGITS * tolerance:
+        return f"its logits are off by {_percent(error)}"
+    if wanted.gradients is None or got.gradients is None:
+        return None
+    return _gradient_difference(wanted.gradients, got.gradients, tolerance)
+
+
+def _gradient_difference(wanted: Gradients, got: Gradients, tolerance: float) -> str | None:
+    for theirs, mine, what in ((wanted.logits, got.logits, "logits"), (wanted.matching, got.matching, "matching terms")):
+        error = _relative(mine, theirs)
+        if not error <= _GRADIENTS * tolerance:
+            return f"the gradient of the {what} to the images is off by {_percent(error)}"
+    for name in wanted.weights.keys() ^ got.weights.keys():
+        if {**wanted.weights, **got.weights}[name].any():
+            return f"weight {name!r} " + ("gets no gradient" if name in wanted.weights else "gets a gradient, which the teacher's does not")
+    names = [name for name in wanted.weights if name in got.weights]
+    flat = [torch.cat([weights[name].flatten() for name in names]) for weights in (got.weights, wanted.weights)] if names else []
+    error = _relative(*flat) if flat else 0.0
+    if not error <= _GRADIENTS * tolerance:
+        worst = max(names, key=lambda name: float((got.weights[name] - wanted.weights[name]).norm()))
+        return f"the gradient of the logits to the weights is off by {_percent(error)}, most of it in {worst!r}"
+    return None
+
+
+def _relative(got: Tensor, wanted: Tensor, usual: Tensor | None = None) -> float:
+    """‖got − wanted‖ / (‖wanted‖ + ‖usual‖)."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    scale = wanted.double().norm() + (0.0 if usual is None else usual.double().norm())
+    return float((got.double() - wanted.double()).norm() / scale.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2g} %"

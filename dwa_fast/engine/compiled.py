@@ -1,0 +1,118 @@
+"""The back-end "compiled": plain operators that read schedule and counter as tensors, so that TorchInductor compiles one step for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dwa_fast.engine.tracing import trace
+
+
+def compiled(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as one compiled graph: forward, backward and updates. The first call compiles, which takes a minute."""
+    unused = torch.empty(0)
+    fast = torch.compile(trace(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
+
+    def run() -> None:
+        with torch.no_grad():
+            fast(unused)
+
+    return run
+
+
+def matching_loss(
+    sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
+    variances: Tensor,  # [ΣC] running variances v
+    offsets: Tensor,  # [L + 1] int64
+    counts: Tensor,  # [L] int64
+    weights: Tensor,  # [L]
+) -> Tensor:  # [2]: R_mean, R_var
+    """Both matching terms of all layers at once; as `reference.ops.matching_loss` without reading the layers' sizes on the host."""
+    layer = torch.searchsorted(offsets, torch.arange(sums.shape[1], device=sums.device), right=True) - 1
+    members = (layer == torch.arange(len(weights), device=sums.device)[:, None]).to(sums.dtype)  # [L, ΣC]
+    moments = sums / counts.index_select(0, layer).to(sums.dtype)
+    spread = moments[1] - moments[0].square() - variances
+    squares = torch.stack([moments[0], spread]).square() @ members.T  # [2, L]
+    positive = squares > 0
+    norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    return norms @ weights
+
+
+def view(
+    images: Tensor,  # [N, C, H, W]
+    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    step: Tensor,  # [] int64: the row to use
+    dtype: torch.dtype | None = None,  # of the result; None: as the images
+) -> Tensor:  # [N, C, H, W]
+    """The view of one iteration, as a product with one sparse matrix of interpolation weights per axis."""
+    vertical, horizontal = _weights(images, rows, step)
+    return (vertical @ images @ horizontal.T).to(dtype or images.dtype)
+
+
+def adam_clip_(
+    images: Tensor,  # [N, C, H, W], changed in place
+    gradient: Tensor,  # [N, C, H, W]
+    exp_avg: Tensor,  # [N, C, H, W], changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
+    learning_rates: Tensor,  # [T]
+    step: Tensor,  # [] int64, counted from 0
+    low: Tensor,  # [C]
+    high: Tensor,  # [C]
+    betas: tuple[float, float] = (0.5, 0.9),
+    eps: float = 1e-8,
+) -> None:
+    """Adam with the learning rate of the row, then the clamp; as `reference.ops.adam_clip_` without reading the counter on the host."""
+    count = (step + 1).to(images.dtype)
+    rate = learning_rates.index_select(0, step[None])[0].to(images.dtype) / (1 - betas[0] ** count)
+    exp_avg.lerp_(gradient, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    denominator = (exp_avg_sq / (1 - betas[1] ** count)).sqrt() + eps
+    moved = images - rate * exp_avg / denominator
+    images.copy_(torch.minimum(torch.maximum(moved, low[:, None, None]), high[:, None, None]))
+
+
+def view_adam_clip_(
+    images: Tensor,  # [N, C, H, W], changed in place
+    gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
+    exp_avg: Tensor,  # [N, C, H, W], changed in place
+    exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
+    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    learning_rates: Tensor,  # [T]
+    step: Tensor,  # [] int64, counted from 0: the row of both
+    low: Tensor,  # [C]
+    high: Tensor,  # [C]
+    loss_scale: float = 1.0,
+    betas: tuple[float, float] = (0.5, 0.9),
+    eps: float = 1e-8,
+) -> None:
+    """The adjoint of the view, as products with the transposes of its matrices, then `adam_clip_` with it."""
+    vertical, horizontal = _weights(images, rows, step)
+    adjoint = vertical.T @ (gradient.to(images.dtype) @ horizontal)
+    if loss_scale != 1:
+        adjoint = adjoint * (1 / loss_scale)
+    adam_clip_(images, adjoint, exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
+
+
+def _weights(
+    images: Tensor,  # [N, C, H, W]
+    rows: Tensor,  # [T, 7]
+    step: Tensor,  # []
+) -> tuple[Tensor, Tensor]:  # [H, H] and [W, W]: weight of each source pixel (column) in each seen pixel (row)
+    """Bilinear interpolation along both axes, with half-pixel centres, after flip and roll; both at once, for half the launches."""
+    height, width = images.shape[2:]
+    row = rows.index_select(0, step[None])[0][:, None]
+    start, extent, roll = row[0:2], row[2:4].to(images.dtype), row[5:7]  # [2, 1]: down and right
+    axis = torch.arange(2, device=images.device)[:, None]
+    size = height + axis * (width - height)
+    index = torch.arange(max(height, width), device=images.device)
+    seen = (index - roll) % size
+    seen = torch.where(axis * row[4] > 0, size - 1 - seen, seen)
+    position = ((seen.to(images.dtype) + 0.5) * (extent / size) - 0.5).clamp_min(0)
+    lower = position.floor()
+    upper = torch.minimum(lower + 1, extent - 1)
+    fraction = (position - lower)[:, :, None]
+    source = (index - start)[:, None]
+    both = (source == lower[:, :, None]) * (1 - fraction) + (source == upper[:, :, None]) * fraction
+    return both[0, :height, :height], both[1, :width, :width]

@@ -1,0 +1,209 @@
+"""Rewrites a teacher: every BatchNorm layer, with the addition and activation behind it where they can be traced, is one operator call."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.node import Argument
+
+from dwa_fast.engine.activations import Activation, Match, changed_in_place, match, title
+from dwa_fast.engine.backend import Operators
+from dwa_fast.engine.convolution import replace_convolutions
+from dwa_fast.engine.pooling import replace_pools
+from dwa_fast.engine.stem import replace_stems
+from dwa_fast.engine.symbolic import symbolic
+from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
+from dwa_fast.models.modules import has_hooks, replace_layers
+
+_ADDITIONS = {operator.add, torch.add}
+_DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
+_DROPPING = {F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # by name: importing torchvision loads Triton, and teachers may do without it
+
+
+class BatchNormAct(nn.Module):
+    """A BatchNorm layer in eval mode, with what was fused into it, that keeps the shifted moments of its input for the matching loss."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    slope: Tensor | None
+
+    def __init__(self, layer: Any, operators: Operators) -> None:
+        """Take the place of a plain BatchNorm layer, whose weights and statistics these are."""
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.register_buffer("running_mean", layer.running_mean)
+        self.register_buffer("running_var", layer.running_var)
+        self.operators = operators
+        self.skip = False  # whether forward adds a second argument
+        self.activation: Activation = "none"
+        self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
+        self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
+        self.count = 0  # N·H·W of the last call
+
+    def forward(
+        self,
+        input: Tensor,  # [N, C], or with positions in one, two or three dimensions behind; named as in the layers that it replaces
+        skip: Tensor | None = None,  # like the input
+    ) -> Tensor:  # like the input
+        """f(BatchNorm(input) [+ skip]) with the running statistics."""
+        y = input
+        statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        added = None if skip is None else planes(skip)
+        z, sums = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope)
+        self.sums.append(sums)
+        self.count = y.numel() // y.shape[1]
+        return z if y.dim() == 4 else z.view(y.shape)
+
+    def activate(self, found: Match) -> None:
+        """Apply an activation too; a PReLU's weight becomes a parameter of this layer."""
+        self.activation = found.activation
+        if isinstance(found.slope, nn.Parameter):
+            del self.slope
+            self.register_parameter("slope", found.slope)
+        elif found.slope is not None:
+            self.slope = self.running_mean.new_tensor([found.slope])
+
+    def extra_repr(self) -> str:
+        """What was fused, as `dwa-fast info` shows it."""
+        parts = ["BatchNorm", *(["addition"] if self.skip else []), *([title(self.activation, self.slope)] if self.activates else [])]
+        return " + ".join(parts)
+
+    @property
+    def activates(self) -> bool:
+        """Whether an activation was fused."""
+        return self.activation != "none"
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten teacher and what keeps the moments of its layers' inputs, by name, in module order."""
+
+    module: nn.Module
+    layers: dict[str, BatchNormAct | Recorder]
+    traced: bool  # whether neighbours of the BatchNorm layers could be fused
+
+
+def trace(
+    module: nn.Module,
+    layers: Mapping[str, nn.Module],
+    operators: Operators,
+    images: Tensor,  # [3, C, H, W]
+) -> Rewritten:
+    """The traced module with fused layers; `module` keeps its own.
+
+    Raises:
+        Exception: of any kind, where the module cannot be traced.
+    """
+    traced = symbolic(module, images, layers.values())
+    _erase_identities(traced)
+    fused: dict[nn.Module, BatchNormAct] = {}
+    calls = [node for node in traced.graph.nodes if _submodule(traced, node) in layers.values()]
+    for node in calls:
+        layer = traced.get_submodule(str(node.target))
+        if is_plain(layer) and len(node.args) + len(node.kwargs) == 1:
+            fused[layer] = BatchNormAct(layer, operators)
+            _fuse(traced, node, fused[layer])
+    replace_stems(traced)
+    replace_convolutions(traced)
+    replace_pools(traced, operators.mean_pool)
+    traced.graph.lint()
+    traced.recompile()
+    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators.moments) for name, layer in layers.items()}, traced=True)
+
+
+def replace(module: nn.Module, layers: Mapping[str, nn.Module], operators: Operators) -> Rewritten:
+    """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others are recorded."""
+    fused = {layer: BatchNormAct(layer, operators) for layer in layers.values() if operators.fuses and is_plain(layer)}
+    replace_layers(module, lambda layer: fused.get(layer))
+    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators.moments) for name, layer in layers.items()}, traced=False)
+
+
+def _erase_identities(traced: torch.fx.GraphModule) -> None:
+    """Take out what does nothing in eval mode, so that it stands between no BatchNorm and its addition."""
+    for node in list(traced.graph.nodes):
+        if _is_identity(traced, node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            traced.graph.erase_node(node)
+
+
+def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:
+    """Put the layer in place of the node, and of the addition and activation that alone use its result."""
+    before = traced.get_submodule(str(node.target))
+    replace_layers(traced, lambda each: layer if each is before else None)
+    chain: list[torch.fx.Node] = [node]
+    arguments: list[Argument] = [given(node.args, node.kwargs)]
+    for user in _sole_users(node):
+        if _is_addition(user, chain[-1]) and not layer.activates and not layer.skip:
+            arguments.append(next(other for other in user.args if other is not chain[-1]))
+            layer.skip = True
+        elif not layer.activates and (found := _activation(traced, layer, user, arguments, chain[-1])) is not None:
+            layer.activate(found)
+        else:
+            break
+        chain.append(user)
+    with traced.graph.inserting_before(chain[-1]):
+        new = traced.graph.call_module(str(node.target), tuple(arguments))
+    new.meta = dict(chain[-1].meta)
+    chain[-1].replace_all_uses_with(new)
+    for old in reversed(chain):
+        traced.graph.erase_node(old)
+
+
+def _sole_users(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """The node that alone uses this one, the one that alone uses that one, and so on."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        yield node
+
+
+def _is_addition(node: torch.fx.Node, summand: torch.fx.Node) -> bool:
+    """Whether the node adds another tensor of the same shape to the summand."""
+    if node.op != "call_function" or node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+        return False
+    others = [other for other in node.args if other is not summand]
+    if len(others) != 1 or not isinstance(others[0], torch.fx.Node):
+        return False
+    shapes = [each.meta.get("shape") for each in (summand, others[0])]
+    return shapes[0] is not None and shapes[0] == shapes[1]
+
+
+def _activation(
+    traced: torch.fx.GraphModule, layer: BatchNormAct, node: torch.fx.Node, arguments: list[Argument], value: torch.fx.Node
+) -> Match | None:
+    """The activation that the node applies to `value`, where the layer can apply it to its arguments instead."""
+    found = match(traced, node, value)
+    if found is None or not found.fits(len(layer.running_mean), layer.running_mean.dtype):
+        return None
+    # But for a ReLU the gradient needs the skip as it was: a later write into it would be refused.
+    kept = [each for each in arguments[1:] if isinstance(each, torch.fx.Node)] if found.activation != "relu" else []
+    return None if any(changed_in_place(traced, each) for each in kept) else found
+
+
+def _is_identity(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether the node hands its only input on: nn.Identity, and dropout and stochastic depth that are not in training."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    layer = _submodule(traced, node)
+    if layer is not None and has_hooks(layer):
+        return False
+    if layer is not None:
+        return type(layer) is nn.Identity or (type(layer) in _DROPOUTS and not layer.training)
+    drops = node.target in _DROPPING or getattr(node.target, "__module__", None) == _STOCHASTIC_DEPTH
+    if node.op != "call_function" or not callable(node.target) or not drops:
+        return False
+    call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    return call.arguments["training"] is False
+
+
+def _submodule(traced: torch.fx.GraphModule, node: torch.fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -1,0 +1,131 @@
+"""The inner loop: view → forward → losses → backward → Adam and clamp, T times, with the weights frozen (Eq. 15)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwa_fast.config import SynthesisConfig
+from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.engine.repeat import Pool, Repeat
+from dwa_fast.engine.teacher import Network
+from dwa_fast.errors import InputError
+from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
+
+_TERMS = ("cross-entropy", "R_mean", "R_var")
+_DOMINATES = 100.0  # times the cross-entropy
+
+
+class Refinement:
+    """The inner loop for batches of one shape: all buffers lie at fixed places, and an iteration neither allocates nor waits."""
+
+    def __init__(
+        self,
+        classifier: Network,  # θ̃: gives the cross-entropy
+        matcher: Network,  # gives the matching terms: the same network, or θ
+        shape: torch.Size,  # [B, C, H, W]
+        config: SynthesisConfig,
+        execution: Execution,
+        pool: Pool | None = None,  # see Repeat
+    ) -> None:
+        self.classifier, self.matcher = classifier, matcher
+        self.config, self.execution = config, execution
+        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+        dtype, device = execution.master_dtype, execution.device
+        self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=layout)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.rows = torch.zeros(config.iterations, 7, dtype=torch.int32, device=device)
+        self.rows[:, HEIGHT], self.rows[:, WIDTH] = shape[2], shape[3]  # until a schedule is loaded: the whole image
+        self.learning_rates = torch.zeros(config.iterations, dtype=torch.float32, device=device)
+        self.losses = torch.zeros(config.iterations, 3, dtype=dtype, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
+        self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
+        records = not (classifier.unrecorded or matcher.unrecorded)
+        self._repeat = Repeat(self._iterate, execution, compiles=True, records=records, pool=pool)
+
+    def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+        """Set every buffer for a new batch, whose weights the networks have by now."""
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.rows.copy_(schedule.rows)
+        self.learning_rates.copy_(schedule.learning_rates)
+        for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
+            buffer.zero_()
+        self._repeat.refresh()
+
+    def advance(self, iterations: int) -> None:
+        """Do that many iterations; on a GPU this only queues them."""
+        self._repeat.run(iterations)
+
+    def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
+        """What the batch came to, once all iterations are done.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        return self.images.clone(), _finite(self.losses.clone(), self.execution.precision)
+
+    def _iterate(self) -> None:
+        """One iteration; row, learning rate and place of the losses follow from the counter."""
+        operators, scale = self.classifier.operators, self.execution.loss_scale
+        seen = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
+        terms = self._terms(seen)
+        (gradient,) = torch.autograd.grad(self._objective(terms, seen) * scale, seen)
+        schedule = self.rows, self.learning_rates, self.step
+        operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
+        self.losses.index_copy_(0, self.step[None], terms.detach()[None])
+        self.step.add_(1).remainder_(self.config.iterations)
+
+    def _terms(self, seen: Tensor) -> Tensor:
+        """Cross-entropy, R_mean and R_var of a view, [3]."""
+        logits = self.classifier(seen).to(self.execution.master_dtype)
+        if self.matcher is not self.classifier:
+            self.matcher(seen)
+        matching = self.matcher.matching(self.config.first_layer_weight)
+        return torch.cat([F.cross_entropy(logits, self.labels)[None], matching])
+
+    def _objective(self, terms: Tensor, seen: Tensor) -> Tensor:
+        """What is minimised: the weighted terms, and SRe2L's priors where they have a weight."""
+        objective = (terms * self.weights).sum()
+        if self.config.tv_l2:
+            objective = objective + self.config.tv_l2 * total_variation(seen.to(self.execution.master_dtype))
+        if self.config.l2_scale:
+            objective = objective + self.config.l2_scale * mean_norm(seen.to(self.execution.master_dtype))
+        return objective
+
+
+def matching_dominates(
+    losses: Tensor,  # [T, 3]: cross-entropy, R_mean, R_var
+    config: SynthesisConfig,
+) -> str | None:
+    """A sentence where the weighted matching terms of the last iteration leave the cross-entropy no say; None where they do not.
+
+    That is above 100 times the cross-entropy, which counts as at least 1 here: where the images are learnt, it falls to 0.
+    """
+    ce, mean, var = losses[-1].tolist()
+    matching = config.lambda_mean * mean + config.lambda_var * var
+    if matching <= _DOMINATES * max(ce, 1.0):
+        return None
+    return (
+        f"matching losses dominate: {config.lambda_mean:g} × {mean:.3g} + {config.lambda_var:g} × {var:.3g} beside a cross-entropy of "
+        f"{ce:.3g} in the last iteration; lower --lambda-mean or --lambda-var"
+    )
+
+
+def _finite(losses: Tensor, precision: str) -> Tensor:
+    bad = (~torch.isfinite(losses).all(1)).nonzero()
+    if not len(bad):
+        return losses
+    first = int(bad[0])
+    finite = torch.isfinite(losses[first]).tolist()
+    if first and not finite[0]:
+        remedy = "lower the learning rate or rho"
+    else:
+        cause = "the teacher's activations overflow" if finite[0] else "no image has changed yet, so its weights overflow"
+        remedy = f"{cause}; take {'--precision bf16' if precision == 'fp16' else 'a lower rho'} or another teacher"
+    names = ", ".join(name for name, good in zip(_TERMS, finite, strict=True) if not good)
+    raise InputError(f"losses ({names}) are not finite from iteration {first + 1} of {len(losses)} on; {remedy}")

@@ -1,0 +1,343 @@
+"""Teachers made ready for synthesis: checked, copied, and rewritten so that every BatchNorm layer records its input's moments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
+from dwa_fast.engine.fuse import BatchNormAct, Rewritten, replace, trace
+from dwa_fast.engine.pointwise import replace_strided_pointwise
+from dwa_fast.engine.tracing import trace as record
+from dwa_fast.errors import InputError, first_line
+from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
+from dwa_fast.models.finite import check_finite_weights
+from dwa_fast.models.wrappers import copied, described, unwrapped
+from dwa_fast.seeding import generator, normal
+
+log = logging.getLogger("dwa_fast")
+
+_TRIED = 3  # images that the teacher and its copy are compared on
+_ROUNDING = 100.0  # times what is allowed in fp32, in a lower precision
+_MOVE = 0.02  # relative deviation by which weights are moved to see whether a copy follows them
+_NOISE = 0.1  # standard deviations that they are moved by: no two alike, no pre-activation exactly 0
+
+
+@dataclass(frozen=True)
+class MatchingPlan:
+    """What `matching_loss` needs beside the moments: fixed for a network and a batch size, on the device."""
+
+    variances: Tensor  # [ΣC]
+    offsets: Tensor  # [L + 1] int64
+    counts: Tensor  # [L] int64
+    weights: Tensor  # [L]
+
+    @classmethod
+    def of(cls, layers: Sequence[BatchNormAct | Recorder], first_layer_weight: float) -> MatchingPlan:
+        """The plan of these layers, each with the count of its last call."""
+        variances = torch.cat([layer.running_var for layer in layers])
+        device = variances.device
+        sizes = torch.tensor([0] + [len(layer.running_var) for layer in layers], device=device)
+        counts = torch.tensor([layer.count for layer in layers], device=device)
+        weights = torch.tensor([first_layer_weight] + [1.0] * (len(layers) - 1), dtype=variances.dtype, device=device)
+        return cls(variances, sizes.cumsum(0), counts, weights)
+
+
+class _ReshapingViews(TorchFunctionMode):
+    """Inside, `x.view(…)` copies where the layout of x does not allow a view, as it does for channels-last features."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        sizes = args[1:]
+        if func is Tensor.view and not kwargs and not isinstance(sizes[0], torch.dtype):
+            func = Tensor.reshape
+        return func(*args, **(kwargs or {}))
+
+
+class Network(nn.Module):
+    """A copy of the teacher, in eval mode, whose BatchNorm layers record their inputs' moments."""
+
+    def __init__(self, rewritten: Rewritten, execution: Execution) -> None:
+        super().__init__()
+        self.operators = execution.operators
+        self._views = _ReshapingViews if execution.channels_last else nullcontext
+        self.module = rewritten.module
+        self.layers = rewritten.layers
+        self.traced = rewritten.traced
+        self.unrecorded: str | None = None  # why a step with this network has to be called, where it cannot be recorded
+        self._plans: dict[tuple[float, ...], MatchingPlan] = {}
+
+    def release(self) -> None:
+        """Take the recorders off the layers, which may be the teacher's own."""
+        for layer in self.layers.values():
+            if isinstance(layer, Recorder):
+                layer.remove()
+
+    @contextmanager
+    def trainable(self) -> Iterator[None]:
+        """Inside, the weights take gradients."""
+        self.requires_grad_(True)
+        try:
+            yield
+        finally:
+            self.requires_grad_(False)
+
+    def forward(
+        self,
+        images: Tensor,  # [N, C, H, W], normalised
+    ) -> Tensor:  # [N, classes] logits
+        """Logits; the moments of all layers are then ready for `matching`."""
+        self.forget()
+        with self._views():
+            logits: Tensor = self.module(images)
+        return logits
+
+    def forget(self) -> None:
+        """Let go of the moments of the last forward pass, which may belong to a graph: what holds a graph cannot be copied."""
+        for layer in self.layers.values():
+            layer.sums.clear()
+
+    def matching(
+        self,
+        first_layer_weight: float,
+    ) -> Tensor:  # [2]: R_mean, R_var
+        """Matching terms of the last forward pass (Eq. 3), once; layers that it did not reach take no part.
+
+        Raises:
+            InputError: a layer ran more than once, so that it has no single batch statistic.
+        """
+        for name, layer in self.layers.items():
+            if len(layer.sums) > 1:
+                raise InputError(f"BatchNorm layer {name!r} runs {len(layer.sums)} times in a forward pass; each layer may run once")
+        used = [layer for layer in self.layers.values() if layer.sums]
+        shape = (first_layer_weight, *(layer.count for layer in used))
+        if shape not in self._plans:
+            self._plans[shape] = MatchingPlan.of(used, first_layer_weight)
+        plan = self._plans[shape]
+        sums = torch.cat([layer.sums.pop() for layer in used], 1)
+        return self.operators.matching_loss(sums, plan.variances, plan.offsets, plan.counts, plan.weights)
+
+
+def prepare(
+    teacher: nn.Module,
+    images: Tensor,  # [N, C, H, W], normalised; a few of them are tried
+    execution: Execution,
+    *,
+    batch_sizes: Sequence[int] = (),  # numbers of images of the batches that will run
+) -> tuple[Network, int]:
+    """A checked, recording copy of the teacher on the device, and its number of classes. The teacher itself is not changed.
+
+    The copy is compared with the teacher on a few images like the given ones: logits, the statistics of every layer's input, the gradients
+    of both to the images, the gradient of the logits to every weight. A traced copy that differs gives way to one that calls the
+    teacher's own forward pass.
+
+    Raises:
+        TypeError: teacher is not a module.
+        InputError: it has no BatchNorm layer that runs, keeps no running statistics, cannot take the images, gives no [N, classes] logits
+            or others every time, or no copy of it agrees with it.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
+    if unwrapped(teacher).training:
+        log.warning("teacher was in train mode; a copy of it in eval mode is used")
+    with torch.inference_mode(False), execution.arithmetic():
+        module = copied(teacher, execution.device, execution.master_dtype)
+        trial = _trial_images(images, execution)
+        layers = _layers(module)
+        check_finite_weights(module)
+        wanted = _untouched(module, layers, trial)
+        layers = {name: layer for name, layer in layers.items() if name in wanted.gaps}
+        with _moved(module):
+            moved = untouched(module, layers, trial, gradients=False)
+        network = _agreeing(module, layers, wanted, moved, trial, execution, batch_sizes)
+    return network, wanted.logits.shape[1]
+
+
+def _trial_images(images: Tensor, execution: Execution) -> Tensor:
+    """Three images like the given ones, and no two alike."""
+    some = images[torch.arange(_TRIED, device=images.device) % len(images)].detach().clone()
+    noise = normal(generator(0, "trial"), tuple(some.shape)).to(some)
+    return (some + _NOISE * noise).to(execution.device, execution.master_dtype)
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorm layers of a copy, checked."""
+    layers = batchnorm_layers(module)
+    if not layers:
+        raise InputError(
+            f"teacher must have BatchNorm layers (1d, 2d or 3d), whose statistics are matched; {type(module).__name__} has none"
+        )
+    for name, layer in layers.items():
+        if layer.running_mean is None or layer.running_var is None:
+            raise InputError(f"BatchNorm layer {name!r} keeps no running statistics; it needs track_running_stats=True")
+        if layer.training:
+            raise InputError(f"BatchNorm layer {name!r} stays in train mode after eval(), so that its statistics would change")
+    if layers.keys() == {""}:
+        raise InputError(f"teacher must be a classifier that gives [N, classes] logits, got a single {type(module).__name__}")
+    return layers
+
+
+def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor) -> Response:
+    """What the teacher makes of the trial images, checked."""
+    with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
+        torch.manual_seed(0)
+        try:
+            first = module(trial)
+            _check_logits(first)
+            first = first.detach()
+            wanted = untouched(module, layers, trial, gradients=True)
+        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"teacher cannot take images of shape {tuple(trial.shape[1:])}: {first_line(error)}") from error
+    if wanted.gradients and not (wanted.gradients.logits.isfinite().all() and wanted.gradients.matching.isfinite().all()):
+        raise InputError("gradients of the teacher are not finite, though its logits are: some weights are too large, or damaged")
+    if not wanted.gaps:
+        raise InputError(
+            f"none of the {len(layers)} BatchNorm layers of the teacher runs in a forward pass, so that no statistics can be matched"
+        )
+    if not _alike(first, wanted.logits):
+        with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
+            torch.manual_seed(1)
+            again = module(trial).detach()
+        if _alike(first, again):
+            raise InputError(
+                "teacher gives other logits where gradients of its weights or of the images are wanted: "
+                "its forward pass depends on requires_grad"
+            )
+        raise InputError(
+            "teacher gives other logits for the same images each time: it draws random numbers in eval mode "
+            "(such as F.dropout without training=self.training)"
+        )
+    return wanted
+
+
+def _alike(logits: Tensor, others: Tensor) -> bool:
+    return torch.allclose(logits, others, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+
+
+def _check_logits(logits: Any) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise InputError(f"teacher must give [N, classes] logits, got {described(logits)}")
+    if not torch.isfinite(logits).all():
+        raise InputError("teacher gives logits that are not finite, though its weights are; its activations overflow")
+
+
+def _agreeing(
+    module: nn.Module,
+    layers: Mapping[str, nn.Module],
+    wanted: Response,
+    moved: Response,  # with moved weights
+    trial: Tensor,
+    execution: Execution,
+    batch_sizes: Sequence[int],
+) -> Network:
+    """The fastest form of the teacher that does what the teacher does."""
+    shown = trial.to(memory_format=torch.channels_last) if execution.channels_last else trial
+    if execution.device.type == "cpu" and execution.channels_last:
+        replace_strided_pointwise(module)
+
+    if execution.operators.fuses:
+        larger = {size: untouched(module, layers, _tiled(trial, size), gradients=False) for size in {*batch_sizes} - {len(trial)}}
+        try:
+            network = Network(trace(module, layers, execution.operators, trial), execution)
+            cause = difference(wanted, rewritten(network, module, shown, gradients=True), layers)
+            for size, response in larger.items():
+                found = rewritten(network, module, _tiled(shown, size), gradients=False)
+                cause = cause or difference(response, found, layers)
+            if cause is None:
+                with _moved(module):
+                    followed = difference(moved, rewritten(network, module, shown, gradients=False), layers)
+                if followed is None:
+                    return network
+                cause = f"with other weights {followed}"
+            network.release()
+            cause = f"the trace differs: {cause}"
+        except Exception as error:  # tracing runs the teacher's own code, which may raise anything
+            cause = first_line(error)
+        log.warning("teacher cannot be traced (%s); its BatchNorm layers are fused without their neighbours", cause)
+    network = Network(replace(module, layers, execution.operators), execution)
+    try:
+        cause = difference(wanted, rewritten(network, module, shown, gradients=True), layers)
+    except RuntimeError as error:
+        cause = first_line(error)
+    if cause is not None:
+        raise InputError(f"back-end {execution.backend!r} does not compute what the teacher does: {cause}; another back-end may")
+    network.unrecorded = _unrecorded(network, module, shown)
+    return network
+
+
+def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | None:
+    """Why the forward pass of a network that was not traced cannot be recorded, such as branches on values; None where it can."""
+    recorded = torch.zeros_like(network(images).detach())
+
+    def step() -> None:
+        recorded.copy_(network(images).detach())
+
+    try:
+        repeat = record(step)
+        with _moved(module), torch.no_grad():
+            repeat(torch.empty(0))
+            if not _alike(network(images), recorded):
+                raise RuntimeError("it computes with numbers that it reads from its weights")
+    except Exception as error:  # of any kind: the teacher's own code runs on tensors that are being followed
+        cause = first_line(error)
+        log.warning("teacher cannot be recorded (%s); its own code is called in every step, which is a little slower", cause)
+        return cause
+    finally:
+        network.forget()
+    return None
+
+
+@contextmanager
+def _moved(module: nn.Module) -> Iterator[None]:
+    """Inside, every weight is another one, as it is after an ascent: numbers that a copy has read from the weights show."""
+    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    originals = [weight.detach().clone() for weight in weights]
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1 + _MOVE * torch.randn(weight.shape, generator=source).to(weight))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(original)
+
+
+def _tiled(images: Tensor, size: int) -> Tensor:
+    """That many images, over and over the same."""
+    return images[torch.arange(size, device=images.device) % len(images)]
+
+
+@contextmanager
+def check_precision(network: Network, images: Tensor, execution: Execution) -> Iterator[None]:
+    """Around what puts the weights into the precision that will run: the network must then still give nearly the same.
+
+    Raises:
+        InputError: it cannot run in that precision, or gives something else.
+    """
+    if execution.dtype == execution.master_dtype:
+        yield
+        return
+    layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+    trial = _trial_images(images, execution).to(memory_format=layout)
+    with execution.arithmetic():
+        wanted = rewritten(network, network, trial, gradients=False)
+    yield
+    with execution.arithmetic():
+        try:
+            got = rewritten(network, network, trial.to(execution.dtype), gradients=True)
+            cause = difference(wanted, got, network.layers, _ROUNDING)
+        except RuntimeError as error:
+            cause = first_line(error)
+    if cause is not None:
+        raise InputError(f"teacher does not work in {execution.precision}: {cause}; ask for precision fp32")

@@ -1,0 +1,104 @@
+"""Class-incremental learning by the GDumb protocol: at every step a new student learns from the distilled images of all classes so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dwa_fast.config import ValidationConfig, check_integer
+from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.pairing import KnownClasses
+from dwa_fast.data.subsets import some_classes
+from dwa_fast.errors import InputError
+from dwa_fast.seeding import derive, generator
+from dwa_fast.training.fit import Progress, check_set, check_teacher
+from dwa_fast.training.state import image_digest
+from dwa_fast.training.validate import validate
+
+_MARK = 16  # characters of the checksum of a set that name its folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncrementalConfig:
+    """The protocol."""
+
+    tasks: int = 5  # Steps in which the classes come, as many at each as at the others or one fewer, at least 1.
+    seeds: int = 3  # Orders of the classes, each with students of its own, at least 1.
+
+    def __post_init__(self) -> None:
+        check_integer("tasks", self.tasks, 1)
+        check_integer("seeds", self.seeds, 1)
+
+
+def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[list[int]]:
+    """The classes of each task, in a random order; another index gives another order.
+
+    Raises:
+        InputError: there are more tasks than classes.
+    """
+    if tasks > classes:
+        raise InputError(f"{classes} classes cannot come in {tasks} tasks; wanted at most a task per class")
+    return [part.tolist() for part in np.array_split(generator(seed, "class order", index).permutation(classes), tasks)]
+
+
+def learn(
+    sets: Mapping[str, ImageSet],
+    test: ImageSet,
+    teacher: nn.Module,
+    student: str,
+    config: IncrementalConfig,
+    validation: ValidationConfig,
+    *,
+    size: int,
+    device: torch.device,
+    keep: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, list[list[list[float]]]]:
+    """Accuracies of every set: [seeds][tasks][students], top-1 % on the held-out images of the classes seen so far.
+
+    Every set sees the same orders of classes and the same students. Soft labels are the teacher's logits of the classes seen so far
+    alone.
+
+    Args:
+        sets: distilled images by name, all with the classes of the held-out ones.
+        validation: the training at each step, `validation.students` times.
+        size: height and width of the images, pixels.
+        keep: folder of what is finished, in a folder for each step; the same call goes on from there.
+        progress: called with the steps done and the steps in all.
+    Raises:
+        InputError: there are more tasks than classes, a folder holds a step of other settings, or as `validate`.
+    """
+    check_set(test, "held-out images")
+    for name, images in sets.items():
+        check_set(images, f"images of set {name!r}")
+        if images.class_names != test.class_names:
+            raise InputError(f"set {name!r} has other classes than the held-out images")
+    if validation.labels == "soft":
+        check_teacher(teacher, test, validation, device)
+    orders = [class_order(len(test.class_names), config.tasks, seed=seed, index=index) for index in range(config.seeds)]
+    marks = {name: image_digest(images)[:_MARK] for name, images in sets.items()}
+    places = [(index, name, task) for index in range(config.seeds) for name in sets for task in range(config.tasks)]
+    accuracies: dict[str, list[list[list[float]]]] = {name: [[] for _ in orders] for name in sets}
+    for number, (index, name, task) in enumerate(places):
+        known = [label for part in orders[index][: task + 1] for label in part]
+        result = validate(
+            some_classes(sets[name], known),
+            some_classes(test, known),
+            KnownClasses(teacher, known),
+            student,
+            validation,
+            size=size,
+            device=device,
+            seed=derive(seed, "incremental", index, task),
+            keep=keep / f"{marks[name]}-order{index}-task{task}",
+        )
+        accuracies[name][index].append(result.accuracies)
+        if progress:
+            progress(number + 1, len(places))
+    return accuracies

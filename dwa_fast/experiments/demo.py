@@ -1,0 +1,154 @@
+"""The whole method on scikit-learn's digits: teacher, distilled sets, students, a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dwa_fast.config import check_choice, check_integer
+from dwa_fast.data.datasets import image_folder, load, normalise
+from dwa_fast.engine.backend import resolve_device
+from dwa_fast.errors import InputError
+from dwa_fast.evaluation.diversity import class_diversity
+from dwa_fast.experiments.cells import REAL, Setup, material, set_folder
+from dwa_fast.experiments.grid import Grid, Outcomes, Variant, best, contact_sheet, described, note, raw, run_grid, surroundings
+from dwa_fast.experiments.schedule import Watcher, default_jobs
+from dwa_fast.experiments.studies import TITLES, by_method
+from dwa_fast.io.files import checksum, output_folder
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
+from dwa_fast.recipes import full_recipe
+from dwa_fast.report.records import Record, Table, mean_and_spread
+from dwa_fast.training.fit import top1
+from dwa_fast.training.squeeze import squeeze
+from dwa_fast.training.state import image_digest
+
+_ON_SHEET = (REAL, "sre2l", "dwa")  # methods that the contact sheet shows, where they were made
+
+Track = Callable[[str], Watcher]  # starts a progress bar of that title
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demo does."""
+
+    ipc: tuple[int, ...] = (1, 5)  # Images per class of the sets that are made.
+    methods: tuple[str, ...] = (REAL, "sre2l", "real-start", "random-step", "dwa")  # Sets: real (plain real images), or a method.
+    students: int = 5  # Students trained on each set, each from a seed of its own.
+    iterations: int | None = None  # Adam steps per batch; None: what the digits recipe says.
+    epochs: int | None = None  # Epochs of each student; None: what the digits recipe says.
+    seed: int = 0  # All random draws derive from it.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    jobs: int | None = None  # Processes that compute at the same time, each with a CPU thread; None: one for each thread of PyTorch.
+
+    def __post_init__(self) -> None:
+        for ipc in self.ipc:
+            check_integer("ipc", ipc, 1)
+        for method in self.methods:
+            check_choice("method", method, list(TITLES))
+        if not self.ipc or not self.methods:
+            raise InputError("the demo needs at least one ipc and one method")
+        check_integer("students", self.students, 1)
+        check_integer("seed", self.seed, 0)
+        if self.jobs is not None:
+            check_integer("jobs", self.jobs, 1)
+
+
+def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
+    """Run the pipeline into a folder: teacher.pt, the sets and what students learnt from them, contact-sheet.png.
+
+    What an earlier run with the same settings left is used again.
+    """
+    started = time.perf_counter()
+    output_folder(output)
+    accuracy = _teacher(output / "teacher.pt", config, track)
+    setup = _setup(output, config)
+    grid = Grid(variants=by_method(setup, config.methods), ipc=config.ipc, students=(setup.architecture,), seeds=(config.seed,))
+    outcomes = run_grid(setup, grid, jobs=config.jobs or default_jobs(setup), watcher=track("sets and students"))
+    shown = [TITLES[method] for method in _ON_SHEET]
+    variants = [variant for variant in grid.variants if variant.name in shown] or grid.variants
+    diversity = {(variant.name, ipc): _diversity(setup, variant, ipc, config.seed) for variant in grid.variants for ipc in grid.ipc}
+    tested = len(material(setup).test.labels)
+    return Record(
+        kind="demo",
+        title="The whole method on digits",
+        summary=f"Teacher: {accuracy:.1f} % top-1 on {tested} held-out digits. {best(grid, outcomes)}",
+        settings={**described(setup, grid), "demo": asdict(config)},
+        environment=surroundings(setup),
+        seconds=time.perf_counter() - started,
+        tables=[_table(setup, grid, outcomes, diversity)],
+        pictures=contact_sheet(output, setup, variants, max(config.ipc), config.seed),
+        data={
+            "cells": raw(setup, grid, outcomes),
+            "teacher": {"accuracy": accuracy, "test_images": tested},
+            "diversity": [{"set": name, "ipc": ipc, "per class": values} for (name, ipc), values in diversity.items()],
+        },
+    )
+
+
+def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
+    """Make the teacher unless it is there; its top-1 on the held-out digits, percent."""
+    recipe, device = full_recipe("digits"), resolve_device(config.device)
+    train, test = (load(recipe.data, None, split, channels=1) for split in ("train", "test"))
+    if not path.exists():
+        size = recipe.data.size
+        module = squeeze(train, recipe.architecture, recipe.squeeze, size=size, device=device, seed=config.seed, progress=track("teacher"))
+        accuracy = top1(module, test, recipe.squeeze, device)
+        info = TeacherInfo(
+            architecture=recipe.architecture,
+            classes=10,
+            channels=1,
+            size=size,
+            accuracy=accuracy,
+            class_names=train.class_names,
+            mean=recipe.squeeze.mean,
+            std=recipe.squeeze.std,
+        )
+        save_teacher(path, module, info)
+    module, info = load_teacher(path)
+    return info.accuracy if info.accuracy is not None else top1(module.to(device), test, recipe.squeeze, device)
+
+
+def _setup(output: Path, config: DemoConfig) -> Setup:
+    recipe = full_recipe("digits")
+    synthesis, validation = replace(recipe.synthesis, device=config.device), replace(recipe.validation, students=config.students)
+    if config.iterations is not None:
+        synthesis = replace(synthesis, iterations=config.iterations)
+    if config.epochs is not None:
+        validation = replace(validation, epochs=config.epochs)
+    return Setup(
+        output=output,
+        recipe=recipe.name,
+        data=recipe.data,
+        folder=None,
+        train_checksum=image_digest(load(recipe.data, None, "train", channels=1)),
+        test_checksum=image_digest(load(recipe.data, None, "test", channels=1)),
+        teacher=output / "teacher.pt",
+        teacher_checksum=checksum(output / "teacher.pt"),
+        architecture=recipe.architecture,
+        synthesis=synthesis,
+        validation=validation,
+    )
+
+
+def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[float]:
+    """D^c of every class; of single images there is none."""
+    if ipc == 1:
+        return []
+    device = resolve_device(setup.synthesis.device)
+    made = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=ipc, by_number=True)
+    images = normalise(made.load(range(len(made.labels))), setup.synthesis).to(device)
+    return list(class_diversity(material(setup).teacher.to(device), images, made.labels.to(device)).values())
+
+
+def _table(setup: Setup, grid: Grid, outcomes: Outcomes, diversity: dict[tuple[str, int], list[float]]) -> Table:
+    rows = []
+    for ipc in grid.ipc:
+        for variant in grid.variants:
+            outcome, found = outcomes[variant.name, ipc, setup.architecture], diversity[variant.name, ipc]
+            reached = mean_and_spread(outcome.mean, outcome.std)
+            rows.append([variant.name, str(ipc), reached, f"{statistics.fmean(found):.0f}" if found else "–"])
+    title, columns = f"students of the distilled digits, {setup.validation.students} of each", ["set", "ipc", "top-1 %", "diversity D^c"]
+    return Table(title=title, columns=columns, rows=rows, note=note(setup, grid))

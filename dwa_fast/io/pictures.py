@@ -1,0 +1,62 @@
+"""Pictures of sets of images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dwa_fast.errors import printable
+from dwa_fast.io.files import replacing
+
+_NAME_LENGTH = 24  # characters of a class name beside its row
+_PANEL_INCHES = 3.2
+_GAP = 2  # pixels between images
+
+
+def mosaic(
+    images: Tensor,  # [rows × columns, C, H, W] in [0, 1], row after row
+    columns: int,
+) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3]
+    """Images in a grid with white gaps."""
+    count, _, height, width = images.shape
+    rows = count // columns
+    tiles = torch.ones(rows, columns, 3, height + _GAP, width + _GAP)
+    tiles[..., :height, :width] = images.detach().cpu().clamp(0, 1).expand(count, 3, height, width).view(rows, columns, 3, height, width)
+    sheet = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + _GAP), columns * (width + _GAP), 3)
+    return sheet[:-_GAP, :-_GAP]
+
+
+def contact_sheet(
+    path: Path,
+    panels: Mapping[str, Tensor],  # title → [classes × columns, C, H, W] in [0, 1], class after class
+    class_names: Sequence[str],
+) -> None:
+    """One PNG: a panel per set, side by side, a row per class."""
+    from matplotlib.figure import Figure
+
+    sheets = {title: mosaic(images, len(images) // len(class_names)) for title, images in panels.items()}
+    height, width = next(iter(sheets.values())).shape[:2]
+    figure = Figure(figsize=(_PANEL_INCHES * len(sheets), _PANEL_INCHES * height / width + 0.5), layout="constrained")
+    for number, (axis, (title, sheet)) in enumerate(zip(figure.subplots(1, len(sheets), squeeze=False)[0], sheets.items(), strict=True)):
+        axis.imshow(sheet.numpy(), interpolation="nearest")
+        axis.set_title(title, parse_math=False)
+        axis.set_xticks([])
+        step = (height + _GAP) / len(class_names)
+        axis.set_yticks([step * (row + 0.5) - _GAP / 2 for row in range(len(class_names))] if number == 0 else [])
+        if number == 0:
+            axis.set_yticklabels([_short(name) for name in class_names], parse_math=False)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    with replacing(path) as target, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead, which is enough for a label
+        figure.savefig(target, format="png", dpi=150)
+
+
+def _short(name: str) -> str:
+    """A class name of any origin as a label."""
+    name = printable(name)
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"

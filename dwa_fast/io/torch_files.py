@@ -1,0 +1,132 @@
+"""PyTorch files: written whole, the same content as the same bytes; read, of any origin, without running anything that is in them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwa_fast.errors import InputError
+from dwa_fast.io.files import replacing
+from dwa_fast.io.formats import damaged_entry, folder_reason, foreign_format, is_safetensors
+from dwa_fast.io.pickles import stand_ins
+
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what it refuses to call
+_BLOCKED = re.compile(r"GLOBAL ([\w.]+) whose module")  # the same of modules that it never lets through
+_NAMED = 3  # how many of them an error quotes
+_SHARDED = {"DTensor", "ShardedTensor"}  # classes of tensors of which a process holds its piece
+
+
+def write_archive(path: Path, content: Any) -> None:
+    """Write what `read_archive` reads, whole or not at all.
+
+    Raises:
+        InputError: the disk is full, the folder is read-only, or the like.
+    """
+    with replacing(path) as target, open(target, "wb") as file:  # of a path, torch.save would keep the temporary name in the archive
+        torch.save(content, file)
+
+
+def read_archive(path: Path, what: str) -> Any:
+    """What `torch.save` wrote, on the CPU; tensors, numbers, text and containers alone.
+
+    Args:
+        what: what the file should be, for the sentence: "checkpoint".
+    Raises:
+        InputError: the file is not there, cannot be read, is damaged, or holds more than that (such as a whole module, which is code).
+    """
+    return _reading(path, what, lambda: _load(path))
+
+
+def read_checkpoint(path: Path, what: str) -> Any:
+    """The same of any program: safetensors too, and objects of foreign classes beside the tensors become stand-ins, which do nothing.
+
+    Raises:
+        InputError: the file is not there, cannot be read, or is damaged.
+    """
+    return _reading(path, what, lambda: _load_safetensors(path) if is_safetensors(path) else _load_foreign(path))
+
+
+def _reading(path: Path, what: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives; a sentence for all that can be wrong with a file."""
+    if path.is_dir():
+        raise InputError(f"{what} {path} cannot be read: {folder_reason(path)}")
+    if not path.is_file():
+        raise InputError(f"{what} {path} does not exist")
+    try:
+        return load()
+    except InputError as error:
+        raise InputError(f"{what} {path} cannot be read: {error}") from error
+    except Exception as error:  # torch raises a dozen kinds for damaged archives
+        reason = error.strerror if isinstance(error, PermissionError) else _reason(path, error)
+        raise InputError(f"{what} {path} cannot be read: {reason}") from error
+
+
+def _load(path: Path, allowed: Sequence[tuple[type, str]] = ()) -> Any:
+    _check_format(path)
+    if (damaged := damaged_entry(path)) is not None:
+        raise InputError(f"it is damaged: the checksum of {damaged} in it is not that of its bytes; copy or download it again")
+    with open(path, "rb") as file, torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # 3 has all that 2 has
+        return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch.load would judge by its name
+
+
+def _check_format(path: Path) -> None:
+    reason = foreign_format(path)
+    if reason is not None:
+        raise InputError(reason)
+
+
+def _load_foreign(path: Path) -> Any:
+    _check_format(path)
+    try:
+        allowed = stand_ins(path)
+    except Exception:  # damaged, or no file of torch.save: the loader says which
+        allowed = []
+    shards = [name for _, name in allowed if name.rpartition(".")[2] in _SHARDED]
+    if shards:
+        raise InputError(
+            f"its weights are pieces of distributed tensors ({shards[0]}); "
+            "save whole ones, of torch.distributed.checkpoint.state_dict with full_state_dict=True"
+        )
+    return _load(path, allowed)
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise InputError("it is a safetensors file; pip install safetensors lets it be read") from error
+    try:
+        weights: dict[str, Any] = load_file(path)
+        return weights
+    except SafetensorError as error:
+        raise InputError(f"it is a safetensors file that is cut short or damaged ({error})") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    foreign = _foreign(path, error)
+    if "persistent_load of storage" in str(error):  # how PyTorch before 1.6 wrote modules, with their source code
+        foreign = ["a module"]
+    if not foreign:
+        return "it is damaged, no PyTorch file, or holds more than tensors"
+    return (
+        f"it holds more than tensors ({', '.join(foreign)}), which could run code and is left alone; "
+        "where you trust the file, load it with the program that wrote it and save the tensors alone (of a module: its state_dict())"
+    )
+
+
+def _foreign(path: Path, error: Exception) -> list[str]:
+    """Names of the functions and classes that the file asks for and that weights_only refuses, as far as torch tells."""
+    blocked = _BLOCKED.findall(str(error))
+    try:
+        names = blocked or torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an archive of the old kind, which that function cannot list; its first name stands in the message
+        names = _FOREIGN.findall(str(error))
+    names = sorted(set(names))
+    return names[:_NAMED] + (["…"] if len(names) > _NAMED else [])

@@ -1,0 +1,135 @@
+"""Checkpoints of teachers: our own, which say what they hold, and those of other programs; read with weights_only, always."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dwa_fast.config import Normalisation, check_integer, check_real
+from dwa_fast.errors import InputError
+from dwa_fast.io.files import checksum
+from dwa_fast.io.pickles import StandIn
+from dwa_fast.io.torch_files import read_checkpoint, write_archive
+from dwa_fast.models.architectures import build, check_architecture
+from dwa_fast.models.weights import find_weights
+
+_MOST_CLASSES, _MOST_PIXELS = 2**24, 4096  # beyond, a description is no network's; it would only fill the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInfo:
+    """What a checkpoint of ours says about its weights."""
+
+    architecture: str
+    classes: int
+    channels: int
+    size: int
+    accuracy: float | None = None  # top-1 on the held-out images, percent
+    class_names: list[str] | None = None  # in the order of its outputs; None, as the next two, in older checkpoints
+    mean: tuple[float, ...] | None = None  # with which the images were normalised that it was trained on
+    std: tuple[float, ...] | None = None
+
+
+_FIELDS = {field.name for field in fields(TeacherInfo)}
+
+
+def save_teacher(path: str | Path, module: nn.Module, info: TeacherInfo) -> None:
+    """Write weights and description, whole or not at all."""
+    weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    write_archive(Path(path), {"state_dict": weights, "dwa_fast": vars(info)})
+
+
+def load_teacher(
+    path: str | Path,
+    *,
+    architecture: str | None = None,
+    classes: int | None = None,
+    channels: int = 3,
+    size: int = 224,
+    weights_key: str | None = None,
+) -> tuple[nn.Module, TeacherInfo]:
+    """A teacher in eval mode from a checkpoint of torch.save or safetensors: a state dict, bare or at any key, behind any prefix.
+
+    Args:
+        architecture, classes, channels, size: what to build; a checkpoint written by `dwa-fast squeeze` says it itself.
+            The architecture is a name of `architectures.build`, such as "resnet18" or "timm:resnet18".
+        weights_key: which weights, where the checkpoint holds several that fit: their key, with dots for keys within keys.
+    Raises:
+        InputError: the file is not there, cannot be read safely, or holds other weights than the architecture has.
+    """
+    path = Path(path)
+    content = _read(path)
+    info = _described(path, content)
+    if info and architecture not in (None, info.architecture):
+        raise InputError(f"checkpoint {path} holds a {info.architecture}, not a {architecture}")
+    if info and classes not in (None, info.classes):
+        raise InputError(f"checkpoint {path} knows {info.classes} classes, the data have {classes}")
+    if info:
+        architecture, classes, channels, size = info.architecture, info.classes, info.channels, info.size
+    if architecture is None:
+        raise InputError(f"checkpoint {path} does not say which network it holds; name it with --architecture")
+    weights, found = find_weights(path, content, architecture, classes=classes, channels=channels, size=size, weights_key=weights_key)
+    info = info or TeacherInfo(architecture=architecture, classes=found, channels=channels, size=size)
+    module = build(architecture, classes=found, channels=channels, size=size)
+    module.load_state_dict(weights, strict=False)
+    return module.eval(), info
+
+
+def teacher_checksum(path: Path, weights_key: str | None = None) -> str:
+    """What stands for a teacher in settings: the checksum of its file, and which of the weights in it, where that was chosen."""
+    return checksum(path) + (f" {weights_key}" if weights_key else "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path, "checkpoint")
+    if isinstance(content, StandIn):
+        raise InputError(
+            f"checkpoint {path} holds an object of class {content.class_name}, whose code is not run; "
+            "where you trust the file, load it with the program that wrote it and save its state_dict()"
+        )
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} must hold a state dict, got {type(content).__name__}")
+    return content
+
+
+def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
+    """What a checkpoint of ours says about itself, checked; None for others."""
+    described = content.get("dwa_fast")
+    if described is None:
+        return None
+    if not isinstance(described, dict) or not {"architecture", "classes", "channels", "size"} <= described.keys() <= _FIELDS:
+        raise InputError(f"checkpoint {path} does not describe its network as dwa-fast does; make it again with dwa-fast squeeze")
+    info = TeacherInfo(**described)
+    try:
+        info = _checked_data(info)
+        check_architecture("architecture", info.architecture)
+        for name, most in (("classes", _MOST_CLASSES), ("channels", 3), ("size", _MOST_PIXELS)):
+            check_integer(name, getattr(info, name), 1)
+            check_real(name, getattr(info, name), 1, most)
+        if info.accuracy is not None:
+            check_real("accuracy", info.accuracy, 0, 100)
+    except InputError as error:
+        raise InputError(f"checkpoint {path} describes a network that cannot be: {error}") from error
+    return info
+
+
+def _checked_data(info: TeacherInfo) -> TeacherInfo:
+    """The description, if what it says about the data can be."""
+    names, mean, std = info.class_names, info.mean, info.std
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise InputError("class_names must be a list of different names")
+        if len(names) != info.classes:
+            raise InputError(f"it has {info.classes} classes and {len(names)} class_names")
+    if mean is None and std is None:
+        return info
+    if not all(isinstance(value, (list, tuple)) for value in (mean, std)):
+        raise InputError("mean and std must be lists of numbers")
+    normalisation = Normalisation(mean=tuple(mean or ()), std=tuple(std or ()))
+    if normalisation.channels != info.channels:
+        raise InputError(f"it has {info.channels} channels and {normalisation.channels} values of mean and std")
+    return replace(info, mean=normalisation.mean, std=normalisation.std)

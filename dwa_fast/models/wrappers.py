@@ -1,0 +1,118 @@
+"""Teachers without what training put around them, as copies, and the logits among what they give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from dwa_fast.errors import InputError, first_line
+from dwa_fast.models.modules import replace_layers
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_NAMED = {"ModelEma", "ModelEmaV2", "ModelEmaV3"}  # timm's averages of weights
+
+
+class Output(nn.Module):
+    """A teacher whose logits are one of several outputs."""
+
+    def __init__(self, teacher: nn.Module, output: str | int) -> None:
+        """Take one output of a teacher.
+
+        Args:
+            output: the name of an attribute or of a dictionary's entry ("logits"), or a place in a tuple (0).
+        """
+        super().__init__()
+        self.teacher, self.output = teacher, output
+
+    def forward(self, images: Tensor) -> Any:
+        """The output.
+
+        Raises:
+            InputError: the teacher gives no such output.
+        """
+        given = self.teacher(images)
+        try:
+            if isinstance(self.output, str) and not isinstance(given, Mapping):
+                return getattr(given, self.output)
+            return given[self.output]
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise InputError(f"teacher has no output {self.output!r}; it gives {described(given)}") from error
+
+
+def described(given: Any) -> str:
+    """What a teacher gave instead of logits, and how to take the logits out of it."""
+    if isinstance(given, Tensor):
+        flat = (
+            "; put nn.Flatten() behind it: nn.Sequential(teacher, nn.Flatten())" if given.shape[2:].numel() == 1 and given.dim() > 2 else ""
+        )
+        return f"shape {tuple(given.shape)}{flat}"
+    kind = type(given).__name__
+    if isinstance(given, Mapping):
+        names = list(map(str, given))
+        wanted = "logits" if "logits" in names else names[0] if names else ""
+        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; name the logits with output={wanted!r}" if names else "")
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return f"{kind} of {len(given)}; say which of them are the logits with output=0 (or 1, …)"
+    return kind + ("; name the logits with output='logits'" if isinstance(getattr(given, "logits", None), Tensor) else "")
+
+
+def unwrapped(teacher: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel, averages of weights and torch.compile, however they are nested."""
+    while True:
+        inner = _inner(teacher)
+        if inner is None:
+            return teacher
+        teacher = inner
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, _WRAPPERS) or type(module).__name__ in _NAMED:
+        inner = getattr(module, "module", None)
+        return inner if isinstance(inner, nn.Module) else getattr(module, "ema", None)
+    original = vars(module).get("_modules", {}).get("_orig_mod")
+    return original if isinstance(original, nn.Module) else None
+
+
+def copied(teacher: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy in eval mode on the device, without gradients and without wrappers in any place.
+
+    Raises:
+        InputError: the teacher cannot be copied: sharded, scripted, or with attributes that refuse.
+    """
+    module = unwrapped(teacher)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if hasattr(tensor, "full_tensor"):  # a DTensor
+            raise InputError(
+                f"teacher is sharded over processes ({name} is a {type(tensor).__name__}); gather its weights into a plain module"
+            )
+        if tensor.is_meta:
+            raise InputError(f"teacher has no values: {name} is on the meta device; load its weights first")
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(layer, "original_name", "")):
+            raise InputError(
+                f"BatchNorm layer {name!r} is scripted, so that its input cannot be taken; give the module before torch.jit.script"
+            )
+    try:
+        twin = copy.deepcopy(module, _computed_tensors(module))
+        twin.eval().to(device, dtype)
+    except Exception as error:  # of any kind: modules copy themselves
+        raise InputError(f"teacher cannot be copied ({first_line(error)}); give a plain module with its weights loaded") from error
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    replace_layers(twin, lambda layer: unwrapped(layer) if _inner(layer) is not None else None)
+    return twin
+
+
+def _computed_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Copies of the tensors that hooks compute from weights before each call (old weight norm, pruning), which deepcopy refuses."""
+    return {
+        id(value): value.detach().clone()
+        for layer in module.modules()
+        for value in vars(layer).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }

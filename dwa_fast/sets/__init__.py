@@ -1,0 +1,1 @@
+"""Distilled sets on disk: made batch by batch, resumed, verified, exchanged with other programs."""

@@ -1,0 +1,103 @@
+"""Checks a set against its manifest, file by file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
+from dwa_fast.errors import InputError
+from dwa_fast.io.files import below, checksum, is_left_over, is_temporary
+from dwa_fast.sets.journal import is_journal
+from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
+from dwa_fast.sets.preview import PREVIEW
+from dwa_fast.sets.store import IMAGE_NAME, read_manifest
+from dwa_fast.training.label_store import INDEX, LabelStore
+
+_EVENTS = "events.out.tfevents.*"  # TensorBoard's
+_THREADS = 8  # that read files
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """What is wrong with a set, a sentence each; nothing where it is complete and every file as it was written.
+
+    Raises:
+        InputError: the folder holds no manifest, or a damaged one.
+    """
+    folder = set_folder(folder)
+    manifest = read_manifest(folder)
+    if not manifest["complete"]:
+        yield "the set is not complete; the command that began it goes on with it"
+    images = {prefix(manifest) + name: wanted for name, wanted in manifest["images"].items()}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
+    yield from _loss_problems(folder, manifest["losses"])
+    known = {MANIFEST, LOSSES, PREVIEW, *images, *([NOTE] if prefix(manifest) else [])}
+    for name in _label_folders(folder, manifest):
+        try:
+            store = LabelStore(folder / name)
+        except InputError as error:
+            yield str(error)
+            continue
+        known |= {f"{name}/{file}" for file in store.files}
+        yield from (f"{name}: the soft labels of epoch {epoch} are missing or have changed" for epoch in store.missing)
+    yield from _extras(folder, manifest, known)
+
+
+def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
+    path = folder / name
+    if has_link(folder, name):
+        return f"{name} is or lies behind a symbolic link"
+    try:
+        if checksum(path) == wanted:
+            return None
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:  # no other: Pillow's EPS reader starts Ghostscript
+            image.load()
+            size = [len(image.getbands()), image.height, image.width]
+    except Exception:  # Pillow raises a dozen kinds for damaged files
+        return f"{name} has changed and is no whole image any more"
+    shape = settings.get("image_shape", size)
+    return f"{name} has changed" + (f" and has shape {size}, not {shape}" if size != shape else "")
+
+
+def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
+    if wanted and not (folder / LOSSES).is_file():
+        yield f"{LOSSES} is missing"
+        return
+    texts = read_losses(folder)
+    for number, text_digest in wanted.items():
+        if int(number) not in texts:
+            yield f"{LOSSES} has no lines of batch {number}"
+        elif digest(texts[int(number)]) != text_digest:
+            yield f"{LOSSES}: the lines of batch {number} have changed"
+    extra = sorted(texts.keys() - set(map(int, wanted)))
+    if extra:
+        yield f"{LOSSES} has lines of batch {extra[0]}, which the manifest does not name"
+
+
+def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the folders of soft labels beside the images; of the earlier layout none, where they would be class folders."""
+    names = [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}"))] if prefix(manifest) else []
+    return [name for name in names if name != IMAGES and not has_link(folder, f"{name}/{INDEX}")]
+
+
+def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
+    """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
+    start = os.path.join(folder, "")
+    for entry in below(start):
+        path, name = Path(entry.path), entry.path[len(start) :]
+        unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
+        if is_left_over(path):
+            yield f"{name} is left over from a process that died"
+        elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):
+            yield f"{name} does not belong to the set"

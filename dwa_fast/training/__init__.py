@@ -1,0 +1,1 @@
+"""Trainings of teachers and students: squeeze, validate, relabel."""

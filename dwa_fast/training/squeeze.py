@@ -1,0 +1,72 @@
+"""Squeeze: train the teacher on the real images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwa_fast.config import SqueezeConfig
+from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.loader import Lesson, Lessons, Pixels, RandomDraws
+from dwa_fast.threads import THREADS, threads_of
+from dwa_fast.training.fit import Progress, check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
+from dwa_fast.training.state import TrainingState, image_digest
+
+
+def squeeze(
+    data: ImageSet,
+    architecture: str,
+    config: SqueezeConfig,
+    *,
+    size: int,
+    device: str | torch.device,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
+) -> nn.Module:
+    """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
+
+    Args:
+        architecture: a name of `architectures.ARCHITECTURES`.
+        size: height and width of the images, pixels.
+        progress: called with the steps done and the steps in all.
+        keep: file for the state between epochs; the same call goes on from it, with its CPU threads, to the same bits. Whoever has saved
+            the teacher removes it.
+    Raises:
+        InputError: the file holds the state of a training with other settings, a set image cannot be read, a label is not the number of a
+            class, a batch of one image is too small for the architecture, or the training diverges.
+    """
+    device = torch.device(device)
+    check_set(data, "training images")
+    precision = resolve_precision(config.precision, device)
+    model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device)
+    check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
+    )
+    lessons = Lessons(Pixels(data, device, config.memory_limit), RandomDraws(data, config, seed=seed, purpose="squeeze"), config)
+    settings = {**asdict(config), "architecture": architecture, "size": size, "seed": seed, "precision": precision, "device": device.type}
+    settings[THREADS] = threads_of(device)
+    del settings["memory_limit"]  # changes where the images wait, not what they are
+
+    def loss(lesson: Lesson) -> Tensor:
+        return F.cross_entropy(predict(model, lesson.images, precision), lesson.labels)
+
+    fit(
+        model,
+        optimizer,
+        lessons,
+        loss,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        seed=seed,
+        remedy=lambda: remedy(config, precision),
+        state=TrainingState(Path(keep), settings | {"real_images": image_digest(data)}) if keep else None,
+        progress=progress,
+    )
+    return model.eval()

@@ -1,0 +1,111 @@
+"""benchmarks/bench_operators.py: the shapes are the networks' own, every operator can be measured, and wrong numbers are not timed."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from dwa_fast.engine.backend import Operators
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    return importlib.import_module("bench_operators")
+
+
+@pytest.fixture
+def networks(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("operator_cases")
+
+
+class Stopped:
+    """Stands for pytest-benchmark's fixture when it is disabled: the call runs once."""
+
+    stats = None
+
+    def __init__(self) -> None:
+        self.ran = 0
+
+    def pedantic(self, target: Any, *, setup: Any, rounds: int) -> None:
+        setup()
+        target()
+        self.ran += 1
+
+
+def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
+    """ResNet-18 has a stem, eight blocks of two layers, and three strided skips."""
+    workload = networks.harness.WORKLOADS["cifar100-resnet18"]
+    found = networks.layers(networks.Network(workload, 18, CPU))
+    kinds = [(layer.skip, layer.activation) for layer in found]
+    assert [kinds.count(kind) for kind in ((False, "relu"), (True, "relu"), (False, "none"))] == [9, 8, 3]
+    assert {layer.shape[1:] for layer in found} == {(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)}
+    assert {layer.shape[0] for layer in found if layer.shape[1] == 512} == {workload.batch}
+    inputs = networks._inputs_of_layers(networks.Network(workload, 18, CPU))
+    assert [layer.shape[1:] for layer in inputs] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert not any(layer.skip or layer.activation != "none" for layer in inputs)
+
+
+@pytest.fixture
+def small(networks: ModuleType) -> list[Any]:
+    """Every operator once, on something small."""
+    subjects = {
+        networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
+        networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
+        networks._pooled: networks.Layer((2, 20, 5, 3), False, False),
+        networks._all_layers: networks.Layers("small", (3, 8), (50, 20)),
+        networks._images: networks.Images((2, 3, 12, 12), "imagenet"),
+        networks._weights: networks.Weights("small", 1000),
+    }
+    return [networks.Case(each, subjects[each.subjects], precision) for each in networks.OPERATORS for precision in each.precisions]
+
+
+def test_every_operator_is_measured(bench: ModuleType, small: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_MAX_COPIES", 2)
+    for case in small:
+        benchmark = Stopped()
+        for implementation in ("plain", "fused"):
+            bench.test_operator(benchmark, case, [], implementation, CPU, 1.0)
+        assert benchmark.ran == 2, case
+
+
+def test_traffic(bench: ModuleType, small: list[Any]) -> None:
+    """Bytes that have to be moved, added up by hand."""
+    features, images = 2 * 20 * 5 * 3, 2 * 3 * 12 * 12
+    bits, vectors, matching = (features + 7) // 8, 6 * 20 * 4, 3 * 11 * 4 + 2 * 11 * 4 + (3 + 2) * 8 + 2 * 4
+    wanted = {
+        ("bn_act", "fp32"): 3 * 4 * features + bits + vectors,
+        ("bn_act", "bf16"): 3 * 2 * features + bits + vectors,
+        ("bn_act backward", "bf16"): 4 * 2 * features + bits + vectors,
+        ("bn_act backward, ascent", "fp32"): 4 * 4 * features + bits + vectors,
+        ("mean_pool backward", "bf16"): 2 * features + 2 * 2 * 20 * 2 * 1,
+        ("moments", "bf16"): 2 * features + vectors // 2,
+        ("moments backward", "fp32"): 2 * 4 * features + vectors // 2,
+        ("matching_loss, both ways", "fp32"): matching,
+        ("view adjoint", "bf16"): (2 + 4) * images,
+        ("adam_clip_", "fp32"): 7 * 4 * images,
+        ("view_adam_clip_", "bf16"): (2 + 6 * 4) * images,
+        ("ascend_", "fp32"): 16_000,
+        ("ascend_", "bf16"): 18_000,
+    }
+    found = {(case.operator.name, case.precision): case.operator.traffic(case.inputs(CPU)) for case in small}
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_wrong_numbers_are_not_timed(bench: ModuleType, small: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        z, sums = Operators("plain").bn_act(*arguments)
+        return z * 1.001, sums
+
+    monkeypatch.setattr(bench, "implementations", lambda *_: Operators("wrong", bn_act=wrong))
+    benchmark = Stopped()
+    with pytest.raises(AssertionError, match="not timed"):
+        bench.test_operator(benchmark, small[0], [], "fused", CPU, 1.0)
+    assert benchmark.ran == 0

@@ -1,0 +1,279 @@
+"""The commands as a person types them: help, exit codes, one sentence on bad input, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dwa_fast.commands.cli import run
+from dwa_fast.io.files import checksum
+from dwa_fast.models.architectures import ARCHITECTURES, build
+from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.report import published
+from dwa_fast.report.records import read_record
+from dwa_fast.sets.store import read_manifest
+from dwa_fast.sets.verify import problems
+from tests.nets import SIZE, small_teacher
+
+QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quickly squeezed teacher of digits at 8 pixels."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    assert run(["squeeze", "--recipe", "digits", "--output", str(path), "--size", str(SIZE), "--epochs", "2", "--padding", "1"]) == 0
+    return path
+
+
+def synthesize(teacher: Path, output: Path, *more: str) -> int:
+    return run(["synthesize", "--recipe", "digits", "--teacher", str(teacher), "--output", str(output), "--ipc", "2", *QUICK, *more])
+
+
+def usage_error(arguments: Sequence[str]) -> int:
+    """Exit code of a command line that the parser refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run(arguments)
+    return int(stop.value.code or 0)
+
+
+def test_squeeze_synthesize_validate(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert synthesize(teacher, tmp_path / "set") == 0
+    assert f"{tmp_path / 'set'}: 20 images" in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "set")
+    assert manifest["settings"]["teacher"] == checksum(teacher)
+    assert (manifest["settings"]["recipe"], manifest["settings"]["method"]) == ("digits", "dwa")
+    arguments = ["validate", "--recipe", "digits", "--teacher", str(teacher), "--images", str(tmp_path / "set"), "--size", str(SIZE)]
+    quick = ["--epochs", "2", "--padding", "1", "--students", "2", "--ipc", "1", "--output", str(tmp_path / "out")]
+    assert run([*arguments, *quick]) == 0
+    record = read_record(tmp_path / "out" / "record.json")
+    (cell,) = record.data["cells"]
+    assert (cell["recipe"], cell["method"], cell["student"], cell["ipc"]) == ("digits", "dwa", "small-resnet", 1)
+    assert len(cell["accuracies"]) == 2
+    monkeypatch.setitem(published._DWA, ("digits", "small-resnet", 1), 50.0)  # as if the paper had it
+    beside = published.beside_published(record)
+    assert beside
+    assert beside.note.endswith("differ from what was published in: batch_size, epochs, iterations, padding, size, steps.")
+    assert re.search(rf"small-resnet: {cell['mean']:.2f} ± \d+\.\d\d % top-1, 2 students", capsys.readouterr().out)
+    assert run([*arguments, *quick]) == 0  # nothing is trained again
+    assert read_record(tmp_path / "out" / "record.json").data == record.data
+    assert run([*arguments, *quick, "--temperature", "3"]) == 1
+    assert "other settings (temperature was 20.0, is 3.0); choose another folder" in capsys.readouterr().err
+
+
+def test_second_run_says_that_all_is_there(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthesize(teacher, tmp_path)
+    capsys.readouterr()
+    assert synthesize(teacher, tmp_path) == 0
+    assert "20 images, 0 of them made now" in capsys.readouterr().out
+
+
+def test_method_changes_the_defaults(teacher: Path, tmp_path: Path) -> None:
+    assert synthesize(teacher, tmp_path, "--method", "sre2l") == 0
+    settings = read_manifest(tmp_path)["settings"]
+    assert (settings["initial"], settings["rho"], settings["lambda_var"]) == ("noise", 0.0, 0.01)
+
+
+def test_bare_state_dict_is_taken_for_the_recipe_architecture(tmp_path: Path) -> None:
+    torch.save({"state_dict": build("small-resnet", classes=10, channels=1).state_dict()}, tmp_path / "bare.pt")
+    assert synthesize(tmp_path / "bare.pt", tmp_path / "set") == 0
+
+
+def test_own_image_folder(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label, name in enumerate(("cat", "dog", "eel")):
+            for index in range(4):
+                path = tmp_path / "data" / split / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 30), (80 * label, 20 * index, 99)).save(path)
+    common = ["--recipe", "folder", "--data", str(tmp_path / "data"), "--size", "32"]
+    small = ["--epochs", "1", "--batch-size", "4"]
+    teacher, output = tmp_path / "t.pt", tmp_path / "set"
+    assert run(["squeeze", *common, "--architecture", "convnet128", "--output", str(teacher), *small]) == 0
+    assert run(["synthesize", *common, "--teacher", str(teacher), "--output", str(output), "--ipc", "2", "--iterations", "2"]) == 0
+    validate = ["validate", *common, "--teacher", str(teacher), "--images", str(output), "--student", "convnet128", "--students", "1"]
+    assert run([*validate, *small]) == 0
+    assert read_manifest(output)["class_names"] == ["cat", "dog", "eel"]
+
+
+def test_bad_images_stop_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the real images, the held-out ones and the set; a set with names of its own."""
+    for folder in ("data/train", "data/test", "set"):
+        for name in ("cat", "dog"):
+            for index in range(3):
+                path = tmp_path / folder / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), (80 * index, 20, 99)).save(path)
+        (tmp_path / folder / "dog" / "1.png").write_bytes(b"\x89PNG")
+    common = ["--recipe", "folder", "--data", str(tmp_path / "data"), "--size", "32", "--epochs", "1", "--batch-size", "4"]
+    squeeze = ["squeeze", *common, "--architecture", "convnet128", "--output", str(tmp_path / "t.pt")]
+    validate = ["validate", *common, "--teacher", str(tmp_path / "t.pt"), "--images", str(tmp_path / "set"), "--student", "convnet128"]
+    for command in (squeeze, [*validate, "--students", "1", "--ipc", "2"]):
+        assert run(command) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"dog/1\.png is no image that can be read: .*; with --skip-bad-images it is left out", error)
+        assert run([*command, "--skip-bad-images"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("skipped 1 image that cannot be read:\n  dog/1.png: ") == 2
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "recipe": (["synthesize", "--recipe", "mnist"], "unknown recipe 'mnist'; known: digits, cifar10, cifar100, tiny, imagenet, folder"),
+    "method": (["synthesize", "--recipe", "digits", "--method", "x"], "unknown method 'x'; known: dwa, sre2l,"),
+    "rho": (["synthesize", "--recipe", "digits", "--rho", "-1"], "rho must be a finite number of at least 0, got -1.0"),
+    "steps": (["synthesize", "--recipe", "digits", "--steps", "0"], "steps must be an integer of at least 1, got 0"),
+    "T": (["synthesize", "--recipe", "digits", "--iterations", "0"], "iterations must be an integer of at least 1, got 0"),
+    "batch": (["synthesize", "--recipe", "digits", "--batch-size", "0"], "batch_size must be an integer of at least 1, got 0"),
+    "ipc": (["synthesize", "--recipe", "digits", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
+    "device": (["synthesize", "--recipe", "digits", "--device", "tpu"], "unknown device 'tpu'"),
+    "precision": (["synthesize", "--recipe", "digits", "--precision", "fp16"], "precision 'fp16' is not offered by back-end"),
+    "data": (["synthesize", "--recipe", "cifar10"], "data of layout 'cifar10' lie in a folder; name it with --data"),
+    "no CIFAR": (["synthesize", "--recipe", "cifar10", "--data", "."], "or pass --download to fetch the first"),
+    "folder": (["synthesize", "--recipe", "imagenet", "--data", "nowhere"], "nowhere is not a folder"),
+    "images": (["validate", "--recipe", "digits", "--images", "nowhere"], "nowhere is not a folder"),
+    "epochs": (["squeeze", "--recipe", "digits", "--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
+    "architecture": (["squeeze", "--recipe", "digits", "--architecture", "vit"], "unknown architecture 'vit'; known: resnet18, "),
+    "demo ipc": (["demo", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
+    "demo method": (["demo", "--methods", "mtt"], "unknown method 'mtt'; known: real, sre2l, cda, real-start,"),
+    "threads": (
+        ["synthesize", "--recipe", "digits", "--size", str(SIZE), "--threads", "0"],
+        "threads must be an integer of at least 1, got 0",
+    ),
+    "no set": (["verify", "nowhere"], "nowhere holds no manifest.json; it is not a set written by dwa-fast"),
+    "info": (["info", "--teacher", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_sentence(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if arguments[0] in ("synthesize", "validate"):
+        arguments = [*arguments, "--teacher", str(teacher)]
+    if arguments[0] not in ("info", "validate", "verify"):
+        arguments = [*arguments, "--output", str(tmp_path / "out")]
+    assert run(arguments) == 1
+    output = capsys.readouterr()
+    errors = [line for line in output.err.splitlines() if line.startswith("dwa-fast: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize("damage", [b"", b"hello"])
+def test_bad_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes) -> None:
+    (tmp_path / "t.pt").write_bytes(damage)
+    assert synthesize(tmp_path / "t.pt", tmp_path / "set") == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+def test_unwritable_output(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert synthesize(teacher, tmp_path / "file" / "set") == 1
+    assert "dwa-fast: cannot write to" in capsys.readouterr().err
+    assert run(["squeeze", "--recipe", "digits", "--output", str(tmp_path / "file" / "t.pt")]) == 1
+
+
+def test_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_teacher(tmp_path / "t.pt", small_teacher(), TeacherInfo(architecture="small-resnet", classes=7, channels=1, size=SIZE))
+    assert synthesize(tmp_path / "t.pt", tmp_path / "set") == 1
+    assert "knows 7 classes, the data have 10" in capsys.readouterr().err
+
+
+def test_existing_teacher_is_not_overwritten(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = checksum(teacher)
+    assert run(["squeeze", "--recipe", "digits", "--output", str(teacher)]) == 1
+    assert "exists; choose another name, or pass --overwrite" in capsys.readouterr().err
+    assert checksum(teacher) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["distil"], ["synthesize"], ["synthesize", "--recipe", "digits", "--ipc", "two"], ["info", "-x"]]
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert usage_error(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "diversity", "incremental", "verify", "info"],
+)
+def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    described = re.sub(r"[│╭╮╰╯─\n]", " ", text)
+    assert "usage: dwa-fast" in text
+    for flag in re.findall(r"^│ (--[a-z-]+)", text, flags=re.MULTILINE):
+        sentence = described.split(f" {flag}", 1)[1][:400]
+        assert re.search(r"[A-Zρλ][^.]{8,}\.", sentence), f"{command} {flag} is not explained"
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error(["synthesize", "--recipe", "tiny", "--help"])
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "--learning-rate FLOAT Adam's first learning rate, above 0; falls to 0 on a cosine. (default: 0.1)" in text
+
+
+@pytest.mark.parametrize(("command", "flag"), [("squeeze", "--architecture"), ("validate", "--student")])
+def test_help_names_every_architecture(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error([command, "--recipe", "digits", "--help"])
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert f"One of {', '.join(ARCHITECTURES)}." in text.split(f" {flag} ", 1)[1]
+
+
+def test_info_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["auto"]["backend"] in content["back-ends"]
+    assert run(["info"]) == 0
+    assert "back-ends" in capsys.readouterr().out
+
+
+def test_info_describes_a_teacher(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "--json", "--teacher", str(teacher)]) == 0
+    described = json.loads(capsys.readouterr().out)["teacher"]
+    assert described["architecture"] == "small-resnet"
+    assert described["accuracy"] > 50
+    assert described["traced"]
+    assert described["fused"]["stem.1"] == "BatchNorm + ReLU"
+    assert described["fused"]["blocks.1.bn2"] == "BatchNorm + addition + ReLU"
+
+
+def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> None:
+    """A real interrupt in the middle of a run: whole images, exit code 130, and the same bytes in the end."""
+    command = [sys.executable, "-m", "dwa_fast", "synthesize", "--recipe", "digits", "--teacher", str(teacher), "--ipc", "6"]
+    quick = ["--size", str(SIZE), "--iterations", "150", "--batch-size", "5"]  # seconds in all, so that the signal comes in the middle
+    folder = tmp_path / "set"
+    process = subprocess.Popen([*command, "--output", str(folder), *quick], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+
+    def second_batch_begun() -> bool:  # so that the first one is in the manifest
+        return len(list(folder.glob("images/new*/*.png"))) > 5
+
+    while time.monotonic() < deadline and process.poll() is None and not second_batch_begun():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped; everything finished so far is kept" in errors
+    assert "Traceback" not in errors
+    assert not read_manifest(folder)["complete"]
+    assert list(problems(folder)) == ["the set is not complete; the command that began it goes on with it"]
+    assert 5 <= len(list(folder.glob("images/new*/*.png"))) < 60
+    assert run([*command[3:], "--output", str(folder), *quick]) == 0
+    assert run([*command[3:], "--output", str(tmp_path / "whole"), *quick]) == 0
+    assert read_manifest(folder)["images"] == read_manifest(tmp_path / "whole")["images"]

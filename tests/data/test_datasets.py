@@ -1,0 +1,319 @@
+"""Loaders, each on small files in the real format."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from dwa_fast import InputError, recipe
+from dwa_fast.config import DataConfig
+from dwa_fast.data.datasets import denormalise, digits, image_folder, load, normalise
+from dwa_fast.recipes import full_recipe
+
+FOLDER = DataConfig(layout="folder", size=8)
+
+
+def write_image(path: Path, colour: int | tuple[int, ...] = (255, 0, 51), size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+
+
+def test_digits_are_split_by_class_without_overlap() -> None:
+    train, test = digits("train", 16), digits("test", 16)
+    assert (len(train.labels), len(test.labels)) == (1347, 450)
+    assert test.labels.bincount().min() >= 43
+    assert train.pixels.shape == (1347, 1, 16, 16)
+    both = torch.cat([train.pixels, test.pixels]).flatten(1)
+    assert len(both.unique(dim=0)) > 1790  # a digit that stood in both halves would be missing here
+    images = normalise(train.load(range(1347)), recipe("digits"))
+    assert abs(float(images.mean())) < 0.01
+    assert abs(float(images.std()) - 1) < 0.01
+
+
+def test_normalise_and_back() -> None:
+    pixels = torch.rand(2, 3, 4, 4)
+    images = normalise(pixels, recipe("cifar10"))
+    assert torch.allclose(images[:, 1], (pixels[:, 1] - 0.4822) / 0.1994)
+    assert torch.allclose(denormalise(images, recipe("cifar10")), pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, classes: int) -> None:
+    kind: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[layout]
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+
+    def store(name: str, content: dict[str, Any]) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    rows = np.arange(4 * 3072, dtype=np.int64).reshape(4, 3072) % 251
+    batch = {"data": rows.astype(np.uint8), "labels" if classes == 10 else "fine_labels": [0, 1, classes - 1, 1]}
+    monkeypatch.setattr(kind, "train_list", [store("train", batch)])
+    monkeypatch.setattr(kind, "test_list", [store("test", batch)])
+    name, checksum = store("meta", {kind.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "filename": name, "md5": checksum})
+    data = load(DataConfig(layout=layout, size=32, classes=classes), tmp_path, "train")
+    assert data.labels.tolist() == [0, 1, classes - 1, 1]
+    assert data.load([2]).shape == (1, 3, 32, 32)
+    assert float(data.load([2])[0, 1, 0, 2]) == pytest.approx(rows[2, 1024 + 2] / 255)
+    (folder / "train").write_bytes(b"damaged")
+    with pytest.raises(
+        InputError, match=r"holds neither an intact .* nor folders train and test .*, or pass --download to fetch the first"
+    ):
+        load(DataConfig(layout=layout, size=32), tmp_path, "train")
+
+
+def test_image_folder_is_sorted_resized_and_cropped(tmp_path: Path) -> None:
+    write_image(tmp_path / "zebra" / "b.png", size=(20, 10))
+    write_image(tmp_path / "zebra" / "a.JPEG", size=(8, 8))
+    write_image(tmp_path / "ant" / "deep" / "x.png", 128)
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    data = load(FOLDER, tmp_path, "train")
+    assert data.class_names == ["ant", "zebra"]
+    assert data.labels.tolist() == [0, 1, 1]
+    pixels = data.load([0, 2])
+    assert pixels.shape == (2, 3, 8, 8)
+    assert pixels[0].unique().tolist() == pytest.approx([128 / 255])
+    assert pixels[1].flatten(1).mean(1).tolist() == pytest.approx([1, 0, 0.2], abs=0.01)
+    assert load(FOLDER, tmp_path, "train", channels=1).load([0]).shape == (1, 1, 8, 8)
+
+
+def test_train_and_val_folders(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "n01" / "a.png")
+    write_image(tmp_path / "val" / "n01" / "a.png", (0, 0, 0))
+    assert load(FOLDER, tmp_path, "train").load([0]).max() == 1
+    assert load(FOLDER, tmp_path, "test").load([0]).max() == 0
+
+
+def test_imagenet_layout(tmp_path: Path) -> None:
+    """Real details: .JPEG in capitals, a CMYK file, a grey one, a PNG under another name, lists beside the folders, bare test images."""
+    train = tmp_path / "train"
+    write_image(train / "n01440764" / "n01440764_10026.JPEG", size=(50, 37))
+    write_image(train / "n01440764" / "n01440764_9.JPEG", 128, size=(9, 31))
+    (train / "n02105855").mkdir()
+    Image.new("CMYK", (40, 30), (0, 255, 51, 20)).save(train / "n02105855" / "n02105855_1.JPEG", format="JPEG", quality=100)
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(train / "n02105855" / "n02105855_2933.JPEG", format="PNG")
+    (train / "LOC_train_solution.csv").write_text("")
+    write_image(tmp_path / "val" / "n01440764" / "ILSVRC2012_val_00000293.JPEG", (0, 0, 0))
+    write_image(tmp_path / "val" / "n02105855" / "ILSVRC2012_val_00000001.JPEG")
+    write_image(tmp_path / "test" / "ILSVRC2012_test_00000001.JPEG")
+    data = load(FOLDER, tmp_path, "train")
+    assert data.class_names == ["n01440764", "n02105855"]
+    assert [data.name(index) for index in (0, 3)] == ["n01440764/n01440764_10026.JPEG", "n02105855/n02105855_2933.JPEG"]
+    colours = (data.load(range(4)).flatten(2).mean(2) * 255).round().int().tolist()
+    assert colours == [[254, 0, 50], [128, 128, 128], [235, 0, 188], [1, 2, 3]]
+    test = load(FOLDER, tmp_path, "test")
+    assert test.labels.tolist() == [0, 1]
+    assert test.load([0]).max() == 0
+
+
+def test_tiny_imagenet_layout(tmp_path: Path) -> None:
+    """Real details: images one folder further down, boxes beside them, lists of names, and test images without labels."""
+    for name in ("n02", "n01"):
+        write_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG", size=(64, 64))
+        (tmp_path / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t62\n")
+    for name, colour in (("val_0.JPEG", (0, 0, 0)), ("val_1.JPEG", (255, 255, 255))):
+        write_image(tmp_path / "val" / "images" / name, colour, size=(64, 64))
+    write_image(tmp_path / "test" / "images" / "test_0.JPEG")
+    for name in ("wnids.txt", "words.txt"):
+        (tmp_path / name).write_text("n02\nn01\n")
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text("val_0.JPEG\tn02\t0\t0\t62\t62\nval_1.JPEG\tn01\t0\t0\t62\t62\n")
+    config = DataConfig(layout="tiny", size=64)
+    train = load(config, tmp_path, "train")
+    assert train.class_names == ["n01", "n02"]
+    assert [train.name(index) for index in range(2)] == ["n01/images/n01_0.JPEG", "n02/images/n02_0.JPEG"]
+    test = load(config, tmp_path, "test")
+    assert test.labels.tolist() == [1, 0]
+    assert test.load([1]).min() == 1
+    table.write_text("val_0.JPEG\tn99\t0\t0\t62\t62\n")
+    with pytest.raises(InputError, match=r"val_annotations.txt names class 'n99', which has no folder in"):
+        load(config, tmp_path, "test")
+
+
+def test_tiny_imagenet_sorted_into_class_folders(tmp_path: Path) -> None:
+    """As many scripts leave it: no table, and the held-out images in folders as the others."""
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            write_image(tmp_path / split / name / "images" / "0.JPEG")
+    write_image(tmp_path / "test" / "images" / "test_0.JPEG")
+    assert load(DataConfig(layout="tiny", size=8), tmp_path, "test").labels.tolist() == [0, 1]
+
+
+def test_first_images_of_each_class(tmp_path: Path) -> None:
+    for index in range(3):
+        write_image(tmp_path / "a" / f"{index}.png", index * 100)
+    data = image_folder(tmp_path, 8, 1, per_class=2)
+    assert data.files == ["a/0.png", "a/1.png"]
+    with pytest.raises(InputError, match="has 3 images, wanted at least 4"):
+        image_folder(tmp_path, 8, 1, per_class=4)
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder; wanted one with a sub-folder of images per class"):
+        load(FOLDER, tmp_path / "nowhere", "train")
+    with pytest.raises(InputError, match="has no class folders"):
+        load(FOLDER, tmp_path, "train")
+    write_image(tmp_path / "full" / "a.png")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(InputError, match=r"class folder .*hollow has 0 images, wanted some"):
+        load(FOLDER, tmp_path, "train")
+    with pytest.raises(InputError, match="has no 'val' or 'test' folder with the held-out images"):
+        load(FOLDER, tmp_path, "test")
+    with pytest.raises(InputError, match="lie in a folder; name it with --data"):
+        load(FOLDER, None, "train")
+    (tmp_path / "hollow").rmdir()
+    with pytest.raises(InputError, match="has 1 classes, wanted 1000"):
+        load(DataConfig(layout="folder", size=8, classes=1000), tmp_path, "train")
+    with pytest.raises(InputError, match="cifar10 images are 32 pixels wide, got size 16"):
+        load(DataConfig(layout="cifar10", size=16), tmp_path, "train")
+
+
+def test_a_share_of_the_training_images_is_held_out_in_place_of_the_test_images(tmp_path: Path) -> None:
+    """Class by class, the same ones every time, and never a test image."""
+    config = DataConfig(layout="digits", size=8, held_out_share=0.2)
+    train, held_out, whole = load(config, None, "train"), load(config, None, "test"), load(replace(config, held_out_share=0), None, "train")
+    counts = whole.labels.bincount()
+    assert held_out.labels.bincount().tolist() == (0.2 * counts).round().to(torch.int64).tolist()
+    assert (train.labels.bincount() + held_out.labels.bincount()).tolist() == counts.tolist()
+    parts = [row.tobytes() for data in (train, held_out) for row in data.load(range(len(data.labels))).numpy()]
+    assert sorted(parts) == sorted(row.tobytes() for row in whole.load(range(len(whole.labels))).numpy())
+    assert torch.equal(load(config, None, "test").labels, held_out.labels)
+
+    for name in ("cat", "dog"):
+        for index in range(4):
+            write_image(tmp_path / "train" / name / f"{index}.png", index)
+    files = [load(replace(FOLDER, held_out_share=0.25), tmp_path, "train"), load(replace(FOLDER, held_out_share=0.25), tmp_path, "test")]
+    assert [len(data.labels) for data in files] == [6, 2]
+    names = [data.name(index) for data in files for index in range(len(data.labels))]
+    assert sorted(names) == [f"{name}/{index}.png" for name in ("cat", "dog") for index in range(4)]
+    with pytest.raises(InputError, match=r"class 'cat' has 4 training images, of which a share of 0\.1 cannot be held out"):
+        load(replace(FOLDER, held_out_share=0.1), tmp_path, "train")
+
+
+def classes(folder: Path, *names: str) -> None:
+    """A class folder each, with an image whose level says which."""
+    for number, name in enumerate(names):
+        write_image(folder / name / "0.png", (20 * number, 0, 0))
+
+
+def test_held_out_images_are_numbered_by_the_training_images(tmp_path: Path) -> None:
+    classes(tmp_path / "train", "airplane", "dog", "truck")
+    classes(tmp_path / "val", "dog", "truck", "zebra")
+    message = r"val has class folders that .*train lacks: zebra, and it lacks airplane; training and held-out images must be of the same"
+    for split in ("train", "test"):
+        with pytest.raises(InputError, match=message):
+            load(FOLDER, tmp_path, split)  # type: ignore[arg-type]
+    load(replace(FOLDER, held_out_share=0.5), _with_two_each(tmp_path), "train")  # val is not used
+    (tmp_path / "val" / "zebra").rename(tmp_path / "val" / ".zebra")
+    with pytest.raises(InputError, match=r"^\S*val lacks airplane; training"):
+        load(FOLDER, tmp_path, "test")
+    classes(tmp_path / "val", "airplane")
+    assert load(FOLDER, tmp_path, "test").class_names == ["airplane", "dog", "truck"]
+    classes(tmp_path / "test", "dog")
+    with pytest.raises(InputError, match=r"test lacks airplane, truck"):
+        load(FOLDER, tmp_path, "train")
+
+
+def _with_two_each(folder: Path) -> Path:
+    for path in list((folder / "train").iterdir()):
+        write_image(path / "1.png")
+    return folder
+
+
+def test_numbers_padded_in_one_split_alone_are_the_same_classes(tmp_path: Path) -> None:
+    """Sorted as text they are 00, 01, …, 10 and 0, 1, 10, 2, …: each split by itself would number them otherwise."""
+    classes(tmp_path / "train", *(f"{number:02d}" for number in range(11)))
+    classes(tmp_path / "val", *map(str, range(11)))
+    test = load(FOLDER, tmp_path, "test")
+    assert test.class_names == [f"{number:02d}" for number in range(11)]
+    levels = (test.load(range(11))[:, 0].mean((1, 2)) * 255).round().int()
+    assert (levels // 20).tolist() == test.labels.tolist()
+    assert load(FOLDER, tmp_path, "train").class_names == test.class_names
+    (tmp_path / "val" / "10").rename(tmp_path / "val" / "11")
+    with pytest.raises(InputError, match=r"train lacks: 0, 1, 11, 2, 3, … \(11 in all\), and it lacks 00"):
+        load(FOLDER, tmp_path, "test")
+
+
+def test_a_folder_of_held_out_images_is_no_class(tmp_path: Path) -> None:
+    classes(tmp_path, "cat", "dog")
+    write_image(tmp_path / "val" / "cat" / "0.png")
+    with pytest.raises(InputError, match="has a folder 'val', but no 'train' beside it"):
+        load(FOLDER, tmp_path, "train")
+    assert load(FOLDER, tmp_path, "test").class_names == ["cat"]
+
+
+def test_tiny_imagenet_of_other_classes(tmp_path: Path) -> None:
+    config = DataConfig(layout="tiny", size=8)
+    classes(tmp_path / "train", "n01", "n02")
+    write_image(tmp_path / "val" / "images" / "0.png")
+    (tmp_path / "val" / "val_annotations.txt").write_text("0.png\tn02\t0\n")
+    for split in ("train", "test"):
+        with pytest.raises(InputError, match="names no image of class 'n01', which has a folder in"):
+            load(config, tmp_path, split)  # type: ignore[arg-type]
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert load(config, tmp_path, "test").class_names == ["n02"]
+    (tmp_path / "val" / "val_annotations.txt").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "train")
+    classes(tmp_path / "val", "n02")
+    (tmp_path / "val" / "images").rename(tmp_path / "val" / "n03")
+    with pytest.raises(InputError, match=r"val has class folders that .*train lacks: n03, and it lacks n01"):
+        load(config, tmp_path, "test")
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    """macOS leaves ._0.png beside 0.png, Jupyter copies of images in .ipynb_checkpoints."""
+    classes(tmp_path, "cat")
+    for name in ("._0.png", ".ipynb_checkpoints/0-checkpoint.png", "more/.1.png"):
+        (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_bytes(b"no image")
+    assert image_folder(tmp_path, 8).files == ["cat/0.png"]
+
+
+def test_files_sorted_by_number(tmp_path: Path) -> None:
+    for name in ("class0_id1000.png", "class0_id999.png", "class0_id101.png", "10.png", "9.png", "a.png"):
+        write_image(tmp_path / "new0" / name)
+    data = image_folder(tmp_path, 8, per_class=5, by_number=True)
+    assert data.files == [f"new0/{name}.png" for name in ("9", "10", "a", "class0_id101", "class0_id999")]
+
+
+@pytest.mark.parametrize("layout", ["cifar10", "cifar100"])
+def test_cifar_as_class_folders(tmp_path: Path, layout: Any) -> None:
+    for split in ("train", "test"):
+        classes(tmp_path / split, "airplane", "dog")
+    config = DataConfig(layout=layout, size=32, classes=2)
+    assert load(config, tmp_path, "test").class_names == ["airplane", "dog"]
+    with pytest.raises(InputError, match="has 2 classes, wanted 10"):
+        load(replace(config, classes=10), tmp_path, "train")
+
+
+def test_test_images_are_cut_as_torchvision_does(tmp_path: Path) -> None:
+    """Resize(256), CenterCrop(224) of the released program; training images keep all of their shorter side."""
+    from torchvision.transforms import v2
+
+    rows, columns = torch.arange(375)[:, None].expand(375, 500), torch.arange(500)[None].expand(375, 500)
+    gradient = np.stack([columns * 255 // 499, rows * 255 // 374, (rows + columns) * 255 // 873], 2).astype(np.uint8)
+    for split in ("train", "val"):
+        path = tmp_path / split / "cat" / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(gradient).save(path)
+    config = full_recipe("imagenet").data
+    assert (config.test_crop, config.test_resize) == (0.875, 256)
+    assert full_recipe("folder").data.test_resize == 224
+    one = replace(config, classes=None)
+    test, train = (load(one, tmp_path, split).load([0])[0] * 255 for split in ("test", "train"))  # type: ignore[arg-type]
+    wanted = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))
+    assert float((test - wanted).abs().max()) <= 1
+    whole = v2.Compose([v2.Resize(224), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))
+    assert float((train - whole).abs().max()) <= 1
+    assert float(test[0, 0, 0]) > float(train[0, 0, 0]) + 10  # x begins further inside

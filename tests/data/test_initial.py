@@ -1,0 +1,254 @@
+"""Initial images: drawn, in order, from tensor files or none; bad files named or skipped; a smaller ipc is the start of a larger one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dwa_fast import InputError, distill
+from dwa_fast.config import InitialConfig
+from dwa_fast.data.datasets import FileSet, MemorySet, image_folder, normalise
+from dwa_fast.data.initial import initial_images, read_tensor, sample
+from dwa_fast.io.files import checksum
+from dwa_fast.sets.store import read_manifest
+from tests.nets import SIZE, small_config, small_set, small_teacher
+
+CONFIG = small_config(iterations=2, batch_size=4)
+
+
+def write_files(folder: Path, classes: int = 10, count: int = 5) -> None:
+    """Class folders of grey squares, each of its own level."""
+    for label in range(classes):
+        (folder / f"c{label}").mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (SIZE, SIZE), 20 * label + number).save(folder / f"c{label}" / f"{number}.png")
+
+
+def files(folder: Path) -> FileSet:
+    return image_folder(folder, SIZE, 1)
+
+
+def levels(images: Tensor) -> list[int]:
+    """The grey level of each square."""
+    return (images[:, 0, 0, 0] * CONFIG.std[0] + CONFIG.mean[0]).mul(255).round().int().tolist()
+
+
+def chosen(data: FileSet, ipc: int, *, seed: int = 0, **settings: Any) -> tuple[list[list[int]], dict[str, str]]:
+    """Levels of the initial images, index by index, and what was skipped."""
+    start = initial_images(data, CONFIG, InitialConfig(**settings), ipc=ipc, seed=seed)
+    classes = range(len(data.class_names))
+    return [levels(start.load(classes, index)) for index in range(ipc)], start.skipped
+
+
+def test_sampled_images_are_the_seeded_sample() -> None:
+    data = small_set()
+    start = initial_images(data, CONFIG, InitialConfig(), ipc=3, seed=1)
+    for index in (2, 0):
+        wanted = data.load([sample(data, label, 3, seed=1)[index] for label in (7, 2)])
+        assert torch.equal(start.load([7, 2], index), normalise(wanted, CONFIG))
+
+
+def test_sorted_images_are_the_first_of_each_class(tmp_path: Path) -> None:
+    write_files(tmp_path, classes=3)
+    assert chosen(files(tmp_path), 2, initial_order="sorted") == ([[0, 20, 40], [1, 21, 41]], {})
+    assert chosen(files(tmp_path), 2, initial_order="sorted", seed=9)[0] == [[0, 20, 40], [1, 21, 41]]
+    data = small_set()
+    start = initial_images(data, CONFIG, InitialConfig(initial_order="sorted"), ipc=2, seed=0)
+    assert torch.equal(start.load([0, 9], 1), normalise(data.load([1, 55]), CONFIG))
+
+
+@pytest.mark.parametrize("order", ["sampled", "sorted"])
+def test_a_smaller_ipc_is_the_start_of_a_larger_one(tmp_path: Path, order: str) -> None:
+    write_files(tmp_path, classes=3)
+    (tmp_path / "c1" / "0.png").write_bytes(b"")
+    settings: dict[str, Any] = {"initial_order": order, "skip_bad_images": True}
+    four, two = chosen(files(tmp_path), 4, **settings)[0], chosen(files(tmp_path), 2, **settings)[0]
+    assert four[:2] == two
+    assert sorted(row[1] for row in four) == [21, 22, 23, 24]
+
+
+def test_bad_image_is_named_with_the_flag_that_skips_it(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    (tmp_path / "c3" / "1.png").write_bytes(b"no image")
+    start = initial_images(files(tmp_path), CONFIG, InitialConfig(initial_order="sorted"), ipc=3, seed=0)
+    start.load([3], 0)
+    for _ in range(2):  # asked again it is still bad, and not passed over
+        with pytest.raises(InputError, match=r"c3/1\.png is no image that can be read: .*; with --skip-bad-images the next image"):
+            start.load(range(10), 1)
+
+
+def test_bad_image_before_the_one_asked_for_is_found(tmp_path: Path) -> None:
+    """Else the images of a set would depend on whether the flag was given before or after the first stop, and on who takes which item."""
+    write_files(tmp_path)
+    (tmp_path / "c3" / "1.png").write_bytes(b"no image")
+    start = initial_images(files(tmp_path), CONFIG, InitialConfig(initial_order="sorted"), ipc=3, seed=0)
+    with pytest.raises(InputError, match=r"c3/1\.png"):
+        start.load([3], 2)
+
+
+def test_skipped_images_do_not_depend_on_who_asks_when(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_files(tmp_path)
+    for name in ("c3/1.png", "c3/2.png", "c8/0.png"):
+        (tmp_path / name).write_bytes(b"")
+    whole, skipped = chosen(files(tmp_path), 3, initial_order="sorted", skip_bad_images=True)
+    assert [row[3] for row in whole] == [60, 63, 64]
+    assert [row[8] for row in whole] == [161, 162, 163]
+    assert skipped == dict.fromkeys(("c3/1.png", "c3/2.png", "c8/0.png"), "it is empty")
+    assert sorted(record.getMessage() for record in caplog.records) == [f"skipped {name}: it is empty" for name in sorted(skipped)]
+    other = initial_images(files(tmp_path), CONFIG, InitialConfig(initial_order="sorted", skip_bad_images=True), ipc=3, seed=0)
+    for index, labels in ((2, [8, 3]), (0, [3]), (1, [3, 8])):
+        assert levels(other.load(labels, index)) == [whole[index][label] for label in labels]
+
+
+def test_class_of_too_few_good_images(tmp_path: Path) -> None:
+    write_files(tmp_path, count=2)
+    (tmp_path / "c3" / "1.png").write_bytes(b"")
+    with pytest.raises(InputError, match="class 'c3' has 1 good images and 1 bad ones, but image 2 of it is asked for"):
+        chosen(files(tmp_path), 2, skip_bad_images=True, initial_order="sorted")
+    with pytest.raises(InputError, match="class 'c0' has 2 images, but ipc 3 needs as many initial ones"):
+        initial_images(files(tmp_path), CONFIG, InitialConfig(skip_bad_images=True), ipc=3, seed=0)
+
+
+def test_file_that_cannot_be_opened_is_never_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files or a lost network drive say nothing about the image; another worker might well read it."""
+    write_files(tmp_path)
+    data = files(tmp_path)
+    (tmp_path / "c0" / "0.png").unlink()
+    with pytest.raises(InputError, match=r"c0/0\.png cannot be read: No such file or directory$"):
+        chosen(data, 1, skip_bad_images=True, initial_order="sorted")
+
+
+def distil(data: FileSet | MemorySet, output: Path, ipc: int = 2, config: Any = CONFIG, **settings: Any) -> int:
+    return distill(small_teacher(), data, config, ipc=ipc, output=output, initial=InitialConfig(**settings))
+
+
+@pytest.mark.parametrize("label", [0, 3])
+def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path, label: int) -> None:
+    write_files(tmp_path / "data")
+    damaged = tmp_path / "data" / f"c{label}" / "0.png"
+    good = damaged.read_bytes()
+    damaged.write_bytes(b"")
+    settings: dict[str, Any] = {"initial_order": "sorted", "skip_bad_images": True}
+    distil(files(tmp_path / "data"), tmp_path / "whole", 2, **settings)
+    distil(files(tmp_path / "data"), tmp_path / "set", 1, **settings)
+    manifest = read_manifest(tmp_path / "set")
+    assert manifest["skipped"] == {f"c{label}/0.png": "it is empty"}
+    assert manifest["settings"]["initial_order"] == "sorted"
+    damaged.write_bytes(good)  # repaired in between: the set goes on as it began
+    distil(files(tmp_path / "data"), tmp_path / "set", 2, initial_order="sorted")
+    assert read_manifest(tmp_path / "set") == read_manifest(tmp_path / "whole")
+
+
+def test_flag_may_be_given_after_the_first_stop(tmp_path: Path) -> None:
+    write_files(tmp_path / "data")
+    (tmp_path / "data" / "c3" / "1.png").write_bytes(b"")
+    distil(files(tmp_path / "data"), tmp_path / "whole", initial_order="sorted", skip_bad_images=True)
+    with pytest.raises(InputError, match="--skip-bad-images"):
+        distil(files(tmp_path / "data"), tmp_path / "set", initial_order="sorted")
+    assert distil(files(tmp_path / "data"), tmp_path / "set", initial_order="sorted", skip_bad_images=True) == 20
+    assert read_manifest(tmp_path / "set") == read_manifest(tmp_path / "whole")
+
+
+def test_other_order_is_another_set(tmp_path: Path) -> None:
+    distil(small_set(), tmp_path)
+    with pytest.raises(InputError, match="initial_order was 'sampled', is 'sorted'"):
+        distil(small_set(), tmp_path, initial_order="sorted")
+
+
+def save_tensors(folder: Path, contents: Sequence[Any]) -> None:
+    for index, content in enumerate(contents):
+        torch.save(content, folder / f"tensor_{index}.pt")
+
+
+def test_tensors_are_taken_as_they_are(tmp_path: Path) -> None:
+    tensors = [torch.rand(10, 1, SIZE, SIZE, dtype=kind) for kind in (torch.float32, torch.float64)]
+    save_tensors(tmp_path, [tensors[0].requires_grad_(), tensors[1]])
+    start = initial_images(small_set(), CONFIG, InitialConfig(initial_tensors=tmp_path), ipc=2, seed=0)
+    for index, labels in ((1, [4, 5]), (0, [9]), (1, [0])):
+        assert torch.equal(start.load(labels, index), tensors[index][labels].detach().float())
+
+
+def test_tensors_give_the_same_set_as_the_images_that_they_hold(tmp_path: Path) -> None:
+    data = small_set()
+    start = initial_images(data, CONFIG, InitialConfig(), ipc=2, seed=0)
+    save_tensors(tmp_path, [start.load(range(10), index) for index in range(2)])
+    distil(data, tmp_path / "images")
+    distil(data, tmp_path / "tensors", initial_tensors=tmp_path)
+    images, tensors = read_manifest(tmp_path / "images"), read_manifest(tmp_path / "tensors")
+    assert images["images"] == tensors["images"]
+    assert tensors["settings"]["initial_tensors"] == checksum(tmp_path / "tensor_0.pt")
+    torch.save(start.load(range(10), 1), tmp_path / "tensor_0.pt")
+    with pytest.raises(InputError, match="made with other settings"):
+        distil(data, tmp_path / "tensors", initial_tensors=tmp_path)
+
+
+SHAPE = (10, 1, SIZE, SIZE)
+WANTED = "wanted one of shape (10, 1, 8, 8): an image per class, normalised"
+TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
+    "classes": (lambda: torch.zeros(100, 1, SIZE, SIZE), f"holds a tensor of shape (100, 1, 8, 8); {WANTED}"),
+    "channels": (lambda: torch.zeros(10, 3, SIZE, SIZE), f"holds a tensor of shape (10, 3, 8, 8); {WANTED}"),
+    "one image": (lambda: torch.zeros(1, SIZE, SIZE), f"holds a tensor of shape (1, 8, 8); {WANTED}"),
+    "bytes": (lambda: torch.zeros(SHAPE, dtype=torch.uint8), f"holds a tensor of torch.uint8; {WANTED}, in floating point"),
+    "NaN": (lambda: torch.full(SHAPE, float("nan")), "holds values that are NaN or infinite"),
+    "list": (lambda: [torch.zeros(SHAPE)], f"holds no tensor but list; {WANTED}"),
+    "dictionary": (lambda: {"images": torch.zeros(SHAPE)}, f"holds no tensor but dict; {WANTED}"),
+    "meta": (lambda: torch.zeros(SHAPE, device="meta"), f"holds no plain tensor with values; {WANTED}"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), TENSORS.values(), ids=TENSORS.keys())
+def test_tensors_that_cannot_be_used(tmp_path: Path, make: Callable[[], Any], message: str) -> None:
+    save_tensors(tmp_path, [make()])
+    with pytest.raises(InputError, match=re.escape(f"tensor file {tmp_path / 'tensor_0.pt'} {message}")):
+        read_tensor(tmp_path / "tensor_0.pt", SHAPE)
+
+
+def test_missing_tensor_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    save_tensors(tmp_path, [torch.zeros(SHAPE)])
+    with pytest.raises(InputError, match=r"tensor_1\.pt does not exist; ipc 2 needs tensor_0\.pt to tensor_1\.pt"):
+        distil(small_set(), tmp_path / "set", initial_tensors=tmp_path)
+    assert not (tmp_path / "set").exists()
+
+
+def test_noise_start_needs_no_images(tmp_path: Path) -> None:
+    """SRe2L looks at no real image: neither bad files nor classes that are too small matter to it."""
+    write_files(tmp_path / "data", count=1)
+    (tmp_path / "data" / "c3" / "0.png").write_bytes(b"")
+    config = replace(CONFIG, initial="noise", ascent="none")
+    assert distil(files(tmp_path / "data"), tmp_path / "set", 2, config) == 20
+    with pytest.raises(InputError, match="initial_tensors would not be used: a noise start without directed adjustment"):
+        distil(files(tmp_path / "data"), tmp_path / "other", 2, config, initial_tensors=tmp_path)
+    with pytest.raises(InputError, match=r"c3/0\.png is no image"):  # the adjustment follows the gradient of real images
+        distil(files(tmp_path / "data"), tmp_path / "other", 1, replace(config, ascent="directed"))
+
+
+def test_unknown_order() -> None:
+    with pytest.raises(InputError, match="unknown initial_order 'random'; known: sampled, sorted"):
+        InitialConfig(initial_order="random")  # type: ignore[arg-type]
+
+
+def test_all_images_that_a_set_needs_are_read_before_the_first_batch(tmp_path: Path) -> None:
+    """The last image of one class and a file of tensors at the end: nothing is computed before they are found."""
+    write_files(tmp_path / "data")
+    for name in ("c3/2.png", "c7/1.png"):
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"c3/2\.png is no image .*; with --skip-bad-images .* \(and images of 1 more classes\)"):
+        distil(files(tmp_path / "data"), tmp_path / "set", ipc=3, initial_order="sorted")
+    assert not read_manifest(tmp_path / "set")["images"]
+    (tmp_path / "tensors").mkdir()
+    for index in range(3):
+        torch.save(torch.zeros(10, 1, SIZE, SIZE), tmp_path / "tensors" / f"tensor_{index}.pt")
+    last = tmp_path / "tensors" / "tensor_2.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    start = initial_images(small_set(), CONFIG, InitialConfig(initial_tensors=tmp_path / "tensors"), ipc=3, seed=0)
+    start.check(dict.fromkeys(range(10), 1))
+    with pytest.raises(InputError, match=r"tensor_2\.pt"):
+        start.check({0: 1, 4: 2})

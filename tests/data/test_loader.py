@@ -1,0 +1,135 @@
+"""Views, mixes and batches: drawn as configured, the same in whatever order they are asked for, wherever the images lie."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dwa_fast import InputError
+from dwa_fast.config import SqueezeConfig, ValidationConfig
+from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views
+from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.loader import Draw, Lessons, Pixels, RandomDraws, batch_sizes, batches
+from dwa_fast.recipes import full_recipe
+from dwa_fast.seeding import generator
+from tests.nets import small_set
+
+CPU = torch.device("cpu")
+CONFIG = replace(full_recipe("digits").validation, batch_size=7, padding=1, flip=0.5)
+
+
+def source() -> np.random.Generator:
+    return generator(0, "test")
+
+
+def augment(pixels: Tensor, config: SqueezeConfig | ValidationConfig) -> Tensor:
+    return apply_views(pixels, draw_views(len(pixels), config, source()), config.padding)
+
+
+def test_pad_crop_moves_every_image_by_its_own_offset() -> None:
+    pixels = torch.rand(64, 2, 6, 5) + 0.1
+    cropped = augment(pixels, ValidationConfig(padding=2, flip=0.0))
+    padded = F.pad(pixels, [2] * 4)
+    offsets = set()
+    for image, crop in zip(padded, cropped, strict=True):
+        found = [(y, x) for y in range(5) for x in range(5) if torch.equal(image[:, y : y + 6, x : x + 5], crop)]
+        assert len(found) == 1
+        offsets |= set(found)
+    assert len(offsets) > 15  # 25 are possible
+
+
+def test_flip_mirrors_about_half_of_the_images() -> None:
+    pixels = torch.rand(200, 1, 3, 3)
+    flipped = augment(pixels, SqueezeConfig(augmentation="none", flip=0.5))
+    mirrored = torch.tensor([torch.equal(new, old.flip(2)) for new, old in zip(flipped, pixels, strict=True)])
+    assert 70 < mirrored.sum() < 130
+    assert torch.equal(flipped[~mirrored], pixels[~mirrored])
+
+
+def test_resized_crop_stays_inside_the_image() -> None:
+    ramp = torch.linspace(0, 1, 32).expand(100, 1, 32, 32)
+    seen = augment(ramp, ValidationConfig(augmentation="resized-crop", flip=0.5))
+    assert seen.shape == ramp.shape
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    slopes = seen[:, 0, 16, 20] - seen[:, 0, 16, 10]
+    assert (slopes > 0).any()
+    assert (slopes < 0).any()
+    assert (slopes.abs() < 0.33).all()  # crops enlarge: never steeper than the ramp itself
+    assert slopes.abs().min() > 0.05
+
+
+def test_mixup_and_cutmix_share_what_they_say() -> None:
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 10, 10)
+    blend = draw_mix(8, (10, 10), ValidationConfig(mixing="mixup"), source())
+    assert torch.allclose(apply_mix(images, blend), blend.share * images + (1 - blend.share) * images[blend.partner])
+    paste = draw_mix(8, (10, 10), ValidationConfig(mixing="cutmix", mixing_alpha=1.0), source())
+    assert paste.partner is not None
+    kept = (apply_mix(images, paste) == images).flatten(1).double().mean(1)
+    others = paste.partner != torch.arange(8)
+    assert torch.allclose(kept[others], torch.tensor(paste.share, dtype=torch.float64))
+    for config in (ValidationConfig(mixing="none"), SqueezeConfig()):
+        assert draw_mix(8, (10, 10), config, source()) == Mix()
+    assert apply_mix(images, Mix()) is images
+
+
+@pytest.mark.parametrize(("count", "size", "expected"), [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (1, 4, [1]), (4, 4, [4])])
+def test_batches_cover_an_epoch(count: int, size: int, expected: list[int]) -> None:
+    parts = batches(count, size, source())
+    assert [len(part) for part in parts] == expected
+    assert sorted(np.concatenate(parts).tolist()) == list(range(count))
+    assert batch_sizes(count, size) == expected
+
+
+def same(one: Draw, two: Draw) -> bool:
+    """Whether two batches are the same to the bit."""
+    assert one.views.offsets is not None
+    assert two.views.offsets is not None
+    assert one.mix.partner is not None
+    assert two.mix.partner is not None
+    return (
+        torch.equal(one.indices, two.indices)
+        and torch.equal(one.views.offsets, two.views.offsets)
+        and torch.equal(one.mix.partner, two.mix.partner)
+        and one.mix.share == two.mix.share
+    )
+
+
+def test_an_epoch_is_the_same_out_of_turn() -> None:
+    data = small_set()
+    in_turn = RandomDraws(data, CONFIG, seed=3)
+    wanted = [in_turn.epoch(number) for number in range(4)]
+    other = RandomDraws(data, CONFIG, seed=3)
+    for number in (2, 3, 0, 2):
+        assert all(map(same, other.epoch(number), wanted[number]))
+    assert not same(wanted[0][0], wanted[1][0])
+    assert not same(RandomDraws(data, CONFIG, seed=4).epoch(0)[0], wanted[0][0])
+    assert in_turn.steps == len(wanted[0])
+
+
+def test_images_beyond_the_memory_limit_are_read_from_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same lessons either way; a file that has become unreadable stops them, and no thread is left waiting."""
+    for index in range(20):
+        path = tmp_path / str(index % 4) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(source().integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    data = image_folder(tmp_path, 8, 1)
+    held = Pixels(data, CPU, 1.0)
+    with caplog.at_level(logging.INFO, logger="dwa_fast"):
+        read = Pixels(data, CPU, 1e-9)
+    assert "more than the memory limit of 1e-09 GiB; read from disk as training goes" in caplog.text
+    draws = RandomDraws(data, CONFIG, seed=0)
+    for one, two in zip(Lessons(held, draws, CONFIG).epoch(1), Lessons(read, draws, CONFIG).epoch(1), strict=True):
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.labels, data.labels[two.draw.indices])
+    (tmp_path / "0" / "0.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"0\.png is no image that can be read: it is empty"):
+        list(Lessons(read, draws, CONFIG).epoch(0))

@@ -1,0 +1,88 @@
+"""The engine against the reference loop over a whole run, on the network of the CIFAR recipes, and between back-ends and precisions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dwa_fast import recipe, synthesize
+from dwa_fast.models.architectures import build
+from dwa_fast.reference.loop import recover
+from tests.nets import assert_as_near, real_images, small_config, small_teacher
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> nn.Module:
+    """The CIFAR ResNet-18 with running statistics of smooth noise."""
+    torch.manual_seed(0)
+    network = build("resnet18-cifar", classes=10, size=32).train()
+    with torch.no_grad():
+        for _ in range(8):
+            network(torch.nn.functional.interpolate(torch.randn(8, 3, 8, 8), size=(32, 32), mode="bilinear"))
+    return network.eval()
+
+
+def test_iterations_of_resnet18_equal_the_loop(resnet18: nn.Module, device: torch.device) -> None:
+    """With a small learning rate: at the published one, rounding alone carries two runs of the loop itself apart."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(3, 3, 32, 32).to(device), torch.tensor([1, 5, 9]).to(device)
+    config = recipe("cifar10", iterations=10, learning_rate=1e-3, backend="fused", precision="fp32", device=device.type)
+    got = synthesize(resnet18, images, labels, config)
+    assert_as_near(got, recover(resnet18, images, labels, config), recover(resnet18, images.double(), labels, config))
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("tf32", marks=pytest.mark.gpu), pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_lower_precision_ends_within_the_spread_of_seeds(precision: str) -> None:
+    images, labels = real_images(10)
+    device = "cpu" if precision == "bf16" and not torch.cuda.is_available() else "auto"
+
+    def final(seed: int, precision: str) -> Tensor:
+        config = small_config(iterations=100, batch_size=10, backend="fused", precision=precision, device=device)
+        weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var])
+        return synthesize(small_teacher(), images, labels, config, seed=seed).losses[0, -10:].mean(0) * weights
+
+    exact = torch.stack([final(seed, "fp32") for seed in range(4)])
+    lower = final(0, precision)
+    spread = exact.max(0).values - exact.min(0).values
+    assert ((lower - exact[0]).abs() <= spread + 0.05 * exact[0].abs()).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_bits_every_time_and_in_flight_together(precision: str, device: torch.device) -> None:
+    images, labels = real_images(18)
+    images, labels = images.to(device), labels.to(device)
+    runs = [
+        synthesize(
+            small_teacher(), images, labels, small_config(backend="fused", precision=precision, device=device.type, concurrent_batches=n)
+        )
+        for n in (1, 1, 2, 5)
+    ]
+    assert all(torch.equal(run.images, runs[0].images) for run in runs[1:])
+    assert all(torch.equal(run.losses, runs[0].losses) for run in runs[1:])
+
+
+def test_number_of_threads_does_not_change_the_bits() -> None:
+    images, labels = real_images(6)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(
+            synthesize(small_teacher(), images, labels, small_config(iterations=3, backend="fused", precision="fp32", device="cpu"))
+        )
+    assert distance(results[0].images, results[1].images) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"view": "crop"}, {"matching_weights": "original", "rho": 0.3}))],
+)
+def test_compiled_equals_the_loop(settings: dict[str, object]) -> None:
+    images, labels = real_images(6)
+    config = small_config(iterations=8, backend="compiled", precision="fp32", device="cpu", learning_rate=0.01, **settings)
+    got = synthesize(small_teacher(), images, labels, config)
+    assert_as_near(got, recover(small_teacher(), images, labels, config), recover(small_teacher(), images.double(), labels, config))

@@ -1,0 +1,75 @@
+"""The demo, whole but short: every file that it promises, and a second run that makes nothing again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dwa_fast.commands.cli import run
+from dwa_fast.io.files import checksum
+from dwa_fast.io.pictures import contact_sheet, mosaic
+from dwa_fast.report.records import read_record
+from dwa_fast.sets.store import read_manifest
+
+ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "2", "--jobs", "1"]
+TITLES = {
+    "real": "random real images",
+    "sre2l": "SRe2L",
+    "real-start": "real start",
+    "random-step": "random step",
+    "dwa": "DWA",
+}
+
+
+def test_demo_writes_record_images_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    record = read_record(tmp_path / "record.json")
+    assert record.data["teacher"]["accuracy"] >= 98
+    assert record.data["teacher"]["test_images"] == 450
+    assert f"Teacher: {record.data['teacher']['accuracy']:.1f} % top-1 on 450 held-out digits." in printed
+    found = {(row["method"], row["ipc"]): row for row in record.data["cells"]}
+    assert found.keys() == {(method, ipc) for ipc in (1, 2) for method in TITLES}
+    lines = {(row[0], row[1]): row[2:] for row in record.tables[0].rows}
+    assert list(lines) == [(title, ipc) for ipc in "12" for title in TITLES.values()]
+    for (method, ipc), row in found.items():
+        assert len(row["accuracies"]) == 2
+        assert np.mean(row["accuracies"]) == pytest.approx(row["mean"])
+        assert np.std(row["accuracies"], ddof=1) == pytest.approx(row["std"])
+        reached, diversity = lines[TITLES[method], str(ipc)]
+        assert reached == f"{row['mean']:.1f} ± {row['std']:.1f}"
+        assert reached in printed
+        assert (diversity == "–") == (ipc == 1)
+    sets = list((tmp_path / "sets").iterdir())
+    assert len(sets) == len(TITLES)
+    for folder in sets:
+        manifest = read_manifest(folder)
+        assert manifest["complete"]
+        assert len(manifest["images"]) == 20
+    with Image.open(tmp_path / "contact-sheet.png") as picture:
+        assert picture.width > 1000
+        assert np.asarray(picture.convert("L")).std() > 30
+
+    before = {path: checksum(path) for path in tmp_path.rglob("*.p*") if path.suffix in (".png", ".pt")}
+    assert run([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+    assert {path: checksum(path) for path in before} == before
+    assert read_record(tmp_path / "record.json").data == record.data
+
+
+def test_mosaic_lays_images_out_in_rows() -> None:
+    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 2) / 10
+    sheet = mosaic(images, 3)
+    assert sheet.shape == (2 * 2 + 2, 3 * 2 + 4, 3)
+    assert sheet[0, ::4, 0].tolist() == pytest.approx([0, 0.1, 0.2])
+    assert sheet[4, ::4, 0].tolist() == pytest.approx([0.3, 0.4, 0.5])
+    assert sheet[2:4].unique().tolist() == [1.0]
+
+
+def test_contact_sheet_takes_colour(tmp_path: Path) -> None:
+    contact_sheet(tmp_path / "sheet.png", {"one": torch.rand(4, 3, 8, 8), "two": torch.rand(4, 3, 8, 8)}, ["cat", "dog"])
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.format == "PNG"

@@ -1,0 +1,281 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, keeps its values in registers and moves 16 bytes at a time.
+
+Started as a program, without the interpreter that the other tests use, this file prints the table:
+
+    python tests/kernels/test_compile.py [--json] [80] [90]
+
+What is compiled is what the launchers launch: they run on meta tensors of real shapes, and their launches are written down instead of run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CAPABILITIES = (80, 90)
+
+# Kernels that cost what their traffic costs: at even sizes and addresses they load and store 16 bytes per thread and access.
+WIDE = {
+    "adam_clip._adam_clip_kernel",
+    "ascend._square_sum_kernel",
+    "ascend._update_kernel",
+    "bn_act._backward_kernel",
+    "bn_act._forward_kernel",
+    "moments._backward_kernel",
+    "moments._forward_kernel",
+}
+
+SUMS = {"ascend._square_sum_kernel", "moments._forward_kernel"}  # of those, the ones that store sums alone
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel as Triton would specialise it."""
+
+    kernel: str  # module.name
+    case: str  # what was launched
+    signature: dict[str, str]  # Triton's type of every argument
+    constants: dict[str, Any]
+    aligned: frozenset[str]  # arguments that are multiples of 16
+    warps: int
+
+    def same_code(self) -> object:
+        return self.kernel, tuple(self.signature.items()), repr(self.constants), self.aligned, self.warps
+
+
+def specialise(module: str, case: str, function: Any, arguments: dict[str, Any], warps: int) -> Launch:
+    """The types, constants and alignments that Triton takes from the values of the arguments."""
+    import torch
+    from triton.runtime.jit import mangle_type
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = set()
+    for parameter in function.params:
+        name, value = parameter.name, arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = mangle_type(value, specialize=False)
+            address = value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
+            if isinstance(address, int) and address % 16 == 0 and not parameter.do_not_specialize:
+                aligned.add(name)
+    return Launch(f"{module}.{function.__name__}", case, signature, constants, frozenset(aligned), warps)
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of every launcher at real shapes, on meta tensors: a CIFAR ResNet-18 and a ResNet-50 at 224 pixels, batch 100; and odd ones."""
+    import torch
+    from torch import Tensor
+
+    from dwa_fast.engine.activations import ACTIVATIONS, Activation
+    from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, moments, view, view_adam_clip
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        made = torch.empty(shape, dtype=dtype, device="meta")
+        return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
+
+    def both_ways(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation) -> None:
+        y, values = tensor(*shape, dtype=dtype), [tensor(shape[1]) for _ in range(4)]
+        skip, slope = y if has_skip else None, tensor(shape[1]) if activation == "leaky_relu" else None
+        _, _, mask = bn_act.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
+        of_all_layers, behind = tensor(2, 4800), (skip, mask, has_skip, activation, slope)
+        bn_act.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
+        # During the ascent the moments go unused and γ and β take gradients.
+        bn_act.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for has_skip, activation in itertools.product([False, True], ACTIVATIONS):
+            for shape in [(100, 64, 32, 32), (100, 128, 16, 16), (100, 256, 8, 8), (100, 512, 4, 4), (100, 2048, 7, 7)]:
+                if (dtype != torch.float16 or (has_skip and activation == "relu")) and (activation in ("none", "relu") or shape[1] == 64):
+                    case = f"{dtype}{' skip' * has_skip} {activation} C={shape[1]}"
+                    yield case, partial(both_ways, shape, dtype, has_skip, activation)
+    yield "torch.bfloat16 skip relu C=58, odd size", partial(both_ways, (3, 58, 7, 7), torch.bfloat16, True, "relu")
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for shape in [(100, 64, 32, 32), (100, 512, 4, 4), (100, 64, 112, 112)]:
+                y, mean = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout), tensor(shape[1])
+                case = f"{dtype} {str(layout).removeprefix('torch.')} C={shape[1]} {shape[2]} px"
+                yield case, partial(moments.moments_forward, y, mean)
+                yield case, partial(moments.moments_backward, tensor(2, shape[1]), y, mean)
+
+    long = torch.int64
+    sums, offsets, counts = tensor(2, 26560), tensor(54, dtype=long), tensor(53, dtype=long)
+    of_channels, of_layers, of_terms = tensor(26560), tensor(53), tensor(2, 53)
+    yield "53 layers", partial(matching_loss.matching_loss_forward, sums, of_channels, offsets, counts, of_layers)
+    back = partial(matching_loss.matching_loss_backward, tensor(2), sums, of_channels, offsets, counts, of_layers, of_terms)
+    yield "53 layers", back
+
+    rows, step, bound = tensor(2000, 7, dtype=torch.int32), tensor(1, dtype=long)[0], tensor(3)
+    for size in (32, 224):
+        images = tensor(100, 3, size, size)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"{dtype} {size} px", partial(view.view_forward, images, rows, step, dtype)
+            yield f"{dtype} {size} px", partial(view.view_backward, images.to(dtype), rows, step)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            changed = images, images.to(dtype), images, images
+            after = partial(view_adam_clip.view_adam_clip_, *changed, rows, tensor(2000), step, bound, bound, 2.0**14, 0.5, 0.9, 1e-8)
+            yield f"{dtype} {size} px", after
+        yield f"{size} px", partial(adam_clip.adam_clip_, *[images] * 4, tensor(2000), step, bound, bound, 0.5, 0.9, 1e-8)
+    images = images.contiguous()
+    yield "torch.bfloat16 224 px contiguous", partial(view.view_forward, images, rows, step, torch.bfloat16)
+    yield "224 px contiguous", partial(adam_clip.adam_clip_, *[images] * 4, tensor(2000), step, bound, bound, 0.5, 0.9, 1e-8)
+
+    arena = tensor(11_220_144)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield f"copy {dtype}", partial(ascend.ascend_, arena, arena, 0.1, compute=arena.to(dtype))
+    yield "no copy", partial(ascend.ascend_, arena, arena, 0.1, normalize=False)
+    yield "odd address", partial(ascend.ascend_, arena[1:], arena[1:], 0.1)
+
+
+def record() -> tuple[list[str], list[Launch]]:
+    """Names of all kernels, and one launch for every code that the launchers would have compiled."""
+    from triton.runtime.jit import JITFunction
+
+    import dwa_fast.kernels
+
+    names: dict[Any, str] = {}
+    for module in pkgutil.iter_modules(dwa_fast.kernels.__path__):
+        for name, value in vars(importlib.import_module(f"dwa_fast.kernels.{module.name}")).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                names[value] = module.name
+    found: dict[object, Launch] = {}
+    case = ""
+
+    def write_down(self: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **kwargs: Any) -> None:
+        assert len(grid) <= 3
+        assert grid[0] < 2**31
+        assert all(0 < size < 2**16 for size in grid[1:])
+        launch = specialise(names[self], case, self, self.signature.bind(*args, **kwargs).arguments, num_warps)
+        found.setdefault(launch.same_code(), launch)
+
+    JITFunction.run = write_down
+    for label, call in launches():
+        case = label
+        call()
+    return sorted(f"{module}.{kernel.__name__}" for kernel, module in names.items()), list(found.values())
+
+
+def assembler() -> str:
+    """ptxas as Triton brings it, which knows the version of PTX that Triton writes; else the toolkit's."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    found = str(bundled) if bundled.exists() else shutil.which("ptxas")
+    assert found is not None, "no ptxas: neither Triton nor a CUDA toolkit brings one"
+    return found
+
+
+def widest(ptx: str, instruction: str) -> int:
+    """Bytes of the widest access of one thread to global memory; 0 without one."""
+    accesses = re.findall(rf"\b{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in accesses), default=0)
+
+
+def shortest_run(ttgir: str) -> int:
+    """Contiguous bytes that the lanes of a warp touch at once, in the access to a whole tile where they are fewest; 0 without a tile."""
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = (.+?), warpsPerCTA", ttgir))
+    runs = []
+    for shape, kind, layout in re.findall(r"tt\.(?:load|store) .*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>, (#\w+)>", ttgir):
+        sizes = [int(size) for size in shape.split("x")]
+        if math.prod(sizes) >= 1024:
+            per_thread, per_warp = (json.loads(part) for part in layouts[layout].split(", threadsPerWarp = "))
+            runs.append(min(per_thread[-1] * per_warp[-1], sizes[-1]) * int(kind) // 8)
+    return min(runs, default=0)
+
+
+def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
+    """One row of the table: what ptxas -v says about one launch of a kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = launch.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"dwa_fast.kernels.{module}"), name)
+    position = {argument: index for index, argument in enumerate(kernel.arg_names)}
+    attributes = {(position[argument],): [["tt.divisibility", 16]] for argument in launch.aligned}
+    source = ASTSource(kernel, launch.signature, launch.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    ptx: str = compiled.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [assembler(), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    assert registers, f"ptxas says nothing about registers: {said}"
+    assert spills, f"ptxas says nothing about spills: {said}"
+    return {
+        "kernel": launch.kernel,
+        "case": launch.case.replace("torch.", ""),
+        "capability": capability,
+        "warps": launch.warps,
+        "registers": int(registers.group(1)),
+        "spills": sum(map(int, spills)),
+        "shared": compiled.metadata.shared,
+        "load": widest(ptx, "ld"),
+        "store": widest(ptx, "st"),
+        "run": shortest_run(compiled.asm["ttgir"]),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = ["kernel", "launch", "sm", "warps", "registers", "spilled bytes", "shared bytes", "load bytes", "store bytes", "run bytes"]
+    keys = ["kernel", "case", "capability", "warps", "registers", "spills", "shared", "load", "store", "run"]
+    lines = [head, ["---"] * 2 + ["---:"] * 8] + [[str(row[key]) for key in keys] for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def main(arguments: list[str]) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    capabilities = [int(argument) for argument in arguments if argument != "--json"] or list(CAPABILITIES)
+    kernels, found = record()
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
+        rows = list(workers.map(compile_launch, *zip(*itertools.product(found, capabilities), strict=True), chunksize=4))
+    print(json.dumps({"kernels": kernels, "rows": rows}) if "--json" in arguments else table(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+else:
+    import pytest
+
+    @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+    def test_compiles_without_spills(capability: int, tmp_path: Path) -> None:
+        pytest.importorskip("triton", reason="this PyTorch comes without Triton")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", __file__, "--json", str(capability)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+        assert run.returncode == 0, run.stderr
+        result = json.loads(run.stdout)
+        assert {row["kernel"] for row in result["rows"]} == set(result["kernels"]), "every kernel needs a launch in launches()"
+        assert set(result["kernels"]) >= WIDE
+        for row in result["rows"]:
+            assert row["spills"] == 0, row
+            assert row["registers"] * row["warps"] * 32 <= 32768, f"fewer than two programs fit a multiprocessor: {row}"
+            if row["kernel"] in WIDE and "odd" not in row["case"]:
+                assert row["load"] == 16, row
+                assert row["store"] == (4 if row["kernel"] in SUMS else 16), row
+                assert row["run"] >= 128, row
+            if row["kernel"].startswith("view"):
+                assert row["run"] >= 64, row

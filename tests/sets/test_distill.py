@@ -1,0 +1,221 @@
+"""A set on disk: names, manifest, resuming, and that nothing is half written."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.distributed import HashStore
+
+from dwa_fast import InputError, distill
+from dwa_fast.data.initial import sample
+from dwa_fast.io.files import checksum, replacing
+from dwa_fast.sets.distill import WorkItem, work_list
+from dwa_fast.sets.store import ImageStore, image_name, read_manifest
+from dwa_fast.sets.workers import Elastic
+from tests.nets import small_config, small_set, small_teacher
+
+
+def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, **more: Any) -> int:
+    """A small set; more are settings of the synthesis, and what distill itself takes."""
+    hooks = {name: more.pop(name) for name in ("progress", "observer", "workers") if name in more}
+    config = small_config(**{"iterations": 4, "batch_size": 4, "backend": "reference", **more})  # files are the same for every back-end
+    return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed, threads=threads, **hooks)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_work_list_begins_with_the_smaller_one() -> None:
+    assert work_list(5, 2, 3) == [WorkItem(0, 0, [0, 1, 2]), WorkItem(1, 0, [3, 4]), WorkItem(2, 1, [0, 1, 2]), WorkItem(3, 1, [3, 4])]
+    assert work_list(5, 4, 3)[:4] == work_list(5, 2, 3)
+
+
+def test_names_are_the_published_ones() -> None:
+    assert image_name(7, 12, 100) == "new007/class007_id012.png"
+    assert image_name(7, 1, 12000) == "new00007/class00007_id001.png"
+
+
+def test_set_holds_every_image_and_its_checksum(tmp_path: Path) -> None:
+    assert run(tmp_path) == 20
+    manifest = read_manifest(tmp_path)
+    assert manifest["complete"]
+    assert len(manifest["images"]) == 20
+    for name, wanted in manifest["images"].items():
+        assert checksum(tmp_path / "images" / name) == wanted
+        with Image.open(tmp_path / "images" / name) as image:
+            assert (image.size, image.mode) == ((8, 8), "L")
+    assert manifest["settings"]["rho"] == 0.015
+    assert manifest["settings"]["backend"] in ("fused", "reference")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_second_run_makes_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    assert run(tmp_path) == 0
+    assert contents(tmp_path) == before
+
+
+def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    calls = 0
+    write = ImageStore.write
+
+    def interrupted(store: ImageStore, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        write(store, *arguments)
+
+    monkeypatch.setattr(ImageStore, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    monkeypatch.undo()
+    assert not read_manifest(tmp_path / "stopped")["complete"]
+    assert run(tmp_path / "stopped") == 10
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"torn")])
+def test_lost_and_torn_images_are_made_again(tmp_path: Path, damage: Any) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    damage(tmp_path / "images" / image_name(3, 1, 10))
+    assert run(tmp_path) == 4  # its whole batch
+    assert contents(tmp_path) == before
+
+
+def test_more_images_per_class_keep_the_first(tmp_path: Path) -> None:
+    run(tmp_path, ipc=1)
+    before = contents(tmp_path)
+    assert run(tmp_path, ipc=2) == 10
+    after = contents(tmp_path)
+    assert all(after[name] == content for name, content in before.items() if name.endswith(".png"))
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match=r"made with other settings \(rho was 0.015, is 0.02; seed was 0, is 1\)"):
+        run(tmp_path, seed=1, rho=0.02)
+    assert run(tmp_path) == 0
+
+
+def test_foreign_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="is no manifest of format 2 or 3"):
+        run(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        run(tmp_path)
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*file"):
+        run(tmp_path / "file")
+
+
+def test_too_few_initial_images(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="class '0' has 6 images, but ipc 7 needs as many initial ones"):
+        run(tmp_path, ipc=7)
+
+
+def test_teacher_of_other_classes(tmp_path: Path) -> None:
+    teacher: Any = small_teacher()
+    teacher.fc = torch.nn.Linear(16, 7)
+    with pytest.raises(InputError, match="teacher knows 7 classes, the data have 10"):
+        distill(teacher, small_set(), small_config(), ipc=1, output=tmp_path)
+
+
+def test_sample_is_seeded_without_replacement_and_nested() -> None:
+    data = small_set()
+    five, two = sample(data, 3, 5, seed=1), sample(data, 3, 2, seed=1)
+    assert five[:2] == two
+    assert len(set(five)) == 5
+    assert (data.labels[five] == 3).all()
+    assert sample(data, 3, 5, seed=2) != five
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    target.write_text("old")
+
+    def fail() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert contents(tmp_path) == {"x.json": b"old"}
+
+
+def test_set_goes_on_with_the_threads_that_it_was_begun_with(tmp_path: Path) -> None:
+    """The last bits of convolutions on a CPU depend on the number of threads."""
+    run(tmp_path / "whole", threads=1, ipc=2)
+    run(tmp_path / "set", threads=1, ipc=1)
+    assert torch.get_num_threads() == 2
+    run(tmp_path / "set", ipc=2)
+    assert read_manifest(tmp_path / "set")["settings"]["threads"] == 1
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    with pytest.raises(InputError, match="threads was 1, is 2"):
+        run(tmp_path / "set", threads=2)
+    with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
+        run(tmp_path / "set", threads=0)
+
+
+def test_the_next_batches_are_computed_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the next initial images are read meanwhile."""
+    run(tmp_path / "whole")
+    write, later = ImageStore.write, threading.Event()
+
+    def slowly(store: ImageStore, item: WorkItem, *rest: Any) -> Any:
+        if item.number == 0:
+            assert later.wait(60)  # for what happens only after this batch
+        return write(store, item, *rest)
+
+    def progress(done: int, total: int) -> None:
+        if done > 2 * 4:
+            later.set()
+
+    monkeypatch.setattr(ImageStore, "write", slowly)
+    assert run(tmp_path / "slow", progress=progress) == 20
+    assert contents(tmp_path / "slow") == contents(tmp_path / "whole")
+
+
+def test_failed_write_ends_the_run_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    write = ImageStore.write
+
+    def fail(store: ImageStore, item: WorkItem, *rest: Any) -> Any:
+        if item.number == 2:
+            raise InputError("cannot write x.png: No space left on device")
+        return write(store, item, *rest)
+
+    monkeypatch.setattr(ImageStore, "write", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        run(tmp_path / "full")
+    monkeypatch.undo()
+    assert run(tmp_path / "full") <= 20 - 8
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+def test_observer_hears_of_every_batch_with_its_losses(tmp_path: Path) -> None:
+    heard: dict[int, list[float]] = {}
+    run(tmp_path, observer=lambda item, rows: heard.update({item.number: [row[0] for row in rows]}))
+    assert heard == {number: [1, 4] for number in range(6)}
+
+
+def test_batch_that_another_worker_only_claims_to_have_made(tmp_path: Path) -> None:
+    store = HashStore()
+    store.set("dwa_fast/run/batch/0", "done")
+    with pytest.raises(InputError, match="files of 1 batches were damaged or removed meanwhile; the same command makes them again"):
+        run(tmp_path, workers=Elastic(store, "run"))
+    assert run(tmp_path) == 4

@@ -1,0 +1,69 @@
+"""The contact sheet of a set that is being made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dwa_fast.commands.cli import run
+from dwa_fast.config import StorageConfig
+from dwa_fast.data.set_layout import IMAGES
+from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.preview import Preview
+from dwa_fast.sets.store import ImageStore, WorkItem, image_name
+from dwa_fast.sets.verify import problems
+from tests.processes import Bench
+
+
+def sheet(folder: Path) -> np.ndarray:  # type: ignore[type-arg]
+    with Image.open(folder / "preview.png") as image:
+        return np.asarray(image)
+
+
+def test_rows_are_classes_and_columns_their_images(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path, {}, ["a", "b"], StorageConfig(losses_every=0))
+    preview = Preview(store, (3, 4, 6), ipc=3)
+    preview.draw()
+    assert sheet(tmp_path).shape == (4 + 2 + 4, 6 + 2 + 6 + 2 + 6, 3)
+    assert set(np.unique(sheet(tmp_path))) == {128, 255}  # grey tiles, white gaps
+    store.write(WorkItem(1, 1, [0, 1]), torch.stack([torch.full((3, 4, 6), level, dtype=torch.uint8) for level in (10, 20)]))
+    preview.draw()
+    assert (sheet(tmp_path)[:4, 8:14] == 10).all()
+    assert (sheet(tmp_path)[6:, 8:14] == 20).all()
+    assert (sheet(tmp_path)[:, :6] != 10).all()
+    (tmp_path / IMAGES / image_name(0, 1, 2)).write_bytes(b"torn")
+    preview.draw()
+    assert (sheet(tmp_path)[:4, 8:14] == 128).all()
+
+
+def test_only_the_first_classes_and_images_are_shown(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path, {}, [str(label) for label in range(30)])
+    preview = Preview(store, (1, 2, 2), ipc=50)
+    assert [preview.shows(item) for item in work_list(30, 11, 15)] == [True, False] * 10 + [False, False]
+    preview.draw()
+    assert sheet(tmp_path).shape == (38, 38, 3)
+
+
+def test_command_draws_it(bench: Bench, tmp_path: Path) -> None:
+    assert bench.run(tmp_path, "--preview")[0] == 0
+    assert sheet(tmp_path).shape == (98, 28, 3)
+    assert 128 not in sheet(tmp_path)[::10, ::10]
+    assert list(problems(tmp_path)) == []
+    with Image.open(tmp_path / IMAGES / image_name(2, 1, 10)) as image:
+        assert (sheet(tmp_path)[20:28, 10:18, 0] == np.asarray(image)).all()
+
+
+def test_a_complete_set_gets_one_too(bench: Bench, tmp_path: Path) -> None:
+    assert bench.run(tmp_path)[0] == 0
+    assert bench.run(tmp_path, "--preview")[0] == 0
+    assert sheet(tmp_path).shape == (98, 28, 3)
+
+
+def test_quick_look_is_not_part_of_the_settings(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.run(tmp_path, "--preview")[0] == 0
+    assert run(["verify", str(tmp_path)]) == 0
+    assert bench.run(tmp_path)[0] == 0

@@ -1,0 +1,61 @@
+"""What the training of teachers and of students shares, and the diversity of a set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dwa_fast import InputError
+from dwa_fast.evaluation.diversity import class_diversity, pairwise_distance
+from dwa_fast.training.fit import cosine, fresh, predict, resolve_precision
+from tests.nets import real_images, small_teacher
+
+CPU = torch.device("cpu")
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    assert [cosine(step, 10, 4) for step in (0, 2, 4, 7, 10)] == pytest.approx([0.01, 0.505, 1.0, 0.5, 0.0], abs=1e-12)
+
+
+def test_fresh_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.rand(1)
+    torch.manual_seed(1)
+    first, again, other = (fresh("small-resnet", classes=10, channels=1, size=8, seed=seed, device=CPU) for seed in (5, 5, 6))
+    assert torch.equal(torch.rand(1), before)
+    assert torch.equal(first.get_parameter("fc.weight"), again.get_parameter("fc.weight"))
+    assert not torch.equal(first.get_parameter("fc.weight"), other.get_parameter("fc.weight"))
+
+
+@torch.no_grad()
+def test_bf16_computes_in_bf16_and_gives_fp32() -> None:
+    teacher, (images, _) = small_teacher(), real_images()
+    seen: list[torch.dtype] = []
+    next(m for m in teacher.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    exact, rounded = predict(teacher, images, "fp32"), predict(teacher, images, "bf16")
+    assert seen == [torch.float32, torch.bfloat16]
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, atol=0.1 * float(exact.abs().max()))
+
+
+def test_precision_is_fp32_on_a_cpu_unless_asked_for() -> None:
+    assert [resolve_precision(each, CPU) for each in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]  # type: ignore[arg-type]
+
+
+def test_diversity_by_hand() -> None:
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert pairwise_distance(features) == pytest.approx(4 * 25)  # four ordered pairs at distance 5
+    features = torch.randn(6, 3, 2)
+    assert pairwise_distance(features) == pytest.approx(sum(float((a - b).square().sum()) for a in features for b in features), rel=1e-5)
+
+
+def test_diversity_reads_the_last_convolution() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False), nn.Flatten())
+    for layer in (network[0], network[2]):
+        nn.init.constant_(layer.weight, 2.0)
+    images = torch.tensor([1.0, 3.0, 5.0, 5.0]).view(4, 1, 1, 1)
+    assert class_diversity(network, images, torch.tensor([0, 0, 1, 1])) == {0: pytest.approx(2 * (4 * 2) ** 2), 1: 0.0}
+    with pytest.raises(InputError, match="teacher must have a Conv2d to measure diversity on; Identity has none"):
+        class_diversity(nn.Identity(), images, torch.zeros(4))

@@ -1,0 +1,293 @@
+"""Soft labels on disk: the same views, mixes and students as labels made as training goes; resumed; never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dwa_fast import InputError
+from dwa_fast.commands.cli import run
+from dwa_fast.config import StorageConfig, ValidationConfig
+from dwa_fast.data.loader import Lessons, Pixels, RandomDraws
+from dwa_fast.io.files import checksum
+from dwa_fast.models.architectures import build
+from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.recipes import full_recipe
+from dwa_fast.report.records import read_record
+from dwa_fast.seeding import derive
+from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.training import state
+from dwa_fast.training.fit import predict
+from dwa_fast.training.label_store import LabelStore, StoredDraws, epoch_bytes
+from dwa_fast.training.relabel import kept_epochs, label_bytes, relabel
+from dwa_fast.training.validate import ValidationResult, validate
+from tests.hostile import Harmful
+from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
+
+CPU = torch.device("cpu")
+QUICK = replace(full_recipe("digits").validation, epochs=4, batch_size=20, padding=1, flip=0.5, students=1)  # three steps an epoch
+CUTMIX = replace(QUICK, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0)
+PLAIN = replace(QUICK, augmentation="none", flip=0.0, mixing="none")
+
+
+class Halved(nn.Module):
+    """A teacher that answers in half precision, as its answers are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_teacher()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images).half().float()
+        return logits
+
+
+def store(folder: Path, config: ValidationConfig = QUICK, teacher: nn.Module | None = None, **more: Any) -> LabelStore:
+    return relabel(small_set(), teacher or small_teacher(), config, output=folder, device=CPU, **more)
+
+
+def students(config: ValidationConfig, teacher: nn.Module | None, **more: Any) -> ValidationResult:
+    return validate(small_set(), small_set(8), teacher, "small-resnet", config, size=SIZE, device=CPU, **more)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("config", [QUICK, CUTMIX, PLAIN, replace(QUICK, teacher_mode="train")], ids=["pad", "crop", "plain", "train mode"])
+def test_stored_lessons_are_those_of_training(tmp_path: Path, config: ValidationConfig) -> None:
+    """Images bit for bit, logits as the teacher gives them for exactly these images, rounded to half precision."""
+    data, teacher, found = small_set(), small_teacher(), store(tmp_path, config)
+    pixels, own = Pixels(data, CPU, 1.0), derive(0, "student", 0)
+    online = Lessons(pixels, RandomDraws(data, config, seed=own), config)
+    stored = Lessons(pixels, StoredDraws(found, config, len(data.labels), 10, seed=own), config)
+    teacher.train(config.teacher_mode == "train")
+    for epoch in range(config.epochs):
+        for one, two in zip(online.epoch(epoch), stored.epoch(epoch), strict=True):
+            assert torch.equal(one.images, two.images)
+            assert torch.equal(one.labels, two.labels)
+            assert one.draw.mix.share == two.draw.mix.share
+            with torch.no_grad():
+                told = predict(teacher, one.images, "fp32")
+            assert two.draw.logits is not None
+            assert torch.equal(told.half(), two.draw.logits)
+
+
+@pytest.mark.parametrize("config", [QUICK, CUTMIX], ids=["pad and mixup", "crop and cutmix"])
+def test_students_are_those_of_a_teacher_that_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ValidationConfig) -> None:
+    """To the bit of their weights, so that only the rounding can tell stored labels from a teacher's; also where they were stopped."""
+    monkeypatch.setattr(state, "_SECONDS", 0.0)
+    config = replace(config, temperature=1.0, learning_rate=0.02)
+    store(tmp_path / "labels", config)
+
+    def weights(name: str, teacher: nn.Module | None, stops: Sequence[int], **more: Any) -> dict[str, torch.Tensor]:
+        for step in stops:
+            with pytest.raises(KeyboardInterrupt):
+                students(config, teacher, keep=tmp_path / name, progress=stop_at(step), **more)
+        content: dict[str, torch.Tensor] = torch.load(tmp_path / name / "student0.state", weights_only=True)["weights"]
+        return content
+
+    online = weights("online", Halved(), [11])  # after three epochs of four
+    stored = weights("stored", None, [7, 11], soft_labels=tmp_path / "labels")
+    assert all(torch.equal(online[name], stored[name]) for name in online)
+    exact = weights("exact", small_teacher(), [11])
+    assert any(not torch.equal(online[name], exact[name]) for name in online)
+    assert students(config, None, soft_labels=tmp_path / "labels") == students(config, Halved())
+
+
+def test_stopped_and_damaged_labels_are_made_good(tmp_path: Path) -> None:
+    store(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path / "stopped", progress=stop_at(8))
+    with pytest.raises(InputError, match="does not hold all of its soft labels yet; the command that began it goes on with it"):
+        students(QUICK, None, soft_labels=tmp_path / "stopped")
+    ticks: list[int] = []
+    store(tmp_path / "stopped", progress=lambda done, total: ticks.append(done))
+    assert ticks == list(range(7, 13))
+    (tmp_path / "stopped" / "epoch001.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"epoch001\.pt is missing or has changed since it was written"):
+        students(QUICK, None, soft_labels=tmp_path / "stopped")
+    found = store(tmp_path / "stopped")
+    assert found.missing == []
+    assert same_tensors(tmp_path / "whole", tmp_path / "stopped")
+
+
+def same_tensors(one: Path, two: Path) -> bool:
+    """Whether two stores hold the same tensors; archives also hold the name of the file that they were written as."""
+    for number in range(4):
+        first, second = (torch.load(folder / f"epoch{number:03d}.pt", weights_only=True) for folder in (one, two))
+        if first.keys() != second.keys() or not all(torch.equal(first[name], second[name]) for name in first):
+            return False
+    return True
+
+
+def test_a_store_of_more_epochs_begins_with_the_smaller_one(tmp_path: Path) -> None:
+    store(tmp_path, replace(QUICK, epochs=2))
+    before = contents(tmp_path)
+    found = store(tmp_path)
+    assert found.wanted == 4
+    assert {name: contents(tmp_path)[name] for name in before if name != "labels.json"} == {
+        name: value for name, value in before.items() if name != "labels.json"
+    }
+    store(tmp_path / "whole")
+    assert same_tensors(tmp_path, tmp_path / "whole")
+
+
+def test_pool_is_used_again_and_again(tmp_path: Path) -> None:
+    """Every round takes every stored epoch once, in an order of its own and of the student's."""
+    config = replace(QUICK, epochs=20)
+    found = store(tmp_path, config, pool=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch000.pt", "epoch001.pt", "epoch002.pt", "epoch003.pt", "labels.json"]
+    data = small_set()
+    draws = StoredDraws(found, config, len(data.labels), 10, seed=1)
+    rounds = [[draws.entry(4 * again + place) for place in range(4)] for again in range(5)]
+    assert rounds[0] == [0, 1, 2, 3]
+    assert all(sorted(each) == [0, 1, 2, 3] for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+    other = StoredDraws(found, config, len(data.labels), 10, seed=2)
+    assert [other.entry(number) for number in range(20)] != [entry for each in rounds for entry in each]
+    assert torch.equal(draws.epoch(9)[0].indices, draws.epoch(rounds[2][1])[0].indices)
+    assert len(students(config, None, soft_labels=tmp_path).accuracies) == 1
+    assert [kept_epochs(config, pool) for pool in (1, 3, 10, 30)] == [20, 7, 2, 1]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "views": (
+        {"flip": 0.0, "mixing": "none"},
+        r"other settings \(flip was 0.5, is 0.0; mixing was 'mixup', is 'none'\); relabel with these",
+    ),
+    "batches": ({"batch_size": 10}, r"other settings \(batch_size was 20, is 10\)"),
+    "hard labels": ({"labels": "hard"}, "stored soft labels are not used by students with hard labels"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_labels_of_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    store(tmp_path, replace(QUICK, epochs=1))
+    with pytest.raises(InputError, match=message):
+        students(replace(QUICK, **changes), None, soft_labels=tmp_path)
+
+
+def test_labels_of_other_images_and_teachers_are_refused(tmp_path: Path) -> None:
+    store(tmp_path, replace(QUICK, epochs=1))
+    with pytest.raises(InputError, match=r"holds soft labels of other settings \(images was '[0-9a-f]+', is '[0-9a-f]+'\)"):
+        validate(small_set(5), small_set(), None, "small-resnet", QUICK, size=SIZE, device=CPU, soft_labels=tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(teacher was '[0-9a-f]+', is '[0-9a-f]+'\)"):
+        students(QUICK, small_teacher(1), soft_labels=tmp_path)
+    assert students(replace(QUICK, epochs=1), small_teacher(), soft_labels=tmp_path).accuracies
+    with pytest.raises(InputError, match=r"holds soft labels of other settings \(seed was 0, is 3\); choose another folder"):
+        store(tmp_path, seed=3)
+    with pytest.raises(InputError, match="soft labels come from a teacher or from the disk; name a teacher, or the folder"):
+        students(QUICK, None)
+    assert students(replace(QUICK, labels="hard", epochs=1), None).accuracies
+    with pytest.raises(InputError, match=r"holds no labels\.json; dwa-fast relabel makes soft labels"):
+        students(QUICK, None, soft_labels=tmp_path / "nowhere")
+
+
+def test_a_store_from_anywhere_is_read_safely(tmp_path: Path) -> None:
+    """Its checksums may be its own: code in it is not run, and indices that lead nowhere are refused."""
+    found = store(tmp_path, replace(QUICK, epochs=1))
+    path, canary = tmp_path / "epoch000.pt", tmp_path / "canary"
+    content = torch.load(path, weights_only=True)
+
+    def plant(value: object) -> None:
+        torch.save(value, path)
+        index = json.loads((tmp_path / "labels.json").read_text())
+        index["checksums"]["0"] = checksum(path)
+        (tmp_path / "labels.json").write_text(json.dumps(index))
+
+    plant({**content, "partner": Harmful(canary)})
+    with pytest.raises(InputError, match="holds more than tensors"):
+        students(QUICK, None, soft_labels=tmp_path)
+    assert not canary.exists()
+    for name, value in (("indices", content["indices"] + 1), ("partner", content["partner"] + 20), ("offsets", content["offsets"] - 1)):
+        plant({**content, name: value})
+        with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says; remove the folder"):
+            students(QUICK, None, soft_labels=tmp_path)
+    broken = content["logits"].clone()
+    broken[3, 2] = float("nan")
+    plant({**content, "logits": broken})
+    with pytest.raises(InputError, match=r"epoch000\.pt holds logits that are not finite; remove the folder, and make them again"):
+        students(QUICK, None, soft_labels=tmp_path)
+    for share in (float("nan"), -0.5, 1.5):
+        plant({**content, "share": torch.full_like(content["share"], share)})
+        with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says; remove the folder"):
+            students(QUICK, None, soft_labels=tmp_path)
+    plant({**content, "logits": content["logits"][:, :9]})
+    with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says"):
+        students(QUICK, None, soft_labels=tmp_path)
+    (tmp_path / "labels.json").write_text("[]")
+    with pytest.raises(InputError, match=r"labels\.json cannot be read: .*; remove it to make all labels again"):
+        students(QUICK, None, soft_labels=tmp_path)
+    assert found.wanted == 1
+
+
+def test_logits_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    class Loud(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), 10), 1e6)
+
+    with pytest.raises(InputError, match=r"logits of epoch 0 are not finite in half precision, .*; dwa-fast validate --teacher computes"):
+        store(tmp_path, QUICK, Loud())
+
+
+def test_teachers_that_are_not_finite_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    teacher = small_teacher()
+    teacher.get_buffer("stem.1.running_var")[2] = float("inf")
+    with pytest.raises(InputError, match=r"not finite: running_var of layer 'stem\.1' \(1 infinite of 8\); train it again"):
+        store(tmp_path / "labels", QUICK, teacher)
+    with pytest.raises(InputError, match="teacher gives logits of 7 classes, the data have 10"):
+        store(tmp_path / "labels", QUICK, build("small-resnet", classes=7, channels=1, size=SIZE).eval())
+    with pytest.raises(InputError, match="teacher with one value per channel"):
+        store(tmp_path / "labels", replace(QUICK, batch_size=1, teacher_mode="train"), tight(10, 1, SIZE))
+    assert not (tmp_path / "labels").exists()
+    store(tmp_path / "labels", replace(QUICK, batch_size=1, epochs=1), tight(10, 1, SIZE).eval())
+
+
+@pytest.mark.parametrize("config", [QUICK, CUTMIX, PLAIN], ids=["pad", "crop", "plain"])
+def test_size_on_disk_is_told_beforehand(tmp_path: Path, config: ValidationConfig) -> None:
+    store(tmp_path, config)
+    written = sum(path.stat().st_size for path in tmp_path.glob("epoch*.pt"))
+    told = label_bytes(config, len(small_set().labels), 10)
+    assert told == 4 * epoch_bytes(config, 60, 10)
+    assert abs(written - told) < 4 * 1000
+    imagenet = label_bytes(full_recipe("imagenet").validation, 50_000, 1000)
+    assert 30e9 < imagenet < 31e9  # logits alone: 50,000 images × 300 epochs × 1,000 classes × 2 bytes
+    assert label_bytes(full_recipe("imagenet").validation, 50_000, 1000, pool=10) == imagenet / 10
+
+
+def test_too_small_a_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"has 9.31e-07 GiB left, but the labels need .* GiB; --pool keeps fewer"):
+        store(tmp_path)
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Relabel, then validate without the teacher; the size alone, without writing anything."""
+    data = small_set(1)
+    images = ImageStore(tmp_path / "set", {}, data.class_names, StorageConfig(losses_every=0))
+    images.write(WorkItem(0, 0, list(range(10))), data.pixels)
+    save_teacher(
+        tmp_path / "t.pt",
+        build("small-resnet", classes=10, channels=1),
+        TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE),
+    )
+    common = ["--recipe", "digits", "--images", str(tmp_path / "set"), "--size", str(SIZE), "--epochs", "4", "--padding", "1"]
+    relabelling = ["relabel", *common, "--teacher", str(tmp_path / "t.pt"), "--output", str(tmp_path / "labels"), "--pool", "2"]
+    assert run([*relabelling, "--dry-run"]) == 0
+    assert re.search(r"soft labels of 2 epochs × 10 images × 10 classes: 0\.00\d+ MiB on the disk\n", capsys.readouterr().out)
+    assert not (tmp_path / "labels").exists()
+    assert run(relabelling) == 0
+    assert "complete; dwa-fast validate --soft-labels" in capsys.readouterr().out
+    arguments = ["validate", *common, "--soft-labels", str(tmp_path / "labels"), "--students", "1", "--output", str(tmp_path / "out")]
+    assert run(arguments) == 0
+    assert len(read_record(tmp_path / "out" / "record.json").data["cells"][0]["accuracies"]) == 1

@@ -1,0 +1,271 @@
+"""Students: what they are told, that they learn and repeat, and that they go on where they were stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dwa_fast import InputError
+from dwa_fast.config import ValidationConfig
+from dwa_fast.data.augment import Mix, Views
+from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.loader import Draw, Lesson
+from dwa_fast.data.subsets import some_classes
+from dwa_fast.models.architectures import ARCHITECTURES
+from dwa_fast.recipes import full_recipe
+from dwa_fast.threads import computing
+from dwa_fast.training import fit, state
+from dwa_fast.training.validate import ValidationResult, _optimizer, hard_loss, soft_loss, validate
+from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
+
+CPU = torch.device("cpu")
+RECIPE = full_recipe("digits")
+QUICK = replace(RECIPE.validation, epochs=4, batch_size=20, padding=1, students=2)  # three steps for an epoch of small_set
+
+
+def held_out() -> MemorySet:
+    data = digits("test", SIZE)
+    return MemorySet(data.pixels[:100], data.labels[:100], data.class_names)
+
+
+def students(
+    config: ValidationConfig = QUICK, teacher: nn.Module | None = None, student: str = "small-resnet", **more: Any
+) -> ValidationResult:
+    return validate(small_set(), held_out(), teacher or small_teacher(), student, config, size=SIZE, device=CPU, **more)
+
+
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an architecture with dropout."""
+
+    def make(classes: int, channels: int, size: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(channels * size**2, classes))
+
+    monkeypatch.setitem(ARCHITECTURES, "dropping", make)
+    return "dropping"
+
+
+def test_validate_trains_students_that_beat_chance_and_repeats() -> None:
+    config = replace(RECIPE.validation, epochs=30, padding=1, students=2, mixing="none", labels="hard", learning_rate=5e-3)
+    arguments: dict[str, Any] = {"size": SIZE, "device": CPU}
+    teacher = small_teacher()
+    results = [validate(small_set(), digits("test", SIZE), teacher, "small-resnet", config, **arguments) for _ in range(2)]
+    assert results[0] == results[1]
+    assert len(set(results[0].seeds)) == 2
+    assert results[0].mean > 50
+    assert results[0].std == pytest.approx(abs(results[0].accuracies[0] - results[0].accuracies[1]) / 2**0.5)
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("vectors", [True, False])
+def test_weight_decay_may_leave_vectors_alone(optimiser: str, vectors: bool) -> None:
+    """With a gradient of 0 only the decay moves a weight."""
+    student = small_teacher()
+    before = [p.detach().clone() for p in student.parameters()]
+    config = ValidationConfig(optimiser=optimiser, decay_vectors=vectors, weight_decay=0.5)  # type: ignore[arg-type]
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)
+    _optimizer(student, config).step()
+    for p, old in zip(student.parameters(), before, strict=True):
+        assert torch.equal(p, old) == (not vectors and p.dim() == 1)
+
+
+@torch.no_grad()
+def test_soft_loss_is_the_tempered_divergence() -> None:
+    logits, told = torch.randn(4, 5), torch.randn(4, 5)
+    for scale, factor in ((False, 1.0), (True, 49.0)):
+        config = ValidationConfig(temperature=7.0, scale_loss=scale)
+        target = (told / 7).softmax(1)
+        expected = (target * (target.log() - (logits / 7).log_softmax(1))).sum(1).mean() * factor
+        assert float(soft_loss(logits, told, config)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+def test_hard_loss_mixes_both_labels() -> None:
+    labels, partner = torch.tensor([1, 2]), torch.tensor([1, 0])
+    raw = torch.randn(2, 5)
+    logits = raw.log_softmax(1)
+    for mix, share in ((Mix(partner, 0.7), 0.7), (Mix(), 1.0)):
+        lesson = Lesson(torch.zeros(2, 3), labels, Draw(torch.arange(2), Views(), mix))
+        other = logits[0, 2] + logits[1, 1]
+        expected = -(share * (logits[0, 1] + logits[1, 2]) + (1 - share) * other) / 2
+        assert float(hard_loss(raw, lesson)) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_goes_on_to_the_same_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimiser: Any) -> None:
+    """Stopped within an epoch of either student."""
+    monkeypatch.setattr(state, "_SECONDS", 0.0)
+    config = replace(QUICK, optimiser=optimiser, learning_rate=0.05, students=2)
+
+    def run(**more: Any) -> ValidationResult:
+        return students(config, **more)
+
+    whole = run()
+    for step in (8, 20):
+        with pytest.raises(KeyboardInterrupt):
+            run(keep=tmp_path, progress=stop_at(step))
+    ticks: list[int] = []
+    assert run(keep=tmp_path, progress=lambda done, total: ticks.append(done)) == whole
+    assert ticks == list(range(18, 25))
+    assert [path.name for path in tmp_path.iterdir()] == ["students.json"]
+    assert run(keep=tmp_path, progress=stop_at(1)) == whole  # nothing is trained again
+
+
+@pytest.mark.parametrize("student", ["small-resnet", "dropping"])
+def test_state_is_that_of_the_undisturbed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str, dropping: str) -> None:
+    """Accuracies of a hundred images could hide a difference; the weights after every epoch cannot. Dropout draws numbers of its own."""
+    monkeypatch.setattr(state, "_SECONDS", 0.0)
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        content: dict[str, torch.Tensor] = torch.load(folder / "student0.state", weights_only=True)["weights"]
+        return content
+
+    with pytest.raises(KeyboardInterrupt):
+        students(student=student, keep=tmp_path / "whole", progress=stop_at(10))  # after three epochs
+    for step in (4, 7, 10):
+        with pytest.raises(KeyboardInterrupt):
+            students(student=student, keep=tmp_path / "stopped", progress=stop_at(step))
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_goes_on_with_the_threads_that_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of sums, so the last bits, depend on them; the state of the first student and the second student take the recorded one."""
+    monkeypatch.setattr(state, "_SECONDS", 0.0)
+    seen: list[int] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append(torch.get_num_threads())
+
+    with computing(2), pytest.raises(KeyboardInterrupt):
+        students(replace(QUICK, students=2), keep=tmp_path, progress=stop_at(8))
+    with computing(1):
+        students(replace(QUICK, students=2), keep=tmp_path, progress=note)
+        assert torch.get_num_threads() == 1
+    assert set(seen[1:]) == {2}  # the first call says what is there before anything is computed
+    assert json.loads((tmp_path / "students.json").read_text())["settings"]["threads"] == 2
+
+
+def test_more_students_join_those_that_are_there(tmp_path: Path) -> None:
+    one = students(replace(QUICK, students=1), keep=tmp_path)
+    three = students(replace(QUICK, students=3), keep=tmp_path)
+    assert three.accuracies[:1] == one.accuracies
+    assert three == students(replace(QUICK, students=3))
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    config = replace(QUICK, students=1, epochs=1)
+    students(config, keep=tmp_path)
+    with pytest.raises(
+        InputError, match=r"holds students of other settings \(seed was 0, is 5; temperature was 20.0, is 4.0\); choose another"
+    ):
+        students(replace(config, temperature=4.0), keep=tmp_path, seed=5)
+    with pytest.raises(InputError, match=r"other settings \(teacher was '[0-9a-f]+', is '[0-9a-f]+'\)"):
+        students(config, small_teacher(1), keep=tmp_path)
+    students(replace(config, memory_limit=0.0), keep=tmp_path)
+    (tmp_path / "students.json").write_text(json.dumps({"format": 1, "settings": {}, "accuracies": {"0": 101}}))
+    with pytest.raises(InputError, match=r"students\.json cannot be read: it holds something else; remove it to train all students again"):
+        students(config, keep=tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_student_does_not_depend_on_those_before_it(tmp_path: Path, mode: Any) -> None:
+    """A teacher in train mode moves its running statistics; the next student must not notice."""
+
+    class Running(nn.Module):
+        """A teacher whose answers depend on its running statistics in train mode too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = small_teacher()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            norm = next(m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d))
+            assert norm.running_mean is not None
+            logits: torch.Tensor = self.network(images) + norm.running_mean.sum() * torch.arange(10)
+            return logits
+
+    teacher = Running().eval()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    config = replace(QUICK, teacher_mode=mode, temperature=1.0, learning_rate=0.05)
+    both = students(config, teacher).accuracies
+    assert students(replace(config, students=1), teacher, keep=tmp_path).accuracies == both[:1]
+    assert students(config, teacher, keep=tmp_path).accuracies == both  # trains the second alone
+    assert not teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_students_in_bf16() -> None:
+    config = replace(QUICK, students=1, mixing="none", labels="hard", learning_rate=5e-3)
+    exact, rounded = students(replace(config, epochs=10)), students(replace(config, epochs=10, precision="bf16"))
+    assert rounded.mean > 30
+    assert abs(exact.mean - rounded.mean) < 20
+
+
+def test_a_folder_without_a_finished_student_takes_other_settings(tmp_path: Path) -> None:
+    """Such as a lower learning rate after a divergence."""
+    with pytest.raises(InputError, match="training diverged"):
+        students(replace(QUICK, learning_rate=1e30), keep=tmp_path)
+    assert students(QUICK, keep=tmp_path) == students(QUICK)
+
+
+def test_divergence_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = students(replace(QUICK, students=1), keep=tmp_path)
+    monkeypatch.setattr(fit, "cosine", lambda *_: 1e30)
+    with pytest.raises(InputError, match=r"training diverged: loss not finite in epoch 1 of 4; lower --learning-rate \(0\.\d+\)$"):
+        students(keep=tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["students.json"]
+    assert students(keep=tmp_path).accuracies[:1] == first.accuracies
+
+
+def test_teachers_are_checked_as_synthesis_does(tmp_path: Path) -> None:
+    broken = small_teacher()
+    broken.get_buffer("stem.1.running_var")[2] = float("inf")
+    cases = {
+        r"not finite: running_var of layer 'stem\.1' \(1 infinite of 8\); train it again": broken,
+        "teacher gives logits of 7 classes, the data have 10": ARCHITECTURES["small-resnet"](7, 1, SIZE),
+        "teacher gives logits of 1 classes, the data have 10": ARCHITECTURES["small-resnet"](1, 1, SIZE),
+        r"teacher must give \[N, classes\] logits, got shape \(2, 1, 8, 8\)": nn.Identity(),
+        r"teacher cannot take images of shape \(1, 8, 8\): ": nn.Linear(3, 10),
+    }
+    for message, teacher in cases.items():
+        with pytest.raises(InputError, match=message):
+            students(teacher=teacher.eval(), keep=tmp_path)
+    with pytest.raises(InputError, match=r"a batch of one image leaves a BatchNorm layer of the teacher with one value per channel"):
+        students(replace(QUICK, batch_size=1, teacher_mode="train"), tight(10, 1, SIZE))
+    assert students(replace(QUICK, students=1, labels="hard"), broken).accuracies  # which is not asked
+
+
+def test_batches_of_one_value_per_channel_are_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "tight", tight)
+    with pytest.raises(InputError, match="a batch of one image leaves a BatchNorm layer of the student with one value per channel"):
+        students(replace(QUICK, batch_size=1), student="tight")
+
+
+def test_sets_of_other_classes_are_refused() -> None:
+    few = some_classes(small_set(), range(7))
+    with pytest.raises(InputError, match="distilled images have 7 classes, the held-out images 10"):
+        validate(few, held_out(), small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)
+    empty = MemorySet(held_out().pixels[:0], held_out().labels[:0], held_out().class_names)
+    with pytest.raises(InputError, match="there are no held-out images; wanted at least one"):
+        validate(small_set(), empty, small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)
+
+
+def test_a_teacher_that_fails_on_the_way_is_named() -> None:
+    class Failing(nn.Module):
+        """Finite for two images, infinite for the twenty of a batch."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), 10), float("inf") if len(images) > 2 else 1.0)
+
+    with pytest.raises(InputError, match=r"loss not finite in epoch 1 of 4; the teacher's logits for its images are not finite$"):
+        students(teacher=Failing())
