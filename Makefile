@@ -22,7 +22,7 @@ help:
 	@echo 'make test-all     the slow tests too: the same promises on larger and further networks; before a release'
 	@echo 'make test-avx2    all tests with PyTorch, oneDNN and our operators held down to AVX2, as on a processor without AVX-512'
 	@echo 'make test-oldest  all tests against the oldest supported PyTorch, on an installed wheel'
-	@echo 'make check        ruff, mypy and clang-format'
+	@echo 'make check        ruff, mypy, import-linter and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
 	@echo 'make report       the parts of README.md and docs/speed.md about speed, and their plots, from the JSON files under benchmarks/results/'
 	@echo 'make gpu          build in the current Python ($(PYTHON)), run every test and benchmark that needs a GPU; all in $(OUT)/gpu.json'
@@ -61,6 +61,7 @@ check: build
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 test: check

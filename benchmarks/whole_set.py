@@ -23,12 +23,11 @@ import machine
 
 from dwa_fast import distill
 from dwa_fast.config import InitialConfig, SynthesisConfig
-from dwa_fast.data.datasets import FileSet, ImageSet, denormalise, image_folder
+from dwa_fast.data.datasets import FileSet, ImageSet, denormalise, image_folder, to_levels
 from dwa_fast.data.initial import initial_images
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.sets.distill import work_list
-from dwa_fast.sets.store import to_levels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,11 +13,11 @@ from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, StorageCon
 from dwa_fast.data.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
 from dwa_fast.data.datasets import load as load_data
 from dwa_fast.data.distilled import open_distilled
-from dwa_fast.engine.synthesis import SynthesisResult, synthesize
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.recipes import full_recipe, recipe
 from dwa_fast.sets.distill import distill
+from dwa_fast.sets.synthesize import SynthesisResult, synthesize
 from dwa_fast.training.relabel import relabel
 from dwa_fast.training.squeeze import squeeze
 from dwa_fast.training.validate import ValidationResult, validate

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from dwa_fast import SynthesisConfig
 from dwa_fast.data.datasets import MemorySet, digits, normalise
-from dwa_fast.engine.synthesis import SynthesisResult
 from dwa_fast.engine.teacher import Network
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.recipes import recipe
 from dwa_fast.reference.loop import LoopResult, StatisticsHook
+from dwa_fast.sets.synthesize import SynthesisResult
 
 SIZE = 8
 

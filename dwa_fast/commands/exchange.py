@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dwa_fast.commands.console import Console
 from dwa_fast.config import Normalisation, check_integer
+from dwa_fast.data.datasets import to_levels
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.data.tensors import IMAGES_FILE, LABELS_FILE, as_pixels, read_tensors, write_tensors
 from dwa_fast.errors import InputError
@@ -20,7 +21,6 @@ from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.io.parquet import read_parquet, write_parquet
 from dwa_fast.recipes import full_recipe
 from dwa_fast.sets.exchange import as_tensors, open_files, write_folders, write_set
-from dwa_fast.sets.store import to_levels
 
 ExportForm = Literal["parquet", "tensors", "folders"]
 

@@ -18,12 +18,12 @@ from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
 from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
-from dwa_fast.sets.store import read_manifest
 from dwa_fast.training.state import image_digest
 from dwa_fast.training.validate import ValidationResult
 

@@ -17,11 +17,11 @@ from dwa_fast import ops
 from dwa_fast._version import __version__
 from dwa_fast.commands.console import Console
 from dwa_fast.data.datasets import shown
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine import backend
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher
-from dwa_fast.sets.store import read_manifest
 from dwa_fast.sets.verify import problems
 
 

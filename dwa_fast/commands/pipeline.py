@@ -12,6 +12,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, TeacherData, naming_bad_images, usable
 from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
@@ -20,7 +21,6 @@ from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.sets import workers
 from dwa_fast.sets.distill import distill
 from dwa_fast.sets.loss_log import Rows
-from dwa_fast.sets.store import read_manifest
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
 

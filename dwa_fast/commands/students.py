@@ -17,6 +17,7 @@ from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.datasets import FileSet, ImageSet
 from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import PairedTeacher
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.data.subsets import images_per_class
@@ -25,7 +26,6 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder
 from dwa_fast.models.checkpoint import TeacherInfo
 from dwa_fast.report.records import Record, Table, command_line, environment, mean_and_spread
-from dwa_fast.sets.store import read_manifest
 from dwa_fast.training.validate import ValidationResult, validate
 
 

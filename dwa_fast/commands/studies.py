@@ -16,8 +16,8 @@ from dwa_fast.data.pairing import PairedTeacher
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder
+from dwa_fast.io.settings import refuse_change
 from dwa_fast.report.records import RECORD, read_record
-from dwa_fast.training.state import refuse_change
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.config import BackendName, Precision, check_integer
 from dwa_fast.data.datasets import denormalise, normalise
 from dwa_fast.data.initial import read_tensor, tensor_file
+from dwa_fast.data.manifest import image_name
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.priors import mean_norm, total_variation
 from dwa_fast.engine.refine import Refinement
@@ -27,7 +28,6 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.seeding import generator, normal
-from dwa_fast.sets.store import image_name
 
 log = logging.getLogger("dwa_fast")
 

@@ -153,6 +153,13 @@ def denormalise(
     return images * std + mean
 
 
+def to_levels(
+    pixels: Tensor,  # [n, C, H, W] in [0, 1], on any device
+) -> Tensor:  # [n, C, H, W] uint8 on the CPU
+    """Pixels as an image file holds them: rounded, and clamped where they leave the range."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
 def load(
     config: DataConfig,
     folder: str | Path | None,

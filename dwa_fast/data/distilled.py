@@ -14,9 +14,9 @@ import torch
 
 from dwa_fast.config import check_integer
 from dwa_fast.data.datasets import FileSet, as_named, image_folder, shown
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import MANIFEST, is_set
 from dwa_fast.errors import InputError
-from dwa_fast.sets.store import read_manifest
 
 log = logging.getLogger("dwa_fast")
 

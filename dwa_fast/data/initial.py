@@ -268,13 +268,3 @@ def sample(
         InputError: a class has fewer images.
     """
     return ordered(class_members(data, ipc)[label], label, "sampled", seed=seed)[:ipc]
-
-
-def noise(
-    images: Tensor,  # [B, C, H, W]: gives shape, type and device
-    *,
-    seed: int,
-    batch: int,
-) -> Tensor:  # [B, C, H, W]
-    """Standard normal noise, SRe2L's start."""
-    return normal(generator(seed, "noise", batch), tuple(images.shape)).to(images)

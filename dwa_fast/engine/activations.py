@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.fx
@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.models.modules import has_hooks
-
-Activation = Literal["none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu"]
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-
-_TITLES = {"relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU", "hardswish": "Hardswish", "gelu": "GELU", "gelu_tanh": "GELU (tanh)"}
+from dwa_fast.ops.activation import Activation
 
 
 @dataclass(frozen=True)
@@ -30,12 +26,6 @@ class Match:
     def fits(self, channels: int, dtype: torch.dtype) -> bool:
         """Whether it can follow that many channels, whose vectors have that precision."""
         return not isinstance(self.slope, Tensor) or (self.slope.shape in ((1,), (channels,)) and self.slope.dtype is dtype)
-
-
-def title(activation: Activation, slope: Tensor | None) -> str:
-    """The activation as PyTorch calls its layer."""
-    leaky = "PReLU" if isinstance(slope, nn.Parameter) else "LeakyReLU"
-    return _TITLES.get(activation, leaky)
 
 
 def match(traced: torch.fx.GraphModule, node: torch.fx.Node, value: torch.fx.Node) -> Match | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Argument
 
-from dwa_fast.engine.activations import Activation, Match, changed_in_place, match, title
+from dwa_fast.engine.activations import Match, changed_in_place, match
 from dwa_fast.engine.backend import Operators
 from dwa_fast.engine.convolution import replace_convolutions
 from dwa_fast.engine.pooling import replace_pools
@@ -22,6 +22,7 @@ from dwa_fast.engine.stem import replace_stems
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
+from dwa_fast.ops.activation import Activation, title
 
 _ADDITIONS = {operator.add, torch.add}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}

@@ -13,6 +13,7 @@ from dwa_fast.engine.repeat import Pool, Repeat
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
+from dwa_fast.seeding import generator, normal
 
 _TERMS = ("cross-entropy", "R_mean", "R_var")
 _DOMINATES = 100.0  # times the cross-entropy
@@ -129,3 +130,13 @@ def _finite(losses: Tensor, precision: str) -> Tensor:
         remedy = f"{cause}; take {'--precision bf16' if precision == 'fp16' else 'a lower rho'} or another teacher"
     names = ", ".join(name for name, good in zip(_TERMS, finite, strict=True) if not good)
     raise InputError(f"losses ({names}) are not finite from iteration {first + 1} of {len(losses)} on; {remedy}")
+
+
+def noise(
+    images: Tensor,  # [B, C, H, W]: gives shape, type and device
+    *,
+    seed: int,
+    batch: int,
+) -> Tensor:  # [B, C, H, W]
+    """Standard normal noise, SRe2L's start."""
+    return normal(generator(seed, "noise", batch), tuple(images.shape)).to(images)

@@ -3,65 +3,29 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
-from dwa_fast.data import initial
-from dwa_fast.data.datasets import denormalise
-from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.ascent import Arena, Ascent
 from dwa_fast.engine.backend import Execution, resolve
-from dwa_fast.engine.refine import Refinement, matching_dominates
+from dwa_fast.engine.refine import Refinement, matching_dominates, noise
 from dwa_fast.engine.teacher import Network, check_precision, prepare
 from dwa_fast.errors import InputError
-from dwa_fast.models.wrappers import Output
 from dwa_fast.schedule import draw_schedule
 from dwa_fast.seeding import generator
-from dwa_fast.sets.exchange import write_set
-from dwa_fast.sets.store import to_levels
 
 log = logging.getLogger("dwa_fast")
 
-_TRIED = 1000  # images at most that the teacher is tried with before the first batch
 _CHUNK = 10  # iterations that are queued on a GPU between two reports of progress
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
-
-
-@dataclass(frozen=True)
-class SynthesisResult:
-    """What `synthesize` returns."""
-
-    images: Tensor  # [N, C, H, W] float32 (float64 in that precision), normalised, in the order of the input, on its device
-    losses: Tensor  # [batches, T, 3] float32 on the CPU: cross-entropy, R_mean, R_var of each iteration
-    labels: Tensor  # [N] as given
-    config: SynthesisConfig
-    seed: int
-
-    def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> None:
-        """Write the images as `dwa-fast synthesize` does: PNGs in class folders below `images/`, and beside these a manifest.
-
-        Args:
-            folder: of the set; made where there is none.
-            class_names: of all classes, in the order of their numbers; default: the numbers.
-        Raises:
-            InputError: a class has no image, the folder holds another set or cannot be written.
-        """
-        labels = [int(label) for label in self.labels]
-        names = [str(label) for label in range(max(labels) + 1)] if class_names is None else list(class_names)
-        levels = to_levels(denormalise(self.images, self.config))
-        # Teacher and initial images are not known here: only the pixels tell a result from another one of the same settings.
-        pixels = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
-        write_set(Path(folder), lambda row: levels[row], labels, names, {**asdict(self.config), "seed": self.seed, "pixels": pixels})
 
 
 @dataclass(frozen=True)
@@ -103,7 +67,7 @@ class Lane:
                 self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution, self._pool)
             refinement = self._refinements[images.shape]
             self.ascent.adjust(seen, labels, generator(seed, "ascent", batch.number))
-            start = initial.noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
+            start = noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
             refinement.load(start, labels, schedule)
         return refinement
 
@@ -191,57 +155,6 @@ class Synthesizer:
                 log.warning(dominating)
                 self._warned = True
         return results
-
-
-def synthesize(
-    teacher: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    config: SynthesisConfig,
-    *,
-    seed: int = 0,
-    output: str | int | None = None,
-    progress: Progress | None = None,
-) -> SynthesisResult:
-    """Refine images so that a student learns from few of them what the teacher knows (DWA, arXiv 2409.17612).
-
-    The images are cut into batches of `config.batch_size` in the given order. Each batch moves the teacher's weights from θ to its
-    own θ̃ (Eq. 11) and minimises CE + λ_mean·R_mean + λ_var·R_var over its pixels (Eq. 15). Same seed, same device, same bits.
-
-    Args:
-        teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed.
-        images: [N, C, H, W], floating, normalised with `config.mean` and `config.std`: initial images, and what the ascent sees.
-        labels: [N], integers in 0 … classes − 1.
-        config: settings, for example `recipe("cifar100")`.
-        seed: at least 0; all random draws derive from it.
-        output: which of several outputs of the teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
-            place in a tuple (0). None: it gives logits and nothing else.
-        progress: called with the iterations finished and the iterations in all.
-    Returns:
-        images in the same order and normalisation, and the losses of every iteration.
-    Raises:
-        TypeError: an argument is of the wrong type.
-        InputError: (a ValueError) an argument cannot be used; the sentence says what it got and what it wants.
-    """
-    check_arguments(images, labels, config)
-    parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
-    chosen = teacher if output is None else Output(teacher, output)
-    run = Synthesizer(chosen, images, config, batch_sizes=[len(images[part]) for part in parts])
-    check_label_range(labels, run.classes)
-    if config.sees_images:
-        some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
-        tried = ((denormalise(images[part.to(images.device)], config), labels[part.to(labels.device)].cpu()) for part in some)
-        check_predictions(run.logits, tried, config)
-    batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
-    total = len(batches) * config.iterations
-    finished, losses = [], []
-    for start in range(0, len(batches), config.concurrent_batches):
-        group = batches[start : start + config.concurrent_batches]
-        tick = count_all(progress, start * config.iterations, len(group), total)
-        for refined, terms in run.run(group, seed=seed, progress=tick):
-            finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
-            losses.append(terms.float().cpu())
-    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels, config, seed)
 
 
 def check_arguments(images: Tensor, labels: Tensor, config: SynthesisConfig) -> None:

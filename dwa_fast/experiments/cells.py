@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from dwa_fast.config import DataConfig, InitialConfig, StorageConfig, SynthesisConfig, ValidationConfig
-from dwa_fast.data.datasets import ImageSet, denormalise, image_folder, load
+from dwa_fast.data.datasets import ImageSet, denormalise, image_folder, load, to_levels
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.initial import initial_images
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.engine.backend import resolve, resolve_device
@@ -26,7 +27,7 @@ from dwa_fast.io.files import checksum, output_folder, read_regular, write_json
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, full_recipe
 from dwa_fast.sets.distill import distill, work_list
-from dwa_fast.sets.store import ImageStore, read_manifest, to_levels
+from dwa_fast.sets.store import ImageStore
 from dwa_fast.threads import computing
 from dwa_fast.training.validate import validate
 

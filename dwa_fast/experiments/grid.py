@@ -11,6 +11,7 @@ from typing import Any
 
 from dwa_fast.config import SynthesisConfig, check_integer
 from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Cell, Found, Made, Setup, nearest_method, set_folder
@@ -18,7 +19,6 @@ from dwa_fast.experiments.schedule import Watcher, carry_out
 from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
 from dwa_fast.report.records import Chart, Picture, Series, Table, environment, mean_and_spread
-from dwa_fast.sets.store import read_manifest
 
 _SHEET_CLASSES, _SHEET_IPC = 10, 10  # that a contact sheet shows at most
 TOP1 = "top-1 %"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwa_fast.engine.activations import ACTIVATIONS, Activation
 from dwa_fast.ops import _library
+from dwa_fast.ops.activation import ACTIVATIONS, Activation
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwa_fast.engine.activations import Activation
+from dwa_fast.ops.activation import Activation
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # leaky_relu has a slope besides
     "none": lambda z: z,

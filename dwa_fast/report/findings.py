@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import MANIFEST, set_folder
 from dwa_fast.errors import InputError, printable
 from dwa_fast.io.files import below
 from dwa_fast.report.records import RECORD, Record, read_record
-from dwa_fast.sets.store import read_manifest
 
 
 @dataclass(frozen=True)

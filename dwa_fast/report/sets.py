@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import has_link, prefix
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
@@ -23,7 +24,6 @@ from dwa_fast.report.document import Block, Facts, Image, Paragraph, Section
 from dwa_fast.report.findings import DistilledSet
 from dwa_fast.report.published import COMPUTING
 from dwa_fast.report.values import groups, shown
-from dwa_fast.sets.store import image_name
 
 _CLASSES, _IMAGES = 10, 10  # of a set that are shown, at most: the first ones
 _TILE = 64  # pixels to which larger images are shrunk in a contact sheet

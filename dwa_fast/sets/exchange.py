@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dwa_fast.config import ImageFormat, Normalisation, StorageConfig
 from dwa_fast.data.datasets import image_folder, normalise
+from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import image_root, is_set
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, read_regular, replacing
-from dwa_fast.sets.store import IMAGE_NAME, ImageStore, WorkItem, read_manifest
+from dwa_fast.sets.store import ImageStore, WorkItem
 
 Progress = Callable[[int, int], None]  # called with the images done and the images in all
 

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dwa_fast.data.datasets import denormalise
+from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.initial import InitialImages
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.sets.background import Ahead, Background
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.store import ImageStore, WorkItem, to_levels
+from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.workers import Workers
 
 Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from torch import Tensor
 
 from dwa_fast._version import __version__
 from dwa_fast.config import StorageConfig
-from dwa_fast.data.set_layout import FLAT_FORMAT, FORMAT, MANIFEST, NOTE, NOTE_TEXT, is_set, prefix, set_folder
+from dwa_fast.data.manifest import content_check, holds_images, holds_text, image_name, read_manifest
+from dwa_fast.data.set_layout import FORMAT, MANIFEST, NOTE, NOTE_TEXT, is_set, prefix, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, is_left_over, output_folder, read_regular, replacing, sync_folder, write_json
+from dwa_fast.io.files import checksum, is_left_over, output_folder, replacing, sync_folder, write_json
+from dwa_fast.io.settings import difference
 from dwa_fast.sets import loss_log as log_file
 from dwa_fast.sets.journal import Journal, read_journals, remove_journals
 
-IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
 _THREADS = 8  # that compress, write or check the images of a set
 
 log = logging.getLogger("dwa_fast")
@@ -40,23 +40,6 @@ class WorkItem:
     number: int  # picks the random streams
     index: int
     labels: list[int]
-
-
-def image_name(label: int, index: int, classes: int, suffix: str = "png") -> str:
-    """Path of one image below the folder of the class folders, as the published code names it.
-
-    Numbers have at least three digits. Those of classes have as many as the last class needs; those of images never depend on how many
-    there are, so that a set can grow: image 1000 is id1000, which comes after id999 where names are sorted by their numbers.
-    """
-    digits = max(3, len(str(classes - 1)))
-    return f"new{label:0{digits}d}/class{label:0{digits}d}_id{index:03d}.{suffix}"
-
-
-def to_levels(
-    pixels: Tensor,  # [n, C, H, W] in [0, 1], on any device
-) -> Tensor:  # [n, C, H, W] uint8 on the CPU
-    """Pixels as an image file holds them: rounded, and clamped where they leave the range."""
-    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 class ImageStore:
@@ -86,7 +69,7 @@ class ImageStore:
         self.skipped: dict[str, str] = {}  # real images that could not be used, and why
         self._whole: set[int] = set()  # batches that this process has written, or found whole
         self._versions = [versions()]  # those that the set was begun with, then others that it was continued with
-        self._digest = _check([self.settings, self.class_names])
+        self._digest = content_check([self.settings, self.class_names])
         self._journal = Journal(self.folder, self._digest)
         self._format = FORMAT  # a set that is there keeps its own
         if not is_set(self.folder):
@@ -263,13 +246,7 @@ class ImageStore:
             "images": dict(sorted(self._images.items())),
             "losses": {str(number): log_file.digest(text) for number, text in sorted(self._losses.items())},
         }
-        write_json(self.folder / MANIFEST, {**content, "check": _check(content)})
-
-
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings have changed, and how, for a sentence; empty where none has."""
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    return "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
+        write_json(self.folder / MANIFEST, {**content, "check": content_check(content)})
 
 
 def versions() -> dict[str, str]:
@@ -282,66 +259,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a set, given its folder or its `images/`.
-
-    Raises:
-        InputError: it is not there, not ours, or damaged.
-    """
-    path = set_folder(folder) / MANIFEST
-    try:
-        content = json.loads(read_regular(path))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") not in (FLAT_FORMAT, FORMAT):
-        raise InputError(f"{path} is no manifest of format {FLAT_FORMAT} or {FORMAT}, which this version of dwa-fast reads")
-    if content.pop("check", None) != _check(content) or not _is_manifest(content):
-        raise InputError(f"{path} has been changed since dwa-fast wrote it; remove it to make the whole set again")
-    return content
-
-
-def _is_manifest(content: dict[str, Any]) -> bool:
-    """Whether every part is there and of its type: a manifest may come from anywhere, with its own checksum."""
-    lists = all(isinstance(content.get(key), list) for key in ("continued_with", "class_names"))
-    maps = all(isinstance(content.get(key), dict) for key in ("versions", "settings", "skipped", "images", "losses"))
-    return (
-        lists
-        and maps
-        and isinstance(content.get("complete"), bool)
-        and all(isinstance(name, str) for name in content["class_names"])
-        and all(_holds_text(part) for part in (content["versions"], *content["continued_with"], content["skipped"], content["losses"]))
-        and all(map(str.isdecimal, content["losses"]))
-        and _holds_images(content["images"])
-    )
-
-
 def _is_entry(entry: dict[str, Any]) -> bool:
     """Whether an entry of a journal is what `ImageStore.write` puts there."""
     rows = entry.get("losses")
     return (
         entry.keys() == {"item", "images", "losses", "skipped"}
         and type(entry["item"]) is int
-        and _holds_images(entry["images"])
-        and _holds_text(entry["skipped"])
+        and holds_images(entry["images"])
+        and holds_text(entry["skipped"])
         and isinstance(rows, list)
         and all(isinstance(row, list) and [type(value) for value in row] == [int, float, float, float] for row in rows)
     )
-
-
-def _holds_images(value: Any) -> bool:
-    """Whether this maps names of images, which never lead out of the set, to checksums."""
-    return _holds_text(value) and all(map(IMAGE_NAME.fullmatch, value))
-
-
-def _holds_text(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _check(content: Any) -> str:
-    """Checksum of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _has_checksum(path: Path, wanted: str) -> bool:
@@ -349,12 +277,6 @@ def _has_checksum(path: Path, wanted: str) -> bool:
         return checksum(path) == wanted
     except OSError:
         return False
-
-
-def _short(value: Any) -> str:
-    """A setting for a sentence: long lists, such as a thousand class names, cut."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _picture(

@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import below, checksum, is_left_over, is_temporary
 from dwa_fast.sets.journal import is_journal
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
 from dwa_fast.sets.preview import PREVIEW
-from dwa_fast.sets.store import IMAGE_NAME, read_manifest
 from dwa_fast.training.label_store import INDEX, LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's

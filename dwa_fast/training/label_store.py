@@ -19,10 +19,10 @@ from dwa_fast.data.loader import Draw, batch_sizes
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, output_folder, read_regular, write_json
+from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.seeding import generator
 from dwa_fast.threads import as_begun
-from dwa_fast.training.state import refuse_change
 
 INDEX = "labels.json"
 _FORMAT = 1

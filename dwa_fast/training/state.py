@@ -16,9 +16,9 @@ from torch import nn
 from dwa_fast.data.datasets import FileSet, ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, output_folder, read_regular, write_json
+from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.models.finite import has_finite_weights
-from dwa_fast.sets.store import difference
 from dwa_fast.threads import THREADS, as_begun
 
 _SECONDS = 30.0  # between two states of a training, at least: one of a large network takes a second to write
@@ -188,14 +188,3 @@ class KeptStudents:
         self._settings = as_begun(self._settings, before)
         refuse_change(self._folder, "students", before, self._settings, "choose another folder")
         self.accuracies = accuracies
-
-
-def refuse_change(place: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any], advice: str) -> None:
-    """Raise InputError, with the difference, where settings are not those that something was made with.
-
-    Args:
-        what: what is in that place: "students". advice: what to do about it: "choose another folder".
-    """
-    changed = difference(before, now)
-    if changed:
-        raise InputError(f"{place} holds {what} of other settings ({changed}); {advice}")

@@ -16,6 +16,7 @@ from dwa_fast.config import TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.loader import Draws, Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.errors import InputError
+from dwa_fast.io.settings import refuse_change
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, threads_of
 from dwa_fast.training.fit import (
@@ -33,7 +34,7 @@ from dwa_fast.training.fit import (
     top1,
 )
 from dwa_fast.training.label_store import LabelStore, StoredDraws, view_settings
-from dwa_fast.training.state import KeptStudents, TrainingState, image_digest, refuse_change, weight_digest
+from dwa_fast.training.state import KeptStudents, TrainingState, image_digest, weight_digest
 
 _NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
 

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from dwa_fast.commands.cli import run
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
 from dwa_fast.models.architectures import ARCHITECTURES, build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.report import published
 from dwa_fast.report.records import read_record
-from dwa_fast.sets.store import read_manifest
 from dwa_fast.sets.verify import problems
 from tests.nets import SIZE, small_teacher
 

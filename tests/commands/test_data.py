@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from dwa_fast.commands.cli import run
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.models.checkpoint import load_teacher, save_teacher
-from dwa_fast.sets.store import read_manifest
 from tests.nets import SIZE
 
 NAMES = ("ant", "bee", "cat")

@@ -14,12 +14,12 @@ from PIL import Image
 from dwa_fast.commands.cli import run
 from dwa_fast.commands.diversity import as_record
 from dwa_fast.config import StorageConfig
-from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.datasets import MemorySet, digits, to_levels
 from dwa_fast.data.subsets import draw
 from dwa_fast.evaluation.survey import REAL, Findings, Survey, SurveyConfig
 from dwa_fast.io.files import checksum
 from dwa_fast.report.records import RECORD, read_record
-from dwa_fast.sets.store import ImageStore, WorkItem, to_levels
+from dwa_fast.sets.store import ImageStore, WorkItem
 from tests.nets import SIZE
 
 IPC = 3

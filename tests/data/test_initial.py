@@ -17,8 +17,8 @@ from dwa_fast import InputError, distill
 from dwa_fast.config import InitialConfig
 from dwa_fast.data.datasets import FileSet, MemorySet, image_folder, normalise
 from dwa_fast.data.initial import initial_images, read_tensor, sample
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
-from dwa_fast.sets.store import read_manifest
 from tests.nets import SIZE, small_config, small_set, small_teacher
 
 CONFIG = small_config(iterations=2, batch_size=4)

@@ -15,11 +15,12 @@ from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig
 from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.set_layout import FLAT_FORMAT, IMAGES, MANIFEST, image_root, is_set, refuse_images, set_folder
 from dwa_fast.report.findings import find
 from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.store import ImageStore, image_name, read_manifest
+from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
 from dwa_fast.training.label_store import LabelStore
 from tests.hostile import contents

@@ -14,6 +14,7 @@ from dwa_fast import InputError
 from dwa_fast.config import InitialConfig
 from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.initial import sample
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.experiments.cells import (
     Cell,
     Found,
@@ -29,7 +30,6 @@ from dwa_fast.experiments.cells import (
     set_is_there,
 )
 from dwa_fast.recipes import recipe
-from dwa_fast.sets.store import read_manifest
 from tests.experiments.setups import small_setup, small_validation
 from tests.nets import SIZE
 

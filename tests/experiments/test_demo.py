@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from dwa_fast.commands.cli import run
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
 from dwa_fast.io.pictures import contact_sheet, mosaic
 from dwa_fast.report.records import read_record
-from dwa_fast.sets.store import read_manifest
 
 ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "2", "--jobs", "1"]
 TITLES = {

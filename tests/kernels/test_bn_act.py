@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwa_fast.engine.activations import ACTIVATIONS, Activation
+from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured, error
 

@@ -83,8 +83,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from torch import Tensor
 
-    from dwa_fast.engine.activations import ACTIVATIONS, Activation
     from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, moments, view, view_adam_clip
+    from dwa_fast.ops.activation import ACTIVATIONS, Activation
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device="meta")

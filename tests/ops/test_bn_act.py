@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast import ops
-from dwa_fast.engine.activations import ACTIVATIONS, Activation
+from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS
 

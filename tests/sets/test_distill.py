@@ -13,9 +13,10 @@ from torch.distributed import HashStore
 
 from dwa_fast import InputError, distill
 from dwa_fast.data.initial import sample
+from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.io.files import checksum, replacing
 from dwa_fast.sets.distill import WorkItem, work_list
-from dwa_fast.sets.store import ImageStore, image_name, read_manifest
+from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import Elastic
 from tests.nets import small_config, small_set, small_teacher
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import Normalisation, StorageConfig
-from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.datasets import image_folder, to_levels
+from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.tensors import as_pixels, read_tensors
 from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.exchange import as_tensors, open_files, write_set
-from dwa_fast.sets.store import ImageStore, image_name, read_manifest, to_levels
+from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
 from tests.hostile import POSTSCRIPT, Harmful, ghostscript
 

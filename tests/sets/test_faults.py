@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dwa_fast.commands.cli import run
-from dwa_fast.sets.store import image_name, read_manifest
+from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.sets.verify import problems
 from tests.processes import Bench, contents
 

@@ -23,13 +23,13 @@ from dwa_fast.commands.console import Console
 from dwa_fast.config import DataConfig
 from dwa_fast.data.datasets import MemorySet, image_folder, load
 from dwa_fast.data.initial import class_members, read_tensor
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import printable
 from dwa_fast.io import pictures
 from dwa_fast.io.decode import BadImageError, decode
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.models.checkpoint import load_teacher
-from dwa_fast.sets.store import read_manifest
 from tests.hostile import POSTSCRIPT, Harmful, ghostscript
 from tests.nets import SIZE, small_config, small_set, small_teacher
 

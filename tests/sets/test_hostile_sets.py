@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dwa_fast import InputError, distill
-from dwa_fast.sets import journal, store
+from dwa_fast.data.manifest import content_check, read_manifest
+from dwa_fast.sets import journal
 from dwa_fast.sets.distill import work_list
-from dwa_fast.sets.store import ImageStore, read_manifest
+from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
 from tests.hostile import POSTSCRIPT, contents, ghostscript
 from tests.nets import small_config, small_set, small_teacher
@@ -155,7 +156,7 @@ def test_manifests(tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatc
     content = change
     if change:
         content = {key: value for key, value in (json.loads(path.read_text()) | change).items() if key != "check" and value is not ...}
-        content["check"] = store._check(content)
+        content["check"] = content_check(content)
     path.write_text(json.dumps(content))
     monkeypatch.setattr("dwa_fast.sets.store.checksum", opened.append)
     with pytest.raises(InputError, match=re.escape(message)):
@@ -172,7 +173,7 @@ def test_threads_that_a_manifest_makes_up(tmp_path: Path, monkeypatch: pytest.Mo
     content = json.loads((tmp_path / "manifest.json").read_text())
     del content["check"]
     content["settings"]["threads"] = threads
-    (tmp_path / "manifest.json").write_text(json.dumps({**content, "check": store._check(content)}))
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, "check": content_check(content)}))
     taken: list[object] = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     with pytest.raises(InputError, match=rf"holds a set made with other settings \(threads was {threads!r}, is 2\)"):
@@ -210,7 +211,7 @@ def test_journals(tmp_path: Path, outside: Path, content: str | dict[str, Any]) 
     make(tmp_path / "set")
     manifest = read_manifest(tmp_path / "set")
     if isinstance(content, dict):
-        digest = store._check([manifest["settings"], manifest["class_names"]])
+        digest = content_check([manifest["settings"], manifest["class_names"]])
         content = json.dumps({**content, "check": journal._check(content, digest)})
     (tmp_path / "set" / ".journal-0.jsonl").write_text(content + "\n")
     make(tmp_path / "set", ipc=2)

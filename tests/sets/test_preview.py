@@ -11,10 +11,11 @@ from PIL import Image
 
 from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig
+from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import IMAGES
 from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.store import ImageStore, WorkItem, image_name
+from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.verify import problems
 from tests.processes import Bench
 

@@ -15,13 +15,15 @@ from PIL import Image
 
 from dwa_fast import InputError
 from dwa_fast.config import StorageConfig
+from dwa_fast.data.datasets import to_levels
+from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.set_layout import IMAGES
 from dwa_fast.io.files import is_left_over
 from dwa_fast.sets import store as store_module
 from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.journal import Journal, read_journals
 from dwa_fast.sets.loss_log import as_text, read_losses, recorded
-from dwa_fast.sets.store import ImageStore, WorkItem, image_name, read_manifest, to_levels
+from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.verify import problems
 
 CLASSES = ["a", "b", "c"]

@@ -13,8 +13,9 @@ from PIL import Image
 
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
+from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import IMAGES
-from dwa_fast.sets.store import ImageStore, WorkItem, image_name
+from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.verify import problems
 
 ITEMS = [WorkItem(0, 0, [0, 1]), WorkItem(1, 1, [0, 1])]

@@ -17,8 +17,8 @@ import torch
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from dwa_fast import InputError
+from dwa_fast.data.manifest import read_manifest
 from dwa_fast.sets import workers
-from dwa_fast.sets.store import read_manifest
 from dwa_fast.sets.verify import problems
 from dwa_fast.sets.workers import Elastic, Shard, StoppedError, StoreLostError, own_device, rank, threads_alone
 from tests.processes import Bench, agent_store, contents, launcher
