@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,17 +82,37 @@ class Execution:
     def arithmetic(self) -> Iterator[None]:
         """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time.
 
-        Gradients can be taken and no autocast is on, whatever the caller has set.
+        Gradients can be taken and no autocast is on, whatever the caller has set. The settings of a GPU belong to the process: threads that
+        compute on one at once must agree on tf32. The last one to leave puts back what the first one found.
         """
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        with (
+            _settings_of_a_gpu(self.precision == "tf32"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            yield
+
+
+_lock = threading.Lock()
+_inside: list[tuple[bool, bool, bool, bool]] = []  # for each that is within `arithmetic`, of whatever thread: the settings before the first
+
+
+@contextmanager
+def _settings_of_a_gpu(tf32: bool) -> Iterator[None]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _lock:
         before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-        try:
-            matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
-            cudnn.deterministic, cudnn.benchmark = True, False
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        _inside.append(_inside[0] if _inside else before)
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        with _lock:
+            first = _inside.pop()
+            if not _inside:
+                matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = first
 
 
 def resolve(backend: BackendName, precision: Precision, device: str) -> Execution:

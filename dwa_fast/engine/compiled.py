@@ -11,7 +11,7 @@ from dwa_fast.engine.tracing import trace
 
 
 def compiled(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as one compiled graph: forward, backward and updates. The first call compiles, which takes a minute."""
+    """The step as one compiled graph: forward, backward and updates. Compiling takes a minute, and runs the step."""
     unused = torch.empty(0)
     fast = torch.compile(trace(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
 
@@ -19,6 +19,7 @@ def compiled(step: Callable[[], None]) -> Callable[[], None]:
         with torch.no_grad():
             fast(unused)
 
+    run()  # here, where no other thread traces
     return run
 
 

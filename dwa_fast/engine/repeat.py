@@ -11,6 +11,7 @@ import torch
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.compiled import compiled
 from dwa_fast.engine.program import Program
+from dwa_fast.engine.tracing import TRACING
 
 Pool = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
 
@@ -35,15 +36,18 @@ class Repeat:
     ) -> None:
         """Record the step. Steps that run one after the other, never at once, share a GPU's memory where they are given the same `pool`."""
         self._execution = execution
-        self._step = compiled(step) if compiles and records and execution.backend == "compiled" else step
+        self._step = step
         self._program: Program | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if not records:
             return
-        if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
-            self._graph = _captured(self._step, execution.device, pool)
-        elif execution.backend == "fused":
-            self._program = Program(step)
+        with TRACING:
+            if compiles and execution.backend == "compiled":
+                self._step = compiled(step)
+            if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
+                self._graph = _captured(self._step, execution.device, pool)
+            elif execution.backend == "fused":
+                self._program = Program(step)
 
     def refresh(self) -> None:
         """To be called before the first repeat, and after weights that the step reads and never writes have been changed."""

@@ -16,6 +16,7 @@ from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, replace, trace
 from dwa_fast.engine.pointwise import replace_strided_pointwise
+from dwa_fast.engine.tracing import TRACING
 from dwa_fast.engine.tracing import trace as record
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
@@ -136,7 +137,7 @@ def prepare(
 
     The copy is compared with the teacher on a few images like the given ones: logits, the statistics of every layer's input, the gradients
     of both to the images, the gradient of the logits to every weight. A traced copy that differs gives way to one that calls the
-    teacher's own forward pass.
+    teacher's own forward pass. Of several threads one prepares at a time.
 
     Raises:
         TypeError: teacher is not a module.
@@ -147,7 +148,7 @@ def prepare(
         raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
     if unwrapped(teacher).training:
         log.warning("teacher was in train mode; a copy of it in eval mode is used")
-    with torch.inference_mode(False), execution.arithmetic():
+    with TRACING, torch.inference_mode(False), execution.arithmetic():
         module = copied(teacher, execution.device, execution.master_dtype)
         trial = _trial_images(images, execution)
         layers = _layers(module)
