@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dwa_fast import synthesize
-from dwa_fast.backend import resolve
+from dwa_fast.engine.backend import resolve
 from dwa_fast.synthesis import SynthesisResult
 from dwa_fast.threads import computing
 from tests.nets import real_images, small_config, small_teacher

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dwa_fast import ops
 from dwa_fast.config import BackendName, Precision, check_choice
@@ -23,6 +23,7 @@ from dwa_fast.reference import ops as plain
 log = logging.getLogger("dwa_fast")
 
 OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_", "mean_pool")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
@@ -115,9 +116,11 @@ def _settings_of_a_gpu(tf32: bool) -> Iterator[None]:
                 matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = first
 
 
-def resolve(backend: BackendName, precision: Precision, device: str) -> Execution:
+def resolve(backend: BackendName, precision: Precision, device: str, teacher: object = None) -> Execution:
     """Decide device, operators and arithmetic; log what "auto" became.
 
+    Args:
+        teacher: for which; on a CPU depthwise convolutions are slow in bf16, and a precision "auto" is fp32. None: any other one.
     Raises:
         InputError: something that was asked for by name cannot run here; every cause is given.
     """
@@ -134,10 +137,14 @@ def resolve(backend: BackendName, precision: Precision, device: str) -> Executio
     if precision != "auto" and precision not in offered:
         raise InputError(f"precision {precision!r} is not offered by back-end {chosen!r} on {where.type}; it offers: {', '.join(offered)}")
     arithmetic = offered[0] if precision == "auto" else precision
+    depthwise = precision == "auto" and where.type == "cpu" and arithmetic == "bf16" and _has_depthwise(teacher)
+    if depthwise:
+        arithmetic = "fp32"
     if "auto" in (backend, precision):
         why = f" (fused cannot run: {'; '.join(causes)})" if causes and backend == "auto" else ""
         slow = precision == "auto" and chosen != "reference" and where.type == "cpu" and arithmetic == "fp32"
-        _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (" (no AVX-512 BF16 for bf16)" if slow else ""))
+        cause = "the teacher's depthwise convolutions are slow in bf16" if depthwise else "no AVX-512 BF16 for bf16"
+        _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (f" ({cause})" if slow else ""))
     return Execution(chosen, _operators(chosen, where), where, arithmetic)
 
 
@@ -148,6 +155,12 @@ def precisions(backend: str, device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["bf16", "tf32", "fp32", "fp16"]
     return ["bf16", "fp32"] if _fast_bf16() else ["fp32", "bf16"]
+
+
+def _has_depthwise(teacher: object) -> bool:
+    """Whether it has convolutions with a filter of its own for each channel, whose gradient oneDNN computes slowly in bf16."""
+    layers = teacher.modules() if isinstance(teacher, nn.Module) else ()
+    return any(isinstance(layer, _CONVOLUTIONS) and layer.groups == layer.in_channels > 1 for layer in layers)
 
 
 def _fast_bf16() -> bool:

@@ -105,7 +105,7 @@ class Synthesizer:
             batch_sizes: the numbers of images of the batches that will run.
         """
         self.config = config
-        self.execution = resolve(config.backend, config.precision, config.device)
+        self.execution = resolve(config.backend, config.precision, config.device, teacher)
         network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes)
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
         with check_precision(network, images, self.execution), self.execution.arithmetic():

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dwa_fast.config import DataConfig, InitialConfig, StorageConfig, SynthesisConfig, ValidationConfig
@@ -24,6 +25,7 @@ from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.io.files import checksum, output_folder, read_regular, write_json
+from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, full_recipe
 from dwa_fast.sets.distill import distill, work_list
@@ -252,7 +254,9 @@ def _set_settings(setup: Setup, source: Made) -> dict[str, Any]:
     if source.synthesis is None:
         return {**base, "method": REAL, "initial": _initial_settings(setup)}
     config = source.synthesis
-    computed = resolve(config.backend, config.precision, config.device).describe()
+    with torch.device("meta"):  # no values: only the kinds of its layers count
+        layers = build(setup.architecture, classes=2, channels=config.channels, size=setup.data.size)
+    computed = resolve(config.backend, config.precision, config.device, layers).describe()
     threads = setup.threads if computed["device"] == "cpu" else None
     initial = _initial_settings(setup) if config.sees_images else {}
     base |= {**computed, "teacher": setup.teacher_checksum, **_outputs(setup)}

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from dwa_fast import ops
+from dwa_fast import backend, ops
 from dwa_fast.engine import backend
 from dwa_fast.engine.backend import resolve
+from dwa_fast.engine.synthesis import Synthesizer
+from tests.nets import small_config
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,27 @@ def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
         resolve("auto", "auto", "cpu")
     assert (execution.backend, execution.precision) == ("fused", precision)
     assert [says in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("name", ["auto", "bf16", "fp32"])
+def test_depthwise_convolutions_run_in_fp32_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """Where nothing else was asked for; grouped convolutions and plain ones of one channel change nothing."""
+    monkeypatch.setattr(backend, "_fast_bf16", lambda: True)
+    depthwise = nn.Sequential(nn.Conv2d(1, 4, 1), nn.DataParallel(nn.Conv2d(4, 8, 3, 2, 1, groups=4)))
+    others = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 8, 3, groups=2))
+    with caplog.at_level(logging.INFO, "dwa_fast"):
+        assert resolve("auto", name, "cpu", depthwise).precision == ("fp32" if name == "auto" else name)  # type: ignore[arg-type]
+        assert resolve("auto", name, "cpu", others).precision == ("bf16" if name == "auto" else name)  # type: ignore[arg-type]
+    said = "back-end fused in fp32 on cpu (the teacher's depthwise convolutions are slow in bf16)"
+    assert (said in caplog.messages) == (name == "auto")
+
+
+def test_synthesis_asks_for_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_fast_bf16", lambda: True)
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 3)).eval()
+    config = small_config(iterations=1, device="cpu")
+    assert Synthesizer(teacher, torch.randn(2, 1, 8, 8), config).execution.precision == "fp32"
+    assert Synthesizer(teacher[:2].append(nn.Flatten()), torch.randn(2, 1, 8, 8), config).execution.precision == "bf16"
 
 
 def test_auto_falls_back_aloud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
