@@ -92,6 +92,8 @@ def copied(teacher: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
             )
         if tensor.is_meta:
             raise InputError(f"teacher has no values: {name} is on the meta device; load its weights first")
+        if tensor.layout is not torch.strided:
+            raise InputError(f"teacher holds {name} as a sparse tensor ({tensor.layout}); wanted a dense one, as its to_dense() gives")
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(layer, "original_name", "")):
             raise InputError(
