@@ -245,6 +245,7 @@ def _nothing_fits(
     """What is missing in the state dict that comes nearest; what the file holds, where it has none."""
     required = _required(wanted)
     nearest: dict[str, Tensor] = {}
+    whole: Mapping[str, Tensor] = {}  # the state dict that this is a part of: another network may hold such a part
     most = (0, 0)
     for keys, tensors in _state_dicts(content):
         if weights_key is None or f"{'.'.join(keys)}.".startswith(f"{weights_key}."):
@@ -254,7 +255,7 @@ def _nothing_fits(
                 name.removeprefix(f"{prefix}."): value for name, value in plain.items() if not prefix or name.startswith(f"{prefix}.")
             }
             if (count, len(behind)) > most:
-                nearest, most = behind, (count, len(behind))
+                nearest, whole, most = behind, plain, (count, len(behind))
     objects = any(isinstance(value, StandIn) for value in content.values())
     if not most[0] and (objects or all(value.dim() < 2 for value in nearest.values())):
         under = "" if weights_key is None else f" under {weights_key!r}"
@@ -263,7 +264,8 @@ def _nothing_fits(
     missing = [name for name in wanted if name in required - nearest.keys()]
     unknown = [name for name in nearest if name not in wanted and not _is_counter(name)]
     way_out = next((hint for ending, hint in _HINTS.items() if any(name.endswith(ending) for name in unknown)), "")
-    way_out = way_out or _advice(path, architecture, nearest, channels=channels, size=size)
+    for part in (nearest, whole):
+        way_out = way_out or _advice(path, architecture, part, channels=channels, size=size)
     return f"checkpoint {path} does not fit a {architecture}: weights {_listed({'missing': missing, 'unknown': unknown})}{way_out}"
 
 
