@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from dwa_fast.config import BackendName, Precision, check_integer
 from dwa_fast.data.datasets import denormalise, normalise
 from dwa_fast.data.initial import read_tensor, tensor_file
 from dwa_fast.data.manifest import image_name
+from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.priors import mean_norm, total_variation
 from dwa_fast.engine.refine import Refinement
@@ -28,6 +30,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.seeding import generator, normal
+from dwa_fast.sets.store import image_name
 
 log = logging.getLogger("dwa_fast")
 
@@ -35,6 +38,7 @@ Display = Callable[[Tensor, Tensor], Any]  # called with normalised images and t
 
 _EVERY = 100  # iterations from one display to the next, as published
 _READERS = 8  # threads that decode initial images
+_tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # teachers that have predicted real images once
 
 
 def get_images(
@@ -108,6 +112,9 @@ def _recover(asked: Recovery, teacher: nn.Module, index: int, seed: int, display
         display = _verifier(asked.verifier_arch, run.execution.device)
     losses = []
     for batch in _batches(asked, classes, index):
+        if asked.init_path and asked.config.sees_images and teacher not in _tried:
+            _tried.add(teacher)
+            check_predictions(run.logits, [(denormalise(batch.images, asked.config), batch.labels)], asked.config)
         with memory_errors(run.execution, [batch]):
             images, terms = _refine(run.lanes[0], batch, seed, asked, display)
         losses.append(terms.float().cpu())

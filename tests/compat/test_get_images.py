@@ -404,3 +404,22 @@ def test_refuses_a_device_that_there_is_not() -> None:
 def test_refuses_a_teacher_of_another_data_set() -> None:
     with pytest.raises(InputError, match="the data set has 10 classes, but the teacher knows 4"):
         get_images(Namespace(**FIELDS, dataset="cifar10"), colour_teacher(CLASSES, 32, (8, 8, 8)), None, 0, backend="reference")
+
+
+def test_a_teacher_predicts_its_real_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Tensor] = []
+
+    def check(predict: Callable[[Tensor], Tensor], batches: Any, normalisation: Any) -> None:
+        for pixels, labels in batches:
+            assert predict(pixels).shape == (len(labels), CLASSES)
+            tried.append(pixels)
+
+    monkeypatch.setattr(recover, "check_predictions", check)
+    folder = pictures(tmp_path, {name: [20, 40] for name in "abcd"})
+    network = teacher()
+    run(None, 0, network=network)  # from noise
+    assert not tried
+    for index in (0, 1):
+        run(None, index, network=network, init_path=str(folder), rho=0.1)
+    assert len(tried) == 1
+    assert 0 <= float(tried[0].min()) <= float(tried[0].max()) <= 1
