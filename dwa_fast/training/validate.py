@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +37,8 @@ from dwa_fast.training.fit import (
 )
 from dwa_fast.training.label_store import LabelStore, StoredDraws, view_settings
 from dwa_fast.training.state import KeptStudents, TrainingState, image_digest, weight_digest
+
+log = logging.getLogger("dwa_fast")
 
 _NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
 
@@ -86,7 +90,8 @@ def validate(
         soft_labels: folder that `relabel` wrote. All students then see its views and mixes; they differ in their first weights.
     Raises:
         InputError: the folder holds students of other settings, an image cannot be read, a set has no images or a label that is not the
-            number of a class, the stored labels are not those of this set, these views and this teacher, the teacher gives no finite
+            number of a class, or their classes in another order,
+            the stored labels are not those of this set, these views and this teacher, the teacher gives no finite
             logits of these classes, a batch of one image is too small for the student, or a training diverges. Finished students are kept.
     """
     device = torch.device(device)
@@ -94,6 +99,7 @@ def validate(
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):
         raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
+    _compare_names(distilled.class_names, test.class_names)
     course = _Course(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
     if course.live_teacher is not None:
         check_teaching(course.live_teacher, distilled, config, device)
@@ -118,6 +124,21 @@ def validate(
             if kept:
                 kept.add(index, finished[index])
     return ValidationResult([finished[index] for index in range(config.students)], seeds)
+
+
+def _compare_names(own: Sequence[str], wanted: Sequence[str]) -> None:
+    """Warn where the classes have other names.
+
+    Raises:
+        InputError: they are the same in another order.
+    """
+    number = next((number for number, names in enumerate(zip(own, wanted, strict=True)) if names[0] != names[1]), None)
+    if number is None:
+        return
+    difference = f"class {number} of the distilled images is {own[number]!r}, that of the held-out images is {wanted[number]!r}"
+    if sorted(own) == sorted(wanted):
+        raise InputError(f"{difference}: the classes are the same in another order; wanted one order, by which labels are numbers")
+    log.warning("%s; classes are taken to be the same by their numbers", difference)
 
 
 def _share(progress: Progress | None, index: int, students: int) -> Progress | None:
@@ -146,6 +167,15 @@ def _stored(folder: str | Path | None, config: ValidationConfig, distilled: Imag
     refuse_change(folder, "soft labels", own, wanted, "relabel with these settings, or validate with those")
     if not store.complete:
         raise InputError(f"{folder} does not hold all of its soft labels yet; the command that began it goes on with it")
+    if store.wanted < config.epochs:
+        level = logging.INFO if config.epochs % store.wanted == 0 else logging.WARNING  # of a pool there are so many times fewer
+        log.log(
+            level,
+            "%s holds soft labels of %d epochs, and the training has %d: all are used again, in random order",
+            folder,
+            store.wanted,
+            config.epochs,
+        )
     return store
 
 

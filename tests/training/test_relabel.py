@@ -291,3 +291,14 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["validate", *common, "--soft-labels", str(tmp_path / "labels"), "--students", "1", "--output", str(tmp_path / "out")]
     assert run(arguments) == 0
     assert len(read_record(tmp_path / "out" / "record.json").data["cells"][0]["accuracies"]) == 1
+
+
+@pytest.mark.parametrize(("epochs", "level"), [(5, "WARNING"), (8, "INFO"), (4, None)])
+def test_fewer_epochs_of_labels_than_of_the_training_are_said(
+    epochs: int, level: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store(tmp_path)
+    with caplog.at_level("INFO", "dwa_fast"):
+        students(replace(QUICK, epochs=epochs), None, soft_labels=tmp_path)
+    said = [record.levelname for record in caplog.records if f"soft labels of 4 epochs, and the training has {epochs}" in record.message]
+    assert said == ([level] if level else [])

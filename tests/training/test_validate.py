@@ -269,3 +269,17 @@ def test_a_teacher_that_fails_on_the_way_is_named() -> None:
 
     with pytest.raises(InputError, match=r"loss not finite in epoch 1 of 4; the teacher's logits for its images are not finite$"):
         students(teacher=Failing())
+
+
+def test_classes_in_another_order_are_refused_and_other_names_said(caplog: pytest.LogCaptureFixture) -> None:
+    """An accuracy by the numbers of other classes would be a wrong one."""
+    config, test = replace(QUICK, labels="hard", epochs=1, students=1), held_out()
+    swapped = replace(test, class_names=[test.class_names[1], test.class_names[0], *test.class_names[2:]])
+    with pytest.raises(InputError, match=r"class 0 of the distilled images is '0', .* is '1': the classes are the same in another order"):
+        validate(small_set(), swapped, None, "small-resnet", config, size=SIZE, device=CPU)
+    named = replace(test, class_names=[f"digit {name}" for name in test.class_names])
+    validate(small_set(), named, None, "small-resnet", config, size=SIZE, device=CPU)
+    assert "that of the held-out images is 'digit 0'; classes are taken to be the same by their numbers" in caplog.text
+    caplog.clear()
+    validate(small_set(), test, None, "small-resnet", config, size=SIZE, device=CPU)
+    assert "classes" not in caplog.text
