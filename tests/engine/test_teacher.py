@@ -167,7 +167,7 @@ def test_layer_that_is_not_reached_takes_no_part() -> None:
 def test_a_sparse_tensor_is_named() -> None:
     buffered, sparse = small_teacher(), small_teacher()
     buffered.register_buffer("graph", torch.eye(3).to_sparse())
-    sparse.extra = nn.Parameter(torch.eye(3).to_sparse_csr())
-    for module, name, layout in ((buffered, "graph", "torch.sparse_coo"), (sparse, "extra", "torch.sparse_csr")):
+    sparse.extra = nn.Parameter(torch.eye(3).to_sparse())
+    for module, name, layout in ((buffered, "graph", "torch.sparse_coo"), (sparse, "extra", "torch.sparse_coo")):
         with pytest.raises(InputError, match=f"teacher holds {name} as a sparse tensor \\({layout}\\); wanted a dense one"):
             prepare(module, torch.zeros(1, 1, 8, 8), EXECUTION)
