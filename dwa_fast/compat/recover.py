@@ -30,7 +30,6 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.seeding import generator, normal
-from dwa_fast.sets.store import image_name
 
 log = logging.getLogger("dwa_fast")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast import backend, ops
+from dwa_fast import ops
 from dwa_fast.engine import backend
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.synthesis import Synthesizer
