@@ -11,7 +11,7 @@ from torch import nn
 
 from dwa_fast import synthesize
 from dwa_fast.engine.backend import resolve
-from dwa_fast.synthesis import SynthesisResult
+from dwa_fast.sets.synthesize import SynthesisResult
 from dwa_fast.threads import computing
 from tests.nets import real_images, small_config, small_teacher
 
