@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
-from dwa_fast.engine.tracing import trace
+from dwa_fast.engine.capture import trace
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from dwa_fast.data.datasets import denormalise, normalise
 from dwa_fast.data.initial import read_tensor, tensor_file
 from dwa_fast.data.manifest import image_name
 from dwa_fast.engine.backend import resolve_device
-from dwa_fast.engine.priors import mean_norm, total_variation
-from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.refine import Refinement, mean_norm, total_variation
 from dwa_fast.engine.synthesis import Batch, Lane, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.capture import Pool, Repeat
 from dwa_fast.engine.fuse import BatchNormAct
-from dwa_fast.engine.repeat import Pool, Repeat
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
 from dwa_fast.seeding import normal

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.config import BackendName, Precision, check_choice
-from dwa_fast.engine import compiled
 from dwa_fast.errors import InputError
+from dwa_fast.reference import graph_ops
 from dwa_fast.reference import ops as plain
 
 log = logging.getLogger("dwa_fast")
@@ -189,10 +189,10 @@ def tuned(name: str) -> Operators:
     """Plain operators that read schedule and counter as tensors: for TorchInductor, and for CUDA graphs."""
     return Operators(
         name,
-        matching_loss=compiled.matching_loss,
-        view=compiled.view,
-        adam_clip_=compiled.adam_clip_,
-        view_adam_clip_=compiled.view_adam_clip_,
+        matching_loss=graph_ops.matching_loss,
+        view=graph_ops.view,
+        adam_clip_=graph_ops.adam_clip_,
+        view_adam_clip_=graph_ops.view_adam_clip_,
     )
 
 

@@ -16,9 +16,7 @@ from torch.fx.node import Argument
 
 from dwa_fast.engine.activations import Match, changed_in_place, match
 from dwa_fast.engine.backend import Operators
-from dwa_fast.engine.convolution import replace_convolutions
-from dwa_fast.engine.pooling import replace_pools
-from dwa_fast.engine.stem import replace_stems
+from dwa_fast.engine.layers import replace_convolutions, replace_pools, replace_stems
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.priors import mean_norm, total_variation
-from dwa_fast.engine.repeat import Pool, Repeat
+from dwa_fast.engine.capture import Pool, Repeat
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
@@ -140,3 +139,22 @@ def noise(
 ) -> Tensor:  # [B, C, H, W]
     """Standard normal noise, SRe2L's start."""
     return normal(generator(seed, "noise", batch), tuple(images.shape)).to(images)
+
+
+def total_variation(
+    seen: Tensor,  # [N, C, H, W], float32 or wider
+) -> Tensor:  # []
+    """‖∂→x‖₂ + ‖∂↓x‖₂ + ‖∂↗x‖₂ + ‖∂↘x‖₂, each norm over all differences between such neighbours in the batch (SRe2L's tv_l2)."""
+    right = seen[:, :, :, :-1] - seen[:, :, :, 1:]
+    down = seen[:, :, :-1] - seen[:, :, 1:]
+    up_right = seen[:, :, 1:, :-1] - seen[:, :, :-1, 1:]
+    down_right = seen[:, :, :-1, :-1] - seen[:, :, 1:, 1:]
+    return torch.stack([torch.linalg.vector_norm(each) for each in (right, down, up_right, down_right)]).sum()
+
+
+def mean_norm(
+    seen: Tensor,  # [N, C, H, W], float32 or wider
+) -> Tensor:  # []
+    """The mean of ‖x_n‖₂ over the images (SRe2L's l2_scale)."""
+    norms: Tensor = torch.linalg.vector_norm(seen, dim=(1, 2, 3))
+    return norms.mean()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.capture import trace as record
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, replace, trace
-from dwa_fast.engine.pointwise import replace_strided_pointwise
-from dwa_fast.engine.tracing import trace as record
+from dwa_fast.engine.layers import replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
 from dwa_fast.models.finite import check_finite_weights

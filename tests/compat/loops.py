@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dwa_fast import SynthesisConfig
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import denormalise
-from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.reference.loop import see
 from dwa_fast.schedule import draw_schedule

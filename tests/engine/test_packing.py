@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwa_fast.engine.capture import Program, trace
 from dwa_fast.engine.packing import frozen_tensors, pack_convolutions
-from dwa_fast.engine.program import Program
-from dwa_fast.engine.tracing import trace
 
 CONSTANT = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
 CONVOLUTIONS = {

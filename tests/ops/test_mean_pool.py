@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwa_fast import ops
 from dwa_fast.engine.backend import Operators, resolve
 from dwa_fast.engine.fuse import trace
-from dwa_fast.engine.pooling import MeanPool
+from dwa_fast.engine.layers import MeanPool
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.engine.program import Program
+from dwa_fast.engine.capture import Program
 
 
 def test_repeats_a_training_step_bit_for_bit() -> None:

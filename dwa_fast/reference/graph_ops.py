@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-from dwa_fast.engine.tracing import trace
-
-
-def compiled(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as one compiled graph: forward, backward and updates. The first call compiles, which takes a minute."""
-    unused = torch.empty(0)
-    fast = torch.compile(trace(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
-
-    def run() -> None:
-        with torch.no_grad():
-            fast(unused)
-
-    return run
 
 
 def matching_loss(
