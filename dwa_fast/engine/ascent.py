@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.capture import Pool, Repeat
+from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.fuse import BatchNormAct
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
@@ -64,15 +64,15 @@ class Arena:
 class Ascent:
     """Adjusts the weights of a network for a batch, and restores them bit for bit."""
 
-    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution, pool: Pool | None = None) -> None:
+    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution, graph_memory: GraphMemory | None = None) -> None:
         self.network = network
         self.config = config
         self.execution = execution
-        self._pool = pool  # see Repeat
+        self._graph_memory = graph_memory  # see CapturedStep
         self.arena = Arena(network, execution, moves=config.adjusts)
         self._norms = torch.zeros(max(1, config.steps), dtype=execution.master_dtype, device=execution.device)  # [K]
         self._count = torch.zeros((), dtype=torch.int64, device=execution.device)
-        self._steps: dict[torch.Size, tuple[Tensor, Tensor, Repeat]] = {}  # per shape: what the step sees, its labels, the step
+        self._steps: dict[torch.Size, tuple[Tensor, Tensor, CapturedStep]] = {}  # per shape: what the step sees, its labels, the step
 
     def adjust(
         self,
@@ -92,15 +92,17 @@ class Ascent:
             return self._randomly(source)
         if seen.shape not in self._steps:
             inputs = seen.clone(), labels.clone()
-            repeat = Repeat(lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, pool=self._pool)
-            self._steps[seen.shape] = (*inputs, repeat)
-        static_seen, static_labels, repeat = self._steps[seen.shape]
+            captured = CapturedStep(
+                lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, graph_memory=self._graph_memory
+            )
+            self._steps[seen.shape] = (*inputs, captured)
+        static_seen, static_labels, captured = self._steps[seen.shape]
         static_seen.copy_(seen)
         static_labels.copy_(labels)
         self.arena.restore()
         self._count.zero_()
-        repeat.refresh()
-        repeat.run(self.config.steps)
+        captured.refresh()
+        captured.run(self.config.steps)
         return _finite(self._norms, self.execution.precision)
 
     def _randomly(self, source: np.random.Generator) -> Tensor:

@@ -16,12 +16,12 @@ from dwa_fast import ops
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.packing import pack_convolutions
 
-Pool = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
+GraphMemory = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
 
 _WARM_UPS = 3  # before a capture: libraries choose their algorithms and allocate their workspaces
 
 
-def trace(step: Callable[[], None]) -> GraphModule:
+def trace_step(step: Callable[[], None]) -> GraphModule:
     """The graph of a step, which runs once. It takes one argument that it does not read; the step's tensors are its attributes."""
 
     def traced(unused: Tensor) -> None:
@@ -34,7 +34,7 @@ def trace(step: Callable[[], None]) -> GraphModule:
 def compile_step(step: Callable[[], None]) -> Callable[[], None]:
     """The step as one compiled graph: forward, backward and updates. The first call compiles, which takes a minute."""
     unused = torch.empty(0)
-    fast = torch.compile(trace(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
+    fast = torch.compile(trace_step(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
 
     def run() -> None:
         with torch.no_grad():
@@ -43,42 +43,42 @@ def compile_step(step: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-class Program:
+class OpTape:
     """A step as a flat list of operator calls: forward, backward and updates in the order in which Python made them once.
 
     The step must read and write only tensors that stay where they are, and take the same path every time. The bits of the result are
     those of the step itself. Convolutions take weights that the step leaves alone in oneDNN's format: `refresh` packs them,
-    once when the Program is made, and is to be called after such weights have been changed. Making a Program runs the step once.
+    once when the OpTape is made, and is to be called after such weights have been changed. Making a OpTape runs the step once.
     """
 
     def __init__(self, step: Callable[[], None]) -> None:
         ops.load()
-        graph = trace(step)
+        graph = trace_step(step)
         once = pack_convolutions(graph)
-        self._program = importlib.import_module("dwa_fast._C").Program()
+        self._tape = importlib.import_module("dwa_fast._C").Program()
         slots: dict[Node, Any] = {}
         for node in graph.graph.nodes:
             if node.op == "get_attr":
-                slots[node] = self._program.hold(operator.attrgetter(str(node.target))(graph).detach())
+                slots[node] = self._tape.hold(operator.attrgetter(str(node.target))(graph).detach())
             elif node.op == "call_function" and node.target is operator.getitem:
                 slots[node] = slots[node.args[0]][node.args[1]]
             elif node.op == "call_function":
                 slots[node] = self._append(node, slots, node in once)
             elif node.op not in ("placeholder", "output"):
                 raise RuntimeError(f"a recorded step holds {node.format_node()}, which is no operator call")
-        self._program.seal()
+        self._tape.seal()
         self.refresh()
 
     def refresh(self) -> None:
         """Pack the weights that the step leaves alone anew."""
-        self._program.refresh()
+        self._tape.refresh()
 
     def run(self, times: int) -> None:
-        """Repeat the step; other Python threads go on meanwhile."""
-        self._program.run(times)
+        """CapturedStep the step; other Python threads go on meanwhile."""
+        self._tape.run(times)
 
     def __len__(self) -> int:
-        return int(self._program.size)
+        return int(self._tape.size)
 
     def _append(self, node: Node, slots: dict[Node, Any], once: bool) -> Any:
         """The slot of the node's result, or a list of them where the operator gives several."""
@@ -91,11 +91,11 @@ class Program:
         value = node.meta["val"] if schema.returns else ()
         several = not isinstance(value, Tensor)
         count = len(value) if several else 1
-        results = self._program.call(schema.name, schema.overload_name, arguments, count, once)
+        results = self._tape.call(schema.name, schema.overload_name, arguments, count, once)
         return results if several else results[0]
 
 
-class Repeat:
+class CapturedStep:
     """Runs a step any number of times. Making one runs the step, so what it changes must be set afterwards.
 
     The back-end "fused" records: on a CPU the operator calls, which C++ repeats with the interpreter's lock released; on a GPU the
@@ -109,29 +109,29 @@ class Repeat:
         *,
         compiles: bool = False,
         records: bool = True,  # whether the step always makes the same calls, which a branch on values would change
-        pool: Pool | None = None,
+        graph_memory: GraphMemory | None = None,
     ) -> None:
-        """Record the step. Steps that run one after the other, never at once, share a GPU's memory where they are given the same `pool`."""
+        """Record the step. Steps that run one after the other, never at once, share a GPU's memory where they are given the same `graph_memory`."""
         self._execution = execution
         self._step = compile_step(step) if compiles and records and execution.backend == "compiled" else step
-        self._program: Program | None = None
+        self._tape: OpTape | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if not records:
             return
         if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
-            self._graph = _captured(self._step, execution.device, pool)
+            self._graph = _captured(self._step, execution.device, graph_memory)
         elif execution.backend == "fused":
-            self._program = Program(step)
+            self._tape = OpTape(step)
 
     def refresh(self) -> None:
         """To be called before the first repeat, and after weights that the step reads and never writes have been changed."""
-        if self._program is not None:
-            self._program.refresh()
+        if self._tape is not None:
+            self._tape.refresh()
 
     def run(self, times: int) -> None:
-        """Repeat the step; on a GPU this only queues the work."""
-        if self._program is not None:
-            self._program.run(times)
+        """CapturedStep the step; on a GPU this only queues the work."""
+        if self._tape is not None:
+            self._tape.run(times)
         elif self._graph is not None:
             stream = torch.cuda.current_stream(self._execution.device).cuda_stream
             importlib.import_module("dwa_fast._C").launch_graph(self._graph.raw_cuda_graph_exec(), stream, times)
@@ -140,7 +140,7 @@ class Repeat:
                 self._step()
 
 
-def _captured(step: Callable[[], None], device: torch.device, pool: Pool | None) -> torch.cuda.CUDAGraph:
+def _captured(step: Callable[[], None], device: torch.device, graph_memory: GraphMemory | None) -> torch.cuda.CUDAGraph:
     """The step as a graph, captured on the current stream, since memory is reused on one stream only; the default one cannot capture."""
     current = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
@@ -150,6 +150,6 @@ def _captured(step: Callable[[], None], device: torch.device, pool: Pool | None)
             step()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.graph(graph, pool=graph_memory, stream=stream):
         step()
     return graph

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.capture import Pool, Repeat
+from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
@@ -28,7 +28,7 @@ class Refinement:
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
         execution: Execution,
-        pool: Pool | None = None,  # see Repeat
+        graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
         self.classifier, self.matcher = classifier, matcher
         self.config, self.execution = config, execution
@@ -45,7 +45,7 @@ class Refinement:
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
         self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         records = not (classifier.unrecorded or matcher.unrecorded)
-        self._repeat = Repeat(self._iterate, execution, compiles=True, records=records, pool=pool)
+        self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
         """Set every buffer for a new batch, whose weights the networks have by now."""
@@ -55,11 +55,11 @@ class Refinement:
         self.learning_rates.copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
-        self._repeat.refresh()
+        self._captured.refresh()
 
     def advance(self, iterations: int) -> None:
         """Do that many iterations; on a GPU this only queues them."""
-        self._repeat.run(iterations)
+        self._captured.run(iterations)
 
     def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
         """What the batch came to, once all iterations are done.

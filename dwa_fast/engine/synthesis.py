@@ -48,8 +48,8 @@ class Lane:
             Arena(self.matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
         self._stream = torch.cuda.Stream(execution.device) if cuda else None
-        self._pool = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement take turns
-        self.ascent = Ascent(network, config, execution, self._pool)
+        self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement take turns
+        self.ascent = Ascent(network, config, execution, self._graph_memory)
         self._refinements: dict[torch.Size, Refinement] = {}
 
     def begin(self, batch: Batch, seed: int) -> Refinement:
@@ -64,7 +64,9 @@ class Lane:
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
             seen = self.network.operators.view(images, schedule.rows, first, execution.dtype)
             if images.shape not in self._refinements:
-                self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution, self._pool)
+                self._refinements[images.shape] = Refinement(
+                    self.network, self.matcher, images.shape, config, execution, self._graph_memory
+                )
             refinement = self._refinements[images.shape]
             self.ascent.adjust(seen, labels, generator(seed, "ascent", batch.number))
             start = noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.capture import trace as record
+from dwa_fast.engine.capture import trace_step
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, replace, trace
 from dwa_fast.engine.layers import replace_strided_pointwise
@@ -282,7 +282,7 @@ def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | No
         recorded.copy_(network(images).detach())
 
     try:
-        repeat = record(step)
+        repeat = trace_step(step)
         with _moved(module), torch.no_grad():
             repeat(torch.empty(0))
             if not _alike(network(images), recorded):

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import resolve
-from dwa_fast.engine.capture import trace
+from dwa_fast.engine.capture import trace_step
 from dwa_fast.engine.layers import LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
 from dwa_fast.engine.refine import Refinement
 from dwa_fast.engine.synthesis import Batch, Lane
@@ -109,7 +109,7 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     network, _ = prepare(teacher, images, execution)
     lane = Lane(network, config, execution)
     refinement: Refinement = lane.begin(Batch(0, images, labels), seed=0)
-    nodes = trace(refinement._iterate).graph.nodes
+    nodes = trace_step(refinement._iterate).graph.nodes
     backward = [node for node in nodes if node.target is torch.ops.aten.convolution_backward.default]
     assert len(backward) >= 19  # all but the first layer's, which has its own way
     assert {inputs.target for inputs in (node.args[1] for node in backward)} == {torch.ops.aten.empty_strided.default}
