@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check_integer
+from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.initial import initial_images, unseen
 from dwa_fast.data.manifest import read_manifest
@@ -20,7 +20,7 @@ from dwa_fast.engine.synthesis import Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import Output
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.production import Line, Observer, Progress
+from dwa_fast.sets.production import Line, Observer
 from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, StoreLostError, Workers, rank, threads_alone

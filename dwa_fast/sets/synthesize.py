@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Progress, SynthesisConfig
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
-from dwa_fast.engine.synthesis import Batch, Progress, Synthesizer, check_arguments, check_label_range, count_all
+from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
 from dwa_fast.models.wrappers import Output
 from dwa_fast.sets.exchange import write_set
 
@@ -91,7 +91,11 @@ def synthesize(
     finished, losses = [], []
     for start in range(0, len(batches), config.concurrent_batches):
         group = batches[start : start + config.concurrent_batches]
-        tick = count_all(progress, start * config.iterations, len(group), total)
+
+        def tick(iterations: int, before: int = start * config.iterations, batches: int = len(group)) -> None:
+            if progress:
+                progress(before + batches * iterations, total)
+
         for refined, terms in run.run(group, seed=seed, progress=tick):
             finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())
