@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import Execution, precisions, resolve, tuned
 from dwa_fast.engine.refine import Refinement
-from dwa_fast.engine.synthesis import Batch, Lane
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
@@ -191,19 +191,20 @@ class Ours:
     def __init__(self, problem: Problem, execution: Execution) -> None:
         self.problem, self.precision, self.execution = problem, execution.precision, execution
         network, _ = prepare(problem.teacher, problem.images, execution)
-        self.lane = Lane(network, replace(problem.config, ascent="none"), execution)
-        self.refinement: Refinement = self.lane.begin(Batch(0, problem.images, problem.labels), SEED)
+        Arena(network, execution, moves=False)
+        with execution.arithmetic():
+            self.refinement = Refinement(network, network, problem.images.shape, problem.config, execution)
         self.reset()
 
     def reset(self) -> None:
         """Start the batch anew."""
         self.step = 0
-        with self.lane.active():
+        with self.execution.arithmetic():
             self.refinement.load(self.problem.images, self.problem.labels, self.problem.schedule)
 
     def advance(self, iterations: int) -> None:
         """Some iterations more."""
-        with self.lane.active():
+        with self.execution.arithmetic():
             self.refinement.advance(iterations)
         self.step += iterations
 
@@ -226,7 +227,7 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        return Ours(problem, Execution(name, tuned(name), problem.device, precision))
+        return Ours(problem, Execution(name, tuned(name), problem.device, precision, records=name == "eager+graph"))
     return Ours(problem, resolve(name, precision, str(problem.device)))  # type: ignore[arg-type]
 
 

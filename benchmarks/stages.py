@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dwa_fast import distill
 from dwa_fast.data.datasets import denormalise, image_folder, normalise
 from dwa_fast.engine.ascent import Ascent
-from dwa_fast.engine.synthesis import Lane
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.reference.loop import see
 from dwa_fast.seeding import generator
@@ -64,15 +63,12 @@ def published_ascent(peer: harness.Published) -> None:
 
 def _our_ascent(problem: harness.Problem, peer: harness.Ours) -> Callable[[], None]:
     network, _ = prepare(problem.teacher, problem.images, peer.execution)
-    lane = Lane(network, problem.config, peer.execution)
-    layout = torch.channels_last if peer.execution.channels_last else torch.contiguous_format
-    with lane.active():
-        seen = problem.images.to(peer.execution.dtype, memory_format=layout)
-        ascent: Ascent = lane.ascent
+    ascent = Ascent(network, problem.config, peer.execution)
+    images = problem.images.to(peer.execution.dtype, memory_format=peer.execution.memory_format)
 
     def step() -> None:
-        with lane.active():
-            ascent.adjust(seen, problem.labels, generator(harness.SEED, "ascent", 0))
+        with peer.execution.arithmetic():
+            ascent.adjust(images, problem.labels, generator(harness.SEED, "ascent", 0))
 
     return step
 

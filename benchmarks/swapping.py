@@ -25,7 +25,6 @@ import machine
 
 from dwa_fast.compat import BNFeatureHook, Perterb
 from dwa_fast.compat.namespace import Recovery, read_namespace
-from dwa_fast.compat.recover import advance
 from dwa_fast.config import Precision
 from dwa_fast.engine.backend import precisions, resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
@@ -155,21 +154,22 @@ class Swapped:
 
     def __init__(self, problem: harness.Problem, asked: Recovery) -> None:
         run = Synthesizer(problem.teacher, problem.images[:1], asked.config)
-        self.lane, self.precision, self.r_var = run.lanes[0], run.execution.precision, asked.r_var
+        self.replica, self.precision, self.r_var = run.replicas[0], run.execution.precision, asked.r_var
         self.batch = Batch(0, problem.images, problem.labels)
 
     def begin(self) -> None:
         """Views, ascent and start of the batch; the first time the steps are recorded too."""
-        self.refinement, self.step = self.lane.begin(self.batch, harness.SEED), 0
+        self.replica.begin(self.batch, harness.SEED)
+        self.step = 0
 
     def advance(self, iterations: int) -> None:
         """Some iterations more."""
-        advance(self.lane, self.refinement, iterations)
+        self.replica.advance(iterations)
         self.step += iterations
 
     def losses(self) -> Tensor:
         """As `Way` says."""
-        _, terms = self.lane.finish(self.refinement)
+        _, terms = self.replica.finish()
         terms = terms[: self.step].float().cpu()
         return torch.stack([terms[:, 0], terms[:, 1] + self.r_var * terms[:, 2]], 1)
 

@@ -21,8 +21,8 @@ from dwa_fast.data.datasets import denormalise, normalise
 from dwa_fast.data.initial import read_tensor, tensor_file
 from dwa_fast.data.manifest import image_name
 from dwa_fast.engine.backend import resolve_device
-from dwa_fast.engine.refine import Refinement, mean_norm, total_variation
-from dwa_fast.engine.synthesis import Batch, Lane, Synthesizer, memory_errors
+from dwa_fast.engine.refine import mean_norm, total_variation
+from dwa_fast.engine.synthesis import Batch, Replica, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, replacing
@@ -108,7 +108,7 @@ def _recover(asked: Recovery, teacher: nn.Module, index: int, seed: int, display
     losses = []
     for batch in _batches(asked, classes, index):
         with memory_errors(run.execution, [batch]):
-            images, terms = _refine(run.lanes[0], batch, seed, asked, display)
+            images, terms = _refine(run.replicas[0], batch, seed, asked, display)
         losses.append(terms.float().cpu())
         if asked.output:
             _store(asked.output, denormalise(images, asked.config), batch.labels, index, classes)
@@ -200,46 +200,37 @@ def _nth_file(folder: Path, index: int) -> Path:
     return folder / names[index]
 
 
-def _refine(lane: Lane, batch: Batch, seed: int, asked: Recovery, display: Display | None) -> tuple[Tensor, Tensor]:
-    """Refined images and losses of a batch, shown on the way where asked."""
-    refinement, total = lane.begin(batch, seed), asked.config.iterations
+def _refine(replica: Replica, batch: Batch, seed: int, asked: Recovery, display: Display | None) -> tuple[Tensor, Tensor]:
+    """Refined images and losses of a batch; on request both are shown every 100 iterations."""
+    total = asked.config.iterations
+    replica.begin(batch, seed)
     stops = range(0, total, _EVERY) if display or asked.verifier else range(0)
     done = 0
     for stop in sorted({*stops, total - 1}) if stops and asked.code_base == "cda" else stops:
-        advance(lane, refinement, stop - done)
-        images, _ = lane.finish(refinement)
-        advance(lane, refinement, 1)
+        replica.advance(stop - done)
+        images, _ = replica.finish()
+        replica.advance(1)
         done = stop + 1
-        _show(lane, refinement, images, batch.labels, stop, asked, display)
-    advance(lane, refinement, total - done)
-    return lane.finish(refinement)
-
-
-def advance(lane: Lane, refinement: Refinement, iterations: int) -> None:
-    """Some iterations, in pieces, so that Ctrl-C is heard."""
-    piece = 1 if lane.execution.device.type == "cpu" else 10
-    for start in range(0, iterations, piece):
-        with lane.active():
-            refinement.advance(min(piece, iterations - start))
+        _show(replica, images, batch.labels, stop, asked, display)
+    replica.advance(total - done)
+    return replica.finish()
 
 
 def _show(
-    lane: Lane,
-    refinement: Refinement,
+    replica: Replica,
     images: Tensor,  # [B, C, S, S] before the iteration
     labels: Tensor,
     iteration: int,
     asked: Recovery,
     display: Display | None,
 ) -> None:
-    """Losses of an iteration, and what the display says to its images, as the published loops print them."""
-    _, losses = lane.finish(refinement)
+    """Print the losses of an iteration and call the display with its images, as the published loops do."""
+    _, losses = replica.finish()
     labels = labels.to(images.device)
-    row = torch.tensor(iteration, device=images.device)
-    seen = lane.network.operators.view(images, refinement.rows, row, images.dtype)
+    view = replica.view(images, iteration)
     ce, mean, var = losses[iteration].tolist()
     config = asked.config
-    prior = config.tv_l2 * float(total_variation(seen)) + config.l2_scale * float(mean_norm(seen))
+    prior = config.tv_l2 * float(total_variation(view)) + config.l2_scale * float(mean_norm(view))
     print(f"------------iteration {iteration}----------")
     print("loss_ce", ce)
     print("loss_r_bn_feature", mean + asked.r_var * var)
@@ -248,7 +239,7 @@ def _show(
         return
     with torch.no_grad():
         if asked.code_base == "cda" or asked.config.view == "roll":  # the scripts that show the view too
-            display(seen, labels)
+            display(view, labels)
         display(images, labels)
 
 

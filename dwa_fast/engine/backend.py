@@ -24,6 +24,7 @@ log = logging.getLogger("dwa_fast")
 OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_", "mean_pool")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_QUEUED = 10  # iterations
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
 
 
@@ -52,6 +53,7 @@ class Execution:
     operators: Operators
     device: torch.device
     precision: str  # fp32, tf32, bf16, fp16 or fp64
+    records: bool = False  # whether steps are recorded once and then replayed without the interpreter
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,6 +69,16 @@ class Execution:
     def channels_last(self) -> bool:
         """Whether images and weights lie with their channels innermost."""
         return self.backend != "reference"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def iterations_per_call(self) -> int:
+        """How many iterations run, or are queued on a GPU, before Ctrl-C and progress get their turn."""
+        return _QUEUED if self.device.type == "cuda" else 1
 
     @property
     def loss_scale(self) -> float:
@@ -117,7 +129,8 @@ def resolve(backend: BackendName, precision: Precision, device: str) -> Executio
         why = f" (fused cannot run: {'; '.join(causes)})" if causes and backend == "auto" else ""
         slow = precision == "auto" and chosen != "reference" and where.type == "cpu" and arithmetic == "fp32"
         _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (" (no AVX-512 BF16 for bf16)" if slow else ""))
-    return Execution(chosen, _operators(chosen, where), where, arithmetic)
+    records = chosen == "fused" or (chosen == "compiled" and where.type == "cuda")
+    return Execution(chosen, _operators(chosen, where), where, arithmetic, records)
 
 
 def precisions(backend: str, device: torch.device) -> list[str]:

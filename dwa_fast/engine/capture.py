@@ -98,8 +98,8 @@ class OpTape:
 class CapturedStep:
     """Runs a step any number of times. Making one runs the step, so what it changes must be set afterwards.
 
-    The back-end "fused" records: on a CPU the operator calls, which C++ repeats with the interpreter's lock released; on a GPU the
-    kernels, as a CUDA graph. "compiled" compiles the step where that pays, and records its kernels too. "reference" calls the step.
+    An execution that records does so once: on a CPU the operator calls, which C++ repeats with the interpreter lock released; on a GPU
+    the kernels, as a CUDA graph. The back-end "compiled" compiles the step first. Without recording, every repeat calls the step.
     """
 
     def __init__(
@@ -111,16 +111,20 @@ class CapturedStep:
         records: bool = True,  # whether the step always makes the same calls, which a branch on values would change
         graph_memory: GraphMemory | None = None,
     ) -> None:
-        """Record the step. Steps that run one after the other, never at once, share a GPU's memory where they are given the same `graph_memory`."""
+        """Record the step.
+
+        Args:
+            graph_memory: shared by captured steps that never run at the same time.
+        """
         self._execution = execution
         self._step = compile_step(step) if compiles and records and execution.backend == "compiled" else step
         self._tape: OpTape | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        if not records:
+        if not (records and execution.records):
             return
-        if execution.device.type == "cuda" and execution.backend not in ("reference", "eager"):
+        if execution.device.type == "cuda":
             self._graph = _captured(self._step, execution.device, graph_memory)
-        elif execution.backend == "fused":
+        else:
             self._tape = OpTape(step)
 
     def refresh(self) -> None:
@@ -129,7 +133,7 @@ class CapturedStep:
             self._tape.refresh()
 
     def run(self, times: int) -> None:
-        """CapturedStep the step; on a GPU this only queues the work."""
+        """Repeat the step; on a GPU this only queues the work."""
         if self._tape is not None:
             self._tape.run(times)
         elif self._graph is not None:

@@ -32,9 +32,8 @@ class Refinement:
     ) -> None:
         self.classifier, self.matcher = classifier, matcher
         self.config, self.execution = config, execution
-        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
         dtype, device = execution.master_dtype, execution.device
-        self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=layout)
+        self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=execution.memory_format)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.rows = torch.zeros(config.iterations, 7, dtype=torch.int32, device=device)

@@ -328,8 +328,7 @@ def check_precision(network: Network, images: Tensor, execution: Execution) -> I
     if execution.dtype == execution.master_dtype:
         yield
         return
-    layout = torch.channels_last if execution.channels_last else torch.contiguous_format
-    trial = _trial_images(images, execution).to(memory_format=layout)
+    trial = _trial_images(images, execution).to(memory_format=execution.memory_format)
     with execution.arithmetic():
         wanted = rewritten(network, network, trial, gradients=False)
     yield

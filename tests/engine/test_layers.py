@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import trace_step
 from dwa_fast.engine.layers import LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
 from dwa_fast.engine.refine import Refinement
-from dwa_fast.engine.synthesis import Batch, Lane
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
@@ -105,10 +105,11 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     teacher = build(architecture, classes=10, channels=3, size=32).eval()
     config = SynthesisConfig(batch_size=2, iterations=2, ascent="none", device="cpu", backend="fused", precision="fp32")
     execution = resolve(config.backend, config.precision, config.device)
-    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    images = torch.randn(2, 3, 32, 32)
     network, _ = prepare(teacher, images, execution)
-    lane = Lane(network, config, execution)
-    refinement: Refinement = lane.begin(Batch(0, images, labels), seed=0)
+    Arena(network, execution, moves=False)
+    with execution.arithmetic():
+        refinement = Refinement(network, network, images.shape, config, execution)
     nodes = trace_step(refinement._iterate).graph.nodes
     backward = [node for node in nodes if node.target is torch.ops.aten.convolution_backward.default]
     assert len(backward) >= 19  # all but the first layer's, which has its own way
