@@ -304,7 +304,6 @@ def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inpu
         "dtype": dtype,
         "seen_gradient": noise(1e-6).to(dtype),
         "seen_pixels": subject.shape[0] * subject.shape[1] * int(area[step]),
-        "gradient": noise(1e-6),
         "exp_avg": noise(1e-6),
         "exp_avg_sq": noise(1e-6).square(),
         "learning_rates": schedule.learning_rates.to(device),
@@ -314,26 +313,10 @@ def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inpu
 
 
 _VIEW = ("images", "rows", "step", "dtype")
-_ADAM = ("images", "gradient", "exp_avg", "exp_avg_sq", "learning_rates", "step", "low", "high")
 
 
 def _view(operators: Operators, inputs: Inputs) -> Call:
-    inputs["images"].requires_grad_()
     return lambda: (operators.view(*(inputs[name] for name in _VIEW)),)
-
-
-def _view_adjoint(operators: Operators, inputs: Inputs) -> Call:
-    leaf = inputs["images"].requires_grad_()
-    seen = operators.view(*(inputs[name] for name in _VIEW))
-    return lambda: torch.autograd.grad(seen, leaf, inputs["seen_gradient"], retain_graph=True)
-
-
-def _adam_clip(operators: Operators, inputs: Inputs) -> Call:
-    def call() -> tuple[Tensor, ...]:
-        operators.adam_clip_(*(inputs[name] for name in _ADAM))
-        return inputs["images"], inputs["exp_avg"], inputs["exp_avg_sq"]
-
-    return call
 
 
 def _view_adam_clip(operators: Operators, inputs: Inputs) -> Call:
@@ -392,9 +375,6 @@ OPERATORS = (
     Operator("moments backward", _inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
     Operator("matching_loss, both ways", _all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
     Operator("view", _images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
-    Operator("view adjoint", _images, _pictures, _view_adjoint, lambda inputs: inputs["seen_gradient"].nbytes + inputs["images"].nbytes),
-    # Reads x, g, m and v; writes x, m and v.
-    Operator("adam_clip_", _images, _pictures, _adam_clip, lambda inputs: 7 * inputs["images"].nbytes, ("fp32",)),
     Operator("view_adam_clip_", _images, _pictures, _view_adam_clip, _view_adam_clip_traffic),
     Operator("ascend_", _weights, _arena, _ascend, _ascend_traffic),
 )

@@ -21,7 +21,7 @@ from dwa_fast.reference import ops as plain
 
 log = logging.getLogger("dwa_fast")
 
-OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_", "mean_pool")
+OPERATORS = ("bn_act", "moments", "matching_loss", "view", "view_adam_clip_", "ascend_", "mean_pool")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _QUEUED = 10  # iterations
@@ -37,7 +37,6 @@ class Operators:
     moments: Callable[..., Tensor] = plain.moments
     matching_loss: Callable[..., Tensor] = plain.matching_loss
     view: Callable[..., Tensor] = plain.view
-    adam_clip_: Callable[..., None] = plain.adam_clip_
     view_adam_clip_: Callable[..., None] = plain.view_adam_clip_
     ascend_: Callable[..., Tensor] = plain.ascend_
     mean_pool: Callable[..., Tensor] = plain.mean_pool
@@ -204,7 +203,6 @@ def tuned(name: str) -> Operators:
         name,
         matching_loss=graph_ops.matching_loss,
         view=graph_ops.view,
-        adam_clip_=graph_ops.adam_clip_,
         view_adam_clip_=graph_ops.view_adam_clip_,
     )
 
@@ -229,7 +227,7 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 def _fused(device: torch.device) -> Operators:
     kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
-    calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
+    calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.view_adam_clip_, ops.ascend_
     implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "C++"}
     if device.type == "cuda":
         return Operators("fused", *calls, plain.mean_pool, True, implementations | {"ascend_": "CUDA C++", "mean_pool": _PLAIN})

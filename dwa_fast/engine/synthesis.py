@@ -106,7 +106,7 @@ class Replica:
             return logits.float().cpu()
 
     def _moved(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        return images.to(self.execution.device, dtype, memory_format=self.execution.memory_format)
+        return images.detach().to(self.execution.device, dtype, memory_format=self.execution.memory_format)
 
     @contextmanager
     def _active(self, *, wait: bool = True) -> Iterator[None]:

@@ -31,7 +31,6 @@ CAPABILITIES = (80, 90)
 
 # Kernels that cost what their traffic costs: at even sizes and addresses they load and store 16 bytes per thread and access.
 WIDE = {
-    "adam_clip._adam_clip_kernel",
     "ascend._square_sum_kernel",
     "ascend._update_kernel",
     "bn_act._backward_kernel",
@@ -83,7 +82,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from torch import Tensor
 
-    from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, moments, view, view_adam_clip
+    from dwa_fast.kernels import ascend, bn_act, matching_loss, moments, view, view_adam_clip
     from dwa_fast.ops.activation import ACTIVATIONS, Activation
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,16 +125,13 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for size in (32, 224):
         images = tensor(100, 3, size, size)
         for dtype in (torch.float32, torch.bfloat16):
-            yield f"{dtype} {size} px", partial(view.view_forward, images, rows, step, dtype)
-            yield f"{dtype} {size} px", partial(view.view_backward, images.to(dtype), rows, step)
+            yield f"{dtype} {size} px", partial(view.view, images, rows, step, dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             changed = images, images.to(dtype), images, images
             after = partial(view_adam_clip.view_adam_clip_, *changed, rows, tensor(2000), step, bound, bound, 2.0**14, 0.5, 0.9, 1e-8)
             yield f"{dtype} {size} px", after
-        yield f"{size} px", partial(adam_clip.adam_clip_, *[images] * 4, tensor(2000), step, bound, bound, 0.5, 0.9, 1e-8)
     images = images.contiguous()
-    yield "torch.bfloat16 224 px contiguous", partial(view.view_forward, images, rows, step, torch.bfloat16)
-    yield "224 px contiguous", partial(adam_clip.adam_clip_, *[images] * 4, tensor(2000), step, bound, bound, 0.5, 0.9, 1e-8)
+    yield "torch.bfloat16 224 px contiguous", partial(view.view, images, rows, step, torch.bfloat16)
 
     arena = tensor(11_220_144)
     for dtype in (torch.bfloat16, torch.float16):
