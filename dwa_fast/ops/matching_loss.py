@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -41,6 +39,7 @@ def matching_loss(
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     _check(sums, variances, offsets, counts, weights)
+    _library.load()
     loss: Tensor = _MatchingLoss.apply(sums, variances, offsets, counts, weights)
     return loss
 
@@ -48,32 +47,22 @@ def matching_loss(
 class _MatchingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        if sums.is_cuda:
-            loss, norms = _triton().matching_loss_forward(sums, variances, offsets, counts, weights)
-        else:
-            _library.load()
-            loss, norms = torch.ops.dwa_fast.matching_loss_forward.default(sums, variances, offsets, counts, weights)
+        loss, norms = torch.ops.dwa_fast.matching_loss_forward.default(sums, variances, offsets, counts, weights)
         ctx.save_for_backward(sums, variances, offsets, counts, weights, norms)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _triton().matching_loss_backward if grad.is_cuda else torch.ops.dwa_fast.matching_loss_backward.default
-        return backward(grad, *ctx.saved_tensors), None, None, None, None
+        return torch.ops.dwa_fast.matching_loss_backward.default(grad, *ctx.saved_tensors), None, None, None, None
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.matching_loss")
-
-
-@_library.fake("matching_loss_forward")
+@_library.fake("matching_loss_forward", triton="matching_loss")
 def _forward_fake(sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return sums.new_empty(2), sums.new_empty((2, counts.shape[0]))
 
 
-@_library.fake("matching_loss_backward")
+@_library.fake("matching_loss_backward", triton="matching_loss")
 def _backward_fake(
     grad: Tensor, sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor, norms: Tensor
 ) -> Tensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,20 +37,12 @@ def view(
     """
     wanted = torch.float32 if dtype is None else dtype
     _check(images, rows, step, wanted)
-    if images.is_cuda:
-        result: Tensor = _triton().view(images, rows, step, wanted)
-    else:
-        _library.load()
-        result = torch.ops.dwa_fast.view.default(images, rows, step, wanted)
+    _library.load()
+    result: Tensor = torch.ops.dwa_fast.view.default(images, rows, step, wanted)
     return result
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.view")
-
-
-@_library.fake("view")
+@_library.fake("view", triton="view")
 def _view_fake(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
 

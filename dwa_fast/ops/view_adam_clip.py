@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,21 +62,13 @@ def view_adam_clip_(
     if not 0 < loss_scale < math.inf:
         raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
     beta1, beta2 = _check_numbers(betas, eps)
-    if images.is_cuda:
-        update = _triton().view_adam_clip_
-    else:
-        _library.load()
-        update = torch.ops.dwa_fast.view_adam_clip_.default
+    _library.load()
+    update = torch.ops.dwa_fast.view_adam_clip_.default
     state = images, gradient, exp_avg, exp_avg_sq
     update(*state, rows, learning_rates, step, low, high, float(loss_scale), beta1, beta2, float(eps))
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.view_adam_clip")
-
-
-@_library.fake("view_adam_clip_")
+@_library.fake("view_adam_clip_", triton="view_adam_clip")
 def _view_adam_clip_fake(
     images: Tensor,
     gradient: Tensor,
