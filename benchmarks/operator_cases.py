@@ -262,11 +262,11 @@ def _statistics(subject: Layers, dtype: torch.dtype, device: torch.device) -> In
     each = torch.tensor(subject.counts).repeat_interleave(sizes).to(device, torch.float32)
     variances = torch.rand(len(each), device=device) + 0.5
     shift = 0.1 * torch.randn(len(each), device=device)
-    spread = variances * (0.8 + 0.4 * torch.rand(len(each), device=device)) + shift.square()
+    square = variances * (0.8 + 0.4 * torch.rand(len(each), device=device)) + shift.square()
     return {
-        "sums": torch.stack([shift * each, spread * each]).to(dtype),
+        "sums": torch.stack([shift * each, square * each]).to(dtype),
         "variances": variances,
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(device),
+        "channel_ptr": torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(device),
         "counts": torch.tensor(subject.counts, device=device),
         "weights": torch.tensor([10.0] + [1.0] * (len(sizes) - 1), device=device),
     }

@@ -23,10 +23,10 @@ TORCH_LIBRARY(dwa_fast, m) {
       "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
   m.def(
-      "matching_loss_forward(Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights) "
+      "matching_loss_forward(Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights) "
       "-> (Tensor loss, Tensor norms)");
   m.def(
-      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights, Tensor norms) "
+      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights, Tensor norms) "
       "-> Tensor");
   m.def("mean_pool_forward(Tensor y, int window) -> Tensor");
   m.def("mean_pool_backward(Tensor grad_z, int window, int height, int width) -> Tensor");

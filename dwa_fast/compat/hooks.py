@@ -28,7 +28,7 @@ _new: weakref.WeakSet[BNFeatureHook] = weakref.WeakSet()  # hooks that no forwar
 class _Constants(NamedTuple):
     """What `matching_loss` of one layer needs beside moments and running variance, for a number of elements per channel."""
 
-    offsets: Tensor  # [2] int64: 0 and C
+    channel_ptr: Tensor  # [2] int64: 0 and C
     counts: Tensor  # [1] int64: N·H·W
     weights: Tensor  # [1]: 1
     factors: Tensor  # [2]: of R_mean and R_var in r_feature
@@ -109,8 +109,8 @@ class BNFeatureHook:
             operators, wide = operators_for(y.device, y.dtype), torch.promote_types(y.dtype, torch.float32)
             shift = module.running_mean.detach().to(wide)
             sums = operators.moments(planes(y), shift)
-            offsets, counts, weights, factors = self._of(y, wide)
-            terms = operators.matching_loss(sums, module.running_var.detach().to(wide), offsets, counts, weights)
+            channel_ptr, counts, weights, factors = self._of(y, wide)
+            terms = operators.matching_loss(sums, module.running_var.detach().to(wide), channel_ptr, counts, weights)
             self.r_feature = (terms * factors).sum()
         self._moments = _Moments(sums, shift, int(y.numel() // y.shape[1]))
         if self in _new:

@@ -36,7 +36,7 @@ class MatchingPlan:
     """What `matching_loss` needs beside the moments: fixed for a network and a batch size, on the device."""
 
     variances: Tensor  # [ΣC]
-    offsets: Tensor  # [L + 1] int64
+    channel_ptr: Tensor  # [L + 1] int64
     counts: Tensor  # [L] int64
     weights: Tensor  # [L]
 
@@ -122,7 +122,7 @@ class Network(nn.Module):
             self._plans[shape] = MatchingPlan.of(used, first_layer_weight)
         plan = self._plans[shape]
         sums = torch.cat([layer.sums.pop() for layer in used], 1)
-        return self.operators.matching_loss(sums, plan.variances, plan.offsets, plan.counts, plan.weights)
+        return self.operators.matching_loss(sums, plan.variances, plan.channel_ptr, plan.counts, plan.weights)
 
 
 def prepare(

@@ -65,7 +65,7 @@ def mean_pool(
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
     variances: Tensor,  # [ΣC] running variances v
-    offsets: Tensor,  # [L + 1] int64: channels of layer l are offsets[l] … offsets[l + 1] − 1
+    channel_ptr: Tensor,  # [L + 1] int64: channels of layer l are channel_ptr[l] … channel_ptr[l + 1] − 1
     counts: Tensor,  # [L] int64: n = N·H·W of each layer
     weights: Tensor,  # [L] w_l
 ) -> Tensor:  # [2]: R_mean, R_var
@@ -74,12 +74,12 @@ def matching_loss(
     R_mean = Σ_l w_l ‖μ_l − m_l‖₂,  R_var = Σ_l w_l ‖σ²_l − v_l‖₂, with μ − m = s₁/n and σ² = s₂/n − (s₁/n)².
     The gradient of a norm that is 0 is 0.
     """
-    bounds = offsets.tolist()
+    bounds = channel_ptr.tolist()
     terms = [torch.zeros(2).to(sums)]
     for first, last, n, w in zip(bounds[:-1], bounds[1:], counts.tolist(), weights.tolist(), strict=True):
-        offset = sums[0, first:last] / n
-        spread = sums[1, first:last] / n - offset.square() - variances[first:last]
-        terms.append(w * torch.stack([torch.linalg.vector_norm(offset), torch.linalg.vector_norm(spread)]))
+        mean_gap = sums[0, first:last] / n
+        var_gap = sums[1, first:last] / n - mean_gap.square() - variances[first:last]
+        terms.append(w * torch.stack([torch.linalg.vector_norm(mean_gap), torch.linalg.vector_norm(var_gap)]))
     return torch.stack(terms).sum(0)
 
 

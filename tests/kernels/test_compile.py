@@ -115,10 +115,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield case, partial(moments.moments_backward, tensor(2, shape[1]), y, mean)
 
     long = torch.int64
-    sums, offsets, counts = tensor(2, 26560), tensor(54, dtype=long), tensor(53, dtype=long)
+    sums, channel_ptr, counts = tensor(2, 26560), tensor(54, dtype=long), tensor(53, dtype=long)
     of_channels, of_layers, of_terms = tensor(26560), tensor(53), tensor(2, 53)
-    yield "53 layers", partial(matching_loss.matching_loss_forward, sums, of_channels, offsets, counts, of_layers)
-    back = partial(matching_loss.matching_loss_backward, tensor(2), sums, of_channels, offsets, counts, of_layers, of_terms)
+    yield "53 layers", partial(matching_loss.matching_loss_forward, sums, of_channels, channel_ptr, counts, of_layers)
+    back = partial(matching_loss.matching_loss_backward, tensor(2), sums, of_channels, channel_ptr, counts, of_layers, of_terms)
     yield "53 layers", back
 
     rows, step, bound = tensor(2000, 7, dtype=torch.int32), tensor(1, dtype=long)[0], tensor(3)
