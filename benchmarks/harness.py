@@ -25,7 +25,7 @@ from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import full_recipe
-from dwa_fast.reference.loop import StatisticsHook, see
+from dwa_fast.reference.loop import StatisticsHook, apply_view
 from dwa_fast.schedule import Schedule, draw_schedule
 
 SEED = 0
@@ -163,7 +163,7 @@ class Published:
         for _ in range(iterations):
             self.optimizer.param_groups[0]["lr"] = float(self.problem.schedule.learning_rates[self.step])
             self.optimizer.zero_grad()
-            ce = F.cross_entropy(self.model(see(self.images, self.problem.schedule, self.step)), self.problem.labels)
+            ce = F.cross_entropy(self.model(apply_view(self.images, self.problem.schedule, self.step)), self.problem.labels)
             mean = torch.stack([w * hook.mean_distance for w, hook in zip(weights, self.hooks, strict=True)]).sum()
             var = torch.stack([w * hook.var_distance for w, hook in zip(weights, self.hooks, strict=True)]).sum()
             (ce + config.lambda_mean * mean + config.lambda_var * var).backward()

@@ -22,7 +22,7 @@ from dwa_fast import distill
 from dwa_fast.data.datasets import denormalise, image_folder, normalise
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.teacher import prepare
-from dwa_fast.reference.loop import see
+from dwa_fast.reference.loop import apply_view
 from dwa_fast.seeding import generator
 
 
@@ -46,7 +46,7 @@ def published_ascent(peer: harness.Published) -> None:
     problem = peer.problem
     config, parameters = problem.config, list(peer.model.parameters())
     before = [p.detach().clone() for p in parameters]
-    seen = see(problem.images.to(peer.dtype), problem.schedule, 0)
+    seen = apply_view(problem.images.to(peer.dtype), problem.schedule, 0)
     for _ in range(config.steps):
         peer.model.zero_grad()
         F.cross_entropy(peer.model(seen), problem.labels).backward()

@@ -179,13 +179,13 @@ def _announce(operators: Operators) -> None:
 
 
 def _check_layer(module: Any) -> None:
-    wanted = "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got"
+    prefix = "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got"
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{wanted} {type(module).__name__}")
+        raise TypeError(f"{prefix} {type(module).__name__}")
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise TypeError(f"{wanted} {type(module).__name__}: a hook on a convolution {_OTHER_METHOD}")
+        raise TypeError(f"{prefix} {type(module).__name__}: a hook on a convolution {_OTHER_METHOD}")
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, _InstanceNorm)):
-        raise TypeError(f"{wanted} {type(module).__name__}, which has no running statistics of whole batches to be compared with")
+        raise TypeError(f"{prefix} {type(module).__name__}, which has no running statistics of whole batches to be compared with")
     known = isinstance(module, _BatchNorm)
     statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]
     if known and any(each is None for each in statistics):
@@ -193,7 +193,7 @@ def _check_layer(module: Any) -> None:
     if not known and not all(
         isinstance(each, Tensor) and each.dim() == 1 for each in statistics
     ):  # torchvision's FrozenBatchNorm2d has them
-        raise TypeError(f"{wanted} {type(module).__name__}")
+        raise TypeError(f"{prefix} {type(module).__name__}")
 
 
 def _variance_weight(args: Any, rest: tuple[Any, ...], others: dict[str, Any]) -> float:

@@ -72,11 +72,11 @@ class Ascent:
         self.arena = Arena(network, execution, moves=config.adjusts)
         self._norms = torch.zeros(max(1, config.steps), dtype=execution.master_dtype, device=execution.device)  # [K]
         self._count = torch.zeros((), dtype=torch.int64, device=execution.device)
-        self._steps: dict[torch.Size, tuple[Tensor, Tensor, CapturedStep]] = {}  # per shape: what the step sees, its labels, the step
+        self._steps: dict[torch.Size, tuple[Tensor, Tensor, CapturedStep]] = {}  # per shape: the input of the step, its labels, the step
 
     def adjust(
         self,
-        seen: Tensor,  # [B, C, H, W], initial real images in the view of iteration 0
+        view: Tensor,  # [B, C, H, W], initial real images in the view of iteration 0
         labels: Tensor,  # [B]
         source: np.random.Generator,  # of the random direction
     ) -> Tensor:  # [K] gradient norms
@@ -90,14 +90,14 @@ class Ascent:
             return self._norms[:0]
         if self.config.ascent == "random":
             return self._randomly(source)
-        if seen.shape not in self._steps:
-            inputs = seen.clone(), labels.clone()
+        if view.shape not in self._steps:
+            inputs = view.clone(), labels.clone()
             captured = CapturedStep(
                 lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, graph_memory=self._graph_memory
             )
-            self._steps[seen.shape] = (*inputs, captured)
-        static_seen, static_labels, captured = self._steps[seen.shape]
-        static_seen.copy_(seen)
+            self._steps[view.shape] = (*inputs, captured)
+        static_view, static_labels, captured = self._steps[view.shape]
+        static_view.copy_(view)
         static_labels.copy_(labels)
         self.arena.restore()
         self._count.zero_()
@@ -113,11 +113,11 @@ class Ascent:
             slot.copy_(part.view(slot.shape))
         return self.network.operators.ascend_(arena.weights, arena.gradients, self.config.rho, compute=arena.compute)[None]
 
-    def _step(self, seen: Tensor, labels: Tensor) -> None:
+    def _step(self, view: Tensor, labels: Tensor) -> None:
         """One step; everything in it lies at fixed places, so that it can be recorded."""
         arena, config = self.arena, self.config
         with self.network.trainable():
-            loss = F.cross_entropy(self.network(seen).to(self.execution.master_dtype), labels)
+            loss = F.cross_entropy(self.network(view).to(self.execution.master_dtype), labels)
             gradients = torch.autograd.grad(loss * self.execution.loss_scale, arena.parameters, allow_unused=True)
         for slot, gradient in zip(arena.slots, gradients, strict=True):
             if gradient is not None:  # the gradient of a weight that the loss does not reach stays 0
@@ -141,7 +141,7 @@ def _round_buffers(network: nn.Module, execution: Execution) -> None:
 
 
 def _shaped(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """A flat piece of an arena as a tensor of that shape; convolution weights with their channels innermost where asked."""
+    """A flat piece of an arena as a tensor of that shape; convolution weights channels-last if `channels_last`."""
     if channels_last and like.dim() == 4:
         out, inner, height, width = like.shape
         return flat.view(out, height, width, inner).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Chooses once which implementation of each operator runs, and says why the others cannot."""
+"""Chooses which implementation of each operator runs, once per run, and gives the causes why the others cannot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("dwa_fast")
 OPERATORS = ("bn_act", "moments", "matching_loss", "view", "view_adam_clip_", "ascend_", "mean_pool")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_QUEUED = 10  # iterations
+_QUEUED = 10  # iterations on a GPU between two progress reports
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
 
 
@@ -46,7 +46,7 @@ class Operators:
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how a run computes: everything that "auto" stood for, decided."""
+    """Where and how a run computes: every "auto" resolved."""
 
     backend: str  # reference, fused or compiled
     operators: Operators
@@ -56,7 +56,7 @@ class Execution:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and of the weights that convolutions see."""
+        """Of activations and of the weights that convolutions read."""
         return _DTYPES[self.precision]
 
     @property
@@ -90,7 +90,7 @@ class Execution:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time.
+        """Inside, convolutions and products take TensorFloat-32 only where the precision is tf32, and give the same bits every time.
 
         Gradients can be taken and no autocast is on, whatever the caller has set.
         """
@@ -109,7 +109,7 @@ def resolve(backend: BackendName, precision: Precision, device: str) -> Executio
     """Decide device, operators and arithmetic; log what "auto" became.
 
     Raises:
-        InputError: something that was asked for by name cannot run here; every cause is given.
+        InputError: a back-end, precision or device named explicitly cannot run here; the message gives every cause.
     """
     check_choice("backend", backend, BackendName)
     check_choice("precision", precision, Precision)

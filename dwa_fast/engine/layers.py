@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from dwa_fast.models.modules import has_hooks, replace_layers
 
-_BLOCK = 2  # pixels per side that share the lanes of a vector or of a matrix unit
-_LANES = 16  # channels that such a unit computes whether they are needed or not
+_BLOCK = 2  # pixels per side that become channels of one vector or matrix instruction
+_LANES = 16  # channels that such an instruction computes, needed or not
 _ALIGNMENT = 8  # channels, in multiples of which a GPU's convolutions are fast
 _ONEDNN_BLOCK = 16  # channels that oneDNN's kernels take at a time
 
 
 class LeanConv(nn.Module):
-    """A Conv2d that lets go of its input while its weights are frozen; PyTorch's own holds it. Weights under the same names.
+    """A Conv2d that does not save its input for the backward pass while its weights are frozen. Parameters keep their names.
 
-    The gradient of a convolution's input follows from the weights alone. So of two large tensors per layer, input and output of its
-    BatchNorm, refinement keeps one: half the memory. The calls of the library, and so all bits, are those of the layer.
+    The gradient of a convolution's input depends on the weights alone, so refinement saves one large tensor per layer instead of two (the
+    input and the output of the BatchNorm before it): half the memory. The library calls, and so all bits, are those of the layer.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -50,14 +50,14 @@ class LeanConv(nn.Module):
         self,
         gradient: Tensor,  # [N, O, H', W']
         weight: Tensor,
-        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape and strides are looked at
-        wanted: list[bool],  # of the input, of the weights, of the bias
+        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape and strides are read
+        needed: list[bool],  # of the input, of the weights, of the bias
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the three; None where none is wanted."""
+        """Gradients of the three; None where it is not needed."""
         sizes = [len(weight)] if self.bias is not None else None
         shape = self.stride, self.padding, self.dilation, False, [0, 0], self.groups
-        found = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *shape, wanted)
-        of_input, of_weight, of_bias = (each if asked else None for each, asked in zip(found, wanted, strict=True))
+        gradients = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *shape, needed)
+        of_input, of_weight, of_bias = (each if used else None for each, used in zip(gradients, needed, strict=True))
         return of_input, of_weight, of_bias
 
 
@@ -71,7 +71,7 @@ class _LeanConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
-        if x is None:  # memory for this one call, which nobody reads or writes
+        if x is None:  # the library needs its shape and strides; the values are never read
             x = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
         return *ctx.layer.gradients(gradient, weight, x, list(ctx.needs_input_grad[:3])), None
 
@@ -121,7 +121,7 @@ class StemConv(LeanConv):
 
     @staticmethod
     def suits(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-        """Whether a layer's image gradient can be had like that, and more cheaply."""
+        """Whether this gradient applies to the layer and costs less than the library's."""
         if not LeanConv.suits(layer):
             return False
         size, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
@@ -133,12 +133,12 @@ class StemConv(LeanConv):
         self,
         gradient: Tensor,  # [N, O, H', W']
         weight: Tensor,
-        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape is looked at
-        wanted: list[bool],  # of the input, of the weights, of the bias
+        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape is read
+        needed: list[bool],  # of the input, of the weights, of the bias
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the three; None where none is wanted."""
-        _, of_weight, of_bias = super().gradients(gradient, weight, x, [False, *wanted[1:]]) if any(wanted[1:]) else (None,) * 3
-        return self.image_gradient(gradient, *x.shape[2:]) if wanted[0] else None, of_weight, of_bias
+        """Gradients of the three; None where it is not needed."""
+        _, of_weight, of_bias = super().gradients(gradient, weight, x, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
+        return self.image_gradient(gradient, *x.shape[2:]) if needed[0] else None, of_weight, of_bias
 
     def image_gradient(
         self,
@@ -160,10 +160,10 @@ class StemConv(LeanConv):
 
 
 def replace_stems(traced: torch.fx.GraphModule) -> None:
-    """Replace every suitable convolution that sees the image itself."""
+    """Replace every suitable convolution whose input is the image itself."""
     for node in traced.graph.nodes:
-        sees_image = node.op == "call_module" and len(node.args) == 1 and getattr(node.args[0], "op", "") == "placeholder"
-        layer = traced.get_submodule(str(node.target)) if sees_image else None
+        reads_image = node.op == "call_module" and len(node.args) == 1 and getattr(node.args[0], "op", "") == "placeholder"
+        layer = traced.get_submodule(str(node.target)) if reads_image else None
         if StemConv.suits(layer):
             parent, _, name = str(node.target).rpartition(".")
             setattr(traced.get_submodule(parent), name, StemConv(layer))

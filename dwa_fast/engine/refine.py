@@ -61,7 +61,7 @@ class Refinement:
         self._captured.run(iterations)
 
     def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
-        """What the batch came to, once all iterations are done.
+        """Images and losses as they are now.
 
         Raises:
             InputError: a loss is not finite.
@@ -71,29 +71,29 @@ class Refinement:
     def _iterate(self) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
         operators, scale = self.classifier.operators, self.execution.loss_scale
-        seen = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
-        terms = self._terms(seen)
-        (gradient,) = torch.autograd.grad(self._objective(terms, seen) * scale, seen)
+        view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
+        terms = self._terms(view)
+        (gradient,) = torch.autograd.grad(self._objective(terms, view) * scale, view)
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
         self.losses.index_copy_(0, self.step[None], terms.detach()[None])
         self.step.add_(1).remainder_(self.config.iterations)
 
-    def _terms(self, seen: Tensor) -> Tensor:
+    def _terms(self, view: Tensor) -> Tensor:
         """Cross-entropy, R_mean and R_var of a view, [3]."""
-        logits = self.classifier(seen).to(self.execution.master_dtype)
+        logits = self.classifier(view).to(self.execution.master_dtype)
         if self.matcher is not self.classifier:
-            self.matcher(seen)
+            self.matcher(view)
         matching = self.matcher.matching(self.config.first_layer_weight)
         return torch.cat([F.cross_entropy(logits, self.labels)[None], matching])
 
-    def _objective(self, terms: Tensor, seen: Tensor) -> Tensor:
+    def _objective(self, terms: Tensor, view: Tensor) -> Tensor:
         """What is minimised: the weighted terms, and SRe2L's priors where they have a weight."""
         objective = (terms * self.weights).sum()
         if self.config.tv_l2:
-            objective = objective + self.config.tv_l2 * total_variation(seen.to(self.execution.master_dtype))
+            objective = objective + self.config.tv_l2 * total_variation(view.to(self.execution.master_dtype))
         if self.config.l2_scale:
-            objective = objective + self.config.l2_scale * mean_norm(seen.to(self.execution.master_dtype))
+            objective = objective + self.config.l2_scale * mean_norm(view.to(self.execution.master_dtype))
         return objective
 
 
@@ -101,9 +101,9 @@ def matching_dominates(
     losses: Tensor,  # [T, 3]: cross-entropy, R_mean, R_var
     config: SynthesisConfig,
 ) -> str | None:
-    """A sentence where the weighted matching terms of the last iteration leave the cross-entropy no say; None where they do not.
+    """A warning if the weighted matching terms of the last iteration exceed 100 times the cross-entropy; else None.
 
-    That is above 100 times the cross-entropy, which counts as at least 1 here: where the images are learnt, it falls to 0.
+    The cross-entropy counts as at least 1 here, because it falls to 0 once the images are learnt.
     """
     ce, mean, var = losses[-1].tolist()
     matching = config.lambda_mean * mean + config.lambda_var * var
@@ -141,19 +141,19 @@ def noise(
 
 
 def total_variation(
-    seen: Tensor,  # [N, C, H, W], float32 or wider
+    images: Tensor,  # [N, C, H, W], float32 or wider
 ) -> Tensor:  # []
     """‖∂→x‖₂ + ‖∂↓x‖₂ + ‖∂↗x‖₂ + ‖∂↘x‖₂, each norm over all differences between such neighbours in the batch (SRe2L's tv_l2)."""
-    right = seen[:, :, :, :-1] - seen[:, :, :, 1:]
-    down = seen[:, :, :-1] - seen[:, :, 1:]
-    up_right = seen[:, :, 1:, :-1] - seen[:, :, :-1, 1:]
-    down_right = seen[:, :, :-1, :-1] - seen[:, :, 1:, 1:]
+    right = images[:, :, :, :-1] - images[:, :, :, 1:]
+    down = images[:, :, :-1] - images[:, :, 1:]
+    up_right = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
+    down_right = images[:, :, :-1, :-1] - images[:, :, 1:, 1:]
     return torch.stack([torch.linalg.vector_norm(each) for each in (right, down, up_right, down_right)]).sum()
 
 
 def mean_norm(
-    seen: Tensor,  # [N, C, H, W], float32 or wider
+    images: Tensor,  # [N, C, H, W], float32 or wider
 ) -> Tensor:  # []
     """The mean of ‖x_n‖₂ over the images (SRe2L's l2_scale)."""
-    norms: Tensor = torch.linalg.vector_norm(seen, dim=(1, 2, 3))
+    norms: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3))
     return norms.mean()

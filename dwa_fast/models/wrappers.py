@@ -54,8 +54,8 @@ def described(given: Any) -> str:
     kind = type(given).__name__
     if isinstance(given, Mapping):
         names = list(map(str, given))
-        wanted = "logits" if "logits" in names else names[0] if names else ""
-        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; name the logits with output={wanted!r}" if names else "")
+        output = "logits" if "logits" in names else names[0] if names else ""
+        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; name the logits with output={output!r}" if names else "")
     if isinstance(given, Sequence) and not isinstance(given, str):
         return f"{kind} of {len(given)}; say which of them are the logits with output=0 (or 1, …)"
     return kind + ("; name the logits with output='logits'" if isinstance(getattr(given, "logits", None), Tensor) else "")

@@ -49,7 +49,7 @@ def load() -> None:
     The CPU operators use no higher an instruction set than PyTorch does, so that ATEN_CPU_CAPABILITY holds for both.
 
     Raises:
-        ImportError: the extension cannot be used; the message says why, and the original error is its cause.
+        ImportError: the extension cannot be used; the message gives the reason; the original error is its cause.
     """
     global _cuda
     if _cuda is not None:
@@ -98,7 +98,7 @@ def _explain(error: ImportError) -> str:
     running = f"this is PyTorch {torch.__version__} with CUDA {torch.version.cuda or 'none'}"
     if importlib.util.find_spec(_NAME) is None:
         return "dwa_fast._C is not built for this Python (`pip install --no-build-isolation -e .` in the repository builds it)"
-    said = str(error).splitlines()[0] if str(error) else repr(error)
-    if "undefined symbol" in said or "cannot open shared object" in said:
-        return f"dwa_fast._C was built for another PyTorch, {running}; build it again ({said})"
-    return f"{said}; {running}"
+    message = str(error).splitlines()[0] if str(error) else repr(error)
+    if "undefined symbol" in message or "cannot open shared object" in message:
+        return f"dwa_fast._C was built for another PyTorch, {running}; build it again ({message})"
+    return f"{message}; {running}"

@@ -71,8 +71,8 @@ def _check(y: Tensor, mean: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if y.dtype not in (_CUDA_DTYPES if y.is_cuda else _CPU_DTYPES):
-        wanted = "float32, bfloat16 or float16" if y.is_cuda else "float32 or bfloat16"
-        raise TypeError(f"y must be {wanted} on {y.device.type}, got {str(y.dtype).removeprefix('torch.')}")
+        expected = "float32, bfloat16 or float16" if y.is_cuda else "float32 or bfloat16"
+        raise TypeError(f"y must be {expected} on {y.device.type}, got {str(y.dtype).removeprefix('torch.')}")
     if y.dim() != 4:
         raise ValueError(f"y must be [N, C, H, W], got shape {tuple(y.shape)}")
     if mean.dtype is not torch.float32:

@@ -111,9 +111,9 @@ def _check_state(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        wanted = torch.int64 if name == "step" else torch.float32
-        if tensor.dtype is not wanted and name != "gradient":
-            raise TypeError(f"{name} must be {str(wanted).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+        expected = torch.int64 if name == "step" else torch.float32
+        if tensor.dtype is not expected and name != "gradient":
+            raise TypeError(f"{name} must be {str(expected).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.device != images.device:
             raise ValueError(f"{name} must be on the device of images, {images.device}, got {tensor.device}")
     if images.dim() != 4:

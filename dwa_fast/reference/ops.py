@@ -85,19 +85,19 @@ def matching_loss(
 
 def view(
     images: Tensor,  # [N, C, H, W]
-    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    rows: Tensor,  # [T, 7] int32, see schedule.Schedule
     step: Tensor,  # [] int64: the row to use
     dtype: torch.dtype | None = None,  # of the result; None: as the images
 ) -> Tensor:  # [N, C, H, W]
     """Crop, bilinear resize to the size of the images, horizontal flip, roll: the view of one iteration."""
     top, left, height, width, flip, down, right = rows[step].tolist()
     size = images.shape[2:]
-    seen = images[:, :, top : top + height, left : left + width]
-    if seen.shape[2:] != size:
-        seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
+    result = images[:, :, top : top + height, left : left + width]
+    if result.shape[2:] != size:
+        result = F.interpolate(result, size=size, mode="bilinear", align_corners=False)
     if flip:
-        seen = seen.flip(3)
-    return torch.roll(seen, (down, right), (2, 3)).to(dtype or images.dtype)
+        result = result.flip(3)
+    return torch.roll(result, (down, right), (2, 3)).to(dtype or images.dtype)
 
 
 def adam_clip_(
@@ -129,7 +129,7 @@ def view_adam_clip_(
     gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
     exp_avg: Tensor,  # [N, C, H, W], changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
-    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    rows: Tensor,  # [T, 7] int32, see schedule.Schedule
     learning_rates: Tensor,  # [T]
     step: Tensor,  # [] int64, counted from 0: the row of both
     low: Tensor,  # [C]
@@ -141,8 +141,8 @@ def view_adam_clip_(
     """The adjoint of the row's view, divided by the scale of the loss, then `adam_clip_` with it."""
     with torch.enable_grad():
         leaf = images.detach().requires_grad_(True)
-        seen = view(leaf, rows, step)
-    (adjoint,) = torch.autograd.grad(seen, leaf, gradient.to(images.dtype))
+        result = view(leaf, rows, step)
+    (adjoint,) = torch.autograd.grad(result, leaf, gradient.to(images.dtype))
     adam_clip_(images, adjoint * (1 / loss_scale), exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
 
 
