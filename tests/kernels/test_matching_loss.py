@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
+from tests.kernels.cases import Launches, meta
 from tests.kernels.support import assert_as_good_as_pytorch, captured, error
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -137,3 +139,12 @@ def test_captured_in_a_cuda_graph() -> None:
     called = both_ways(given, grad)
     for expected, replayed in zip(called, captured(lambda: both_ways(given, grad)), strict=True):
         assert torch.equal(expected, replayed)
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+    sums, channel_ptr, counts = meta(2, 26560), meta(54, dtype=torch.int64), meta(53, dtype=torch.int64)
+    of_channels, of_layers, of_terms = meta(26560), meta(53), meta(2, 53)
+    yield "53 layers", partial(kernel.matching_loss_forward, sums, of_channels, channel_ptr, counts, of_layers)
+    back = partial(kernel.matching_loss_backward, meta(2), sums, of_channels, channel_ptr, counts, of_layers, of_terms)
+    yield "53 layers", back

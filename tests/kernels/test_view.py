@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
-from tests.kernels.cases import CASES, Row, schedule
+from tests.kernels.cases import CASES, Launches, Row, meta, schedule
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured, error
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -132,3 +133,12 @@ def test_captured_in_a_cuda_graph() -> None:
     for expected, replayed in zip(call(), replayed_results, strict=True):
         assert torch.equal(expected, replayed)
     assert not torch.equal(called[0], replayed_results[0])
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+    rows, step = meta(2000, 7, dtype=torch.int32), meta(1, dtype=torch.int64)[0]
+    for size in (32, 224):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"{dtype} {size} px", partial(kernel.view, meta(100, 3, size, size), rows, step, dtype)
+    yield "torch.bfloat16 224 px contiguous", partial(kernel.view, meta(100, 3, 224, 224).contiguous(), rows, step, torch.bfloat16)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
-from tests.kernels.cases import BETAS, CASES, EPS, Row, State, schedule
+from tests.kernels.cases import BETAS, CASES, EPS, Launches, Row, State, meta, schedule
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -177,3 +178,13 @@ def test_captured_in_a_cuda_graph() -> None:
         graph.replay()
     for result, expected in zip(replayed, called, strict=True):
         assert torch.equal(result, expected)
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+    rows, step, bound = meta(2000, 7, dtype=torch.int32), meta(1, dtype=torch.int64)[0], meta(3)
+    for size in (32, 224):
+        images = meta(100, 3, size, size)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            arguments = images, images.to(dtype), images, images, rows, meta(2000), step, bound, bound, 2.0**14, 0.5, 0.9, 1e-8
+            yield f"{dtype} {size} px", partial(kernel.view_adam_clip_, *arguments)
