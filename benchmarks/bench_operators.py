@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dwa_fast.engine.backend import OPERATORS, Operators, fused_causes, resolve, resolve_device
+from dwa_fast.engine.backend import fused_causes, resolve, resolve_device
 from dwa_fast.reference import graph_ops
 from dwa_fast.reference import ops as plain
+from dwa_fast.reference.ops import OPERATORS, Operators
 
 _FACTOR = 2  # an error may be this many times that of PyTorch's own operators in the same precision
 _FLOOR = {torch.float32: 5e-6, torch.bfloat16: 4e-3}  # errors that count as none: a few roundings

@@ -15,12 +15,12 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.engine.backend import Operators
 from dwa_fast.engine.fuse import trace
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.ops.activation import Activation, title
 from dwa_fast.recipes import full_recipe
+from dwa_fast.reference.ops import Operators
 from dwa_fast.schedule import HEIGHT, WIDTH, draw_schedule
 
 Inputs = dict[str, Any]

@@ -13,9 +13,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dwa_fast.compat.fields import fields_of, say_once
 from dwa_fast.config import check_real
-from dwa_fast.engine.backend import Operators, operators_for
+from dwa_fast.engine.backend import operators_for
 from dwa_fast.errors import InputError
 from dwa_fast.models.batchnorm import planes
+from dwa_fast.reference.ops import Operators
 
 _PER_CLASS = ("per_class_bn", "ipc", "start", "end", "weights")  # of WMDD's and GUARD's hooks, with no meaning where the first is False
 _OTHER_METHOD = (

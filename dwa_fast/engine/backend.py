@@ -5,43 +5,25 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.config import BackendName, Precision, check_choice
 from dwa_fast.errors import InputError
 from dwa_fast.reference import graph_ops
-from dwa_fast.reference import ops as plain
+from dwa_fast.reference.ops import OPERATORS, Operators
 
 log = logging.getLogger("dwa_fast")
 
-OPERATORS = ("bn_act", "moments", "matching_loss", "view", "view_adam_clip_", "ascend_", "mean_pool")
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _QUEUED = 10  # iterations on a GPU between two progress reports
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
-
-
-@dataclass(frozen=True)
-class Operators:
-    """The operators that a run or a hook calls; signatures as in `reference.ops`."""
-
-    name: str
-    bn_act: Callable[..., tuple[Tensor, Tensor]] = plain.bn_act
-    moments: Callable[..., Tensor] = plain.moments
-    matching_loss: Callable[..., Tensor] = plain.matching_loss
-    view: Callable[..., Tensor] = plain.view
-    view_adam_clip_: Callable[..., None] = plain.view_adam_clip_
-    ascend_: Callable[..., Tensor] = plain.ascend_
-    mean_pool: Callable[..., Tensor] = plain.mean_pool
-    fuses: bool = False  # whether bn_act is worth tracing the teacher for
-    implementations: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, _PLAIN))
 
 
 @dataclass(frozen=True)
@@ -191,20 +173,15 @@ def describe(device: torch.device) -> dict[str, Any]:
     """What `dwa-fast info` shows: each back-end with its operators, or with the causes that keep it from running."""
     causes = fused_causes(device)
     return {
-        "reference": dict(Operators("reference").implementations),
-        "fused": causes or dict(_fused(device).implementations),
+        "reference": dict.fromkeys(OPERATORS, _PLAIN),
+        "fused": causes or _implementations(device),
         "compiled": "plain PyTorch, compiled by TorchInductor at the first batch",
     }
 
 
 def tuned(name: str) -> Operators:
     """Plain operators that read schedule and counter as tensors: for TorchInductor, and for CUDA graphs."""
-    return Operators(
-        name,
-        matching_loss=graph_ops.matching_loss,
-        view=graph_ops.view,
-        view_adam_clip_=graph_ops.view_adam_clip_,
-    )
+    return Operators(name, **{each: getattr(graph_ops, each) for each in OPERATORS if hasattr(graph_ops, each)})
 
 
 @functools.cache
@@ -226,9 +203,11 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 
 def _fused(device: torch.device) -> Operators:
-    kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
-    calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.view_adam_clip_, ops.ascend_
-    implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "C++"}
+    return Operators("fused", **{each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}, fuses=True)
+
+
+def _implementations(device: torch.device) -> dict[str, str]:
+    """What computes each operator of the fused back-end."""
     if device.type == "cuda":
-        return Operators("fused", *calls, plain.mean_pool, True, implementations | {"ascend_": "CUDA C++", "mean_pool": _PLAIN})
-    return Operators("fused", *calls, ops.mean_pool, True, implementations)
+        return dict.fromkeys(OPERATORS, "Triton") | {"ascend_": "CUDA C++", "mean_pool": _PLAIN}
+    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++"}

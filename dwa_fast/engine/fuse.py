@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 from dwa_fast.engine.activations import Match, changed_in_place, match
-from dwa_fast.engine.backend import Operators
 from dwa_fast.engine.layers import replace_convolutions, replace_pools, replace_stems
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
 from dwa_fast.ops.activation import Activation, title
+from dwa_fast.reference.ops import Operators
 
 _ADDITIONS = {operator.add, torch.add}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}

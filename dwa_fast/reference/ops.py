@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -161,3 +162,21 @@ def ascend_(
     if compute is not None:
         compute.copy_(weights)
     return norm.to(gradients.dtype)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators that a run or a hook calls: the plain ones unless others of the same signature are given."""
+
+    name: str
+    fuses: bool = False  # whether bn_act is worth tracing the teacher for
+    bn_act: Callable[..., tuple[Tensor, Tensor]] = bn_act
+    moments: Callable[..., Tensor] = moments
+    matching_loss: Callable[..., Tensor] = matching_loss
+    view: Callable[..., Tensor] = view
+    view_adam_clip_: Callable[..., None] = view_adam_clip_
+    ascend_: Callable[..., Tensor] = ascend_
+    mean_pool: Callable[..., Tensor] = mean_pool
+
+
+OPERATORS = tuple(field.name for field in fields(Operators) if field.name not in ("name", "fuses"))

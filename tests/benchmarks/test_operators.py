@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dwa_fast.engine.backend import Operators
+from dwa_fast.reference.ops import Operators
 
 CPU = torch.device("cpu")
 
