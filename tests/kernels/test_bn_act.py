@@ -146,7 +146,7 @@ def test_several_column_blocks(shape: tuple[int, ...], dtype: torch.dtype, devic
 @pytest.mark.parametrize("programs", [1, 2, 3])
 def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
-    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
     y, skip = batch((3, 64, 9, 7), torch.float32, device), batch((3, 64, 9, 7), torch.float32, device)
     assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
 

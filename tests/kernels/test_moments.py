@@ -50,7 +50,7 @@ def test_programs_loop_over_tiles(
     layout: torch.memory_format, programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
-    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
     assert_matches(torch.randn(150, 8, 3, 2, device=device).contiguous(memory_format=layout))
 
 
