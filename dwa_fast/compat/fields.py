@@ -1,4 +1,4 @@
-"""What a script calls `args`, of any kind, as a mapping of plain values; and lines that are said once."""
+"""Reads a script's `args`, whatever its type, into a mapping of plain values; and logs a message once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
 
 
 @functools.cache
-def say_once(text: str) -> None:
+def log_once(text: str) -> None:
     """Log a line, once a process; where the script has set up no logging, which would hide it, it goes to the standard error."""
     log.info(text)
     if not log.hasHandlers():

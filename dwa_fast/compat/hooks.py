@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dwa_fast.compat.fields import fields_of, say_once
+from dwa_fast.compat.fields import fields_of, log_once
 from dwa_fast.config import check_real
 from dwa_fast.engine.backend import operators_for
 from dwa_fast.errors import InputError
@@ -175,7 +175,7 @@ class ViT_BNFeatureHook(BNFeatureHook):  # noqa: N801
 def _announce(operators: Operators) -> None:
     """Say how many layers are followed, at the first forward pass that reaches a new hook."""
     count, how = len(_new), "fused operators" if operators.name == "fused" else "plain PyTorch"
-    say_once(f"hooks: {count} BatchNorm {'layer' if count == 1 else 'layers'}, {how}")
+    log_once(f"hooks: {count} BatchNorm {'layer' if count == 1 else 'layers'}, {how}")
     _new.clear()
 
 

@@ -14,7 +14,7 @@ from dwa_fast.config import Progress, SynthesisConfig
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
-from dwa_fast.models.wrappers import Output
+from dwa_fast.models.wrappers import SelectedOutput
 from dwa_fast.sets.exchange import write_set
 
 _TRIED = 1000  # images at most that the teacher is tried with before the first batch
@@ -79,7 +79,7 @@ def synthesize(
     """
     check_arguments(images, labels, config)
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
-    chosen = teacher if output is None else Output(teacher, output)
+    chosen = teacher if output is None else SelectedOutput(teacher, output)
     run = Synthesizer(chosen, images, config, batch_sizes=[len(images[part]) for part in parts])
     check_label_range(labels, run.classes)
     if config.sees_images:
