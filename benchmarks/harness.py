@@ -26,7 +26,7 @@ from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import full_recipe
 from dwa_fast.reference.loop import StatisticsHook, apply_view
-from dwa_fast.schedule import Schedule, draw_schedule
+from dwa_fast.schedule import Schedule, make_schedule
 
 SEED = 0
 _GENTLE = 1e-3  # share of the learning rate at which numbers are compared
@@ -93,7 +93,7 @@ def make_problem(workload: Workload, device: torch.device, batch: int | None, it
         module = load_teacher(teacher, architecture=workload.architecture, **facts)[0].to(device).eval()
     images = _pictures(count, workload, config, device)
     labels = torch.arange(count, device=device) % workload.classes
-    schedule = draw_schedule(config, workload.size, workload.size, seed=SEED, batch=0)
+    schedule = make_schedule(config, workload.size, workload.size, seed=SEED, batch=0)
     return Problem(workload, config, module, images, labels, schedule, device)
 
 

@@ -21,7 +21,7 @@ from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.ops.activation import Activation, title
 from dwa_fast.recipes import full_recipe
 from dwa_fast.reference.ops import Operators
-from dwa_fast.schedule import HEIGHT, WIDTH, draw_schedule
+from dwa_fast.schedule import HEIGHT, WIDTH, make_schedule
 
 Inputs = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]
@@ -290,7 +290,7 @@ def _matching_loss_traffic(inputs: Inputs) -> int:
 def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inputs:
     """A batch in the middle of its course: images, Adam's state, and the schedule at the crop of median area."""
     config = replace(full_recipe(subject.recipe).synthesis, iterations=101)
-    schedule = draw_schedule(config, *subject.shape[2:], seed=harness.SEED, batch=0)
+    schedule = make_schedule(config, *subject.shape[2:], seed=harness.SEED, batch=0)
     area = schedule.rows[:, HEIGHT] * schedule.rows[:, WIDTH]
     step = int(area.argsort()[50])
 

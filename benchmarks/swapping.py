@@ -30,7 +30,7 @@ from dwa_fast.engine.backend import precisions, resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.reference.loop import apply_view
-from dwa_fast.schedule import draw_schedule
+from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator, normal
 
 COMPARED = 3  # iterations whose losses are compared with those in float64
@@ -107,7 +107,7 @@ class Loop:
         self.original = [p.detach().clone() for p in self.model.parameters()]
         size, noise = problem.workload.size, generator(harness.SEED, "noise", 0)
         self.start = problem.images if recovery.config.initial == "real" else normal(noise, tuple(problem.images.shape)).to(problem.device)
-        self.schedule = draw_schedule(recovery.config, size, size, seed=harness.SEED, batch=0)
+        self.schedule = make_schedule(recovery.config, size, size, seed=harness.SEED, batch=0)
 
     def begin(self) -> None:
         """Start the batch anew: weights as trained, then K ascent steps."""

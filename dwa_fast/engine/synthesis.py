@@ -18,7 +18,7 @@ from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.refine import Refinement, matching_dominates, noise
 from dwa_fast.engine.teacher import Network, check_precision, prepare
 from dwa_fast.errors import InputError
-from dwa_fast.schedule import draw_schedule
+from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
@@ -55,7 +55,7 @@ class Replica:
         with self._active():
             images = self._moved(batch.images, execution.master_dtype)
             labels = batch.labels.to(execution.device, torch.int64)
-            schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
+            schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
             view = self._network.operators.view(images, schedule.rows, first, execution.dtype)
             shape = images.shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.models.batchnorm import batchnorm_layers, given
-from dwa_fast.schedule import Schedule, draw_schedule
+from dwa_fast.schedule import Schedule, make_schedule
 from dwa_fast.seeding import generator, normal
 
 
@@ -89,7 +89,7 @@ def recover(
         if not quirks.keep_weight_gradients:
             model.zero_grad()
         model.requires_grad_(True)
-        schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
+        schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
         leak = _adjust(model, images[start:stop], labels[start:stop], config, schedule, seed, number)
         model.requires_grad_(quirks.keep_weight_gradients)
         batch = images[start:stop].clone()
