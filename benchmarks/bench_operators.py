@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dwa_fast.engine import compiled
-from dwa_fast.engine.backend import OPERATORS, Operators, fused_causes, resolve, resolve_device
+from dwa_fast.engine.backend import fused_causes, resolve, resolve_device
+from dwa_fast.reference import graph_ops
 from dwa_fast.reference import ops as plain
+from dwa_fast.reference.ops import OPERATORS, Operators
 
 _FACTOR = 2  # an error may be this many times that of PyTorch's own operators in the same precision
 _FLOOR = {torch.float32: 5e-6, torch.bfloat16: 4e-3}  # errors that count as none: a few roundings
@@ -103,7 +104,7 @@ def implementations(name: str, precision: str, device: torch.device) -> Operator
     if name == "plain":
         return Operators(name)
     torch.compiler.reset()
-    compilable = {each: getattr(compiled, each, getattr(plain, each)) for each in OPERATORS}
+    compilable = {each: getattr(graph_ops, each, getattr(plain, each)) for each in OPERATORS}
     return Operators(name, **{each: torch.compile(twin, dynamic=False) for each, twin in compilable.items()})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
-from dwa_fast.engine.tracing import trace
+from dwa_fast.engine.capture import trace_step
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Call:
 
 def count(peer: harness.Ours) -> list[Call]:
     """The calls of one iteration of our engine, as it records them: weights frozen, one pass per BatchNorm layer each way."""
-    with peer.lane.active():
-        graph = trace(peer.refinement._iterate)
+    with peer.execution.arithmetic():
+        graph = trace_step(peer.refinement._iterate)
     peer.reset()
 
     def value(node: Node) -> Any:

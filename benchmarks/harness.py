@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import Execution, precisions, resolve, tuned
 from dwa_fast.engine.refine import Refinement
-from dwa_fast.engine.synthesis import Batch, Lane
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import full_recipe
-from dwa_fast.reference.loop import StatisticsHook, see
-from dwa_fast.schedule import Schedule, draw_schedule
+from dwa_fast.reference.loop import StatisticsHook, apply_view
+from dwa_fast.schedule import Schedule, make_schedule
 
 SEED = 0
 _GENTLE = 1e-3  # share of the learning rate at which numbers are compared
@@ -93,7 +93,7 @@ def make_problem(workload: Workload, device: torch.device, batch: int | None, it
         module = load_teacher(teacher, architecture=workload.architecture, **facts)[0].to(device).eval()
     images = _pictures(count, workload, config, device)
     labels = torch.arange(count, device=device) % workload.classes
-    schedule = draw_schedule(config, workload.size, workload.size, seed=SEED, batch=0)
+    schedule = make_schedule(config, workload.size, workload.size, seed=SEED, batch=0)
     return Problem(workload, config, module, images, labels, schedule, device)
 
 
@@ -163,7 +163,7 @@ class Published:
         for _ in range(iterations):
             self.optimizer.param_groups[0]["lr"] = float(self.problem.schedule.learning_rates[self.step])
             self.optimizer.zero_grad()
-            ce = F.cross_entropy(self.model(see(self.images, self.problem.schedule, self.step)), self.problem.labels)
+            ce = F.cross_entropy(self.model(apply_view(self.images, self.problem.schedule, self.step)), self.problem.labels)
             mean = torch.stack([w * hook.mean_distance for w, hook in zip(weights, self.hooks, strict=True)]).sum()
             var = torch.stack([w * hook.var_distance for w, hook in zip(weights, self.hooks, strict=True)]).sum()
             (ce + config.lambda_mean * mean + config.lambda_var * var).backward()
@@ -191,19 +191,20 @@ class Ours:
     def __init__(self, problem: Problem, execution: Execution) -> None:
         self.problem, self.precision, self.execution = problem, execution.precision, execution
         network, _ = prepare(problem.teacher, problem.images, execution)
-        self.lane = Lane(network, replace(problem.config, ascent="none"), execution)
-        self.refinement: Refinement = self.lane.begin(Batch(0, problem.images, problem.labels), SEED)
+        Arena(network, execution, moves=False)
+        with execution.arithmetic():
+            self.refinement = Refinement(network, network, problem.images.shape, problem.config, execution)
         self.reset()
 
     def reset(self) -> None:
         """Start the batch anew."""
         self.step = 0
-        with self.lane.active():
+        with self.execution.arithmetic():
             self.refinement.load(self.problem.images, self.problem.labels, self.problem.schedule)
 
     def advance(self, iterations: int) -> None:
         """Some iterations more."""
-        with self.lane.active():
+        with self.execution.arithmetic():
             self.refinement.advance(iterations)
         self.step += iterations
 
@@ -226,7 +227,7 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        return Ours(problem, Execution(name, tuned(name), problem.device, precision))
+        return Ours(problem, Execution(name, tuned(name), problem.device, precision, records=name == "eager+graph"))
     return Ours(problem, resolve(name, precision, str(problem.device)))  # type: ignore[arg-type]
 
 

@@ -15,13 +15,13 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.engine.backend import Operators
 from dwa_fast.engine.fuse import trace
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.ops.activation import Activation, title
 from dwa_fast.recipes import full_recipe
-from dwa_fast.schedule import HEIGHT, WIDTH, draw_schedule
+from dwa_fast.reference.ops import Operators
+from dwa_fast.schedule import HEIGHT, WIDTH, make_schedule
 
 Inputs = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]
@@ -262,11 +262,11 @@ def _statistics(subject: Layers, dtype: torch.dtype, device: torch.device) -> In
     each = torch.tensor(subject.counts).repeat_interleave(sizes).to(device, torch.float32)
     variances = torch.rand(len(each), device=device) + 0.5
     shift = 0.1 * torch.randn(len(each), device=device)
-    spread = variances * (0.8 + 0.4 * torch.rand(len(each), device=device)) + shift.square()
+    square = variances * (0.8 + 0.4 * torch.rand(len(each), device=device)) + shift.square()
     return {
-        "sums": torch.stack([shift * each, spread * each]).to(dtype),
+        "sums": torch.stack([shift * each, square * each]).to(dtype),
         "variances": variances,
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(device),
+        "channel_ptr": torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(device),
         "counts": torch.tensor(subject.counts, device=device),
         "weights": torch.tensor([10.0] + [1.0] * (len(sizes) - 1), device=device),
     }
@@ -290,7 +290,7 @@ def _matching_loss_traffic(inputs: Inputs) -> int:
 def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inputs:
     """A batch in the middle of its course: images, Adam's state, and the schedule at the crop of median area."""
     config = replace(full_recipe(subject.recipe).synthesis, iterations=101)
-    schedule = draw_schedule(config, *subject.shape[2:], seed=harness.SEED, batch=0)
+    schedule = make_schedule(config, *subject.shape[2:], seed=harness.SEED, batch=0)
     area = schedule.rows[:, HEIGHT] * schedule.rows[:, WIDTH]
     step = int(area.argsort()[50])
 
@@ -304,7 +304,6 @@ def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inpu
         "dtype": dtype,
         "seen_gradient": noise(1e-6).to(dtype),
         "seen_pixels": subject.shape[0] * subject.shape[1] * int(area[step]),
-        "gradient": noise(1e-6),
         "exp_avg": noise(1e-6),
         "exp_avg_sq": noise(1e-6).square(),
         "learning_rates": schedule.learning_rates.to(device),
@@ -314,26 +313,10 @@ def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inpu
 
 
 _VIEW = ("images", "rows", "step", "dtype")
-_ADAM = ("images", "gradient", "exp_avg", "exp_avg_sq", "learning_rates", "step", "low", "high")
 
 
 def _view(operators: Operators, inputs: Inputs) -> Call:
-    inputs["images"].requires_grad_()
     return lambda: (operators.view(*(inputs[name] for name in _VIEW)),)
-
-
-def _view_adjoint(operators: Operators, inputs: Inputs) -> Call:
-    leaf = inputs["images"].requires_grad_()
-    seen = operators.view(*(inputs[name] for name in _VIEW))
-    return lambda: torch.autograd.grad(seen, leaf, inputs["seen_gradient"], retain_graph=True)
-
-
-def _adam_clip(operators: Operators, inputs: Inputs) -> Call:
-    def call() -> tuple[Tensor, ...]:
-        operators.adam_clip_(*(inputs[name] for name in _ADAM))
-        return inputs["images"], inputs["exp_avg"], inputs["exp_avg_sq"]
-
-    return call
 
 
 def _view_adam_clip(operators: Operators, inputs: Inputs) -> Call:
@@ -392,9 +375,6 @@ OPERATORS = (
     Operator("moments backward", _inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
     Operator("matching_loss, both ways", _all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
     Operator("view", _images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
-    Operator("view adjoint", _images, _pictures, _view_adjoint, lambda inputs: inputs["seen_gradient"].nbytes + inputs["images"].nbytes),
-    # Reads x, g, m and v; writes x, m and v.
-    Operator("adam_clip_", _images, _pictures, _adam_clip, lambda inputs: 7 * inputs["images"].nbytes, ("fp32",)),
     Operator("view_adam_clip_", _images, _pictures, _view_adam_clip, _view_adam_clip_traffic),
     Operator("ascend_", _weights, _arena, _ascend, _ascend_traffic),
 )

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from dwa_fast import distill
 from dwa_fast.data.datasets import denormalise, image_folder, normalise
 from dwa_fast.engine.ascent import Ascent
-from dwa_fast.engine.synthesis import Lane
 from dwa_fast.engine.teacher import prepare
-from dwa_fast.reference.loop import see
+from dwa_fast.reference.loop import apply_view
 from dwa_fast.seeding import generator
 
 
@@ -47,7 +46,7 @@ def published_ascent(peer: harness.Published) -> None:
     problem = peer.problem
     config, parameters = problem.config, list(peer.model.parameters())
     before = [p.detach().clone() for p in parameters]
-    seen = see(problem.images.to(peer.dtype), problem.schedule, 0)
+    seen = apply_view(problem.images.to(peer.dtype), problem.schedule, 0)
     for _ in range(config.steps):
         peer.model.zero_grad()
         F.cross_entropy(peer.model(seen), problem.labels).backward()
@@ -64,15 +63,12 @@ def published_ascent(peer: harness.Published) -> None:
 
 def _our_ascent(problem: harness.Problem, peer: harness.Ours) -> Callable[[], None]:
     network, _ = prepare(problem.teacher, problem.images, peer.execution)
-    lane = Lane(network, problem.config, peer.execution)
-    layout = torch.channels_last if peer.execution.channels_last else torch.contiguous_format
-    with lane.active():
-        seen = problem.images.to(peer.execution.dtype, memory_format=layout)
-        ascent: Ascent = lane.ascent
+    ascent = Ascent(network, problem.config, peer.execution)
+    images = problem.images.to(peer.execution.dtype, memory_format=peer.execution.memory_format)
 
     def step() -> None:
-        with lane.active():
-            ascent.adjust(seen, problem.labels, generator(harness.SEED, "ascent", 0))
+        with peer.execution.arithmetic():
+            ascent.adjust(images, problem.labels, generator(harness.SEED, "ascent", 0))
 
     return step
 

@@ -25,13 +25,12 @@ import machine
 
 from dwa_fast.compat import BNFeatureHook, Perterb
 from dwa_fast.compat.namespace import Recovery, read_namespace
-from dwa_fast.compat.recover import advance
 from dwa_fast.config import Precision
 from dwa_fast.engine.backend import precisions, resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
-from dwa_fast.reference.loop import see
-from dwa_fast.schedule import draw_schedule
+from dwa_fast.reference.loop import apply_view
+from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator, normal
 
 COMPARED = 3  # iterations whose losses are compared with those in float64
@@ -96,23 +95,23 @@ class Loop:
     def __init__(
         self,
         problem: harness.Problem,
-        asked: Recovery,
+        recovery: Recovery,
         hook: Callable[..., Any] = PublishedHook,
         perterb: Callable[..., Any] = PublishedPerterb,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.problem, self.asked, self.perterb, self.dtype = problem, asked, perterb, dtype
-        self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(asked.config.adjusts)
-        arguments = Namespace(r_var=asked.r_var)
+        self.problem, self.recovery, self.perterb, self.dtype = problem, recovery, perterb, dtype
+        self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(recovery.config.adjusts)
+        arguments = Namespace(r_var=recovery.r_var)
         self.hooks = [hook(module, arguments) for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
         self.original = [p.detach().clone() for p in self.model.parameters()]
         size, noise = problem.workload.size, generator(harness.SEED, "noise", 0)
-        self.start = problem.images if asked.config.initial == "real" else normal(noise, tuple(problem.images.shape)).to(problem.device)
-        self.schedule = draw_schedule(asked.config, size, size, seed=harness.SEED, batch=0)
+        self.start = problem.images if recovery.config.initial == "real" else normal(noise, tuple(problem.images.shape)).to(problem.device)
+        self.schedule = make_schedule(recovery.config, size, size, seed=harness.SEED, batch=0)
 
     def begin(self) -> None:
         """Start the batch anew: weights as trained, then K ascent steps."""
-        config = self.asked.config
+        config = self.recovery.config
         with torch.no_grad():
             for p, old in zip(self.model.parameters(), self.original, strict=True):
                 p.copy_(old)
@@ -122,7 +121,7 @@ class Loop:
         self.optimizer = torch.optim.Adam([self.inputs], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
         if config.adjusts:
             adjusted = self.perterb(self.model.parameters(), self.optimizer, rho=config.rho / config.steps)
-            seen = see(self.inputs, self.schedule, 0)
+            seen = apply_view(self.inputs, self.schedule, 0)
             for _ in range(config.steps):
                 F.cross_entropy(self.model(seen), self.problem.labels).backward()
                 adjusted.first_step(True)
@@ -130,11 +129,11 @@ class Loop:
 
     def advance(self, iterations: int) -> None:
         """Some iterations more; losses are read in each, as the published loops do."""
-        config = self.asked.config
+        config = self.recovery.config
         for _ in range(iterations):
             self.optimizer.param_groups[0]["lr"] = float(self.schedule.learning_rates[self.step])
             self.optimizer.zero_grad()
-            loss_ce = F.cross_entropy(self.model(see(self.inputs, self.schedule, self.step)), self.problem.labels)
+            loss_ce = F.cross_entropy(self.model(apply_view(self.inputs, self.schedule, self.step)), self.problem.labels)
             rescale = [config.first_layer_weight] + [1.0] * (len(self.hooks) - 1)
             loss_bn = torch.stack([hook.r_feature * factor for hook, factor in zip(self.hooks, rescale, strict=True)]).sum()
             (loss_ce + config.lambda_mean * loss_bn).backward()
@@ -153,23 +152,24 @@ class Loop:
 class Swapped:
     """What get_images does for one batch."""
 
-    def __init__(self, problem: harness.Problem, asked: Recovery) -> None:
-        run = Synthesizer(problem.teacher, problem.images[:1], asked.config)
-        self.lane, self.precision, self.r_var = run.lanes[0], run.execution.precision, asked.r_var
+    def __init__(self, problem: harness.Problem, recovery: Recovery) -> None:
+        run = Synthesizer(problem.teacher, problem.images[:1], recovery.config)
+        self.replica, self.precision, self.r_var = run.replicas[0], run.execution.precision, recovery.r_var
         self.batch = Batch(0, problem.images, problem.labels)
 
     def begin(self) -> None:
         """Views, ascent and start of the batch; the first time the steps are recorded too."""
-        self.refinement, self.step = self.lane.begin(self.batch, harness.SEED), 0
+        self.replica.begin(self.batch, harness.SEED)
+        self.step = 0
 
     def advance(self, iterations: int) -> None:
         """Some iterations more."""
-        advance(self.lane, self.refinement, iterations)
+        self.replica.advance(iterations)
         self.step += iterations
 
     def losses(self) -> Tensor:
         """As `Way` says."""
-        _, terms = self.lane.finish(self.refinement)
+        _, terms = self.replica.finish()
         terms = terms[: self.step].float().cpu()
         return torch.stack([terms[:, 0], terms[:, 1] + self.r_var * terms[:, 2]], 1)
 
@@ -193,16 +193,16 @@ def namespace(problem: harness.Problem, code_base: str) -> Namespace:
 def make_ways(problem: harness.Problem, code_base: str) -> tuple[dict[str, Way], Loop]:
     """Every way by name, the plain one first; and the plain loop in float64."""
 
-    def asked(precision: Precision) -> Recovery:
+    def recovery(precision: Precision) -> Recovery:
         args, device = namespace(problem, code_base), str(problem.device)
         return read_namespace(args, problem.teacher, recipe=problem.workload.recipe, backend="auto", precision=precision, device=device)
 
-    in_fp32 = asked("fp32")
+    in_fp32 = recovery("fp32")
     ways: dict[str, Way] = {"plain": Loop(problem, in_fp32), "hooks": Loop(problem, in_fp32, BNFeatureHook)}
     if code_base == "dwa":
         ways["hooks and Perterb"] = Loop(problem, in_fp32, BNFeatureHook, Perterb)
     for precision in dict.fromkeys(["fp32", precisions("fused", problem.device)[0]]):
-        ways[f"get_images, {precision}"] = Swapped(problem, asked(precision))  # type: ignore[arg-type]
+        ways[f"get_images, {precision}"] = Swapped(problem, recovery(precision))  # type: ignore[arg-type]
     return ways, Loop(problem, in_fp32, dtype=torch.float64)
 
 

@@ -23,20 +23,16 @@ TORCH_LIBRARY(dwa_fast, m) {
       "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
   m.def(
-      "matching_loss_forward(Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights) "
+      "matching_loss_forward(Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights) "
       "-> (Tensor loss, Tensor norms)");
   m.def(
-      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor offsets, Tensor counts, Tensor weights, Tensor norms) "
+      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights, Tensor norms) "
       "-> Tensor");
   m.def("mean_pool_forward(Tensor y, int window) -> Tensor");
   m.def("mean_pool_backward(Tensor grad_z, int window, int height, int width) -> Tensor");
   m.def("moments_forward(Tensor y, Tensor mean) -> Tensor");
   m.def("moments_backward(Tensor grad_sums, Tensor y, Tensor mean) -> Tensor");
-  m.def("view_forward(Tensor images, Tensor rows, Tensor step, ScalarType dtype) -> Tensor");
-  m.def("view_backward(Tensor grad, Tensor rows, Tensor step) -> Tensor");
-  m.def(
-      "adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor learning_rates, Tensor step, "
-      "Tensor low, Tensor high, float beta1, float beta2, float eps) -> ()");
+  m.def("view(Tensor images, Tensor rows, Tensor step, ScalarType dtype) -> Tensor");
   m.def(
       "view_adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows, Tensor learning_rates, "
       "Tensor step, Tensor low, Tensor high, float loss_scale, float beta1, float beta2, float eps) -> ()");

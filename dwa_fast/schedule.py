@@ -1,4 +1,4 @@
-"""The schedule of a batch: which view and which learning rate each iteration uses, drawn ahead on the host from one seed."""
+"""The schedule of a batch: the view and the learning rate of every iteration, computed on the host before the first one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FALLS: dict[str, Callable[[float], float]] = {  # from 1 to 0 over the time of 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One row per iteration. `rows` is what the `view` operator reads, `learning_rates` what `adam_clip_` reads."""
+    """One row per iteration. The operators `view` and `view_adam_clip_` read it."""
 
     rows: Tensor  # [T, 7] int32: crop top, left, height, width; flip 0 or 1; roll down, right
     learning_rates: Tensor  # [T] float32
@@ -35,7 +35,7 @@ class Schedule:
         return Schedule(self.rows.to(device), self.learning_rates.to(device))
 
 
-def draw_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int, batch: int) -> Schedule:
+def make_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int, batch: int) -> Schedule:
     """Views and learning rates of all T iterations of one batch.
 
     Learning rate: lr_t = ½(1 + cos(π t/T))·lr. Views: method of SRe2L; roll by (dy, dx), each uniform in {0..jitter}, after one random
@@ -44,7 +44,7 @@ def draw_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int
 
     Args:
         height, width: of the images, pixels.
-        seed, batch: the stream that the draws come from.
+        seed, batch: select the random stream.
     """
     source = generator(seed, "views", batch)
     rows = np.zeros((config.iterations, 7), dtype=np.int32)

@@ -1,27 +1,19 @@
 """Triton twin of dwa_fast.ops.bn_act: BatchNorm in eval mode, skip, activation and the shifted moments in one pass over the features;
 the gradients, where asked those of γ, β and the slope too, in a second one.
 
-Features are channels-last, so memory is a matrix [rows, columns] whose rows hold a whole number of pixels: `columns` is C times the
-power of two that makes it a multiple of 16 and at least 64, and column j belongs to channel j mod C. Loads are then 16 bytes wide and no
-byte of the mask straddles two rows, whatever C is.
+Features are channels-last. Since a row of `layout.Tiles` is a multiple of 16 elements, loads are 16 bytes wide and no byte of the mask
+straddles two rows, whatever C is.
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.layout import channels_last, laid_out_like, on_device_of
+from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, Tiles, channels_last, laid_out_like, on_device_of, tiles
 
-_BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
-_BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes in flight
-_WARPS = 4
-_PROGRAMS = 1024  # about what an A100, H100 or H200 holds at once; more tiles than that are looped over
 _FINAL_ROWS = 128
 _FINAL_CHANNELS = 16
 
@@ -235,37 +227,13 @@ def _backward_kernel(
             tl.store(place + 2 * programs * columns, tl.sum(third, axis=0), mask=used)
 
 
-class _Plan(NamedTuple):
-    """How one tensor is cut into programs."""
-
-    elements: int
-    rows: int
-    columns: int
-    repeat: int  # columns / C
-    programs: int  # along the rows; each takes every programs-th tile, and all take equally many, give or take one
-    column_blocks: int
-
-
-def _plan(y: Tensor) -> _Plan:
-    channels = y.shape[1]
-    repeat = 16 // math.gcd(channels, 16)
-    while repeat * channels < _BLOCK_COLUMNS:
-        repeat *= 2
-    columns = repeat * channels
-    rows = triton.cdiv(y.numel(), columns)
-    column_blocks = triton.cdiv(columns, _BLOCK_COLUMNS)
-    tiles = triton.cdiv(rows, _BLOCK_ROWS)
-    tiles_each = triton.cdiv(tiles, max(1, _PROGRAMS // column_blocks))
-    return _Plan(y.numel(), rows, columns, repeat, triton.cdiv(tiles, tiles_each), column_blocks)
-
-
-def _partials(plan: _Plan, y: Tensor, sums: int) -> Tensor:  # [sums, programs · repeat, C]
+def _partials(cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]
     """Where the programs leave that many sums per channel."""
-    return torch.empty(sums, plan.programs * plan.repeat, y.shape[1], dtype=torch.float32, device=y.device)
+    return torch.empty(sums, cut.programs * cut.columns // y.shape[1], y.shape[1], dtype=torch.float32, device=y.device)
 
 
 def _finalize(
-    partials: Tensor,  # [S, programs · repeat, C]
+    partials: Tensor,  # [S, programs · columns / C, C]
     sums: Tensor,  # [S, C], written
     var: Tensor | None,  # [C]
     eps: float,
@@ -273,7 +241,7 @@ def _finalize(
     """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
     _finalize_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), len(sums))](
         partials, sums, var, eps, partials.shape[1], sums.shape[1],
-        BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=_WARPS,
+        BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -300,14 +268,14 @@ def bn_act_forward(
     bits = torch.empty(triton.cdiv(y.numel(), 8) if keeps_mask else 0, dtype=torch.uint8, device=y.device)
     if y.numel() == 0:
         return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
-    plan = _plan(y)
-    partials, sums = _partials(plan, y, 2), torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    cut = tiles(y)
+    partials, sums = _partials(cut, y, 2), torch.empty(2, channels, dtype=torch.float32, device=y.device)
     with on_device_of(y):
-        _forward_kernel[(plan.column_blocks, plan.programs)](
+        _forward_kernel[(cut.column_blocks, cut.programs)](
             y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, _per_channel(slope, channels), eps,
-            plan.elements, plan.rows, plan.columns, channels, plan.programs,
-            ACTIVATION=activation, RAGGED=plan.elements % plan.columns != 0,
-            BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
+            y.numel(), cut.rows, cut.columns, channels, cut.programs,
+            ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         _finalize(partials, sums, None, eps)
     return laid_out_like(z, model), sums, bits
@@ -346,15 +314,15 @@ def bn_act_backward(
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
     grad_skip = torch.empty_like(y) if changes_skip else None
-    plan = _plan(y)
-    partials = _partials(plan, y, sums) if parameters else None
+    cut = tiles(y)
+    partials = _partials(cut, y, sums) if parameters else None
     with on_device_of(y):
-        _backward_kernel[(plan.column_blocks, plan.programs)](
+        _backward_kernel[(cut.column_blocks, cut.programs)](
             grad_z, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
             mean, var, weight, bias, _per_channel(slope, channels), eps,
-            plan.elements, plan.rows, plan.columns, channels, plan.programs, 0 if grad_sums is None else grad_sums.stride(0),
-            ACTIVATION=activation, RAGGED=plan.elements % plan.columns != 0,
-            BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
+            y.numel(), cut.rows, cut.columns, channels, cut.programs, 0 if grad_sums is None else grad_sums.stride(0),
+            ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
             _finalize(partials, of_parameters, var, eps)

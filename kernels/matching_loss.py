@@ -15,29 +15,29 @@ _WARPS = 4
 
 
 @triton.jit
-def _offset_and_spread(sums, variances, channel, inside, n, total):
+def _gaps(sums, variances, channel, inside, n, total):
     """μ − m = s₁/n and σ² − v = s₂/n − (s₁/n)² − v of a block of channels, float64."""
-    offset = tl.load(sums + channel, mask=inside, other=0.0).to(tl.float64) / n
+    mean_gap = tl.load(sums + channel, mask=inside, other=0.0).to(tl.float64) / n
     square = tl.load(sums + total + channel, mask=inside, other=0.0).to(tl.float64) / n
     variance = tl.load(variances + channel, mask=inside, other=0.0).to(tl.float64)
-    return offset, square - offset * offset - variance
+    return mean_gap, square - mean_gap * mean_gap - variance
 
 
 @triton.jit(do_not_specialize=["total", "layers"])
-def _norms_kernel(sums, variances, offsets, counts, norms, total, layers, BLOCK: tl.constexpr):
+def _norms_kernel(sums, variances, channel_ptr, counts, norms, total, layers, BLOCK: tl.constexpr):
     """norms_l = (‖μ_l − m_l‖₂, ‖σ²_l − v_l‖₂) of layer l = program_id(0)."""
     layer = tl.program_id(0)
-    channel = tl.load(offsets + layer) + tl.arange(0, BLOCK)
-    last = tl.load(offsets + layer + 1)
+    channel = tl.load(channel_ptr + layer) + tl.arange(0, BLOCK)
+    last = tl.load(channel_ptr + layer + 1)
     n = tl.load(counts + layer).to(tl.float64)
     of_mean = tl.zeros([BLOCK], dtype=tl.float64)
     of_var = tl.zeros([BLOCK], dtype=tl.float64)
-    left = last - tl.load(offsets + layer)
+    left = last - tl.load(channel_ptr + layer)
     while left > 0:
         inside = channel < last
-        offset, spread = _offset_and_spread(sums, variances, channel, inside, n, total)
-        of_mean += tl.where(inside, offset * offset, 0.0)
-        of_var += tl.where(inside, spread * spread, 0.0)
+        mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
+        of_mean += tl.where(inside, mean_gap * mean_gap, 0.0)
+        of_var += tl.where(inside, var_gap * var_gap, 0.0)
         channel += BLOCK
         left -= BLOCK
     tl.store(norms + layer, tl.sqrt(tl.sum(of_mean, axis=0)).to(tl.float32))
@@ -60,11 +60,11 @@ def _total_kernel(norms, weights, loss, layers, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["total", "layers"])
-def _gradient_kernel(grad, sums, variances, offsets, counts, weights, norms, grad_sums, total, layers, BLOCK: tl.constexpr):
+def _gradient_kernel(grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, total, layers, BLOCK: tl.constexpr):
     """∂s₂ = g_var w d/(n‖d‖),  ∂s₁ = g_mean w (s₁/n)/(n‖s₁/n‖) − 2(s₁/n) ∂s₂   with d = σ² − v; a term is 0 where its norm is 0."""
     layer = tl.program_id(0)
-    channel = tl.load(offsets + layer) + tl.arange(0, BLOCK)
-    last = tl.load(offsets + layer + 1)
+    channel = tl.load(channel_ptr + layer) + tl.arange(0, BLOCK)
+    last = tl.load(channel_ptr + layer + 1)
     n = tl.load(counts + layer).to(tl.float64)
     w = tl.load(weights + layer).to(tl.float64)
     norm_of_mean = tl.load(norms + layer).to(tl.float64)
@@ -73,12 +73,12 @@ def _gradient_kernel(grad, sums, variances, offsets, counts, weights, norms, gra
     of_var = tl.load(grad + 1).to(tl.float64) * w / (n * tl.where(norm_of_var == 0.0, 1.0, norm_of_var))
     of_mean = tl.where(norm_of_mean == 0.0, 0.0, of_mean)
     of_var = tl.where(norm_of_var == 0.0, 0.0, of_var)
-    left = last - tl.load(offsets + layer)
+    left = last - tl.load(channel_ptr + layer)
     while left > 0:
         inside = channel < last
-        offset, spread = _offset_and_spread(sums, variances, channel, inside, n, total)
-        second = of_var * spread
-        tl.store(grad_sums + channel, (of_mean * offset - 2.0 * offset * second).to(tl.float32), mask=inside)
+        mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
+        second = of_var * var_gap
+        tl.store(grad_sums + channel, (of_mean * mean_gap - 2.0 * mean_gap * second).to(tl.float32), mask=inside)
         tl.store(grad_sums + total + channel, second.to(tl.float32), mask=inside)
         channel += BLOCK
         left -= BLOCK
@@ -87,7 +87,7 @@ def _gradient_kernel(grad, sums, variances, offsets, counts, weights, norms, gra
 def matching_loss_forward(
     sums: Tensor,  # [2, ΣC] float32
     variances: Tensor,  # [ΣC] float32
-    offsets: Tensor,  # [L + 1] int64
+    channel_ptr: Tensor,  # [L + 1] int64
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L] float32
 ) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def matching_loss_forward(
     norms = torch.empty(2, layers, dtype=torch.float32, device=sums.device)
     sums = sums.contiguous()
     with on_device_of(sums):
-        _norms_kernel[(layers,)](sums, variances, offsets, counts, norms, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS)
+        _norms_kernel[(layers,)](sums, variances, channel_ptr, counts, norms, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS)
         _total_kernel[(2,)](norms, weights, loss, layers, BLOCK=_TOTAL_BLOCK, num_warps=_WARPS)
     return loss, norms
 
@@ -108,7 +108,7 @@ def matching_loss_backward(
     grad: Tensor,  # [2] float32
     sums: Tensor,  # [2, ΣC] float32
     variances: Tensor,  # [ΣC] float32
-    offsets: Tensor,  # [L + 1] int64
+    channel_ptr: Tensor,  # [L + 1] int64
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L] float32
     norms: Tensor,  # [2, L] float32, of the forward pass
@@ -121,6 +121,6 @@ def matching_loss_backward(
     grad_sums = torch.empty_like(sums)
     with on_device_of(sums):
         _gradient_kernel[(layers,)](
-            grad, sums, variances, offsets, counts, weights, norms, grad_sums, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS
+            grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS
         )
     return grad_sums

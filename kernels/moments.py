@@ -1,26 +1,13 @@
-"""Triton twin of dwa_fast.ops.moments: the shifted moments per channel in one read of the features, the gradient in one pass.
-
-Memory is a matrix [rows, columns], whatever the layout. A contiguous tensor has one image per row, and C·H·W columns; a channels-last one
-a whole number of pixels, so many that there are at least 64 columns, a multiple of 16. Column j belongs to channel ⌊j / inner⌋ mod C,
-with inner = H·W or 1.
-"""
+"""Triton twin of dwa_fast.ops.moments: the shifted moments per channel in one read of the features, the gradient in one pass."""
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.layout import on_device_of
-
-_BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
-_BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes in flight
-_WARPS = 4
-_PROGRAMS = 1024  # about what an A100, H100 or H200 holds at once; more tiles than that are looped over
+from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, dense, on_device_of, tiles
 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
@@ -80,52 +67,22 @@ def _backward_kernel(
         start += programs * BLOCK_ROWS
 
 
-class _Plan(NamedTuple):
-    """How the memory of one tensor is read as a matrix, and cut into programs."""
-
-    rows: int
-    columns: int
-    inner: int
-    programs: int  # along the rows; each takes every programs-th tile
-    column_blocks: int
-
-
-def _dense(y: Tensor) -> Tensor:
-    """The tensor itself where its memory has no gaps, else a contiguous copy."""
-    return y if y.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-
-
-def _plan(y: Tensor) -> _Plan:
-    channels = y.shape[1]
-    if y.is_contiguous(memory_format=torch.channels_last):
-        repeat = 16 // math.gcd(channels, 16)
-        while repeat * channels < _BLOCK_COLUMNS:
-            repeat *= 2
-        columns, inner = repeat * channels, 1
-    else:
-        columns, inner = y.numel() // y.shape[0], y.shape[2] * y.shape[3]
-    rows, column_blocks = triton.cdiv(y.numel(), columns), triton.cdiv(columns, _BLOCK_COLUMNS)
-    tiles = triton.cdiv(rows, _BLOCK_ROWS)
-    tiles_each = triton.cdiv(tiles, max(1, _PROGRAMS // column_blocks))
-    return _Plan(rows, columns, inner, triton.cdiv(tiles, tiles_each), column_blocks)
-
-
 def moments_forward(
     y: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
     mean: Tensor,  # [C] float32
 ) -> Tensor:  # [2, C] float32
     """One launch over y, and PyTorch's sum of the programs' partial sums."""
-    channels, y = y.shape[1], _dense(y)
+    channels, y = y.shape[1], dense(y)
     if y.numel() == 0:
         return torch.zeros(2, channels, device=y.device)
-    plan = _plan(y)
-    partials = torch.empty(2, plan.programs * plan.columns, dtype=torch.float32, device=y.device)
+    cut = tiles(y)
+    partials = torch.empty(2, cut.programs * cut.columns, dtype=torch.float32, device=y.device)
     with on_device_of(y):
-        _forward_kernel[(plan.column_blocks, plan.programs)](
-            y, mean.contiguous(), partials, y.numel(), plan.rows, plan.columns, channels, plan.inner, plan.programs,
-            RAGGED=y.numel() % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
+        _forward_kernel[(cut.column_blocks, cut.programs)](
+            y, mean.contiguous(), partials, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,
+            RAGGED=y.numel() % cut.columns != 0, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
-    return partials.view(2, -1, channels, plan.inner).sum((1, 3), dtype=torch.float64).float()
+    return partials.view(2, -1, channels, cut.inner).sum((1, 3), dtype=torch.float64).float()
 
 
 def moments_backward(
@@ -134,16 +91,16 @@ def moments_backward(
     mean: Tensor,  # [C] float32
 ) -> Tensor:  # like y
     """∂L/∂y = gs₁ + 2 gs₂ (y − m), in one launch."""
-    channels, y = y.shape[1], _dense(y)
+    channels, y = y.shape[1], dense(y)
     grad_y = torch.empty_like(y)
     if y.numel() == 0:
         return grad_y
     grad_sums = grad_sums if grad_sums.stride(1) == 1 else grad_sums.contiguous()
-    plan = _plan(y)
+    cut = tiles(y)
     with on_device_of(y):
-        _backward_kernel[(plan.column_blocks, plan.programs)](
-            grad_sums, y, mean.contiguous(), grad_y, y.numel(), plan.rows, plan.columns, channels, plan.inner, plan.programs,
+        _backward_kernel[(cut.column_blocks, cut.programs)](
+            grad_sums, y, mean.contiguous(), grad_y, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,
             grad_sums.stride(0),
-            RAGGED=y.numel() % plan.columns != 0, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=_WARPS,
+            RAGGED=y.numel() % cut.columns != 0, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return grad_y

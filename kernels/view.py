@@ -1,4 +1,4 @@
-"""Triton twin of dwa_fast.ops.view: crop, bilinear resize, flip and roll as one gather, and its adjoint as one gather.
+"""Triton twin of dwa_fast.ops.view: crop, bilinear resize, flip and roll as one gather; its adjoint is part of view_adam_clip_.
 
 Coordinates are exact integers: output pixel y of a crop of h pixels resized to H reads the source at num/(2H), num = (2y + 1)h − H, clamped
 to [0, h − 1] as F.interpolate(align_corners=False) does; both directions round the same interpolation weights once. Images may have up to
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.layout import channels_last, on_device_of
+from dwa_fast.kernels.layout import on_device_of
 
 _SPAN = 128  # elements of one image line, one per thread: what depends on the column is computed once for all lines of a program
 _TILE = 1024  # elements of a program, 8 per thread
@@ -49,7 +49,7 @@ def element(LINES: tl.constexpr, SPAN: tl.constexpr):
 
 # An aligned pitch would widen the stores, and with them spread the lanes over the gathers, which cost more.
 @triton.jit(do_not_specialize=["lines", "pitch"])
-def _forward_kernel(
+def _view_kernel(
     images, rows, step, out, lines, pitch, height, width, image_stride, channel_stride, line_stride, pixel_stride,
     CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -137,25 +137,13 @@ def adjoint(
     return total
 
 
-@triton.jit(do_not_specialize=["lines", "pitch"])
-def _backward_kernel(
-    grad, rows, step, grad_images, lines, pitch, height, width,
-    CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """grad_images_s = Σ weight(o, s) grad_o   over the output pixels o that read source pixel s; both are [N, H, W, C] in memory."""
-    line, place = element(LINES, SPAN)
-    inside = (line < lines) & (place < pitch)
-    total = adjoint(grad, rows, step, line, place, inside, pitch, height, width, CHANNELS, LINES, SPAN)
-    tl.store(grad_images + line.to(tl.int64) * pitch + place, total, mask=inside)
-
-
 def cut(lines: int, pitch: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the lines and elements of a line that a program takes; short lines are taken more at a time."""
     span = min(triton.next_power_of_2(pitch), _SPAN)
     return (triton.cdiv(lines, _TILE // span), triton.cdiv(pitch, span)), {"LINES": _TILE // span, "SPAN": span}
 
 
-def view_forward(
+def view(
     images: Tensor,  # [N, C, H, W] float32, any strides
     rows: Tensor,  # [T, 7] int32
     step: Tensor,  # [] int64
@@ -169,28 +157,8 @@ def view_forward(
     lines, pitch = count * height, width * channels
     grid, tile = cut(lines, pitch)
     with on_device_of(images):
-        _forward_kernel[grid](
+        _view_kernel[grid](
             images, rows.contiguous(), step, out, lines, pitch, height, width, *images.stride(),
             CHANNELS=channels, **tile, num_warps=WARPS,
         )  # fmt: skip
     return out
-
-
-def view_backward(
-    grad: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
-    rows: Tensor,  # [T, 7] int32
-    step: Tensor,  # [] int64
-) -> Tensor:
-    """Gradient of the images, [N, C, H, W], float32, channels-last. One launch."""
-    grad = channels_last(grad)
-    grad_images = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.channels_last)
-    if grad.numel() == 0:
-        return grad_images
-    count, channels, height, width = grad.shape
-    lines, pitch = count * height, width * channels
-    grid, tile = cut(lines, pitch)
-    with on_device_of(grad):
-        _backward_kernel[grid](
-            grad, rows.contiguous(), step, grad_images, lines, pitch, height, width, CHANNELS=channels, **tile, num_warps=WARPS
-        )
-    return grad_images

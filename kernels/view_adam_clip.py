@@ -6,9 +6,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.adam_clip import adam_rates, adam_step
 from dwa_fast.kernels.layout import channels_last, on_device_of
 from dwa_fast.kernels.view import WARPS, adjoint, cut, element
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent in float64 by repeated squaring: for 0 < base < 1 within a few units of 1e-16, without a transcendental function."""
+    result = tl.full([], 1.0, tl.float64)
+    factor = tl.full([], base, tl.float64)
+    while exponent > 0:
+        result = tl.where(exponent % 2 == 1, result * factor, result)
+        factor = factor * factor
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit
+def _adam_rates(learning_rates, step, BETA1: tl.constexpr, BETA2: tl.constexpr):
+    """lr_t/(1−β₁^(t+1)) and √(1−β₂^(t+1)) of step t = `step`."""
+    row = tl.load(step)
+    rate = tl.load(learning_rates + row).to(tl.float64) / (1.0 - _power(BETA1, row + 1))
+    root = tl.sqrt(1.0 - _power(BETA2, row + 1))
+    return rate.to(tl.float32), root.to(tl.float32)
+
+
+@triton.jit
+def _adam_step(x, g, m, v, rate, root, lowest, highest, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+    """x, m and v after a step with gradient g. NaN stays NaN."""
+    m += (g - m) * (1.0 - BETA1)
+    v = v * BETA2 + g * g * (1.0 - BETA2)
+    x -= rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + EPS)
+    return tl.where(x < lowest, lowest, tl.where(x > highest, highest, x)), m, v
 
 
 @triton.jit(do_not_specialize=["lines", "pitch"])
@@ -30,10 +59,10 @@ def _view_adam_clip_kernel(
     m = tl.load(exp_avg + offset, mask=inside)
     v = tl.load(exp_avg_sq + offset, mask=inside)
     x = tl.load(images + offset, mask=inside)
-    rate, root = adam_rates(learning_rates, step, BETA1, BETA2)
+    rate, root = _adam_rates(learning_rates, step, BETA1, BETA2)
     lowest = tl.load(low + place % CHANNELS, mask=inside)
     highest = tl.load(high + place % CHANNELS, mask=inside)
-    x, m, v = adam_step(x, g, m, v, rate, root, lowest, highest, BETA1, BETA2, EPS)
+    x, m, v = _adam_step(x, g, m, v, rate, root, lowest, highest, BETA1, BETA2, EPS)
     tl.store(exp_avg + offset, m, mask=inside)
     tl.store(exp_avg_sq + offset, v, mask=inside)
     tl.store(images + offset, x, mask=inside)

@@ -208,7 +208,7 @@ def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: E
     def fail(*arguments: Any, **named: Any) -> None:
         raise error
 
-    monkeypatch.setattr("dwa_fast.engine.synthesis.draw_schedule", fail)
+    monkeypatch.setattr("dwa_fast.engine.synthesis.make_schedule", fail)
     with pytest.raises(InputError, match=rf"out of memory on cpu: a batch of 4 images {message}; lower the batch size"):
         synthesize(small_teacher(), IMAGES, LABELS, small_config(device="cpu"))
 
@@ -217,6 +217,6 @@ def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     def fail(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("dwa_fast.engine.synthesis.draw_schedule", fail)
+    monkeypatch.setattr("dwa_fast.engine.synthesis.make_schedule", fail)
     with pytest.raises(RuntimeError, match="something else"):
         synthesize(small_teacher(), IMAGES, LABELS, small_config())

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from dwa_fast.recipes import recipe
-from dwa_fast.schedule import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw_schedule
+from dwa_fast.schedule import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, make_schedule
 
 
 def test_learning_rate_is_half_a_cosine() -> None:
-    rates = draw_schedule(recipe("cifar100", iterations=4), 32, 32, seed=0, batch=0).learning_rates
+    rates = make_schedule(recipe("cifar100", iterations=4), 32, 32, seed=0, batch=0).learning_rates
     assert rates.tolist() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4)], rel=1e-6)
 
 
 def test_cifar_rolls_and_nothing_else() -> None:
-    rows = draw_schedule(recipe("cifar100"), 32, 32, seed=0, batch=0).rows
+    rows = make_schedule(recipe("cifar100"), 32, 32, seed=0, batch=0).rows
     assert rows[:, :DOWN].unique(dim=0).tolist() == [[0, 0, 32, 32, 0]]
     for column in (DOWN, RIGHT):
         assert rows[:, column].unique().tolist() == [0, 1, 2, 3, 4]
@@ -27,7 +27,7 @@ def test_cifar_rolls_and_nothing_else() -> None:
 
 def test_crops_lie_inside_and_have_the_published_distribution() -> None:
     height, width = 60, 80
-    rows = draw_schedule(recipe("imagenet"), height, width, seed=0, batch=0).rows
+    rows = make_schedule(recipe("imagenet"), height, width, seed=0, batch=0).rows
     assert (rows[:, TOP] >= 0).all()
     assert (rows[:, TOP] + rows[:, HEIGHT] <= height).all()
     assert (rows[:, LEFT] >= 0).all()
@@ -44,7 +44,7 @@ def test_crops_lie_inside_and_have_the_published_distribution() -> None:
 
 def smallest_shares(**changes: Any) -> list[float]:
     """The smallest share of the area that was drawn in each of ten stretches of the iterations."""
-    rows = draw_schedule(recipe("imagenet", **changes), 200, 200, seed=0, batch=0).rows.double()
+    rows = make_schedule(recipe("imagenet", **changes), 200, 200, seed=0, batch=0).rows.double()
     share = rows[:, HEIGHT] * rows[:, WIDTH] / 200**2
     return share.view(10, -1).min(1).values.tolist()
 
@@ -68,12 +68,12 @@ def test_a_curriculum_lets_crops_shrink(changes: dict[str, Any], bounds: list[fl
 
 def test_without_a_curriculum_the_schedule_is_that_of_milestone_0() -> None:
     configs = recipe("imagenet"), recipe("imagenet", curriculum="linear", milestone=0.0)
-    plain, over = (draw_schedule(config, 64, 64, seed=0, batch=0).rows for config in configs)
+    plain, over = (make_schedule(config, 64, 64, seed=0, batch=0).rows for config in configs)
     assert torch.equal(plain, over)
 
 
 def test_impossible_crops_fall_back_to_the_centre() -> None:
-    rows = draw_schedule(recipe("imagenet", crop_scale=(1.0, 1.0), iterations=3), 10, 40, seed=0, batch=0).rows
+    rows = make_schedule(recipe("imagenet", crop_scale=(1.0, 1.0), iterations=3), 10, 40, seed=0, batch=0).rows
     assert rows[0, TOP:FLIP].tolist() == [0, 13, 10, 13]  # as wide as ratio 4/3 allows, centred
     assert rows[:, TOP:FLIP].unique(dim=0).shape[0] == 1
 
@@ -82,7 +82,7 @@ def test_streams_differ_by_seed_and_batch_and_repeat() -> None:
     config = recipe("imagenet", iterations=20)
 
     def rows(seed: int, batch: int) -> torch.Tensor:
-        return draw_schedule(config, 64, 64, seed=seed, batch=batch).rows
+        return make_schedule(config, 64, 64, seed=seed, batch=batch).rows
 
     assert torch.equal(rows(0, 0), rows(0, 0))
     assert not torch.equal(rows(0, 0), rows(0, 1))

@@ -10,8 +10,8 @@ static inline void adam_clip_vector(const AdamClip& p, int64_t i, int lanes) {
   const Vec v = fma(mul(all(p.one_minus_beta2), g), g, mul(all(p.beta2), at(p.exp_avg_sq)));
   const Vec denominator = add(root(mul(v, all(p.inverse2))), all(p.eps));
   const Vec moved = sub(at(p.images), div(mul(all(p.rate), m), denominator));
-  const Vec low = p.bound_per_element ? at(p.low) : all(*p.low);
-  const Vec high = p.bound_per_element ? at(p.high) : all(*p.high);
+  const Vec low = at(p.low);
+  const Vec high = at(p.high);
   to(p.exp_avg, m);
   to(p.exp_avg_sq, v);
   to(p.images, smaller(high, larger(low, moved)));

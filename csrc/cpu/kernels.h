@@ -64,9 +64,8 @@ struct AdamClip {
   const float* gradient;
   float* exp_avg;
   float* exp_avg_sq;
-  const float* low;  // one bound per element of the stretch, or one for all of it
+  const float* low;  // one bound per element
   const float* high;
-  bool bound_per_element;
   float gradient_scale;  // what the gradient is multiplied with first
   float one_minus_beta1, beta2, one_minus_beta2, eps;
   float rate;      // lr / (1 − β₁^t)

@@ -20,11 +20,11 @@ void check_vector(const at::Tensor& tensor, const char* name, int64_t size, at::
 
 // The arguments, dense and checked.
 struct Layers {
-  Layers(const at::Tensor& sums_, const at::Tensor& variances_, const at::Tensor& offsets_, const at::Tensor& counts_,
+  Layers(const at::Tensor& sums_, const at::Tensor& variances_, const at::Tensor& channel_ptr_, const at::Tensor& counts_,
          const at::Tensor& weights_)
       : sums(sums_.contiguous()),
         variances(variances_.contiguous()),
-        offsets(offsets_.contiguous()),
+        channel_ptr(channel_ptr_.contiguous()),
         counts(counts_.contiguous()),
         weights(weights_.contiguous()) {
     TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2, "sums must be [2, C], got shape ", sums.sizes());
@@ -33,37 +33,37 @@ struct Layers {
     channels = sums.size(1);
     layers = counts.size(0);
     check_vector(variances, "variances", channels, at::kFloat);
-    check_vector(offsets, "offsets", layers + 1, at::kLong);
+    check_vector(channel_ptr, "channel_ptr", layers + 1, at::kLong);
     check_vector(counts, "counts", layers, at::kLong);
     check_vector(weights, "weights", layers, at::kFloat);
     s1 = sums.const_data_ptr<float>();
     s2 = s1 + channels;
     v = variances.const_data_ptr<float>();
-    bound = offsets.const_data_ptr<int64_t>();
+    bound = channel_ptr.const_data_ptr<int64_t>();
     n = counts.const_data_ptr<int64_t>();
     w = weights.const_data_ptr<float>();
     for (int64_t l = 0; l <= layers; ++l) {
       const int64_t least = l == 0 ? 0 : bound[l - 1];
-      TORCH_CHECK_VALUE(least <= bound[l] && bound[l] <= channels, "offsets must not decrease and lie in 0 to ", channels, ", got ",
+      TORCH_CHECK_VALUE(least <= bound[l] && bound[l] <= channels, "channel_ptr must not decrease and lie in 0 to ", channels, ", got ",
                         bound[l], " in place ", l);
     }
   }
 
-  double offset(int64_t layer, int64_t c) const { return s1[c] / static_cast<double>(n[layer]); }
-  double spread(int64_t layer, int64_t c) const {
-    const double mean = offset(layer, c);
+  double mean_gap(int64_t layer, int64_t c) const { return s1[c] / static_cast<double>(n[layer]); }
+  double var_gap(int64_t layer, int64_t c) const {
+    const double mean = mean_gap(layer, c);
     return s2[c] / static_cast<double>(n[layer]) - mean * mean - v[c];
   }
 
-  at::Tensor sums, variances, offsets, counts, weights;
+  at::Tensor sums, variances, channel_ptr, counts, weights;
   int64_t channels, layers;
   const float *s1, *s2, *v, *w;
   const int64_t *bound, *n;
 };
 
-std::tuple<at::Tensor, at::Tensor> matching_loss_forward(const at::Tensor& sums, const at::Tensor& variances, const at::Tensor& offsets,
+std::tuple<at::Tensor, at::Tensor> matching_loss_forward(const at::Tensor& sums, const at::Tensor& variances, const at::Tensor& channel_ptr,
                                                          const at::Tensor& counts, const at::Tensor& weights) {
-  const Layers all(sums, variances, offsets, counts, weights);
+  const Layers all(sums, variances, channel_ptr, counts, weights);
   at::Tensor loss = at::empty({2}, sums.options());
   at::Tensor norms = at::empty({2, all.layers}, sums.options());
   float* norm = norms.data_ptr<float>();
@@ -71,8 +71,8 @@ std::tuple<at::Tensor, at::Tensor> matching_loss_forward(const at::Tensor& sums,
   for (int64_t l = 0; l < all.layers; ++l) {
     double squares[2] = {};
     for (int64_t c = all.bound[l]; c < all.bound[l + 1]; ++c) {
-      squares[0] += all.offset(l, c) * all.offset(l, c);
-      squares[1] += all.spread(l, c) * all.spread(l, c);
+      squares[0] += all.mean_gap(l, c) * all.mean_gap(l, c);
+      squares[1] += all.var_gap(l, c) * all.var_gap(l, c);
     }
     for (int term = 0; term < 2; ++term) {
       norm[term * all.layers + l] = static_cast<float>(std::sqrt(squares[term]));
@@ -84,9 +84,10 @@ std::tuple<at::Tensor, at::Tensor> matching_loss_forward(const at::Tensor& sums,
 }
 
 // ∂R_var/∂s₂ = w d/(n‖d‖) with d = σ² − v,   ∂/∂s₁ = w (s₁/n)/(n‖s₁/n‖) of R_mean and −2(s₁/n) ∂R_var/∂s₂ of R_var
-at::Tensor matching_loss_backward(const at::Tensor& grad, const at::Tensor& sums, const at::Tensor& variances, const at::Tensor& offsets,
-                                  const at::Tensor& counts, const at::Tensor& weights, const at::Tensor& norms) {
-  const Layers all(sums, variances, offsets, counts, weights);
+at::Tensor matching_loss_backward(const at::Tensor& grad, const at::Tensor& sums, const at::Tensor& variances,
+                                  const at::Tensor& channel_ptr, const at::Tensor& counts, const at::Tensor& weights,
+                                  const at::Tensor& norms) {
+  const Layers all(sums, variances, channel_ptr, counts, weights);
   check_vector(grad, "grad", 2, at::kFloat);
   TORCH_CHECK(
       norms.dim() == 2 && norms.size(0) == 2 && norms.size(1) == all.layers && norms.is_contiguous() && norms.scalar_type() == at::kFloat,
@@ -107,9 +108,9 @@ at::Tensor matching_loss_backward(const at::Tensor& grad, const at::Tensor& sums
       scale[term] = length == 0 ? 0 : g[term] * static_cast<double>(all.w[l]) / (static_cast<double>(all.n[l]) * length);
     }
     for (int64_t c = all.bound[l]; c < all.bound[l + 1]; ++c) {
-      const double offset = all.offset(l, c);
-      const double by_square = scale[1] * all.spread(l, c);
-      first[c] = static_cast<float>(scale[0] * offset - 2 * offset * by_square);
+      const double mean_gap = all.mean_gap(l, c);
+      const double by_square = scale[1] * all.var_gap(l, c);
+      first[c] = static_cast<float>(scale[0] * mean_gap - 2 * mean_gap * by_square);
       second[c] = static_cast<float>(by_square);
     }
   }

@@ -1,4 +1,5 @@
-// Crop, bilinear resize to the size of the images, flip, roll; and the adjoint, which collects instead of scattering.
+// Crop, bilinear resize to the size of the images, flip, roll; and the adjoint, which view_adam_clip_ calls: it gathers, it does not
+// scatter.
 //
 // Both axes are tables: output pixel o reads source pixels `lower` and `upper`, the second with `weight`. Lines are resampled along the
 // width first, then two of them are blended. The adjoint goes the other way round through the tables' transposes.
@@ -201,7 +202,7 @@ void forward(const at::Tensor& images, const Row& row, T* out) {
   });
 }
 
-at::Tensor view_forward(const at::Tensor& images, const at::Tensor& rows, const at::Tensor& step, at::ScalarType dtype) {
+at::Tensor view(const at::Tensor& images, const at::Tensor& rows, const at::Tensor& step, at::ScalarType dtype) {
   TORCH_CHECK(images.dim() == 4, "images must be [N, C, H, W], got shape ", images.sizes());
   TORCH_CHECK(images.scalar_type() == at::kFloat, "images must be float32, got ", images.scalar_type());
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "dtype must be float32 or bfloat16 on a CPU, got ", dtype);
@@ -216,29 +217,7 @@ at::Tensor view_forward(const at::Tensor& images, const at::Tensor& rows, const 
   return out;
 }
 
-at::Tensor view_backward(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& step) {
-  TORCH_CHECK(grad.dim() == 4, "grad must be [N, C, H, W], got shape ", grad.sizes());
-  TORCH_CHECK(grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16, "grad must be float32 or bfloat16 on a CPU, got ",
-              grad.scalar_type());
-  constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
-  at::Tensor out = at::empty(grad.sizes(), grad.options().dtype(at::kFloat).memory_format(kFormat));
-  if (grad.numel() == 0) return out;
-  const Row row = read_row(rows, step, grad.size(2), grad.size(3));
-  const at::Tensor dense = grad.contiguous(kFormat);
-  const Adjoint adjoint(dense, row);
-  const int64_t lines = grad.size(0) * grad.size(2), length = grad.size(1) * grad.size(3);
-  float* const pixels = out.data_ptr<float>();
-  at::parallel_for(0, lines, std::max<int64_t>(1, kGrainElements / length), [&](int64_t begin, int64_t end) {
-    std::vector<float> room(adjoint.room());
-    for (int64_t line = begin; line < end; ++line) adjoint.collect(line, room.data(), pixels + line * length);
-  });
-  return out;
-}
-
 }  // namespace
 }  // namespace dwa_fast
 
-TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
-  m.impl("view_forward", TORCH_FN(dwa_fast::view_forward));
-  m.impl("view_backward", TORCH_FN(dwa_fast::view_backward));
-}
+TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) { m.impl("view", TORCH_FN(dwa_fast::view)); }

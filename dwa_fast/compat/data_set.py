@@ -55,28 +55,28 @@ def data_set(given: Mapping[str, Any], teacher: nn.Module, recipe: str | None, *
     described = None not in (shared["input_size"], shared["mean_norm"], shared["std_norm"])
     if recipe is not None:
         check_choice("recipe", recipe, list(RECIPES))
-        found = DataSet(f"recipe {recipe}", RECIPES[recipe].synthesis, RECIPES[recipe].data.size, None)
+        data_set = DataSet(f"recipe {recipe}", RECIPES[recipe].synthesis, RECIPES[recipe].data.size, None)
     elif name in _DATASETS:
         own = RECIPES[_DATASETS[name]]
-        found = DataSet(name, own.synthesis, own.data.size, own.data.classes)
+        data_set = DataSet(name, own.synthesis, own.data.size, own.data.classes)
     elif described:
         jitter = 32 if shared["input_size"] >= 128 else 4
-        found = DataSet(name or "as args describe it", replace(RECIPES["imagenet"].synthesis, jitter=jitter), shared["input_size"], None)
+        data_set = DataSet(name or "as args describe it", replace(RECIPES["imagenet"].synthesis, jitter=jitter), shared["input_size"], None)
     elif name is not None:
         raise InputError(
             f"unknown args.dataset {name!r}; known: {', '.join(_DATASETS)}; for others pass recipe=…, such as recipe='folder' "
             "for 224 pixels, ImageNet's normalisation and any number of classes"
         )
     else:
-        found = _guess(shared, given, teacher, sre2l)
-    config, crops = found.config, shared["apply_data_augmentation"]
+        data_set = _guess(shared, given, teacher, sre2l)
+    config, crops = data_set.config, shared["apply_data_augmentation"]
     mean, std = (tuple(shared[name] or own) for name, own in (("mean_norm", config.mean), ("std_norm", config.std)))
     view: View = config.view if crops is None else "crop" if crops else "roll"
     return replace(
-        found,
+        data_set,
         config=replace(config, mean=mean, std=std, view=view),
-        size=shared["input_size"] or found.size,
-        classes=shared["ncls"] or found.classes,
+        size=shared["input_size"] or data_set.size,
+        classes=shared["ncls"] or data_set.classes,
     )
 
 
@@ -103,32 +103,32 @@ def _guess(shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Modu
         )
     name = _CLASSES[classes]
     if name == "imagenet-21k":  # CDA's teachers for it were trained on pixels in [0, 1]
-        found = DataSet(name, replace(RECIPES["imagenet"].synthesis, mean=(0.0,) * 3, std=(1.0,) * 3), 224, classes)
+        data_set = DataSet(name, replace(RECIPES["imagenet"].synthesis, mean=(0.0,) * 3, std=(1.0,) * 3), 224, classes)
     else:
-        found = DataSet(name, RECIPES[name].synthesis, RECIPES[name].data.size, classes)
+        data_set = DataSet(name, RECIPES[name].synthesis, RECIPES[name].data.size, classes)
     if name == "cifar100" and sre2l:
-        found = replace(found, config=RECIPES["cifar10"].synthesis)
-    against = _contradiction(found, shared, given, teacher)
+        data_set = replace(data_set, config=RECIPES["cifar10"].synthesis)
+    against = _contradiction(data_set, shared, given, teacher)
     if against:
         raise InputError(
-            f"a teacher of {classes} classes suggests {name}, {found.size} pixels, but {against}: name the data set in args.dataset "
+            f"a teacher of {classes} classes suggests {name}, {data_set.size} pixels, but {against}: name the data set in args.dataset "
             "or pass recipe=…, such as recipe='folder' for 224 pixels, ImageNet's normalisation and any number of classes"
         )
-    return replace(found, title=f"{name}, guessed from the {classes} classes of the teacher")
+    return replace(data_set, title=f"{name}, guessed from the {classes} classes of the teacher")
 
 
-def _contradiction(found: DataSet, shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Module) -> str | None:
+def _contradiction(data_set: DataSet, shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Module) -> str | None:
     """What speaks against a guess."""
-    wanted = {"input_size": found.size, "mean_norm": found.config.mean, "std_norm": found.config.std, "ncls": found.classes}
-    for name, value in wanted.items():
+    expected = {"input_size": data_set.size, "mean_norm": data_set.config.mean, "std_norm": data_set.config.std, "ncls": data_set.classes}
+    for name, value in expected.items():
         got = shared[name]
         if got is not None and (tuple(got) if isinstance(value, tuple) else got) != value:
             return f"args.{name} is {got!r}"
     jitter = given.get("jitter", 0)
-    if isinstance(jitter, int) and jitter >= found.size:
+    if isinstance(jitter, int) and jitter >= data_set.size:
         return f"args.jitter is {jitter}"
     stem = next((module for module in teacher.modules() if isinstance(module, nn.Conv2d)), None)
-    if found.size < 128 and stem is not None and (max(stem.kernel_size) > 5 or max(stem.stride) > 1):
+    if data_set.size < 128 and stem is not None and (max(stem.kernel_size) > 5 or max(stem.stride) > 1):
         return (
             f"its first convolution, {stem.kernel_size[0]} × {stem.kernel_size[1]} with stride {stem.stride[0]}, is made for larger images"
         )

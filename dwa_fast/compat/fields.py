@@ -1,4 +1,4 @@
-"""What a script calls `args`, of any kind, as a mapping of plain values; and lines that are said once."""
+"""Reads a script's `args`, whatever its type, into a mapping of plain values; and logs a message once."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def fields_of(args: Any) -> dict[str, Any]:
         TypeError: it is None, a number, a string, a list, a tensor or a network.
     """
     if isinstance(args, Mapping):
-        found = {str(name): args[name] for name in args}
+        values = {str(name): args[name] for name in args}
     elif args is None or isinstance(args, _NO_NAMESPACES) or (isinstance(args, tuple) and not hasattr(args, "_fields")):
         raise TypeError(f"args must be a namespace such as argparse gives, or a mapping, got {type(args).__name__}")
     elif isinstance(args, Namespace):
-        found = dict(vars(args))
+        values = dict(vars(args))
     elif callable(getattr(args, "keys", None)):  # ml_collections' ConfigDict, which is no Mapping
-        found = {str(name): args[name] for name in list(args.keys())}
+        values = {str(name): args[name] for name in list(args.keys())}
     elif dataclasses.is_dataclass(args):
-        found = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args)} | _attributes(args)
+        values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(args)} | _attributes(args)
     else:
-        found = _attributes(args)
-    return {name: plain(value) for name, value in found.items() if value is not None and not name.startswith("_") and not _is_code(value)}
+        values = _attributes(args)
+    return {name: plain(value) for name, value in values.items() if value is not None and not name.startswith("_") and not _is_code(value)}
 
 
 def _attributes(args: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
 
 
 @functools.cache
-def say_once(text: str) -> None:
+def log_once(text: str) -> None:
     """Log a line, once a process; where the script has set up no logging, which would hide it, it goes to the standard error."""
     log.info(text)
     if not log.hasHandlers():

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dwa_fast.compat.fields import fields_of, say_once
+from dwa_fast.compat.fields import fields_of, log_once
 from dwa_fast.config import check_real
-from dwa_fast.engine.backend import Operators, operators_for
+from dwa_fast.engine.backend import operators_for
 from dwa_fast.errors import InputError
 from dwa_fast.models.batchnorm import planes
+from dwa_fast.reference.ops import Operators
 
 _PER_CLASS = ("per_class_bn", "ipc", "start", "end", "weights")  # of WMDD's and GUARD's hooks, with no meaning where the first is False
 _OTHER_METHOD = (
@@ -28,7 +29,7 @@ _new: weakref.WeakSet[BNFeatureHook] = weakref.WeakSet()  # hooks that no forwar
 class _Constants(NamedTuple):
     """What `matching_loss` of one layer needs beside moments and running variance, for a number of elements per channel."""
 
-    offsets: Tensor  # [2] int64: 0 and C
+    channel_ptr: Tensor  # [2] int64: 0 and C
     counts: Tensor  # [1] int64: N·H·W
     weights: Tensor  # [1]: 1
     factors: Tensor  # [2]: of R_mean and R_var in r_feature
@@ -109,8 +110,8 @@ class BNFeatureHook:
             operators, wide = operators_for(y.device, y.dtype), torch.promote_types(y.dtype, torch.float32)
             shift = module.running_mean.detach().to(wide)
             sums = operators.moments(planes(y), shift)
-            offsets, counts, weights, factors = self._of(y, wide)
-            terms = operators.matching_loss(sums, module.running_var.detach().to(wide), offsets, counts, weights)
+            channel_ptr, counts, weights, factors = self._of(y, wide)
+            terms = operators.matching_loss(sums, module.running_var.detach().to(wide), channel_ptr, counts, weights)
             self.r_feature = (terms * factors).sum()
         self._moments = _Moments(sums, shift, int(y.numel() // y.shape[1]))
         if self in _new:
@@ -174,18 +175,18 @@ class ViT_BNFeatureHook(BNFeatureHook):  # noqa: N801
 def _announce(operators: Operators) -> None:
     """Say how many layers are followed, at the first forward pass that reaches a new hook."""
     count, how = len(_new), "fused operators" if operators.name == "fused" else "plain PyTorch"
-    say_once(f"hooks: {count} BatchNorm {'layer' if count == 1 else 'layers'}, {how}")
+    log_once(f"hooks: {count} BatchNorm {'layer' if count == 1 else 'layers'}, {how}")
     _new.clear()
 
 
 def _check_layer(module: Any) -> None:
-    wanted = "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got"
+    prefix = "BNFeatureHook wants an nn.BatchNorm2d (or 1d, 3d), got"
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{wanted} {type(module).__name__}")
+        raise TypeError(f"{prefix} {type(module).__name__}")
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise TypeError(f"{wanted} {type(module).__name__}: a hook on a convolution {_OTHER_METHOD}")
+        raise TypeError(f"{prefix} {type(module).__name__}: a hook on a convolution {_OTHER_METHOD}")
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, _InstanceNorm)):
-        raise TypeError(f"{wanted} {type(module).__name__}, which has no running statistics of whole batches to be compared with")
+        raise TypeError(f"{prefix} {type(module).__name__}, which has no running statistics of whole batches to be compared with")
     known = isinstance(module, _BatchNorm)
     statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]
     if known and any(each is None for each in statistics):
@@ -193,7 +194,7 @@ def _check_layer(module: Any) -> None:
     if not known and not all(
         isinstance(each, Tensor) and each.dim() == 1 for each in statistics
     ):  # torchvision's FrozenBatchNorm2d has them
-        raise TypeError(f"{wanted} {type(module).__name__}")
+        raise TypeError(f"{prefix} {type(module).__name__}")
 
 
 def _variance_weight(args: Any, rest: tuple[Any, ...], others: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dwa_fast.compat.data_set import DESCRIBING, DataSet, check_flag, data_set
-from dwa_fast.compat.fields import fields_of, say_once
+from dwa_fast.compat.fields import fields_of, log_once
 from dwa_fast.compat.known import ELSEWHERE, NEUTRAL
 from dwa_fast.config import BackendName, Precision, SynthesisConfig, check_choice, check_integer, check_real
 from dwa_fast.errors import InputError
@@ -68,7 +68,7 @@ def read_namespace(
     device: str,
     ignore: Collection[str] = (),
 ) -> Recovery:
-    """What a namespace asks for; fields that it lacks have the defaults of the code base that it comes from. What was understood is said.
+    """Translates a script's namespace. Missing fields take the defaults of its code base; the result is logged once.
 
     Args:
         args: a namespace, mapping, dataclass, or any object with the fields as attributes; None stands for a missing field.
@@ -111,7 +111,7 @@ def read_namespace(
         device=device,
     )
     stores = fields["store_best_images"] or fields["store_last_images"]
-    say_once(_summary(code_base, config, data))
+    log_once(_summary(code_base, config, data))
     return Recovery(
         code_base=code_base,
         config=config,

@@ -23,9 +23,8 @@ from dwa_fast.data.initial import read_tensor, tensor_file
 from dwa_fast.data.manifest import image_name
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.backend import resolve_device
-from dwa_fast.engine.priors import mean_norm, total_variation
-from dwa_fast.engine.refine import Refinement
-from dwa_fast.engine.synthesis import Batch, Lane, Synthesizer, memory_errors
+from dwa_fast.engine.refine import mean_norm, total_variation
+from dwa_fast.engine.synthesis import Batch, Replica, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, replacing
@@ -89,36 +88,36 @@ def get_images(
     check_integer("ipc_id", index, 0)
     display = None if verified else hook_for_display
     where = resolve_device(device or str(next(iter(model_teacher.parameters()), torch.empty(0)).device))
-    asked = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=str(where), ignore=ignore)
+    recovery = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=str(where), ignore=ignore)
     _warn_of_devices(len(model_teacher.device_ids) if isinstance(model_teacher, nn.DataParallel) else 1)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(where.type, enabled=False):
-        return _recover(asked, model_teacher, index, asked.seed if seed is None else plain(seed), display, verified=verified)
+        return _recover(recovery, model_teacher, index, recovery.seed if seed is None else plain(seed), display, verified=verified)
 
 
-def _recover(asked: Recovery, teacher: nn.Module, index: int, seed: int, display: Any, *, verified: bool) -> Tensor:
+def _recover(recovery: Recovery, teacher: nn.Module, index: int, seed: int, display: Any, *, verified: bool) -> Tensor:
     """All batches of an image index."""
     check_integer("seed", seed, 0)
-    if asked.output:
-        output_folder(asked.output)  # before hours are spent
-    shape = asked.config.channels, asked.size, asked.size
-    size, expected = asked.config.batch_size, asked.classes or asked.config.batch_size
+    if recovery.output:
+        output_folder(recovery.output)  # before hours are spent
+    shape = recovery.config.channels, recovery.size, recovery.size
+    size, expected = recovery.config.batch_size, recovery.classes or recovery.config.batch_size
     sizes = sorted({min(size, expected), expected % size or size})
-    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), asked.config, batch_sizes=sizes)
-    classes = asked.classes or run.classes
+    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), recovery.config, batch_sizes=sizes)
+    classes = recovery.classes or run.classes
     if run.classes != classes:
         raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
-    if verified and asked.verifier:
-        display = _verifier(asked.verifier_arch, run.execution.device)
+    if verified and recovery.verifier:
+        display = _verifier(recovery.verifier_arch, run.execution.device)
     losses = []
-    for batch in _batches(asked, classes, index):
-        if asked.init_path and asked.config.sees_images and teacher not in _tried:
+    for batch in _batches(recovery, classes, index):
+        if recovery.init_path and recovery.config.sees_images and teacher not in _tried:
             _tried.add(teacher)
-            check_predictions(run.logits, [(denormalise(batch.images, asked.config), batch.labels)], asked.config)
+            check_predictions(run.logits, [(denormalise(batch.images, recovery.config), batch.labels)], recovery.config)
         with memory_errors(run.execution, [batch]):
-            images, terms = _refine(run.lanes[0], batch, seed, asked, display)
+            images, terms = _refine(run.replicas[0], batch, seed, recovery, display)
         losses.append(terms.float().cpu())
-        if asked.output:
-            _store(asked.output, denormalise(images, asked.config), batch.labels, index, classes)
+        if recovery.output:
+            _store(recovery.output, denormalise(images, recovery.config), batch.labels, index, classes)
     return torch.stack(losses)
 
 
@@ -155,32 +154,32 @@ def _warn_of_devices(count: int) -> None:
         )
 
 
-def _batches(asked: Recovery, classes: int, index: int) -> Iterator[Batch]:
+def _batches(recovery: Recovery, classes: int, index: int) -> Iterator[Batch]:
     """The class batches of one image index, with their initial images."""
-    size = asked.config.batch_size
+    size = recovery.config.batch_size
     starts = range(0, classes, size)
-    load = _initial_images(asked, classes, index)
+    load = _initial_images(recovery, classes, index)
     for number, start in enumerate(starts):
         labels = torch.arange(start, min(start + size, classes))
         yield Batch(index * len(starts) + number, load(labels), labels)
 
 
-def _initial_images(asked: Recovery, classes: int, index: int) -> Callable[[Tensor], Tensor]:
+def _initial_images(recovery: Recovery, classes: int, index: int) -> Callable[[Tensor], Tensor]:
     """What gives image `index` of some classes, [n, C, S, S], normalised."""
-    shape, folder = (asked.config.channels, asked.size, asked.size), asked.init_path
+    shape, folder = (recovery.config.channels, recovery.size, recovery.size), recovery.init_path
     if folder is None:
         return lambda labels: normal(generator(0, "unseen"), (1, *shape)).expand(len(labels), -1, -1, -1)
-    if asked.config.view == "roll" or tensor_file(folder, index).exists():  # as DWA's CIFAR script has them
+    if recovery.config.view == "roll" or tensor_file(folder, index).exists():  # as DWA's CIFAR script has them
         tensors = read_tensor(tensor_file(folder, index), (classes, *shape))
         return lambda labels: tensors[labels]
-    folders = _class_folders(folder, asked.sorted_path, classes)
+    folders = _class_folders(folder, recovery.sorted_path, classes)
 
     def read(label: int) -> Tensor:
-        return decode(_nth_file(folders[label], index), asked.size, asked.config.channels, squash=True)
+        return decode(_nth_file(folders[label], index), recovery.size, recovery.config.channels, squash=True)
 
     def load(labels: Tensor) -> Tensor:
         with ThreadPoolExecutor(_READERS) as pool:
-            return normalise(torch.stack(list(pool.map(read, labels.tolist()))), asked.config)
+            return normalise(torch.stack(list(pool.map(read, labels.tolist()))), recovery.config)
 
     return load
 
@@ -207,55 +206,46 @@ def _nth_file(folder: Path, index: int) -> Path:
     return folder / names[index]
 
 
-def _refine(lane: Lane, batch: Batch, seed: int, asked: Recovery, display: Display | None) -> tuple[Tensor, Tensor]:
-    """Refined images and losses of a batch, shown on the way where asked."""
-    refinement, total = lane.begin(batch, seed), asked.config.iterations
-    stops = range(0, total, _EVERY) if display or asked.verifier else range(0)
+def _refine(replica: Replica, batch: Batch, seed: int, recovery: Recovery, display: Display | None) -> tuple[Tensor, Tensor]:
+    """Refined images and losses of a batch; on request both are shown every 100 iterations."""
+    total = recovery.config.iterations
+    replica.begin(batch, seed)
+    stops = range(0, total, _EVERY) if display or recovery.verifier else range(0)
     done = 0
-    for stop in sorted({*stops, total - 1}) if stops and asked.code_base == "cda" else stops:
-        advance(lane, refinement, stop - done)
-        images, _ = lane.finish(refinement)
-        advance(lane, refinement, 1)
+    for stop in sorted({*stops, total - 1}) if stops and recovery.code_base == "cda" else stops:
+        replica.advance(stop - done)
+        images, _ = replica.finish()
+        replica.advance(1)
         done = stop + 1
-        _show(lane, refinement, images, batch.labels, stop, asked, display)
-    advance(lane, refinement, total - done)
-    return lane.finish(refinement)
-
-
-def advance(lane: Lane, refinement: Refinement, iterations: int) -> None:
-    """Some iterations, in pieces, so that Ctrl-C is heard."""
-    piece = 1 if lane.execution.device.type == "cpu" else 10
-    for start in range(0, iterations, piece):
-        with lane.active():
-            refinement.advance(min(piece, iterations - start))
+        _show(replica, images, batch.labels, stop, recovery, display)
+    replica.advance(total - done)
+    return replica.finish()
 
 
 def _show(
-    lane: Lane,
-    refinement: Refinement,
+    replica: Replica,
     images: Tensor,  # [B, C, S, S] before the iteration
     labels: Tensor,
     iteration: int,
-    asked: Recovery,
+    recovery: Recovery,
     display: Display | None,
 ) -> None:
-    """Losses of an iteration, and what the display says to its images, as the published loops print them."""
-    _, losses = lane.finish(refinement)
+    """Print the losses of an iteration and call the display with its images, as the published loops do."""
+    _, losses = replica.finish()
     labels = labels.to(images.device)
-    row = torch.tensor(iteration, device=images.device)
-    seen = lane.network.operators.view(images, refinement.rows, row, images.dtype)
+    view = replica.view(images, iteration)
     ce, mean, var = losses[iteration].tolist()
-    config = asked.config
-    prior = config.tv_l2 * float(total_variation(seen)) + config.l2_scale * float(mean_norm(seen))
+    config = recovery.config
+    prior = config.tv_l2 * float(total_variation(view)) + config.l2_scale * float(mean_norm(view))
     print(f"------------iteration {iteration}----------")
     print("loss_ce", ce)
-    print("loss_r_bn_feature", mean + asked.r_var * var)
+    print("loss_r_bn_feature", mean + recovery.r_var * var)
     print("loss_total", ce + config.lambda_mean * mean + config.lambda_var * var + prior)
     if display is None:
         return
     with torch.no_grad():
-        if asked.code_base == "cda" or asked.config.view == "roll":  # the scripts that show the view too
-            display(seen, labels)
+        if recovery.code_base == "cda" or recovery.config.view == "roll":  # the scripts that show the view too
+            display(view, labels)
         display(images, labels)
 
 

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.fuse import BatchNormAct
-from dwa_fast.engine.repeat import Pool, Repeat
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
 from dwa_fast.seeding import normal
@@ -64,19 +64,19 @@ class Arena:
 class Ascent:
     """Adjusts the weights of a network for a batch, and restores them bit for bit."""
 
-    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution, pool: Pool | None = None) -> None:
+    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution, graph_memory: GraphMemory | None = None) -> None:
         self.network = network
         self.config = config
         self.execution = execution
-        self._pool = pool  # see Repeat
+        self._graph_memory = graph_memory  # see CapturedStep
         self.arena = Arena(network, execution, moves=config.adjusts)
         self._norms = torch.zeros(max(1, config.steps), dtype=execution.master_dtype, device=execution.device)  # [K]
         self._count = torch.zeros((), dtype=torch.int64, device=execution.device)
-        self._steps: dict[torch.Size, tuple[Tensor, Tensor, Repeat]] = {}  # per shape: what the step sees, its labels, the step
+        self._steps: dict[torch.Size, tuple[Tensor, Tensor, CapturedStep]] = {}  # per shape: the input of the step, its labels, the step
 
     def adjust(
         self,
-        seen: Tensor,  # [B, C, H, W], initial real images in the view of iteration 0
+        view: Tensor,  # [B, C, H, W], initial real images in the view of iteration 0
         labels: Tensor,  # [B]
         source: np.random.Generator,  # of the random direction
     ) -> Tensor:  # [K] gradient norms
@@ -90,17 +90,19 @@ class Ascent:
             return self._norms[:0]
         if self.config.ascent == "random":
             return self._randomly(source)
-        if seen.shape not in self._steps:
-            inputs = seen.clone(), labels.clone()
-            repeat = Repeat(lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, pool=self._pool)
-            self._steps[seen.shape] = (*inputs, repeat)
-        static_seen, static_labels, repeat = self._steps[seen.shape]
-        static_seen.copy_(seen)
+        if view.shape not in self._steps:
+            inputs = view.clone(), labels.clone()
+            captured = CapturedStep(
+                lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, graph_memory=self._graph_memory
+            )
+            self._steps[view.shape] = (*inputs, captured)
+        static_view, static_labels, captured = self._steps[view.shape]
+        static_view.copy_(view)
         static_labels.copy_(labels)
         self.arena.restore()
         self._count.zero_()
-        repeat.refresh()
-        repeat.run(self.config.steps)
+        captured.refresh()
+        captured.run(self.config.steps)
         return _finite(self._norms, self.execution.precision)
 
     def _randomly(self, source: np.random.Generator) -> Tensor:
@@ -111,11 +113,11 @@ class Ascent:
             slot.copy_(part.view(slot.shape))
         return self.network.operators.ascend_(arena.weights, arena.gradients, self.config.rho, compute=arena.compute)[None]
 
-    def _step(self, seen: Tensor, labels: Tensor) -> None:
+    def _step(self, view: Tensor, labels: Tensor) -> None:
         """One step; everything in it lies at fixed places, so that it can be recorded."""
         arena, config = self.arena, self.config
         with self.network.trainable():
-            loss = F.cross_entropy(self.network(seen).to(self.execution.master_dtype), labels)
+            loss = F.cross_entropy(self.network(view).to(self.execution.master_dtype), labels)
             gradients = torch.autograd.grad(loss * self.execution.loss_scale, arena.parameters, allow_unused=True)
         for slot, gradient in zip(arena.slots, gradients, strict=True):
             if gradient is not None:  # the gradient of a weight that the loss does not reach stays 0
@@ -139,7 +141,7 @@ def _round_buffers(network: nn.Module, execution: Execution) -> None:
 
 
 def _shaped(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """A flat piece of an arena as a tensor of that shape; convolution weights with their channels innermost where asked."""
+    """A flat piece of an arena as a tensor of that shape; convolution weights channels-last if `channels_last`."""
     if channels_last and like.dim() == 4:
         out, inner, height, width = like.shape
         return flat.view(out, height, width, inner).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Chooses once which implementation of each operator runs, and says why the others cannot."""
+"""Chooses which implementation of each operator runs, once per run, and gives the causes why the others cannot."""
 
 from __future__ import annotations
 
@@ -6,58 +6,42 @@ import functools
 import importlib.util
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dwa_fast import ops
 from dwa_fast.config import BackendName, Precision, check_choice
-from dwa_fast.engine import compiled
 from dwa_fast.errors import InputError
-from dwa_fast.reference import ops as plain
+from dwa_fast.reference import graph_ops
+from dwa_fast.reference.ops import OPERATORS, Operators
 
 log = logging.getLogger("dwa_fast")
 
-OPERATORS = ("bn_act", "moments", "matching_loss", "view", "adam_clip_", "view_adam_clip_", "ascend_", "mean_pool")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = "plain PyTorch"
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_QUEUED = 10  # iterations on a GPU between two progress reports
 _FP16_LOSS_SCALE = 2.0**14  # matching gradients are 1e-8 to 1e-7 per element, below fp16's range
 
 
 @dataclass(frozen=True)
-class Operators:
-    """The operators that a run or a hook calls; signatures as in `reference.ops`."""
-
-    name: str
-    bn_act: Callable[..., tuple[Tensor, Tensor]] = plain.bn_act
-    moments: Callable[..., Tensor] = plain.moments
-    matching_loss: Callable[..., Tensor] = plain.matching_loss
-    view: Callable[..., Tensor] = plain.view
-    adam_clip_: Callable[..., None] = plain.adam_clip_
-    view_adam_clip_: Callable[..., None] = plain.view_adam_clip_
-    ascend_: Callable[..., Tensor] = plain.ascend_
-    mean_pool: Callable[..., Tensor] = plain.mean_pool
-    fuses: bool = False  # whether bn_act is worth tracing the teacher for
-    implementations: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATORS, _PLAIN))
-
-
-@dataclass(frozen=True)
 class Execution:
-    """Where and how a run computes: everything that "auto" stood for, decided."""
+    """Where and how a run computes: every "auto" resolved."""
 
     backend: str  # reference, fused or compiled
     operators: Operators
     device: torch.device
     precision: str  # fp32, tf32, bf16, fp16 or fp64
+    records: bool = False  # whether steps are recorded once and then replayed without the interpreter
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and of the weights that convolutions see."""
+        """Of activations and of the weights that convolutions read."""
         return _DTYPES[self.precision]
 
     @property
@@ -71,6 +55,16 @@ class Execution:
         return self.backend != "reference"
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def iterations_per_call(self) -> int:
+        """How many iterations run, or are queued on a GPU, before Ctrl-C and progress get their turn."""
+        return _QUEUED if self.device.type == "cuda" else 1
+
+    @property
     def loss_scale(self) -> float:
         """What the loss is multiplied with before the backward pass."""
         return _FP16_LOSS_SCALE if self.precision == "fp16" else 1.0
@@ -81,7 +75,7 @@ class Execution:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Inside, convolutions and products take TensorFloat-32 where it was asked for, and only there, and the same bits every time.
+        """Inside, convolutions and products take TensorFloat-32 only where the precision is tf32, and give the same bits every time.
 
         Gradients can be taken and no autocast is on, whatever the caller has set. The settings of a GPU belong to the process: threads that
         compute on one at once must agree on tf32. The last one to leave puts back what the first one found.
@@ -122,7 +116,7 @@ def resolve(backend: BackendName, precision: Precision, device: str, teacher: ob
     Args:
         teacher: for which; on a CPU depthwise convolutions are slow in bf16, and a precision "auto" is fp32. None: any other one.
     Raises:
-        InputError: something that was asked for by name cannot run here; every cause is given.
+        InputError: a back-end, precision or device named explicitly cannot run here; the message gives every cause.
     """
     check_choice("backend", backend, BackendName)
     check_choice("precision", precision, Precision)
@@ -145,7 +139,8 @@ def resolve(backend: BackendName, precision: Precision, device: str, teacher: ob
         slow = precision == "auto" and chosen != "reference" and where.type == "cpu" and arithmetic == "fp32"
         cause = "the teacher's depthwise convolutions are slow in bf16" if depthwise else "no AVX-512 BF16 for bf16"
         _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (f" ({cause})" if slow else ""))
-    return Execution(chosen, _operators(chosen, where), where, arithmetic)
+    records = chosen == "fused" or (chosen == "compiled" and where.type == "cuda")
+    return Execution(chosen, _operators(chosen, where), where, arithmetic, records)
 
 
 def precisions(backend: str, device: torch.device) -> list[str]:
@@ -213,21 +208,15 @@ def describe(device: torch.device) -> dict[str, Any]:
     """What `dwa-fast info` shows: each back-end with its operators, or with the causes that keep it from running."""
     causes = fused_causes(device)
     return {
-        "reference": dict(Operators("reference").implementations),
-        "fused": causes or dict(_fused(device).implementations),
+        "reference": dict.fromkeys(OPERATORS, _PLAIN),
+        "fused": causes or _implementations(device),
         "compiled": "plain PyTorch, compiled by TorchInductor at the first batch",
     }
 
 
 def tuned(name: str) -> Operators:
     """Plain operators that read schedule and counter as tensors: for TorchInductor, and for CUDA graphs."""
-    return Operators(
-        name,
-        matching_loss=compiled.matching_loss,
-        view=compiled.view,
-        adam_clip_=compiled.adam_clip_,
-        view_adam_clip_=compiled.view_adam_clip_,
-    )
+    return Operators(name, **{each: getattr(graph_ops, each) for each in OPERATORS if hasattr(graph_ops, each)})
 
 
 @functools.cache
@@ -249,9 +238,11 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 
 def _fused(device: torch.device) -> Operators:
-    kind = "Triton" if device.type == "cuda" else f"C++ ({ops.cpu_level()})"
-    calls = ops.bn_act, ops.moments, ops.matching_loss, ops.view, ops.adam_clip_, ops.view_adam_clip_, ops.ascend_
-    implementations = dict.fromkeys(OPERATORS, kind) | {"ascend_": "C++"}
+    return Operators("fused", **{each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}, fuses=True)
+
+
+def _implementations(device: torch.device) -> dict[str, str]:
+    """What computes each operator of the fused back-end."""
     if device.type == "cuda":
-        return Operators("fused", *calls, plain.mean_pool, True, implementations | {"ascend_": "CUDA C++", "mean_pool": _PLAIN})
-    return Operators("fused", *calls, ops.mean_pool, True, implementations)
+        return dict.fromkeys(OPERATORS, "Triton") | {"ascend_": "CUDA C++", "mean_pool": _PLAIN}
+    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++"}

@@ -53,7 +53,7 @@ def untouched(module: nn.Module, layers: Mapping[str, nn.Module], images: Tensor
 
     hooks: list[RemovableHandle] = [layer.register_forward_pre_hook(measure(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        return _respond(module, module, images, lambda: {name: _single(name, found) for name, found in calls.items()}, gradients)
+        return _respond(module, module, images, lambda: {name: _single(name, each) for name, each in calls.items()}, gradients)
     finally:
         for hook in hooks:
             hook.remove()
@@ -69,12 +69,12 @@ def rewritten(network: Any, parameters: nn.Module, images: Tensor, *, gradients:
     """Response of a network whose layers keep the shifted moments of their inputs; the weights are those of `parameters`."""
 
     def gaps() -> dict[str, tuple[Tensor, Tensor]]:
-        found = {}
+        gap_pairs = {}
         for name, layer in network.layers.items():
             if layer.sums:
                 mean = _single(name, layer.sums)[0] / layer.count
-                found[name] = mean, layer.sums[0][1] / layer.count - mean.square() - layer.running_var
-        return found
+                gap_pairs[name] = mean, layer.sums[0][1] / layer.count - mean.square() - layer.running_var
+        return gap_pairs
 
     try:
         return _respond(network, parameters, images, gaps, gradients)
@@ -97,11 +97,11 @@ def _respond(
     try:
         with torch.set_grad_enabled(gradients):
             logits = call(leaf)
-            found = gaps()
-            if not gradients or not found:
-                return Response(logits, found, None)
+            gap_pairs = gaps()
+            if not gradients or not gap_pairs:
+                return Response(logits, gap_pairs, None)
             direction = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).view(logits.shape)
-            terms = [torch.cat(each).norm() for each in zip(*found.values(), strict=True)]
+            terms = [torch.cat(each).norm() for each in zip(*gap_pairs.values(), strict=True)]
             matching = torch.stack([term / term.detach().clamp_min(torch.finfo(term.dtype).tiny) for term in terms]).sum()
             of_logits = torch.autograd.grad((logits * direction).sum(), [leaf, *weights.values()], retain_graph=True, allow_unused=True)
             (of_matching,) = torch.autograd.grad(matching, leaf, allow_unused=True) if matching.requires_grad else (None,)
@@ -112,57 +112,58 @@ def _respond(
     nothing = torch.zeros_like(leaf)
     named = {name: gradient for name, gradient in zip(weights, of_weights, strict=True) if gradient is not None}
     gradients_found = Gradients(nothing if of_images is None else of_images, nothing if of_matching is None else of_matching, named)
-    return Response(logits.detach(), {name: (mean.detach(), var.detach()) for name, (mean, var) in found.items()}, gradients_found)
+    return Response(logits.detach(), {name: (mean.detach(), var.detach()) for name, (mean, var) in gap_pairs.items()}, gradients_found)
 
 
-def difference(wanted: Response, got: Response, layers: Mapping[str, Any], tolerance: float = 1.0) -> str | None:
+def difference(expected: Response, got: Response, layers: Mapping[str, Any], tolerance: float = 1.0) -> str | None:
     """In which way a rewritten teacher differs from the untouched one, most telling first; None where it does not.
 
     Args:
         layers: the BatchNorm layers, whose running variances say which differences of the statistics are small.
         tolerance: how many times what is allowed in float32.
     """
-    missing, foreign = wanted.gaps.keys() - got.gaps.keys(), got.gaps.keys() - wanted.gaps.keys()
+    missing, foreign = expected.gaps.keys() - got.gaps.keys(), got.gaps.keys() - expected.gaps.keys()
     for names, what in ((missing, "does not record"), (foreign, "records, though it does not run,")):
         if names:
             return f"it {what} BatchNorm layer {sorted(names)[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    for name, pair in wanted.gaps.items():
+    for name, pair in expected.gaps.items():
         variance = layers[name].running_var.detach()
         for gap, mine, usual, what in zip(pair, got.gaps[name], (variance.sqrt(), variance), ("mean", "variance"), strict=True):
             error = _relative(mine, gap, usual)
             if not error <= _LOGITS * tolerance:
                 return f"the {what} of what BatchNorm layer {name!r} is given is off by {_percent(error)}"
-    error = _relative(got.logits, wanted.logits)
+    error = _relative(got.logits, expected.logits)
     if not error <= _LOGITS * tolerance:
         return f"its logits are off by {_percent(error)}"
-    if wanted.gradients is None or got.gradients is None:
+    if expected.gradients is None or got.gradients is None:
         return None
-    return _gradient_difference(wanted.gradients, got.gradients, tolerance)
+    return _gradient_difference(expected.gradients, got.gradients, tolerance)
 
 
-def _gradient_difference(wanted: Gradients, got: Gradients, tolerance: float) -> str | None:
-    for theirs, mine, what in ((wanted.logits, got.logits, "logits"), (wanted.matching, got.matching, "matching terms")):
+def _gradient_difference(expected: Gradients, got: Gradients, tolerance: float) -> str | None:
+    for theirs, mine, what in ((expected.logits, got.logits, "logits"), (expected.matching, got.matching, "matching terms")):
         error = _relative(mine, theirs)
         if not error <= _GRADIENTS * tolerance:
             return f"the gradient of the {what} to the images is off by {_percent(error)}"
-    for name in wanted.weights.keys() ^ got.weights.keys():
-        if {**wanted.weights, **got.weights}[name].any():
-            return f"weight {name!r} " + ("gets no gradient" if name in wanted.weights else "gets a gradient, which the teacher's does not")
-    names = [name for name in wanted.weights if name in got.weights]
-    flat = [torch.cat([weights[name].flatten() for name in names]) for weights in (got.weights, wanted.weights)] if names else []
+    for name in expected.weights.keys() ^ got.weights.keys():
+        if {**expected.weights, **got.weights}[name].any():
+            gets = "gets no gradient" if name in expected.weights else "gets a gradient, which the teacher's does not"
+            return f"weight {name!r} {gets}"
+    names = [name for name in expected.weights if name in got.weights]
+    flat = [torch.cat([weights[name].flatten() for name in names]) for weights in (got.weights, expected.weights)] if names else []
     error = _relative(*flat) if flat else 0.0
     if not error <= _GRADIENTS * tolerance:
-        worst = max(names, key=lambda name: float((got.weights[name] - wanted.weights[name]).norm()))
+        worst = max(names, key=lambda name: float((got.weights[name] - expected.weights[name]).norm()))
         return f"the gradient of the logits to the weights is off by {_percent(error)}, most of it in {worst!r}"
     return None
 
 
-def _relative(got: Tensor, wanted: Tensor, usual: Tensor | None = None) -> float:
+def _relative(got: Tensor, expected: Tensor, usual: Tensor | None = None) -> float:
     """‖got − wanted‖ / (‖wanted‖ + ‖usual‖)."""
-    if got.shape != wanted.shape:
+    if got.shape != expected.shape:
         return float("inf")
-    scale = wanted.double().norm() + (0.0 if usual is None else usual.double().norm())
-    return float((got.double() - wanted.double()).norm() / scale.clamp_min(torch.finfo(torch.float32).tiny))
+    scale = expected.double().norm() + (0.0 if usual is None else usual.double().norm())
+    return float((got.double() - expected.double()).norm() / scale.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _percent(error: float) -> str:

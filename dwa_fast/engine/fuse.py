@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 from dwa_fast.engine.activations import Match, changed_in_place, match
-from dwa_fast.engine.backend import Operators
-from dwa_fast.engine.convolution import replace_convolutions
-from dwa_fast.engine.pooling import replace_pools
-from dwa_fast.engine.stem import replace_stems
+from dwa_fast.engine.layers import replace_convolutions, replace_pools, replace_stems
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
 from dwa_fast.ops.activation import Activation, title
+from dwa_fast.reference.ops import Operators
 
 _ADDITIONS = {operator.add, torch.add}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
@@ -64,14 +62,14 @@ class BatchNormAct(nn.Module):
         self.count = y.numel() // y.shape[1]
         return z if y.dim() == 4 else z.view(y.shape)
 
-    def activate(self, found: Match) -> None:
+    def activate(self, matched: Match) -> None:
         """Apply an activation too; a PReLU's weight becomes a parameter of this layer."""
-        self.activation = found.activation
-        if isinstance(found.slope, nn.Parameter):
+        self.activation = matched.activation
+        if isinstance(matched.slope, nn.Parameter):
             del self.slope
-            self.register_parameter("slope", found.slope)
-        elif found.slope is not None:
-            self.slope = self.running_mean.new_tensor([found.slope])
+            self.register_parameter("slope", matched.slope)
+        elif matched.slope is not None:
+            self.slope = self.running_mean.new_tensor([matched.slope])
 
     def extra_repr(self) -> str:
         """What was fused, as `dwa-fast info` shows it."""
@@ -146,8 +144,8 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
         if _is_addition(user, chain[-1]) and not layer.activates and not layer.skip:
             arguments.append(next(other for other in user.args if other is not chain[-1]))
             layer.skip = True
-        elif not layer.activates and (found := _activation(traced, layer, user, arguments, chain[-1])) is not None:
-            layer.activate(found)
+        elif not layer.activates and (matched := _activation(traced, layer, user, arguments, chain[-1])) is not None:
+            layer.activate(matched)
         else:
             break
         chain.append(user)
@@ -181,12 +179,12 @@ def _activation(
     traced: torch.fx.GraphModule, layer: BatchNormAct, node: torch.fx.Node, arguments: list[Argument], value: torch.fx.Node
 ) -> Match | None:
     """The activation that the node applies to `value`, where the layer can apply it to its arguments instead."""
-    found = match(traced, node, value)
-    if found is None or not found.fits(len(layer.running_mean), layer.running_mean.dtype):
+    matched = match(traced, node, value)
+    if matched is None or not matched.fits(len(layer.running_mean), layer.running_mean.dtype):
         return None
     # But for a ReLU the gradient needs the skip as it was: a later write into it would be refused.
-    kept = [each for each in arguments[1:] if isinstance(each, torch.fx.Node)] if found.activation != "relu" else []
-    return None if any(changed_in_place(traced, each) for each in kept) else found
+    kept = [each for each in arguments[1:] if isinstance(each, torch.fx.Node)] if matched.activation != "relu" else []
+    return None if any(changed_in_place(traced, each) for each in kept) else matched
 
 
 def _is_identity(traced: torch.fx.GraphModule, node: torch.fx.Node) -> bool:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.priors import mean_norm, total_variation
-from dwa_fast.engine.repeat import Pool, Repeat
+from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.teacher import Network
 from dwa_fast.errors import InputError
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
@@ -29,13 +28,12 @@ class Refinement:
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
         execution: Execution,
-        pool: Pool | None = None,  # see Repeat
+        graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
         self.classifier, self.matcher = classifier, matcher
         self.config, self.execution = config, execution
-        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
         dtype, device = execution.master_dtype, execution.device
-        self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=layout)
+        self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=execution.memory_format)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.images), torch.zeros_like(self.images)
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.rows = torch.zeros(config.iterations, 7, dtype=torch.int32, device=device)
@@ -46,7 +44,7 @@ class Refinement:
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
         self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         records = not (classifier.unrecorded or matcher.unrecorded)
-        self._repeat = Repeat(self._iterate, execution, compiles=True, records=records, pool=pool)
+        self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
         """Set every buffer for a new batch, whose weights the networks have by now."""
@@ -56,14 +54,14 @@ class Refinement:
         self.learning_rates.copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
-        self._repeat.refresh()
+        self._captured.refresh()
 
     def advance(self, iterations: int) -> None:
         """Do that many iterations; on a GPU this only queues them."""
-        self._repeat.run(iterations)
+        self._captured.run(iterations)
 
     def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
-        """What the batch came to, once all iterations are done.
+        """Images and losses as they are now.
 
         Raises:
             InputError: a loss is not finite.
@@ -73,29 +71,29 @@ class Refinement:
     def _iterate(self) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
         operators, scale = self.classifier.operators, self.execution.loss_scale
-        seen = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
-        terms = self._terms(seen)
-        (gradient,) = torch.autograd.grad(self._objective(terms, seen) * scale, seen)
+        view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
+        terms = self._terms(view)
+        (gradient,) = torch.autograd.grad(self._objective(terms, view) * scale, view)
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
         self.losses.index_copy_(0, self.step[None], terms.detach()[None])
         self.step.add_(1).remainder_(self.config.iterations)
 
-    def _terms(self, seen: Tensor) -> Tensor:
+    def _terms(self, view: Tensor) -> Tensor:
         """Cross-entropy, R_mean and R_var of a view, [3]."""
-        logits = self.classifier(seen).to(self.execution.master_dtype)
+        logits = self.classifier(view).to(self.execution.master_dtype)
         if self.matcher is not self.classifier:
-            self.matcher(seen)
+            self.matcher(view)
         matching = self.matcher.matching(self.config.first_layer_weight)
         return torch.cat([F.cross_entropy(logits, self.labels)[None], matching])
 
-    def _objective(self, terms: Tensor, seen: Tensor) -> Tensor:
+    def _objective(self, terms: Tensor, view: Tensor) -> Tensor:
         """What is minimised: the weighted terms, and SRe2L's priors where they have a weight."""
         objective = (terms * self.weights).sum()
         if self.config.tv_l2:
-            objective = objective + self.config.tv_l2 * total_variation(seen.to(self.execution.master_dtype))
+            objective = objective + self.config.tv_l2 * total_variation(view.to(self.execution.master_dtype))
         if self.config.l2_scale:
-            objective = objective + self.config.l2_scale * mean_norm(seen.to(self.execution.master_dtype))
+            objective = objective + self.config.l2_scale * mean_norm(view.to(self.execution.master_dtype))
         return objective
 
 
@@ -103,9 +101,9 @@ def matching_dominates(
     losses: Tensor,  # [T, 3]: cross-entropy, R_mean, R_var
     config: SynthesisConfig,
 ) -> str | None:
-    """A sentence where the weighted matching terms of the last iteration leave the cross-entropy no say; None where they do not.
+    """A warning if the weighted matching terms of the last iteration exceed 100 times the cross-entropy; else None.
 
-    That is above 100 times the cross-entropy, which counts as at least 1 here: where the images are learnt, it falls to 0.
+    The cross-entropy counts as at least 1 here, because it falls to 0 once the images are learnt.
     """
     ce, mean, var = losses[-1].tolist()
     matching = config.lambda_mean * mean + config.lambda_var * var
@@ -140,3 +138,22 @@ def noise(
 ) -> Tensor:  # [B, C, H, W]
     """Standard normal noise, SRe2L's start."""
     return normal(generator(seed, "noise", batch), tuple(images.shape)).to(images)
+
+
+def total_variation(
+    images: Tensor,  # [N, C, H, W], float32 or wider
+) -> Tensor:  # []
+    """‖∂→x‖₂ + ‖∂↓x‖₂ + ‖∂↗x‖₂ + ‖∂↘x‖₂, each norm over all differences between such neighbours in the batch (SRe2L's tv_l2)."""
+    right = images[:, :, :, :-1] - images[:, :, :, 1:]
+    down = images[:, :, :-1] - images[:, :, 1:]
+    up_right = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
+    down_right = images[:, :, :-1, :-1] - images[:, :, 1:, 1:]
+    return torch.stack([torch.linalg.vector_norm(each) for each in (right, down, up_right, down_right)]).sum()
+
+
+def mean_norm(
+    images: Tensor,  # [N, C, H, W], float32 or wider
+) -> Tensor:  # []
+    """The mean of ‖x_n‖₂ over the images (SRe2L's l2_scale)."""
+    norms: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3))
+    return norms.mean()

@@ -18,14 +18,10 @@ from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.refine import Refinement, matching_dominates, noise
 from dwa_fast.engine.teacher import Network, check_precision, prepare
 from dwa_fast.errors import InputError
-from dwa_fast.schedule import draw_schedule
+from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
-
-_CHUNK = 10  # iterations that are queued on a GPU between two reports of progress
-
-Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 
 
 @dataclass(frozen=True)
@@ -37,44 +33,54 @@ class Batch:
     labels: Tensor  # [B]
 
 
-class Lane:
-    """A network with its own weights, for one batch after the other."""
+class Replica:
+    """A copy of the teacher with its own weights, buffers and CUDA stream. It works on one batch at a time."""
 
     def __init__(self, network: Network, config: SynthesisConfig, execution: Execution) -> None:
         self.config, self.execution = config, execution
-        self.network = self.matcher = network
+        self._network = self._matcher = network
         if config.matching_weights == "original" and config.adjusts:
-            self.matcher = copy.deepcopy(network)
-            Arena(self.matcher, execution, moves=False)
+            self._matcher = copy.deepcopy(network)
+            Arena(self._matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
         self._stream = torch.cuda.Stream(execution.device) if cuda else None
-        self._pool = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement take turns
-        self.ascent = Ascent(network, config, execution, self._pool)
+        self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
+        self._ascent = Ascent(network, config, execution, self._graph_memory)
         self._refinements: dict[torch.Size, Refinement] = {}
+        self._refinement: Refinement  # of the current batch
 
-    def begin(self, batch: Batch, seed: int) -> Refinement:
-        """Views, ascent and start of a batch: all but the iterations."""
+    def begin(self, batch: Batch, seed: int) -> None:
+        """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images."""
         config, execution = self.config, self.execution
-        self.wait_for_caller()
-        with self.active():
-            layout = torch.channels_last if execution.channels_last else torch.contiguous_format
-            images = batch.images.to(execution.device, execution.master_dtype, memory_format=layout)
+        with self._active():
+            images = self._moved(batch.images, execution.master_dtype)
             labels = batch.labels.to(execution.device, torch.int64)
-            schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
+            schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
-            seen = self.network.operators.view(images, schedule.rows, first, execution.dtype)
-            if images.shape not in self._refinements:
-                self._refinements[images.shape] = Refinement(self.network, self.matcher, images.shape, config, execution, self._pool)
-            refinement = self._refinements[images.shape]
-            self.ascent.adjust(seen, labels, generator(seed, "ascent", batch.number))
+            view = self._network.operators.view(images, schedule.rows, first, execution.dtype)
+            shape = images.shape
+            if shape not in self._refinements:
+                self._refinements[shape] = Refinement(self._network, self._matcher, shape, config, execution, self._graph_memory)
+            self._refinement = self._refinements[shape]
+            self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
             start = noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
-            refinement.load(start, labels, schedule)
-        return refinement
+            self._refinement.load(start, labels, schedule)
 
-    def finish(self, refinement: Refinement) -> tuple[Tensor, Tensor]:
-        """Refined images and losses, for the caller's stream."""
-        with self.active():
-            images, losses = refinement.result()
+    def advance(self, iterations: int) -> None:
+        """Run some iterations, in pieces that Ctrl-C can interrupt. On a GPU they are only queued."""
+        piece = self.execution.iterations_per_call
+        with self._active(wait=False):
+            for done in range(0, iterations, piece):
+                self._refinement.advance(min(piece, iterations - done))
+
+    def finish(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
+        """Images and losses as they are now, for the caller's stream; the batch may still be advanced.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        with self._active(wait=False):
+            images, losses = self._refinement.result()
         if self._stream is not None:
             current = torch.cuda.current_stream(self.execution.device)
             current.wait_stream(self._stream)
@@ -82,26 +88,43 @@ class Lane:
                 tensor.record_stream(current)
         return images, losses
 
-    def wait_for_caller(self) -> None:
-        """What the caller's stream has computed so far is there for the lane's own."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.execution.device))
+    def view(
+        self,
+        images: Tensor,  # [B, C, H, W], from `finish`
+        iteration: int,
+    ) -> Tensor:  # [B, C, H, W]
+        """The images in the view of an iteration of the current batch."""
+        return self._network.operators.view(images, self._refinement.rows, torch.tensor(iteration, device=images.device), images.dtype)
+
+    def logits(
+        self,
+        images: Tensor,  # [n, C, H, W], normalised
+    ) -> Tensor:  # [n, classes] float32 on the CPU
+        """The teacher's logits, on the device and in the precision of the synthesis."""
+        with self._active(), torch.no_grad():
+            logits: Tensor = self._network(self._moved(images, self.execution.dtype))
+            return logits.float().cpu()
+
+    def _moved(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        return images.detach().to(self.execution.device, dtype, memory_format=self.execution.memory_format)
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, a GPU's work goes to the lane's own stream."""
+    def _active(self, *, wait: bool = True) -> Iterator[None]:
+        """Inside, a GPU's work goes to the replica's own stream, by default behind all that the caller's stream has queued."""
+        if self._stream is not None and wait:
+            self._stream.wait_stream(torch.cuda.current_stream(self.execution.device))
         with torch.cuda.stream(self._stream), self.execution.arithmetic():
             yield
 
 
 class Synthesizer:
-    """A teacher made ready once, for any number of batches."""
+    """A teacher prepared once, for any number of batches."""
 
     def __init__(self, teacher: nn.Module, images: Tensor, config: SynthesisConfig, *, batch_sizes: Sequence[int] = ()) -> None:
         """Check and copy the teacher.
 
         Args:
-            images: [N, C, H, W], such as it will be given.
+            images: [N, C, H, W], examples of the images to come, normalised.
             batch_sizes: the numbers of images of the batches that will run.
         """
         self.config = config
@@ -109,20 +132,15 @@ class Synthesizer:
         network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes)
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
         with check_precision(network, images, self.execution), self.execution.arithmetic():
-            self.lanes = [Lane(each, config, self.execution) for each in copies]
-        self._warned = False  # whether the log has said that the matching losses dominate
+            self.replicas = [Replica(each, config, self.execution) for each in copies]
+        self._warned = False  # whether the dominating matching losses have been logged
 
     def logits(
         self,
         images: Tensor,  # [n, C, H, W], normalised
     ) -> Tensor:  # [n, classes] float32 on the CPU
-        """What the teacher says, on the device and in the precision that the batches are computed in."""
-        lane, execution = self.lanes[0], self.execution
-        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
-        lane.wait_for_caller()
-        with lane.active(), torch.no_grad():
-            logits: Tensor = lane.network(images.to(execution.device, execution.dtype, memory_format=layout))
-            return logits.float().cpu()
+        """The teacher's logits, on the device and in the precision of the synthesis."""
+        return self.replicas[0].logits(images)
 
     def run(
         self,
@@ -131,7 +149,7 @@ class Synthesizer:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Refined images [B, C, H, W] and losses [T, 3] of each batch, on the device; all of them are in flight at once.
+        """Refined images [B, C, H, W] and losses [T, 3] of each batch, on the device; all batches run at the same time.
 
         Args:
             progress: called with the iterations that every batch has finished.
@@ -140,15 +158,16 @@ class Synthesizer:
             return self._run(batches, seed, progress)
 
     def _run(self, batches: Sequence[Batch], seed: int, progress: Callable[[int], None] | None) -> list[tuple[Tensor, Tensor]]:
-        pairs = [(lane, lane.begin(batch, seed)) for lane, batch in zip(self.lanes, batches, strict=False)]
-        chunk = 1 if self.execution.device.type == "cpu" else _CHUNK
-        for done in range(0, self.config.iterations, chunk):
-            for lane, refinement in pairs:
-                with lane.active():
-                    refinement.advance(min(chunk, self.config.iterations - done))
+        replicas = self.replicas[: len(batches)]
+        for replica, batch in zip(replicas, batches, strict=True):
+            replica.begin(batch, seed)
+        piece, iterations = self.execution.iterations_per_call, self.config.iterations
+        for done in range(0, iterations, piece):
+            for replica in replicas:
+                replica.advance(min(piece, iterations - done))
             if progress:
-                progress(min(done + chunk, self.config.iterations))
-        results = [lane.finish(refinement) for lane, refinement in pairs]
+                progress(min(done + piece, iterations))
+        results = [replica.finish() for replica in replicas]
         for _, losses in results:
             dominating = None if self._warned else matching_dominates(losses, self.config)
             if dominating:
@@ -186,7 +205,7 @@ def check_label_range(labels: Tensor, classes: int) -> None:
 
 @contextmanager
 def memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[None]:
-    """Turns an allocation that failed into one sentence."""
+    """Turns a failed allocation into an InputError with the size of the batches and the memory that is free."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the C library's allocations raise the plain kind
@@ -204,10 +223,3 @@ def memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[No
             there = f"; {free:.1f} of {total:.1f} GiB are free"
         wanted = f" asked for {asked[1]} more" if asked else " does not fit"
         raise InputError(f"out of memory on {execution.device}: {flight}{wanted}{there}; lower the batch size") from error
-
-
-def count_all(progress: Progress | None, before: int, batches: int, total: int) -> Callable[[int], None] | None:
-    """What `Synthesizer.run` calls for a group of batches, given what the caller wants to hear: iterations over all batches."""
-    if progress is None:
-        return None
-    return lambda iterations: progress(before + batches * iterations, total)

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.capture import TRACING, trace_step
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, replace, trace
-from dwa_fast.engine.pointwise import replace_strided_pointwise
-from dwa_fast.engine.tracing import TRACING
-from dwa_fast.engine.tracing import trace as record
+from dwa_fast.engine.layers import replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
 from dwa_fast.models.finite import check_finite_weights
@@ -37,7 +36,7 @@ class MatchingPlan:
     """What `matching_loss` needs beside the moments: fixed for a network and a batch size, on the device."""
 
     variances: Tensor  # [ΣC]
-    offsets: Tensor  # [L + 1] int64
+    channel_ptr: Tensor  # [L + 1] int64
     counts: Tensor  # [L] int64
     weights: Tensor  # [L]
 
@@ -123,7 +122,7 @@ class Network(nn.Module):
             self._plans[shape] = MatchingPlan.of(used, first_layer_weight)
         plan = self._plans[shape]
         sums = torch.cat([layer.sums.pop() for layer in used], 1)
-        return self.operators.matching_loss(sums, plan.variances, plan.offsets, plan.counts, plan.weights)
+        return self.operators.matching_loss(sums, plan.variances, plan.channel_ptr, plan.counts, plan.weights)
 
 
 def prepare(
@@ -153,12 +152,12 @@ def prepare(
         trial = _trial_images(images, execution)
         layers = _layers(module)
         check_finite_weights(module)
-        wanted = _untouched(module, layers, trial)
-        layers = {name: layer for name, layer in layers.items() if name in wanted.gaps}
+        expected = _untouched(module, layers, trial)
+        layers = {name: layer for name, layer in layers.items() if name in expected.gaps}
         with _moved(module):
             moved = untouched(module, layers, trial, gradients=False)
-        network = _agreeing(module, layers, wanted, moved, trial, execution, batch_sizes)
-    return network, wanted.logits.shape[1]
+        network = _agreeing(module, layers, expected, moved, trial, execution, batch_sizes)
+    return network, expected.logits.shape[1]
 
 
 def _trial_images(images: Tensor, execution: Execution) -> Tensor:
@@ -193,18 +192,18 @@ def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor
             first = module(trial)
             _check_logits(first)
             first = first.detach()
-            wanted = untouched(module, layers, trial, gradients=True)
+            expected = untouched(module, layers, trial, gradients=True)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
             if isinstance(error, InputError):
                 raise
             raise InputError(f"teacher cannot take images of shape {tuple(trial.shape[1:])}: {first_line(error)}") from error
-    if wanted.gradients and not (wanted.gradients.logits.isfinite().all() and wanted.gradients.matching.isfinite().all()):
+    if expected.gradients and not (expected.gradients.logits.isfinite().all() and expected.gradients.matching.isfinite().all()):
         raise InputError("gradients of the teacher are not finite, though its logits are: some weights are too large, or damaged")
-    if not wanted.gaps:
+    if not expected.gaps:
         raise InputError(
             f"none of the {len(layers)} BatchNorm layers of the teacher runs in a forward pass, so that no statistics can be matched"
         )
-    if not _alike(first, wanted.logits):
+    if not _alike(first, expected.logits):
         with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
             torch.manual_seed(1)
             again = module(trial).detach()
@@ -217,7 +216,7 @@ def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor
             "teacher gives other logits for the same images each time: it draws random numbers in eval mode "
             "(such as F.dropout without training=self.training)"
         )
-    return wanted
+    return expected
 
 
 def _alike(logits: Tensor, others: Tensor) -> bool:
@@ -234,7 +233,7 @@ def _check_logits(logits: Any) -> None:
 def _agreeing(
     module: nn.Module,
     layers: Mapping[str, nn.Module],
-    wanted: Response,
+    expected: Response,
     moved: Response,  # with moved weights
     trial: Tensor,
     execution: Execution,
@@ -249,10 +248,9 @@ def _agreeing(
         larger = {size: untouched(module, layers, _tiled(trial, size), gradients=False) for size in {*batch_sizes} - {len(trial)}}
         try:
             network = Network(trace(module, layers, execution.operators, trial), execution)
-            cause = difference(wanted, rewritten(network, module, shown, gradients=True), layers)
+            cause = difference(expected, rewritten(network, module, shown, gradients=True), layers)
             for size, response in larger.items():
-                found = rewritten(network, module, _tiled(shown, size), gradients=False)
-                cause = cause or difference(response, found, layers)
+                cause = cause or difference(response, rewritten(network, module, _tiled(shown, size), gradients=False), layers)
             if cause is None:
                 with _moved(module):
                     followed = difference(moved, rewritten(network, module, shown, gradients=False), layers)
@@ -266,7 +264,7 @@ def _agreeing(
         log.warning("teacher cannot be traced (%s); its BatchNorm layers are fused without their neighbours", cause)
     network = Network(replace(module, layers, execution.operators), execution)
     try:
-        cause = difference(wanted, rewritten(network, module, shown, gradients=True), layers)
+        cause = difference(expected, rewritten(network, module, shown, gradients=True), layers)
     except RuntimeError as error:
         cause = first_line(error)
     if cause is not None:
@@ -283,7 +281,7 @@ def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | No
         recorded.copy_(network(images).detach())
 
     try:
-        repeat = record(step)
+        repeat = trace_step(step)
         with _moved(module), torch.no_grad():
             repeat(torch.empty(0))
             if not _alike(network(images), recorded):
@@ -329,15 +327,14 @@ def check_precision(network: Network, images: Tensor, execution: Execution) -> I
     if execution.dtype == execution.master_dtype:
         yield
         return
-    layout = torch.channels_last if execution.channels_last else torch.contiguous_format
-    trial = _trial_images(images, execution).to(memory_format=layout)
+    trial = _trial_images(images, execution).to(memory_format=execution.memory_format)
     with execution.arithmetic():
-        wanted = rewritten(network, network, trial, gradients=False)
+        expected = rewritten(network, network, trial, gradients=False)
     yield
     with execution.arithmetic():
         try:
             got = rewritten(network, network, trial.to(execution.dtype), gradients=True)
-            cause = difference(wanted, got, network.layers, _ROUNDING)
+            cause = difference(expected, got, network.layers, _ROUNDING)
         except RuntimeError as error:
             cause = first_line(error)
     if cause is not None:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dwa_fast.config import ValidationConfig, check_integer
+from dwa_fast.config import Progress, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.errors import InputError
 from dwa_fast.seeding import derive, generator
-from dwa_fast.training.fit import Progress, check_set, check_teacher
+from dwa_fast.training.fit import check_set, check_teacher
 from dwa_fast.training.state import image_digest
 from dwa_fast.training.validate import validate
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, check_choice, check_integer
+from dwa_fast.config import Normalisation, Progress, check_choice, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.subsets import by_class, draw
 from dwa_fast.errors import InputError
@@ -18,7 +18,6 @@ from dwa_fast.evaluation.diversity import Spread
 from dwa_fast.evaluation.embedding import Embedding, stream, tsne
 from dwa_fast.evaluation.neighbours import Neighbours
 from dwa_fast.seeding import generator
-from dwa_fast.training.fit import Progress
 
 REAL = "random real images"
 _PIXELS = 32  # height and width to which images are averaged before their pixels are compared

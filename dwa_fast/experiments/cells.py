@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwa_fast.config import DataConfig, InitialConfig, StorageConfig, SynthesisConfig, ValidationConfig
+from dwa_fast.config import DataConfig, InitialConfig, Progress, StorageConfig, SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import ImageSet, denormalise, image_folder, load, to_levels
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.initial import initial_images
@@ -32,8 +32,6 @@ from dwa_fast.sets.distill import distill, work_list
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.threads import computing
 from dwa_fast.training.validate import validate
-
-Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
 
 REAL = "real"
 _COMPUTING = {"backend", "concurrent_batches", "device", "precision"}  # how a set is computed, not what it is

@@ -83,7 +83,7 @@ class TokenBatchNorm(nn.Module):
         self,
         tokens: Tensor,  # [N, S, C]
     ) -> Tensor:  # [N, S, C]
-        """BatchNorm of every channel; the transposed tensor is another look at the same memory."""
+        """BatchNorm of every channel; the transposed tensor is a view of the same memory."""
         normed: Tensor = self.norm(tokens.transpose(1, 2)).transpose(1, 2)
         return normed
 

@@ -1,4 +1,4 @@
-"""Checkpoints of teachers: our own, which say what they hold, and those of other programs; read with weights_only, always."""
+"""Checkpoints of teachers: our own, which describe their contents, and those of other programs; always read with weights_only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_CLASSES, _MOST_PIXELS = 2**24, 4096  # beyond, a description is no network
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
-    """What a checkpoint of ours says about its weights."""
+    """The description that our checkpoints carry beside the weights."""
 
     architecture: str
     classes: int
@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
-    """What a checkpoint of ours says about itself, checked; None for others."""
+    """The description in a checkpoint of ours, checked; None for the checkpoints of other programs."""
     described = content.get("dwa_fast")
     if described is None:
         return None

@@ -1,4 +1,4 @@
-"""Refuses weights, statistics and logits that are NaN or infinite, and says which: an argmax over NaN is class 0, and no error."""
+"""Refuses weights, statistics and logits that are NaN or infinite, by name: without this, an argmax over NaN is class 0 and no error."""
 
 from __future__ import annotations
 

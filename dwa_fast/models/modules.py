@@ -10,19 +10,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a call of the layer does more than its forward says; such a layer is never replaced, since that would be lost."""
+    """Whether hooks add to what the layer's forward does; such a layer is never replaced, since the hooks would be lost."""
     return any(getattr(layer, hooks, None) for hooks in _HOOKS)
 
 
 def replace_layers(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
     """Put what `replacement` gives in the place of every layer for which it gives one, wherever the layer hangs in the tree."""
-    found: dict[nn.Module, nn.Module | None] = {}  # by layer: one that hangs in several places stays one
+    replacements: dict[nn.Module, nn.Module | None] = {}  # by layer: a layer that is shared stays shared
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):
             if child is None:
                 continue
-            if child not in found:
-                found[child] = replacement(child)
-            new = found[child]
+            if child not in replacements:
+                replacements[child] = replacement(child)
+            new = replacements[child]
             if new is not None:
                 setattr(parent, name, new)

@@ -75,17 +75,17 @@ def find_weights(
     Raises:
         InputError: nothing there fits, or too much.
     """
-    wanted = _on_paper(architecture, classes=classes or 2, channels=channels, size=size)
-    fitting = list(_candidates(content, wanted))
+    expected = _on_paper(architecture, classes=classes or 2, channels=channels, size=size)
+    fitting = list(_candidates(content, expected))
     found = [each for each in fitting if weights_key in (None, each.key)]
     found = found or [each for each in fitting if each.key.startswith(f"{weights_key}.")]
     if fitting and not found:
         names = ", ".join(repr(each.key) for each in fitting)
         raise InputError(f"checkpoint {path} holds no weights under {weights_key!r} that fit a {architecture}; it holds such under {names}")
     if not found:
-        raise InputError(_nothing_fits(path, content, architecture, wanted, weights_key, channels=channels, size=size))
+        raise InputError(_nothing_fits(path, content, architecture, expected, weights_key, channels=channels, size=size))
     for each in found:
-        _check_values(path, each.weights, wanted)
+        _check_values(path, each.weights, expected)
     best = _choose(path, found)
     if best.unknown:
         advice = _advice(path, architecture, {**best.weights, **best.unknown}, channels=channels, size=size)
@@ -102,20 +102,20 @@ def _on_paper(architecture: str, *, classes: int, channels: int, size: int) -> d
         return dict(build(architecture, classes=classes, channels=channels, size=size).state_dict())
 
 
-def _candidates(content: Any, wanted: Mapping[str, Tensor]) -> Iterator[_Found]:
-    required = _required(wanted)
+def _candidates(content: Any, expected: Mapping[str, Tensor]) -> Iterator[_Found]:
+    required = _required(expected)
     for keys, tensors in _state_dicts(content):
-        plain = _unwrapped(tensors, wanted)
+        plain = _unwrapped(tensors, expected)
         whole = [f"{prefix}." if prefix else "" for prefix, count in _prefixes(plain, required).items() if count == len(required)]
         for start in whole:
             copies = tuple(other for other in whole if other.startswith(start) and other != start)  # of the network, within its own names
             behind = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)}
-            others = [name for name in behind if name not in wanted and not _is_counter(name) and not f"{start}{name}".startswith(copies)]
+            others = [name for name in behind if name not in expected and not _is_counter(name) and not f"{start}{name}".startswith(copies)]
             losses = {name: behind[name] for name in others if _LOSS.match(name)}
             outside = {name: value for name, value in plain.items() if not name.startswith(tuple(whole)) and not _is_counter(name)}
             yield _Found(
                 key=".".join(filter(None, [*keys, start.rstrip(".")])),
-                weights={name: value for name, value in behind.items() if name in wanted},
+                weights={name: value for name, value in behind.items() if name in expected},
                 prefix=start.rstrip("."),
                 unknown={name: behind[name] for name in others if name not in losses},
                 beside={**outside, **losses},
@@ -135,9 +135,9 @@ def _state_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tens
         level = below
 
 
-def _unwrapped(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
+def _unwrapped(tensors: Mapping[str, Tensor], expected: Iterable[str]) -> Mapping[str, Tensor]:
     """The same without the names of wrappers (DataParallel, torch.compile, …), wherever in a name they stand."""
-    dropped = _WRAPPERS - {part for name in wanted for part in name.split(".")}
+    dropped = _WRAPPERS - {part for name in expected for part in name.split(".")}
     plain = {".".join(part for part in name.split(".") if part not in dropped): value for name, value in tensors.items()}
     return plain if len(plain) == len(tensors) else tensors
 
@@ -153,9 +153,9 @@ def _prefixes(names: Iterable[str], required: set[str]) -> Counter[str]:
     return counts
 
 
-def _required(wanted: Iterable[str]) -> set[str]:
+def _required(expected: Iterable[str]) -> set[str]:
     """The names without which a network is none of that architecture."""
-    return {name for name in wanted if not _is_counter(name)}
+    return {name for name in expected if not _is_counter(name)}
 
 
 def _is_counter(name: str) -> bool:
@@ -194,7 +194,7 @@ def _classes(path: Path, architecture: str, weights: Mapping[str, Tensor], chann
     return rows.pop()
 
 
-def _check_values(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_values(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise InputError for a weight whose values are not there, or are no numbers that the network can take."""
     for name, value in weights.items():
         shape = tuple(value.shape)
@@ -202,22 +202,22 @@ def _check_values(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str
             raise InputError(f"checkpoint {path} holds {name} as a {type(value).__name__} of layout {value.layout}; wanted a plain tensor")
         if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise InputError(f"checkpoint {path} says that {name} has shape {shape}, but does not hold as many values")
-        if name in wanted and wanted[name].is_floating_point() and not value.is_floating_point():
+        if name in expected and expected[name].is_floating_point() and not value.is_floating_point():
             raise InputError(f"checkpoint {path} holds {name} as {value.dtype}; wanted floating-point values")
 
 
-def _misfit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+def _misfit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """The first weight of another shape."""
-    return next((name for name, value in weights.items() if value.shape != wanted[name].shape), None)
+    return next((name for name, value in weights.items() if value.shape != expected[name].shape), None)
 
 
 def _check_shapes(path: Path, architecture: str, weights: Mapping[str, Tensor], **shape: int) -> None:
-    wanted = _on_paper(architecture, **shape)
-    name = _misfit(weights, wanted)
+    expected = _on_paper(architecture, **shape)
+    name = _misfit(weights, expected)
     if name is not None:
         raise InputError(
             f"checkpoint {path} does not fit a {architecture} with {shape['classes']} classes: {name} has shape "
-            f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name].shape)}{_advice(path, architecture, weights, **shape)}"
+            f"{tuple(weights[name].shape)}, wanted {tuple(expected[name].shape)}{_advice(path, architecture, weights, **shape)}"
         )
 
 
@@ -228,10 +228,10 @@ def _advice(path: Path, architecture: str, weights: Mapping[str, Tensor], *, cha
     for name, of_size in [*((architecture, each) for each in sizes), *((name, size) for name in ARCHITECTURES)]:
         try:
             rows = _classes(path, name, weights, of_channels, of_size)
-            wanted = _on_paper(name, classes=rows, channels=of_channels, size=of_size)
+            expected = _on_paper(name, classes=rows, channels=of_channels, size=of_size)
         except (InputError, KeyError):  # no network for this size, or without a name that it wants
             continue
-        if _required(wanted) <= weights.keys() <= wanted.keys() and _misfit(weights, wanted) is None:
+        if _required(expected) <= weights.keys() <= expected.keys() and _misfit(weights, expected) is None:
             facts = [f"{rows} classes"] if rows != classes or name != architecture else []
             facts += [f"{of_channels} channels"] if of_channels != channels else []
             facts += [f"size {of_size}"] if of_size != size else []
@@ -240,16 +240,16 @@ def _advice(path: Path, architecture: str, weights: Mapping[str, Tensor], *, cha
 
 
 def _nothing_fits(
-    path: Path, content: Any, architecture: str, wanted: Mapping[str, Tensor], weights_key: str | None, *, channels: int, size: int
+    path: Path, content: Any, architecture: str, expected: Mapping[str, Tensor], weights_key: str | None, *, channels: int, size: int
 ) -> str:
     """What is missing in the state dict that comes nearest; what the file holds, where it has none."""
-    required = _required(wanted)
+    required = _required(expected)
     nearest: dict[str, Tensor] = {}
     whole: Mapping[str, Tensor] = {}  # the state dict that this is a part of: another network may hold such a part
     most = (0, 0)
     for keys, tensors in _state_dicts(content):
         if weights_key is None or f"{'.'.join(keys)}.".startswith(f"{weights_key}."):
-            plain = _unwrapped(tensors, wanted)
+            plain = _unwrapped(tensors, expected)
             prefix, count = next(iter(_prefixes(plain, required).most_common(1)), ("", 0))
             behind = {
                 name.removeprefix(f"{prefix}."): value for name, value in plain.items() if not prefix or name.startswith(f"{prefix}.")
@@ -261,8 +261,8 @@ def _nothing_fits(
         under = "" if weights_key is None else f" under {weights_key!r}"
         return f"checkpoint {path} holds no weights{under}; wanted a state dict, bare or at a key; it holds {_contents(content)}"
     _check_values(path, nearest, {})
-    missing = [name for name in wanted if name in required - nearest.keys()]
-    unknown = [name for name in nearest if name not in wanted and not _is_counter(name)]
+    missing = [name for name in expected if name in required - nearest.keys()]
+    unknown = [name for name in nearest if name not in expected and not _is_counter(name)]
     way_out = next((hint for ending, hint in _HINTS.items() if any(name.endswith(ending) for name in unknown)), "")
     for part in (nearest, whole):
         way_out = way_out or _advice(path, architecture, part, channels=channels, size=size)

@@ -1,4 +1,4 @@
-"""Teachers without what training put around them, as copies, and the logits among what they give."""
+"""Unwraps teachers (DataParallel, averaged weights, torch.compile), copies them, and selects the logits among several outputs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 _NAMED = {"ModelEma", "ModelEmaV2", "ModelEmaV3"}  # timm's averages of weights
 
 
-class Output(nn.Module):
-    """A teacher whose logits are one of several outputs."""
+class SelectedOutput(nn.Module):
+    """A teacher that returns one of its several outputs: the logits."""
 
     def __init__(self, teacher: nn.Module, output: str | int) -> None:
-        """Take one output of a teacher.
+        """Select an output.
 
         Args:
-            output: the name of an attribute or of a dictionary's entry ("logits"), or a place in a tuple (0).
+            output: a key of a dictionary or the name of an attribute ("logits"), or an index into a tuple (0).
         """
         super().__init__()
         self.teacher, self.output = teacher, output
 
     def forward(self, images: Tensor) -> Any:
-        """The output.
+        """The selected output.
 
         Raises:
             InputError: the teacher gives no such output.
@@ -45,7 +45,7 @@ class Output(nn.Module):
 
 
 def described(given: Any) -> str:
-    """What a teacher gave instead of logits, and how to take the logits out of it."""
+    """Describes an output that is no tensor of logits, with advice how to select the logits, for error messages."""
     if isinstance(given, Tensor):
         flat = (
             "; put nn.Flatten() behind it: nn.Sequential(teacher, nn.Flatten())" if given.shape[2:].numel() == 1 and given.dim() > 2 else ""
@@ -54,8 +54,8 @@ def described(given: Any) -> str:
     kind = type(given).__name__
     if isinstance(given, Mapping):
         names = list(map(str, given))
-        wanted = "logits" if "logits" in names else names[0] if names else ""
-        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; name the logits with output={wanted!r}" if names else "")
+        output = "logits" if "logits" in names else names[0] if names else ""
+        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; name the logits with output={output!r}" if names else "")
     if isinstance(given, Sequence) and not isinstance(given, str):
         return f"{kind} of {len(given)}; say which of them are the logits with output=0 (or 1, …)"
     return kind + ("; name the logits with output='logits'" if isinstance(getattr(given, "logits", None), Tensor) else "")
@@ -79,7 +79,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def copied(teacher: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy in eval mode on the device, without gradients and without wrappers in any place.
+    """A copy in eval mode on the device, without gradients, all wrappers removed.
 
     Raises:
         InputError: the teacher cannot be copied: sharded, scripted, or with attributes that refuse.

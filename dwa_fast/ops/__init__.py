@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 
 from dwa_fast.ops._library import built_with, cause, load
-from dwa_fast.ops.adam_clip import adam_clip_
 from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.bn_act import bn_act
 from dwa_fast.ops.matching_loss import matching_loss
@@ -18,7 +17,6 @@ from dwa_fast.ops.view import view
 from dwa_fast.ops.view_adam_clip import view_adam_clip_
 
 __all__ = [
-    "adam_clip_",
     "ascend_",
     "bn_act",
     "built_with",

@@ -1,10 +1,11 @@
-"""Loads the compiled operators, and says in one sentence why they cannot be used where they cannot."""
+"""Loads the compiled operators and registers all that Python adds to their schemas: shapes, and the Triton launchers for CUDA."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,17 +13,34 @@ _NAME = "dwa_fast._C"
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # instruction sets of the CPU operators, lowest first
 _HIGHEST = {"NO AVX": "baseline", "DEFAULT": "baseline", "AVX2": "avx2"}  # by what PyTorch computes with; with more there is no limit
 _fakes: dict[str, Callable[..., object]] = {}  # operator: its fake, registered once the library that defines its schema is loaded
-_loaded = False
+_launchers: dict[str, str] = {}  # operator: the module of kernels/ with its Triton launcher, a function of the operator's name
+_cuda: torch.library.Library | None = None  # holds the registrations; there once the extension is loaded
 
 
-def fake(operator: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Decorator: the shapes that torch.ops.dwa_fast.<operator> returns, for torch.compile and meta tensors."""
+def fake(operator: str, triton: str | None = None) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Decorator: the shapes that torch.ops.dwa_fast.<operator> returns, for torch.compile and meta tensors.
 
-    def keep(function: Callable[..., object]) -> Callable[..., object]:
+    Args:
+        triton: the module of kernels/ that launches the operator on CUDA; None where C++ does, or nothing.
+    """
+
+    def register(function: Callable[..., object]) -> Callable[..., object]:
         _fakes[operator] = function
+        if triton is not None:
+            _launchers[operator] = triton
         return function
 
-    return keep
+    return register
+
+
+def register_launchers(library: torch.library.Library, key: str, **options: Any) -> None:
+    """Make the Triton launchers the implementations of their schemas for a dispatch key. The first call of each loads Triton."""
+
+    def lazily(operator: str, module: str) -> Callable[..., Any]:
+        return lambda *arguments: getattr(importlib.import_module(f"dwa_fast.kernels.{module}"), operator)(*arguments)
+
+    for operator, module in _launchers.items():
+        library.impl(operator, lazily(operator, module), key, **options)
 
 
 def load() -> None:
@@ -31,10 +49,10 @@ def load() -> None:
     The CPU operators use no higher an instruction set than PyTorch does, so that ATEN_CPU_CAPABILITY holds for both.
 
     Raises:
-        ImportError: the extension cannot be used; the message says why, and the original error is its cause.
+        ImportError: the extension cannot be used; the message gives the reason; the original error is its cause.
     """
-    global _loaded
-    if _loaded:
+    global _cuda
+    if _cuda is not None:
         return
     try:
         extension = importlib.import_module(_NAME)
@@ -53,7 +71,8 @@ def load() -> None:
         extension.set_cpu_level(highest)
     for operator, function in _fakes.items():
         torch.library.register_fake(f"dwa_fast::{operator}", function)
-    _loaded = True
+    _cuda = torch.library.Library("dwa_fast", "IMPL")
+    register_launchers(_cuda, "CUDA")
 
 
 def cause() -> str | None:
@@ -79,7 +98,7 @@ def _explain(error: ImportError) -> str:
     running = f"this is PyTorch {torch.__version__} with CUDA {torch.version.cuda or 'none'}"
     if importlib.util.find_spec(_NAME) is None:
         return "dwa_fast._C is not built for this Python (`pip install --no-build-isolation -e .` in the repository builds it)"
-    said = str(error).splitlines()[0] if str(error) else repr(error)
-    if "undefined symbol" in said or "cannot open shared object" in said:
-        return f"dwa_fast._C was built for another PyTorch, {running}; build it again ({said})"
-    return f"{said}; {running}"
+    message = str(error).splitlines()[0] if str(error) else repr(error)
+    if "undefined symbol" in message or "cannot open shared object" in message:
+        return f"dwa_fast._C was built for another PyTorch, {running}; build it again ({message})"
+    return f"{message}; {running}"

@@ -63,8 +63,8 @@ def _check_arena(name: str, arena: Tensor, weights: Tensor, dtypes: tuple[torch.
     if not isinstance(arena, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(arena).__name__}")
     if arena.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {wanted}, got {str(arena.dtype).removeprefix('torch.')}")
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {str(arena.dtype).removeprefix('torch.')}")
     if arena.dim() != 1:
         raise ValueError(f"{name} must be [P], got shape {tuple(arena.shape)}")
     if not arena.is_contiguous():

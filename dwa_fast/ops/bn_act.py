@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -62,6 +60,7 @@ def bn_act(
     """
     _check(y, mean, var, weight, bias, skip)
     _check_activation(activation, slope, y)
+    _library.load()
     z, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope)
     return z, sums
 
@@ -81,11 +80,7 @@ class _BnAct(torch.autograd.Function):
         slope: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         layer = y, mean, var, weight, bias, eps, skip, activation, slope
-        if y.is_cuda:
-            z, sums, mask = _triton().bn_act_forward(*layer)
-        else:
-            _library.load()
-            z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer)
+        z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer)
         ctx.save_for_backward(y, mean, var, weight, bias, skip if _reads_skip(skip is not None, activation) else None, mask, slope)
         ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
         ctx.set_materialize_grads(False)
@@ -102,7 +97,7 @@ class _BnAct(torch.autograd.Function):
         changes_skip, parameters = ctx.has_skip and ctx.activation != "none", needs_weight or needs_bias or needs_slope
         grad_y = grad_skip = both = grad_slope = None
         if needs_y or parameters or (needs_skip and changes_skip):
-            backward = _triton().bn_act_backward if y.is_cuda else torch.ops.dwa_fast.bn_act_backward.default
+            backward = torch.ops.dwa_fast.bn_act_backward.default
             grad_y, grad_skip, both, grad_slope = backward(grad_z, grad_sums, *layer, parameters)
         if not changes_skip:
             grad_skip = grad_z
@@ -121,12 +116,7 @@ def _reads_skip(has_skip: bool, activation: Activation) -> bool:
     return has_skip and activation not in ("none", "relu")
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.bn_act")
-
-
-@_library.fake("bn_act_forward")
+@_library.fake("bn_act_forward", triton="bn_act")
 def _forward_fake(
     y: Tensor,
     mean: Tensor,
@@ -143,7 +133,7 @@ def _forward_fake(
     return torch.empty_like(y), sums, torch.empty((bits + 7) // 8, dtype=torch.uint8, device=y.device)
 
 
-@_library.fake("bn_act_backward")
+@_library.fake("bn_act_backward", triton="bn_act")
 def _backward_fake(
     grad_z: Tensor,
     grad_sums: Tensor | None,

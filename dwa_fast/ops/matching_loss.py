@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from dwa_fast.ops import _library
 def matching_loss(
     sums: Tensor,  # [2, ΣC], float32, from bn_act, layer after layer
     variances: Tensor,  # [ΣC], float32
-    offsets: Tensor,  # [L + 1], int64
+    channel_ptr: Tensor,  # [L + 1], int64
     counts: Tensor,  # [L], int64
     weights: Tensor,  # [L], float32
 ) -> Tensor:  # [2], float32
@@ -30,61 +28,52 @@ def matching_loss(
     Args:
         sums: Σ(y − m) and Σ(y − m)² of every channel.
         variances: running variances v of every channel.
-        offsets: the channels of layer l are offsets[l] … offsets[l + 1] − 1; not decreasing, from 0 up to ΣC.
+        channel_ptr: layer l has the channels channel_ptr[l] … channel_ptr[l + 1] − 1; not decreasing, from 0 up to ΣC.
         counts: n = N·H·W of each layer, ≥ 1.
         weights: w of each layer.
     Returns:
         R_mean and R_var.
     Raises:
         TypeError: an argument has the wrong type or precision.
-        ValueError: shapes or devices do not fit, or, on a CPU, offsets lie outside sums.
+        ValueError: shapes or devices do not fit, or, on a CPU, channel_ptr points beyond sums.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
-    _check(sums, variances, offsets, counts, weights)
-    loss: Tensor = _MatchingLoss.apply(sums, variances, offsets, counts, weights)
+    _check(sums, variances, channel_ptr, counts, weights)
+    _library.load()
+    loss: Tensor = _MatchingLoss.apply(sums, variances, channel_ptr, counts, weights)
     return loss
 
 
 class _MatchingLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        if sums.is_cuda:
-            loss, norms = _triton().matching_loss_forward(sums, variances, offsets, counts, weights)
-        else:
-            _library.load()
-            loss, norms = torch.ops.dwa_fast.matching_loss_forward.default(sums, variances, offsets, counts, weights)
-        ctx.save_for_backward(sums, variances, offsets, counts, weights, norms)
+    def forward(ctx: Any, sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        loss, norms = torch.ops.dwa_fast.matching_loss_forward.default(sums, variances, channel_ptr, counts, weights)
+        ctx.save_for_backward(sums, variances, channel_ptr, counts, weights, norms)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _triton().matching_loss_backward if grad.is_cuda else torch.ops.dwa_fast.matching_loss_backward.default
-        return backward(grad, *ctx.saved_tensors), None, None, None, None
+        return torch.ops.dwa_fast.matching_loss_backward.default(grad, *ctx.saved_tensors), None, None, None, None
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.matching_loss")
-
-
-@_library.fake("matching_loss_forward")
-def _forward_fake(sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+@_library.fake("matching_loss_forward", triton="matching_loss")
+def _forward_fake(sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return sums.new_empty(2), sums.new_empty((2, counts.shape[0]))
 
 
-@_library.fake("matching_loss_backward")
+@_library.fake("matching_loss_backward", triton="matching_loss")
 def _backward_fake(
-    grad: Tensor, sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor, norms: Tensor
+    grad: Tensor, sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor, norms: Tensor
 ) -> Tensor:
     return sums.new_empty(sums.shape)
 
 
-def _check(sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, weights: Tensor) -> None:
+def _check(sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor) -> None:
     for name, tensor, dtype in (
         ("sums", sums, torch.float32),
         ("variances", variances, torch.float32),
-        ("offsets", offsets, torch.int64),
+        ("channel_ptr", channel_ptr, torch.int64),
         ("counts", counts, torch.int64),
         ("weights", weights, torch.float32),
     ):
@@ -99,7 +88,11 @@ def _check(sums: Tensor, variances: Tensor, offsets: Tensor, counts: Tensor, wei
     if counts.dim() != 1:
         raise ValueError(f"counts must be [L], got shape {tuple(counts.shape)}")
     layers = counts.size(0)
-    for name, tensor, size in (("variances", variances, sums.size(1)), ("offsets", offsets, layers + 1), ("weights", weights, layers)):
+    for name, tensor, size in (
+        ("variances", variances, sums.size(1)),
+        ("channel_ptr", channel_ptr, layers + 1),
+        ("weights", weights, layers),
+    ):
         if tensor.dim() != 1 or tensor.size(0) != size:
             raise ValueError(f"{name} must be [{size}], got shape {tuple(tensor.shape)}")
     if variances.requires_grad or weights.requires_grad:

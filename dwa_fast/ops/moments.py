@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -38,6 +36,7 @@ def moments(
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     _check(y, mean)
+    _library.load()
     sums: Tensor = _Moments.apply(y, mean)
     return sums
 
@@ -46,32 +45,22 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, mean: Tensor) -> Tensor:
         ctx.save_for_backward(y, mean)
-        if y.is_cuda:
-            sums: Tensor = _triton().moments_forward(y, mean)
-        else:
-            _library.load()
-            sums = torch.ops.dwa_fast.moments_forward.default(y, mean)
+        sums: Tensor = torch.ops.dwa_fast.moments_forward.default(y, mean)
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None]:
         y, mean = ctx.saved_tensors
-        backward = _triton().moments_backward if y.is_cuda else torch.ops.dwa_fast.moments_backward.default
-        return backward(grad_sums, y, mean), None
+        return torch.ops.dwa_fast.moments_backward.default(grad_sums, y, mean), None
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.moments")
-
-
-@_library.fake("moments_forward")
+@_library.fake("moments_forward", triton="moments")
 def _forward_fake(y: Tensor, mean: Tensor) -> Tensor:
     return torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)
 
 
-@_library.fake("moments_backward")
+@_library.fake("moments_backward", triton="moments")
 def _backward_fake(grad_sums: Tensor, y: Tensor, mean: Tensor) -> Tensor:
     dense = y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(y) if dense else torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -82,8 +71,8 @@ def _check(y: Tensor, mean: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if y.dtype not in (_CUDA_DTYPES if y.is_cuda else _CPU_DTYPES):
-        wanted = "float32, bfloat16 or float16" if y.is_cuda else "float32 or bfloat16"
-        raise TypeError(f"y must be {wanted} on {y.device.type}, got {str(y.dtype).removeprefix('torch.')}")
+        expected = "float32, bfloat16 or float16" if y.is_cuda else "float32 or bfloat16"
+        raise TypeError(f"y must be {expected} on {y.device.type}, got {str(y.dtype).removeprefix('torch.')}")
     if y.dim() != 4:
         raise ValueError(f"y must be [N, C, H, W], got shape {tuple(y.shape)}")
     if mean.dtype is not torch.float32:

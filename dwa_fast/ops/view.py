@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
 
@@ -24,61 +19,32 @@ def view(
 ) -> Tensor:  # [N, C, H, W]
     """The view of one iteration: crop, bilinear resize to the size of the images, horizontal flip, roll, shared by the whole batch.
 
-    Differentiable in images, once; the adjoint collects for every source pixel, in a fixed order, what the pixels that read it have to
-    say. On CUDA rows and step are read by the kernel, so it can be captured in a CUDA graph. A row that only rolls copies bits.
+    Not differentiable: `view_adam_clip_` applies the adjoint. On CUDA rows and step are read by the kernel, so it can be captured in a
+    CUDA graph. A row that only rolls copies bits.
 
     Args:
         images: any strides; may be empty.
-        rows: the schedule (views.Schedule): top, left, height and width of the crop, inside the images; flip 0 or 1; roll down, right.
+        rows: the schedule (schedule.Schedule): top, left, height and width of the crop, inside the images; flip 0 or 1; roll down, right.
         step: the row to use, 0 … T − 1; on the device of images, as rows.
         dtype: of the result, float32 or bfloat16, on CUDA also float16; None: float32.
     Returns:
         the view, channels-last.
     Raises:
         TypeError: an argument has the wrong type or precision.
-        ValueError: shapes or devices do not fit, or, on a CPU, the crop leaves the images.
+        ValueError: shapes or devices do not fit, images require a gradient, or, on a CPU, the crop leaves the images.
         IndexError: on a CPU, there is no such row.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     wanted = torch.float32 if dtype is None else dtype
     _check(images, rows, step, wanted)
-    seen: Tensor = _View.apply(images, rows, step, wanted)
-    return seen
+    _library.load()
+    result: Tensor = torch.ops.dwa_fast.view.default(images, rows, step, wanted)
+    return result
 
 
-class _View(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-        if images.is_cuda:
-            seen = _triton().view_forward(images, rows, step, dtype)
-        else:
-            _library.load()
-            seen = torch.ops.dwa_fast.view_forward.default(images, rows, step, dtype)
-        ctx.save_for_backward(rows, step)
-        inner = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-        ctx.format = torch.channels_last if inner else torch.contiguous_format
-        return seen  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _triton().view_backward if grad.is_cuda else torch.ops.dwa_fast.view_backward.default
-        return backward(grad, *ctx.saved_tensors).contiguous(memory_format=ctx.format), None, None, None
-
-
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("dwa_fast.kernels.view")
-
-
-@_library.fake("view_forward")
-def _forward_fake(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+@_library.fake("view", triton="view")
+def _view_fake(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
-
-
-@_library.fake("view_backward")
-def _backward_fake(grad: Tensor, rows: Tensor, step: Tensor) -> Tensor:
-    return torch.empty(grad.shape, dtype=torch.float32, device=grad.device, memory_format=torch.channels_last)
 
 
 def check_schedule(images: Tensor, rows: Tensor, step: Tensor) -> None:
@@ -110,6 +76,8 @@ def _check(images: Tensor, rows: Tensor, step: Tensor, dtype: torch.dtype) -> No
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_precision("dtype", dtype, images.device)
+    if torch.is_grad_enabled() and images.requires_grad:
+        raise ValueError("view is not differentiable: call it under torch.no_grad(), or with images that require none")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
 from dwa_fast.models.batchnorm import batchnorm_layers, given
-from dwa_fast.schedule import Schedule, draw_schedule
+from dwa_fast.schedule import Schedule, make_schedule
 from dwa_fast.seeding import generator, normal
 
 
@@ -89,7 +89,7 @@ def recover(
         if not quirks.keep_weight_gradients:
             model.zero_grad()
         model.requires_grad_(True)
-        schedule = draw_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
+        schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
         leak = _adjust(model, images[start:stop], labels[start:stop], config, schedule, seed, number)
         model.requires_grad_(quirks.keep_weight_gradients)
         batch = images[start:stop].clone()
@@ -112,7 +112,7 @@ def recover(
     return LoopResult(torch.cat(finished), torch.stack(losses).float().cpu(), [p.detach().clone() for p in model.parameters()])
 
 
-def see(images: Tensor, schedule: Schedule, step: int) -> Tensor:
+def apply_view(images: Tensor, schedule: Schedule, step: int) -> Tensor:
     """The view of iteration `step`."""
     top, left, height, width, flip, down, right = schedule.rows[step].tolist()
     if (height, width) != tuple(images.shape[2:]):
@@ -143,7 +143,7 @@ def _adjust(
         return None
     images = images.clone().requires_grad_(True)
     for _ in range(config.steps):
-        F.cross_entropy(model(see(images, schedule, 0)), labels).backward()
+        F.cross_entropy(model(apply_view(images, schedule, 0)), labels).backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         _step(parameters, gradients, config.rho / config.steps, config.normalize_ascent)
         model.zero_grad()
@@ -177,15 +177,15 @@ def _refine(
         optimizer.zero_grad()
         if step == 0 and leak is not None:
             images.grad = leak.clone()
-        seen = see(images, schedule, step)
-        ce = F.cross_entropy(model(seen), labels)
+        view = apply_view(images, schedule, step)
+        ce = F.cross_entropy(model(view), labels)
         if original is not None:
-            original(seen)
+            original(view)
         factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
         used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
         mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
         var = sum((w * hook.var_distance for w, hook in used), torch.zeros(()).to(ce))
-        (ce + config.lambda_mean * mean + config.lambda_var * var + _priors(seen, config)).backward()
+        (ce + config.lambda_mean * mean + config.lambda_var * var + _priors(view, config)).backward()
         optimizer.step()
         with torch.no_grad():
             images.clamp_(low, high)
@@ -193,13 +193,13 @@ def _refine(
     return images.detach(), torch.stack(losses)
 
 
-def _priors(seen: Tensor, config: SynthesisConfig) -> Tensor:
+def _priors(view: Tensor, config: SynthesisConfig) -> Tensor:
     """SRe2L's total variation and mean norm of the view, weighted; nothing where both weights are 0."""
-    total = torch.zeros(()).to(seen)
+    total = torch.zeros(()).to(view)
     if config.tv_l2:
-        across, along = seen.diff(dim=3), seen.diff(dim=2)
-        falling, rising = (each[:, :, :-1, :-1] - each[:, :, 1:, 1:] for each in (seen, seen.flip(3)))
+        across, along = view.diff(dim=3), view.diff(dim=2)
+        falling, rising = (each[:, :, :-1, :-1] - each[:, :, 1:, 1:] for each in (view, view.flip(3)))
         total = total + config.tv_l2 * sum((torch.norm(each, 2) for each in (across, along, falling, rising)), total)
     if config.l2_scale:
-        total = total + config.l2_scale * seen.flatten(1).norm(dim=1).mean()
+        total = total + config.l2_scale * view.flatten(1).norm(dim=1).mean()
     return total

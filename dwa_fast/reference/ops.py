@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -65,7 +66,7 @@ def mean_pool(
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
     variances: Tensor,  # [ΣC] running variances v
-    offsets: Tensor,  # [L + 1] int64: channels of layer l are offsets[l] … offsets[l + 1] − 1
+    channel_ptr: Tensor,  # [L + 1] int64: channels of layer l are channel_ptr[l] … channel_ptr[l + 1] − 1
     counts: Tensor,  # [L] int64: n = N·H·W of each layer
     weights: Tensor,  # [L] w_l
 ) -> Tensor:  # [2]: R_mean, R_var
@@ -74,30 +75,30 @@ def matching_loss(
     R_mean = Σ_l w_l ‖μ_l − m_l‖₂,  R_var = Σ_l w_l ‖σ²_l − v_l‖₂, with μ − m = s₁/n and σ² = s₂/n − (s₁/n)².
     The gradient of a norm that is 0 is 0.
     """
-    bounds = offsets.tolist()
+    bounds = channel_ptr.tolist()
     terms = [torch.zeros(2).to(sums)]
     for first, last, n, w in zip(bounds[:-1], bounds[1:], counts.tolist(), weights.tolist(), strict=True):
-        offset = sums[0, first:last] / n
-        spread = sums[1, first:last] / n - offset.square() - variances[first:last]
-        terms.append(w * torch.stack([torch.linalg.vector_norm(offset), torch.linalg.vector_norm(spread)]))
+        mean_gap = sums[0, first:last] / n
+        var_gap = sums[1, first:last] / n - mean_gap.square() - variances[first:last]
+        terms.append(w * torch.stack([torch.linalg.vector_norm(mean_gap), torch.linalg.vector_norm(var_gap)]))
     return torch.stack(terms).sum(0)
 
 
 def view(
     images: Tensor,  # [N, C, H, W]
-    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    rows: Tensor,  # [T, 7] int32, see schedule.Schedule
     step: Tensor,  # [] int64: the row to use
     dtype: torch.dtype | None = None,  # of the result; None: as the images
 ) -> Tensor:  # [N, C, H, W]
     """Crop, bilinear resize to the size of the images, horizontal flip, roll: the view of one iteration."""
     top, left, height, width, flip, down, right = rows[step].tolist()
     size = images.shape[2:]
-    seen = images[:, :, top : top + height, left : left + width]
-    if seen.shape[2:] != size:
-        seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
+    result = images[:, :, top : top + height, left : left + width]
+    if result.shape[2:] != size:
+        result = F.interpolate(result, size=size, mode="bilinear", align_corners=False)
     if flip:
-        seen = seen.flip(3)
-    return torch.roll(seen, (down, right), (2, 3)).to(dtype or images.dtype)
+        result = result.flip(3)
+    return torch.roll(result, (down, right), (2, 3)).to(dtype or images.dtype)
 
 
 def adam_clip_(
@@ -129,7 +130,7 @@ def view_adam_clip_(
     gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
     exp_avg: Tensor,  # [N, C, H, W], changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
-    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    rows: Tensor,  # [T, 7] int32, see schedule.Schedule
     learning_rates: Tensor,  # [T]
     step: Tensor,  # [] int64, counted from 0: the row of both
     low: Tensor,  # [C]
@@ -141,8 +142,8 @@ def view_adam_clip_(
     """The adjoint of the row's view, divided by the scale of the loss, then `adam_clip_` with it."""
     with torch.enable_grad():
         leaf = images.detach().requires_grad_(True)
-        seen = view(leaf, rows, step)
-    (adjoint,) = torch.autograd.grad(seen, leaf, gradient.to(images.dtype))
+        result = view(leaf, rows, step)
+    (adjoint,) = torch.autograd.grad(result, leaf, gradient.to(images.dtype))
     adam_clip_(images, adjoint * (1 / loss_scale), exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
 
 
@@ -161,3 +162,21 @@ def ascend_(
     if compute is not None:
         compute.copy_(weights)
     return norm.to(gradients.dtype)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators that a run or a hook calls: the plain ones unless others of the same signature are given."""
+
+    name: str
+    fuses: bool = False  # whether bn_act is worth tracing the teacher for
+    bn_act: Callable[..., tuple[Tensor, Tensor]] = bn_act
+    moments: Callable[..., Tensor] = moments
+    matching_loss: Callable[..., Tensor] = matching_loss
+    view: Callable[..., Tensor] = view
+    view_adam_clip_: Callable[..., None] = view_adam_clip_
+    ascend_: Callable[..., Tensor] = ascend_
+    mean_pool: Callable[..., Tensor] = mean_pool
+
+
+OPERATORS = tuple(field.name for field in fields(Operators) if field.name not in ("name", "fuses"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check_integer
+from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.initial import initial_images, unseen
 from dwa_fast.data.manifest import read_manifest
@@ -18,9 +18,9 @@ from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.teacher_check import check_teacher
 from dwa_fast.engine.synthesis import Synthesizer
 from dwa_fast.errors import InputError
-from dwa_fast.models.wrappers import Output
+from dwa_fast.models.wrappers import SelectedOutput
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.production import Line, Observer, Progress
+from dwa_fast.sets.production import Line, Observer
 from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, StoreLostError, Workers, rank, threads_alone
@@ -79,7 +79,7 @@ def distill(
     classes = len(data.class_names)
     start = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
     items = work_list(classes, ipc, config.batch_size)
-    chosen = teacher if logits is None else Output(teacher, logits)
+    chosen = teacher if logits is None else SelectedOutput(teacher, logits)
     run = Synthesizer(chosen, unseen(data), config, batch_sizes=sorted({len(item.labels) for item in items}))
     if run.classes != classes:
         raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")

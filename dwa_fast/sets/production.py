@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dwa_fast.config import Progress
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.initial import InitialImages
 from dwa_fast.engine.synthesis import Batch, Synthesizer
@@ -18,7 +19,6 @@ from dwa_fast.sets.preview import Preview
 from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.workers import Workers
 
-Progress = Callable[[int, int], None]  # called with the iterations finished and the iterations in all
 Observer = Callable[[WorkItem, Rows], None]  # called with a batch that is on the disk, and its recorded losses
 
 _ROOM = 4  # batches that may wait to be written, for each that is in flight

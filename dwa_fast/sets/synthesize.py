@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Progress, SynthesisConfig
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
-from dwa_fast.engine.synthesis import Batch, Progress, Synthesizer, check_arguments, check_label_range, count_all
-from dwa_fast.models.wrappers import Output
+from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
+from dwa_fast.models.wrappers import SelectedOutput
 from dwa_fast.sets.exchange import write_set
 
 _TRIED = 1000  # images at most that the teacher is tried with before the first batch
@@ -80,7 +80,7 @@ def synthesize(
     """
     check_arguments(images, labels, config)
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
-    chosen = teacher if output is None else Output(teacher, output)
+    chosen = teacher if output is None else SelectedOutput(teacher, output)
     run = Synthesizer(chosen, images, config, batch_sizes=[len(images[part]) for part in parts])
     check_label_range(labels, run.classes)
     if config.sees_images:
@@ -92,7 +92,11 @@ def synthesize(
     finished, losses = [], []
     for start in range(0, len(batches), config.concurrent_batches):
         group = batches[start : start + config.concurrent_batches]
-        tick = count_all(progress, start * config.iterations, len(group), total)
+
+        def tick(iterations: int, before: int = start * config.iterations, batches: int = len(group)) -> None:
+            if progress:
+                progress(before + batches * iterations, total)
+
         for refined, terms in run.run(group, seed=seed, progress=tick):
             finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
+from dwa_fast.config import Normalisation, Progress, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import Lesson, Lessons, batch_sizes
 from dwa_fast.errors import InputError
@@ -20,7 +20,6 @@ from dwa_fast.seeding import derive
 from dwa_fast.threads import computing
 from dwa_fast.training.state import TrainingState
 
-Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
 Teach = Callable[[Lesson], Tensor]  # a lesson's soft labels: logits, [B, classes] float32
 
 _EVALUATION_BATCH = 500

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dwa_fast.config import ValidationConfig, check_integer
+from dwa_fast.config import Progress, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.loader import Lessons, Pixels, RandomDraws
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, recorded_threads, threads_of
-from dwa_fast.training.fit import Progress, check_set, check_teaching, repeatable, seeded_layers, teaching
+from dwa_fast.training.fit import check_set, check_teaching, repeatable, seeded_layers, teaching
 from dwa_fast.training.label_store import LabelStore, epoch_bytes, view_settings
 from dwa_fast.training.state import image_digest, weight_digest
 

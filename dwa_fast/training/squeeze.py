@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import SqueezeConfig
+from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.loader import Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.threads import THREADS, threads_of
-from dwa_fast.training.fit import Progress, check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
+from dwa_fast.training.fit import check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
 from dwa_fast.training.state import TrainingState, image_digest
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import TrainingPrecision, ValidationConfig
+from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.loader import Draws, Lesson, Lessons, Pixels, RandomDraws
 from dwa_fast.errors import InputError
@@ -22,7 +22,6 @@ from dwa_fast.io.settings import refuse_change
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, computing, threads_of
 from dwa_fast.training.fit import (
-    Progress,
     Teach,
     check_batches,
     check_set,

@@ -25,7 +25,7 @@ def anatomy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("dwa_fast::bn_act_forward", "bn_act"),
         ("dwa_fast::matching_loss", "matching loss"),
         ("dwa_fast::view_adam_clip_", "view, Adam, clamp"),
-        ("dwa_fast::view_forward", "view, Adam, clamp"),
+        ("dwa_fast::view", "view, Adam, clamp"),
         ("aten::convolution_backward", "convolutions"),
         ("aten::mkldnn_convolution", "convolutions"),
         ("aten::addmm", "linear, pooling, cross-entropy"),

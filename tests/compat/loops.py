@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dwa_fast import SynthesisConfig
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import denormalise
-from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.models.architectures import SmallResNet
-from dwa_fast.reference.loop import see
-from dwa_fast.schedule import draw_schedule
+from dwa_fast.reference.loop import apply_view
+from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator, normal
 
 EPSILON = 1e-12
@@ -80,8 +80,8 @@ class Draws:
         return normal(generator(self.seed, "noise", batch), (len(labels), self.config.channels, self.size, self.size))
 
     def view(self, batch: int) -> Callable[[Tensor, int], Tensor]:
-        schedule = draw_schedule(self.config, self.size, self.size, seed=self.seed, batch=batch)
-        return lambda images, iteration: see(images, schedule, iteration)
+        schedule = make_schedule(self.config, self.size, self.size, seed=self.seed, batch=batch)
+        return lambda images, iteration: apply_view(images, schedule, iteration)
 
 
 @dataclass(frozen=True)

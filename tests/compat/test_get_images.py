@@ -34,7 +34,7 @@ FIELDS = {"iteration": 2, "batch_size": 3, "lr": 0.1, "jitter": 2, "r_bn": 0.01,
 def pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe of small images that are cropped; and what is said once per process is said once per test here."""
     monkeypatch.setitem(RECIPES, "pocket", POCKET)
-    fields.say_once.cache_clear()
+    fields.log_once.cache_clear()
     recover._warn_of_devices.cache_clear()
 
 

@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dwa_fast import InputError
 from dwa_fast.compat import BNFeatureHook, ViT_BNFeatureHook, hooks
-from dwa_fast.compat.fields import say_once
+from dwa_fast.compat.fields import log_once
 from dwa_fast.engine.backend import operators_for
 from tests.nets import real_images, small_teacher
 
@@ -29,7 +29,7 @@ from tests.nets import real_images, small_teacher
 def chosen_anew() -> None:
     """Operators are chosen, and the choice is said, once per process; each test chooses anew."""
     operators_for.cache_clear()
-    say_once.cache_clear()
+    log_once.cache_clear()
     hooks._new.clear()
 
 

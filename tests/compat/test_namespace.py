@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dwa_fast import InputError, SynthesisConfig, recipe
-from dwa_fast.compat.fields import fields_of, say_once
+from dwa_fast.compat.fields import fields_of, log_once
 from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.recipes import RECIPES
 
@@ -398,7 +398,7 @@ def test_fields_describe_the_pixels_of_a_recipe_too() -> None:
 
 def test_one_line_says_what_was_understood(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    say_once.cache_clear()
+    log_once.cache_clear()
     for _ in range(2):
         read(100, **DWA_PARSER, dataset="cifar100", iteration=1000, jitter=4, steps=12, r_var=11.0)
     read(1000, easy2hard_mode="linear", milestone=0.5, tv_l2=0.1)

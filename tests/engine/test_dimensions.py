@@ -12,12 +12,13 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.vision_transformer import VisionTransformer
 
 from dwa_fast import recipe, synthesize
-from dwa_fast.engine.backend import Operators, resolve
+from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.fuse import BatchNormAct
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import TokenBatchNorm, build
 from dwa_fast.models.batchnorm import planes
 from dwa_fast.reference.loop import recover
+from dwa_fast.reference.ops import Operators
 from tests.nets import SIZE, alive, assert_as_near, distance, expected_gradient, image_gradient, real_images, small_config
 
 

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwa_fast.engine.capture import OpTape, trace_step
 from dwa_fast.engine.packing import frozen_tensors, pack_convolutions
-from dwa_fast.engine.program import Program
-from dwa_fast.engine.tracing import trace
 
 CONSTANT = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
 CONVOLUTIONS = {
@@ -49,12 +48,12 @@ def test_bits_are_those_of_the_step_and_follow_changed_weights(layer: object, dt
     images = torch.randn(3, 16, 10, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     plain = images.clone(), torch.zeros(()), torch.zeros_like(images)
     recorded = images.clone(), torch.zeros(()), torch.zeros_like(images)
-    program = Program(lambda: step_of(convolution, *recorded))
+    tape = OpTape(lambda: step_of(convolution, *recorded))
     step_of(convolution, *plain)
     for _ in range(2):
         convolution.weight.mul_(0.5).add_(0.01)
-        program.refresh()
-        program.run(2)
+        tape.refresh()
+        tape.run(2)
         for _ in range(2):
             step_of(convolution, *plain)
     for ours, theirs in zip(recorded, plain, strict=True):
@@ -66,7 +65,7 @@ def test_frozen_weights_are_packed_once() -> None:
     layers = nn.Sequential(*(CONVOLUTIONS[name]() for name in ("3x3",)), nn.ReLU(), nn.Conv2d(32, 8, 1, bias=False))
     layers = layers.to(memory_format=torch.channels_last).requires_grad_(False)
     images = torch.randn(20, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    graph = trace(lambda: step_of(layers, images, torch.zeros(()), torch.zeros_like(images)))
+    graph = trace_step(lambda: step_of(layers, images, torch.zeros(()), torch.zeros_like(images)))
     packing = pack_convolutions(graph)
     targets = [str(node.target) for node in graph.graph.nodes]
     assert sum("_reorder_convolution" in target for target in targets) == 4
@@ -84,8 +83,8 @@ def test_weights_that_the_step_changes_are_not_constant() -> None:
         flat.add_(F.conv2d(x, weight).mean())
 
     before = flat.clone()
-    program = Program(step)
-    program.run(3)
+    tape = OpTape(step)
+    tape.run(3)
     for _ in range(4):
         before.add_(F.conv2d(x, before.view(4, 3, 3, 3)).mean())
     assert torch.equal(flat, before)
@@ -100,7 +99,7 @@ def test_only_tensors_that_no_call_writes_into_are_frozen() -> None:
         F.batch_norm(result.expand(3, 4), mean, torch.ones(4), training=True)
         result.copy_(kept * 2)
 
-    graph = trace(step)
+    graph = trace_step(step)
     frozen = {operator.attrgetter(node.target)(graph).untyped_storage().data_ptr() for node in frozen_tensors(graph)}
     assert kept.untyped_storage().data_ptr() in frozen
     assert not frozen & {each.untyped_storage().data_ptr() for each in (by_view, mean, result)}
@@ -115,8 +114,8 @@ def test_what_is_computed_from_weights_alone_is_computed_in_every_repeat() -> No
         value += 1.0
         result.copy_(value)
 
-    program = Program(step)
-    program.run(3)
+    tape = OpTape(step)
+    tape.run(3)
     assert torch.equal(result, weight.t().reshape(-1) + 1)
 
 
@@ -124,8 +123,8 @@ def test_what_is_computed_from_weights_alone_is_computed_in_every_repeat() -> No
 def test_other_dimensions_are_called_as_they_are(make: type[nn.Module], shape: tuple[int, ...]) -> None:
     layer = make(16, 8, 3, padding=1).requires_grad_(False)
     plain, recorded = ((torch.ones(shape), torch.zeros(()), torch.zeros(shape)) for _ in range(2))
-    program = Program(lambda: step_of(layer, *recorded))
-    program.run(2)
+    tape = OpTape(lambda: step_of(layer, *recorded))
+    tape.run(2)
     for _ in range(3):
         step_of(layer, *plain)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(recorded, plain, strict=True))
@@ -153,9 +152,9 @@ def test_convolutions_that_cannot_be_packed_are_called_as_they_are(call: Callabl
 
     step()
     wanted = result.clone()
-    program = Program(step)
+    tape = OpTape(step)
     result.zero_()
-    program.run(2)
+    tape.run(2)
     assert torch.equal(result, wanted)
 
 
@@ -165,7 +164,7 @@ def test_packing_leaves_the_global_random_numbers_alone() -> None:
     layer = CONVOLUTIONS["3x3"]().to(memory_format=torch.channels_last).requires_grad_(False)
     images = torch.randn(3, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(3)
-    Program(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
+    OpTape(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
     assert torch.equal(torch.rand(2), wanted)
 
 
@@ -174,16 +173,16 @@ def test_packed_weights_are_not_in_the_pool_that_they_would_not_return_to() -> N
     extension = importlib.import_module("dwa_fast._C")
     layer = nn.Conv2d(64, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last).requires_grad_(False)
     images = torch.randn(20, 64, 8, 8).contiguous(memory_format=torch.channels_last)
-    program = Program(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
+    tape = OpTape(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
     values = torch.randn(300, 300)
-    other = Program(lambda: values.copy_(torch.tanh(values @ values)))  # holds the pool open in its thread
+    other = OpTape(lambda: values.copy_(torch.tanh(values @ values)))  # holds the pool open in its thread
     thread = threading.Thread(target=other.run, args=(300,))
     thread.start()
     for _ in range(3):
-        program.refresh()
-        program.run(2)
+        tape.refresh()
+        tape.run(2)
     thread.join()
-    del program
+    del tape
     gc.collect()
     assert extension.pool_in_use() == 0
 
@@ -197,9 +196,9 @@ def test_other_threads_use_onednn_while_a_program_runs() -> None:
         wanted = layer(x)
 
     def repeat() -> None:
-        program = Program(lambda: values.copy_(torch.tanh(values @ values)))
+        tape = OpTape(lambda: values.copy_(torch.tanh(values @ values)))
         for _ in range(400):
-            program.run(1)
+            tape.run(1)
         done.set()
 
     thread = threading.Thread(target=repeat)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast import synthesize
-from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.reference.loop import recover
 from tests.nets import assert_as_near, real_images, small_config, small_teacher
 

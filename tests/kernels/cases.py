@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 BETAS, EPS = (0.5, 0.9), 1e-8
+Launches = Iterator[tuple[str, Callable[[], object]]]  # a name and a call of a launcher on meta tensors, for test_compile
 Row = tuple[int, int, int, int, int, int, int]  # top, left, height, width; flip; roll down, right
 
 # Shape of the images, and one view of them.
@@ -30,6 +32,12 @@ VIEWS: list[tuple[tuple[int, int, int, int], Row]] = [
     ((1, 3, 32, 32), (10, 3, 9, 10, 1, 4, 4)),  # the smallest published crop
 ]
 CASES = [pytest.param(shape, row, id=f"{'x'.join(map(str, shape))}-{','.join(map(str, row))}") for shape, row in VIEWS]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory, channels-last where it has four dimensions."""
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
 
 
 def schedule(row: Row, device: torch.device | str) -> tuple[Tensor, Tensor]:

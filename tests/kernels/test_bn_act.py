@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
+from tests.kernels.cases import Launches, meta
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured, error
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -143,7 +146,7 @@ def test_several_column_blocks(shape: tuple[int, ...], dtype: torch.dtype, devic
 @pytest.mark.parametrize("programs", [1, 2, 3])
 def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
-    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
     y, skip = batch((3, 64, 9, 7), torch.float32, device), batch((3, 64, 9, 7), torch.float32, device)
     assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
 
@@ -377,3 +380,24 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert bool((grad_y == 4).all())
     assert bool((grad_skip == 1).all())
     torch.testing.assert_close(parameters, torch.full_like(parameters, images * 1024))
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+
+    def both_ways(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation) -> None:
+        y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
+        skip, slope = y if has_skip else None, meta(shape[1]) if activation == "leaky_relu" else None
+        _, _, mask = kernel.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
+        of_all_layers, behind = meta(2, 4800), (skip, mask, has_skip, activation, slope)
+        kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
+        # During the ascent the moments go unused and γ and β take gradients.
+        kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for has_skip, activation in itertools.product([False, True], ACTIVATIONS):
+            for shape in [(100, 64, 32, 32), (100, 128, 16, 16), (100, 256, 8, 8), (100, 512, 4, 4), (100, 2048, 7, 7)]:
+                if (dtype != torch.float16 or (has_skip and activation == "relu")) and (activation in ("none", "relu") or shape[1] == 64):
+                    case = f"{dtype}{' skip' * has_skip} {activation} C={shape[1]}"
+                    yield case, partial(both_ways, shape, dtype, has_skip, activation)
+    yield "torch.bfloat16 skip relu C=58, odd size", partial(both_ways, (3, 58, 7, 7), torch.bfloat16, True, "relu")

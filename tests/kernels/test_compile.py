@@ -31,7 +31,6 @@ CAPABILITIES = (80, 90)
 
 # Kernels that cost what their traffic costs: at even sizes and addresses they load and store 16 bytes per thread and access.
 WIDE = {
-    "adam_clip._adam_clip_kernel",
     "ascend._square_sum_kernel",
     "ascend._update_kernel",
     "bn_act._backward_kernel",
@@ -79,65 +78,18 @@ def specialise(module: str, case: str, function: Any, arguments: dict[str, Any],
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls of every launcher at real shapes, on meta tensors: a CIFAR ResNet-18 and a ResNet-50 at 224 pixels, batch 100; and odd ones."""
+    """Calls of every launcher at real shapes, on meta tensors: the `launches` of the tests in this folder, and those of ascend."""
     import torch
-    from torch import Tensor
 
-    from dwa_fast.kernels import adam_clip, ascend, bn_act, matching_loss, moments, view, view_adam_clip
-    from dwa_fast.ops.activation import ACTIVATIONS, Activation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if path.name != Path(__file__).name:
+            yield from getattr(importlib.import_module(f"tests.kernels.{path.stem}"), "launches", list)()
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        made = torch.empty(shape, dtype=dtype, device="meta")
-        return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
+    from dwa_fast.kernels import ascend
+    from tests.kernels.cases import meta
 
-    def both_ways(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation) -> None:
-        y, values = tensor(*shape, dtype=dtype), [tensor(shape[1]) for _ in range(4)]
-        skip, slope = y if has_skip else None, tensor(shape[1]) if activation == "leaky_relu" else None
-        _, _, mask = bn_act.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
-        of_all_layers, behind = tensor(2, 4800), (skip, mask, has_skip, activation, slope)
-        bn_act.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
-        # During the ascent the moments go unused and γ and β take gradients.
-        bn_act.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for has_skip, activation in itertools.product([False, True], ACTIVATIONS):
-            for shape in [(100, 64, 32, 32), (100, 128, 16, 16), (100, 256, 8, 8), (100, 512, 4, 4), (100, 2048, 7, 7)]:
-                if (dtype != torch.float16 or (has_skip and activation == "relu")) and (activation in ("none", "relu") or shape[1] == 64):
-                    case = f"{dtype}{' skip' * has_skip} {activation} C={shape[1]}"
-                    yield case, partial(both_ways, shape, dtype, has_skip, activation)
-    yield "torch.bfloat16 skip relu C=58, odd size", partial(both_ways, (3, 58, 7, 7), torch.bfloat16, True, "relu")
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            for shape in [(100, 64, 32, 32), (100, 512, 4, 4), (100, 64, 112, 112)]:
-                y, mean = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout), tensor(shape[1])
-                case = f"{dtype} {str(layout).removeprefix('torch.')} C={shape[1]} {shape[2]} px"
-                yield case, partial(moments.moments_forward, y, mean)
-                yield case, partial(moments.moments_backward, tensor(2, shape[1]), y, mean)
-
-    long = torch.int64
-    sums, offsets, counts = tensor(2, 26560), tensor(54, dtype=long), tensor(53, dtype=long)
-    of_channels, of_layers, of_terms = tensor(26560), tensor(53), tensor(2, 53)
-    yield "53 layers", partial(matching_loss.matching_loss_forward, sums, of_channels, offsets, counts, of_layers)
-    back = partial(matching_loss.matching_loss_backward, tensor(2), sums, of_channels, offsets, counts, of_layers, of_terms)
-    yield "53 layers", back
-
-    rows, step, bound = tensor(2000, 7, dtype=torch.int32), tensor(1, dtype=long)[0], tensor(3)
-    for size in (32, 224):
-        images = tensor(100, 3, size, size)
-        for dtype in (torch.float32, torch.bfloat16):
-            yield f"{dtype} {size} px", partial(view.view_forward, images, rows, step, dtype)
-            yield f"{dtype} {size} px", partial(view.view_backward, images.to(dtype), rows, step)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            changed = images, images.to(dtype), images, images
-            after = partial(view_adam_clip.view_adam_clip_, *changed, rows, tensor(2000), step, bound, bound, 2.0**14, 0.5, 0.9, 1e-8)
-            yield f"{dtype} {size} px", after
-        yield f"{size} px", partial(adam_clip.adam_clip_, *[images] * 4, tensor(2000), step, bound, bound, 0.5, 0.9, 1e-8)
-    images = images.contiguous()
-    yield "torch.bfloat16 224 px contiguous", partial(view.view_forward, images, rows, step, torch.bfloat16)
-    yield "224 px contiguous", partial(adam_clip.adam_clip_, *[images] * 4, tensor(2000), step, bound, bound, 0.5, 0.9, 1e-8)
-
-    arena = tensor(11_220_144)
+    arena = meta(11_220_144)
     for dtype in (torch.bfloat16, torch.float16):
         yield f"copy {dtype}", partial(ascend.ascend_, arena, arena, 0.1, compute=arena.to(dtype))
     yield "no copy", partial(ascend.ascend_, arena, arena, 0.1, normalize=False)

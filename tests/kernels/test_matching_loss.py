@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
+from tests.kernels.cases import Launches, meta
 from tests.kernels.support import assert_as_good_as_pytorch, captured, error
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -24,12 +26,12 @@ class Network(NamedTuple):
 
     sums: Tensor
     variances: Tensor
-    offsets: Tensor
+    channel_ptr: Tensor
     counts: Tensor
     weights: Tensor
 
     def double(self) -> Network:
-        return Network(self.sums.double(), self.variances.double(), self.offsets, self.counts, self.weights.double())
+        return Network(self.sums.double(), self.variances.double(), self.channel_ptr, self.counts, self.weights.double())
 
 
 def network(channels: list[int], device: torch.device | str, spread: float = 0.3) -> Network:
@@ -39,9 +41,9 @@ def network(channels: list[int], device: torch.device | str, spread: float = 0.3
     n = counts.repeat_interleave(torch.tensor(channels, dtype=torch.int64))
     mean = spread * torch.randn(sum(channels))
     square = variances * (1 + spread * torch.rand(sum(channels))) + mean.square()
-    offsets = torch.tensor([0, *channels]).cumsum(0)
+    channel_ptr = torch.tensor([0, *channels]).cumsum(0)
     weights = torch.tensor([10.0] + [1.0] * len(channels))[: len(channels)]
-    return Network(*(tensor.to(device) for tensor in (torch.stack([mean * n, square * n]), variances, offsets, counts, weights)))
+    return Network(*(tensor.to(device) for tensor in (torch.stack([mean * n, square * n]), variances, channel_ptr, counts, weights)))
 
 
 def both_ways(given: Network, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,9 +72,9 @@ def test_by_hand(device: torch.device) -> None:
     """n = 2: μ − m = (3, 4), σ² − v = (1, 0); then one channel with μ = m and σ² − v = −2, of weight 10."""
     sums = torch.tensor([[6.0, 8.0, 0.0], [22.0, 40.0, 6.0]], device=device)
     variances = torch.tensor([1.0, 4.0, 5.0], device=device)
-    offsets, counts = torch.tensor([0, 2, 3], device=device), torch.tensor([2, 2], device=device)
+    channel_ptr, counts = torch.tensor([0, 2, 3], device=device), torch.tensor([2, 2], device=device)
     weights = torch.tensor([1.0, 10.0], device=device)
-    given = Network(sums, variances, offsets, counts, weights)
+    given = Network(sums, variances, channel_ptr, counts, weights)
     loss, grad_sums, norms = both_ways(given, torch.tensor([1.0, 1.0], device=device))
     assert loss.tolist() == [5.0, 21.0]
     assert norms.tolist() == [[5.0, 0.0], [1.0, 2.0]]
@@ -137,3 +139,12 @@ def test_captured_in_a_cuda_graph() -> None:
     called = both_ways(given, grad)
     for expected, replayed in zip(called, captured(lambda: both_ways(given, grad)), strict=True):
         assert torch.equal(expected, replayed)
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+    sums, channel_ptr, counts = meta(2, 26560), meta(54, dtype=torch.int64), meta(53, dtype=torch.int64)
+    of_channels, of_layers, of_terms = meta(26560), meta(53), meta(2, 53)
+    yield "53 layers", partial(kernel.matching_loss_forward, sums, of_channels, channel_ptr, counts, of_layers)
+    back = partial(kernel.matching_loss_backward, meta(2), sums, of_channels, channel_ptr, counts, of_layers, of_terms)
+    yield "53 layers", back

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
+from tests.kernels.cases import Launches, meta
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -48,7 +50,7 @@ def test_programs_loop_over_tiles(
     layout: torch.memory_format, programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
-    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
     assert_matches(torch.randn(150, 8, 3, 2, device=device).contiguous(memory_format=layout))
 
 
@@ -77,3 +79,14 @@ def test_captured_in_a_cuda_graph() -> None:
     called = both_ways(y, mean, grad)
     for expected, replayed in zip(called, captured(lambda: both_ways(y, mean, grad)), strict=True):
         assert torch.equal(expected, replayed)
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for shape in [(100, 64, 32, 32), (100, 512, 4, 4), (100, 64, 112, 112)]:
+                y, mean = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout), meta(shape[1])
+                case = f"{dtype} {str(layout).removeprefix('torch.')} C={shape[1]} {shape[2]} px"
+                yield case, partial(kernel.moments_forward, y, mean)
+                yield case, partial(kernel.moments_backward, meta(2, shape[1]), y, mean)

@@ -1,21 +1,21 @@
-"""view_adam_clip_ in Triton, interpreted on a CPU and real on a GPU, against its plain twin in float64 and the kernels that it joins."""
+"""view_adam_clip_ in Triton, interpreted on a CPU and real on a GPU, against its plain twin in float64 and torch.optim.Adam."""
 
 from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
-from tests.kernels.cases import BETAS, CASES, EPS, Row, State, schedule
+from tests.kernels.cases import BETAS, CASES, EPS, Launches, Row, State, meta, schedule
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.view_adam_clip")
-view, adam_clip = (importlib.import_module(f"dwa_fast.kernels.{name}") for name in ("view", "adam_clip"))
 
 
 def ours(state: State, gradient: Tensor, rows: Tensor, step: Tensor, loss_scale: float = 1.0) -> list[Tensor]:
@@ -51,16 +51,50 @@ def test_every_precision_and_scale(dtype: torch.dtype, loss_scale: float, device
     assert_as_good(state, (state.gradient * loss_scale).to(dtype), *schedule((1, 2, 6, 7, 1, 3, 2), device), loss_scale)
 
 
-@pytest.mark.parametrize(("shape", "row"), CASES)
-def test_same_bits_as_two_kernels_where_interpreted(shape: tuple[int, ...], row: Row) -> None:
-    """The sums have the order that they have in the adjoint of the view; only a compiler for a GPU may round them otherwise."""
-    state = State(shape, "cpu", torch.channels_last)
-    gradient, (rows, step) = (state.gradient * 2.0**14).bfloat16(), schedule(row, "cpu")
-    x, m, v = state.changing()
-    adjoint = view.view_backward(gradient, rows, step) / 2.0**14
-    adam_clip.adam_clip_(x, adjoint, m, v, state.learning_rates, step, state.low, state.high, *BETAS, EPS)
-    for result, expected in zip(ours(state, gradient, rows, step, 2.0**14), (x, m, v), strict=True):
-        assert torch.equal(result, expected)
+def identity(state: State, count: int) -> tuple[Tensor, Tensor]:
+    """A schedule of views that change nothing, and the counter."""
+    height, width = state.images.shape[2:]
+    rows = torch.tensor([[0, 0, height, width, 0, 0, 0]], dtype=torch.int32, device=state.images.device)
+    return rows.expand(len(state.learning_rates), 7), torch.tensor(count, device=state.images.device)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 20, 100, 1000])
+def test_step_is_as_exact_as_pytorch(count: int, device: torch.device) -> None:
+    """The step itself, from images of 0 that round nothing away: learning rate and both corrections are exact to float32."""
+    state = State((2, 3, 16, 16), device, torch.channels_last)
+    state.images.zero_()
+    state.low, state.high = state.low - 1e9, state.high + 1e9
+    assert_as_good(state, state.gradient, *identity(state, count))
+
+
+def test_a_run_is_as_exact_as_torch_optim_adam(device: torch.device) -> None:
+    """Twenty steps from scratch with changing gradients, no pixel at a bound."""
+    state = State((2, 3, 8, 8), device, torch.channels_last, iterations=20)
+    gradients = [torch.randn_like(state.images) for _ in range(20)]
+    low, high = torch.full_like(state.low, -1e9), torch.full_like(state.high, 1e9)
+
+    def run(dtype: torch.dtype) -> Tensor:
+        image = state.images.to(dtype, copy=True).requires_grad_()
+        optimizer = torch.optim.Adam([image], betas=BETAS, eps=EPS)
+        for count, gradient in enumerate(gradients):
+            optimizer.param_groups[0]["lr"] = float(state.learning_rates[count])
+            image.grad = gradient.to(dtype)
+            optimizer.step()
+        return image.detach()
+
+    x, m, v = state.images.clone(), torch.zeros_like(state.images), torch.zeros_like(state.images)
+    for count, gradient in enumerate(gradients):
+        rows, step = identity(state, count)
+        kernel.view_adam_clip_(x, gradient, m, v, rows, state.learning_rates, step, low, high, 1.0, *BETAS, EPS)
+    assert_as_good_as_pytorch(x, run(torch.float32), run(torch.float64))
+
+
+def test_zero_gradient_from_scratch_moves_nothing(device: torch.device) -> None:
+    state = State((1, 3, 4, 4), device, torch.channels_last)
+    for tensor in (state.gradient, state.exp_avg, state.exp_avg_sq):
+        tensor.zero_()
+    state.images.clamp_(-0.5, 0.5)
+    assert torch.equal(ours(state, state.gradient, *identity(state, 0))[0], state.images)
 
 
 def test_mixed_memory_layouts(device: torch.device) -> None:
@@ -97,9 +131,9 @@ def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
     assert all(result.shape == shape for result in results)
 
 
-def test_nan_stays_nan_where_it_is_read(device: torch.device) -> None:
+def test_nan_stays_nan_where_it_is_read_and_infinity_is_clamped(device: torch.device) -> None:
     state, given = State((1, 3, 4, 4), device, torch.channels_last), schedule((1, 1, 2, 3, 0, 1, 2), device)
-    state.gradient[0, 0, 0, 0], state.images[0, 1, 2, 3] = math.nan, math.nan
+    state.gradient[0, 0, 0, 0], state.images[0, 1, 2, 3], state.images[0, 2, 1, 1] = math.nan, math.nan, math.inf
     twin = plainly(state, state.gradient, *given, torch.float32)
     for result, plain in zip(ours(state, state.gradient, *given), twin, strict=True):
         torch.testing.assert_close(result, plain, equal_nan=True)
@@ -144,3 +178,13 @@ def test_captured_in_a_cuda_graph() -> None:
         graph.replay()
     for result, expected in zip(replayed, called, strict=True):
         assert torch.equal(result, expected)
+
+
+def launches() -> Launches:
+    """A ResNet-18 for CIFAR and a ResNet-50 at 224 pixels, batch 100; and odd sizes."""
+    rows, step, bound = meta(2000, 7, dtype=torch.int32), meta(1, dtype=torch.int64)[0], meta(3)
+    for size in (32, 224):
+        images = meta(100, 3, size, size)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            arguments = images, images.to(dtype), images, images, rows, meta(2000), step, bound, bound, 2.0**14, 0.5, 0.9, 1e-8
+            yield f"{dtype} {size} px", partial(kernel.view_adam_clip_, *arguments)

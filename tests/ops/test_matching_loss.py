@@ -25,13 +25,13 @@ def make(channels: list[int], device: torch.device | str = "cpu") -> Inputs:
     total = sum(channels)
     per_channel = counts.repeat_interleave(torch.tensor(channels, dtype=torch.int64)).double()
     variances = torch.rand(total) * 2 + 0.05
-    offset = 0.3 * torch.randn(total).double()
-    spread = 0.2 * variances.double() * torch.randn(total).double()
-    sums = torch.stack([per_channel * offset, per_channel * (variances + spread + offset.square())]).float()
+    mean_gap = 0.3 * torch.randn(total).double()
+    var_gap = 0.2 * variances.double() * torch.randn(total).double()
+    sums = torch.stack([per_channel * mean_gap, per_channel * (variances + var_gap + mean_gap.square())]).float()
     weights = torch.ones(len(channels))
     weights[:1] = 10
-    offsets = torch.tensor([0, *itertools.accumulate(channels)])
-    tensors = {"sums": sums, "variances": variances, "offsets": offsets, "counts": counts, "weights": weights}
+    channel_ptr = torch.tensor([0, *itertools.accumulate(channels)])
+    tensors = {"sums": sums, "variances": variances, "channel_ptr": channel_ptr, "counts": counts, "weights": weights}
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -103,7 +103,7 @@ def test_no_layers(device: torch.device) -> None:
 
 def test_channels_of_no_layer_have_no_gradient() -> None:
     inputs = make([4, 4])
-    inputs["offsets"] = torch.tensor([1, 3, 6])
+    inputs["channel_ptr"] = torch.tensor([1, 3, 6])
     _, gradient = run(ops.matching_loss, inputs)
     assert torch.equal(gradient.ne(0).any(0), torch.tensor([False, True, True, True, True, True, False, False]))
 
@@ -156,11 +156,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sums": torch.zeros(7)}, ValueError, "sums must be [2, C], got shape (7,)"),
     ({"sums": torch.zeros(2, 8)}, ValueError, "variances must be [8], got shape (7,)"),
     ({"variances": torch.zeros(7, requires_grad=True)}, ValueError, "matching_loss is not differentiable in variances and weights"),
-    ({"offsets": torch.zeros(3)}, TypeError, "offsets must be int64, got float32"),
-    ({"offsets": torch.tensor([0, 3])}, ValueError, "offsets must be [3], got shape (2,)"),
-    ({"offsets": torch.tensor([0, 3, 8])}, ValueError, "offsets must not decrease and lie in 0 to 7, got 8 in place 2"),
-    ({"offsets": torch.tensor([0, 5, 3])}, ValueError, "offsets must not decrease and lie in 0 to 7, got 3 in place 2"),
-    ({"offsets": torch.tensor([-1, 3, 7])}, ValueError, "offsets must not decrease and lie in 0 to 7, got -1 in place 0"),
+    ({"channel_ptr": torch.zeros(3)}, TypeError, "channel_ptr must be int64, got float32"),
+    ({"channel_ptr": torch.tensor([0, 3])}, ValueError, "channel_ptr must be [3], got shape (2,)"),
+    ({"channel_ptr": torch.tensor([0, 3, 8])}, ValueError, "channel_ptr must not decrease and lie in 0 to 7, got 8 in place 2"),
+    ({"channel_ptr": torch.tensor([0, 5, 3])}, ValueError, "channel_ptr must not decrease and lie in 0 to 7, got 3 in place 2"),
+    ({"channel_ptr": torch.tensor([-1, 3, 7])}, ValueError, "channel_ptr must not decrease and lie in 0 to 7, got -1 in place 0"),
     ({"counts": torch.ones(2, 1, dtype=torch.int64)}, ValueError, "counts must be [L], got shape (2, 1)"),
     ({"weights": torch.ones(3)}, ValueError, "weights must be [2], got shape (3,)"),
     ({"weights": torch.ones(2, device="meta")}, ValueError, "weights must be on the device of sums, cpu, got meta"),

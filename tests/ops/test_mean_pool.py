@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast import ops
-from dwa_fast.engine.backend import Operators, resolve
+from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.fuse import trace
-from dwa_fast.engine.pooling import MeanPool
+from dwa_fast.engine.layers import MeanPool
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.reference import ops as reference
+from dwa_fast.reference.ops import Operators
 from tests.ops.conftest import LEVELS
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 5, 2), (3, 19, 7, 9), (2, 16, 8, 6), (4, 67, 3, 11), (8, 128, 16, 16), (1, 64, 1, 4)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.engine.priors import mean_norm, total_variation
+from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.reference import ops
 
 INF = math.inf

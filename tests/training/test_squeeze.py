@@ -14,13 +14,13 @@ from torch import nn
 
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
-from dwa_fast.config import SqueezeConfig
+from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import MemorySet, digits
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import full_recipe
 from dwa_fast.training import fit, state
-from dwa_fast.training.fit import Progress, top1
+from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
 from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
 

@@ -1,41 +1,24 @@
-"""The back-end "compiled": plain operators that read schedule and counter as tensors, so that TorchInductor compiles one step for all."""
+"""Plain operators that read schedule and counter as tensors: one compiled or captured graph then serves every iteration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-from dwa_fast.engine.tracing import trace
-
-
-def compiled(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as one compiled graph: forward, backward and updates. Compiling takes a minute, and runs the step."""
-    unused = torch.empty(0)
-    fast = torch.compile(trace(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
-
-    def run() -> None:
-        with torch.no_grad():
-            fast(unused)
-
-    run()  # here, where no other thread traces
-    return run
 
 
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
     variances: Tensor,  # [ΣC] running variances v
-    offsets: Tensor,  # [L + 1] int64
+    channel_ptr: Tensor,  # [L + 1] int64
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L]
 ) -> Tensor:  # [2]: R_mean, R_var
     """Both matching terms of all layers at once; as `reference.ops.matching_loss` without reading the layers' sizes on the host."""
-    layer = torch.searchsorted(offsets, torch.arange(sums.shape[1], device=sums.device), right=True) - 1
+    layer = torch.searchsorted(channel_ptr, torch.arange(sums.shape[1], device=sums.device), right=True) - 1
     members = (layer == torch.arange(len(weights), device=sums.device)[:, None]).to(sums.dtype)  # [L, ΣC]
     moments = sums / counts.index_select(0, layer).to(sums.dtype)
-    spread = moments[1] - moments[0].square() - variances
-    squares = torch.stack([moments[0], spread]).square() @ members.T  # [2, L]
+    var_gap = moments[1] - moments[0].square() - variances
+    squares = torch.stack([moments[0], var_gap]).square() @ members.T  # [2, L]
     positive = squares > 0
     norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
     return norms @ weights
@@ -43,7 +26,7 @@ def matching_loss(
 
 def view(
     images: Tensor,  # [N, C, H, W]
-    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    rows: Tensor,  # [T, 7] int32, see schedule.Schedule
     step: Tensor,  # [] int64: the row to use
     dtype: torch.dtype | None = None,  # of the result; None: as the images
 ) -> Tensor:  # [N, C, H, W]
@@ -79,7 +62,7 @@ def view_adam_clip_(
     gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
     exp_avg: Tensor,  # [N, C, H, W], changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
-    rows: Tensor,  # [T, 7] int32, see views.Schedule
+    rows: Tensor,  # [T, 7] int32, see schedule.Schedule
     learning_rates: Tensor,  # [T]
     step: Tensor,  # [] int64, counted from 0: the row of both
     low: Tensor,  # [C]
@@ -100,7 +83,7 @@ def _weights(
     images: Tensor,  # [N, C, H, W]
     rows: Tensor,  # [T, 7]
     step: Tensor,  # []
-) -> tuple[Tensor, Tensor]:  # [H, H] and [W, W]: weight of each source pixel (column) in each seen pixel (row)
+) -> tuple[Tensor, Tensor]:  # [H, H] and [W, W]: weight of each source pixel (column) in each pixel of the view (row)
     """Bilinear interpolation along both axes, with half-pixel centres, after flip and roll; both at once, for half the launches."""
     height, width = images.shape[2:]
     row = rows.index_select(0, step[None])[0][:, None]
@@ -108,9 +91,9 @@ def _weights(
     axis = torch.arange(2, device=images.device)[:, None]
     size = height + axis * (width - height)
     index = torch.arange(max(height, width), device=images.device)
-    seen = (index - roll) % size
-    seen = torch.where(axis * row[4] > 0, size - 1 - seen, seen)
-    position = ((seen.to(images.dtype) + 0.5) * (extent / size) - 0.5).clamp_min(0)
+    pixel = (index - roll) % size
+    pixel = torch.where(axis * row[4] > 0, size - 1 - pixel, pixel)
+    position = ((pixel.to(images.dtype) + 0.5) * (extent / size) - 0.5).clamp_min(0)
     lower = position.floor()
     upper = torch.minimum(lower + 1, extent - 1)
     fraction = (position - lower)[:, :, None]

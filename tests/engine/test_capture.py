@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.engine.program import Program
+from dwa_fast.engine.capture import OpTape
 
 
 def test_repeats_a_training_step_bit_for_bit() -> None:
@@ -35,9 +35,9 @@ def test_repeats_a_training_step_bit_for_bit() -> None:
     plain, recorded = make(), make()
     for _ in range(5):
         step(*plain)
-    program = Program(lambda: step(*recorded))  # runs the step once
-    program.run(4)
-    assert len(program) > 20
+    tape = OpTape(lambda: step(*recorded))  # runs the step once
+    tape.run(4)
+    assert len(tape) > 20
     assert torch.equal(plain[1], recorded[1])
     assert (plain[1].diff() < 0).all()
     for one, two in zip(plain[0], recorded[0], strict=True):
@@ -46,10 +46,10 @@ def test_repeats_a_training_step_bit_for_bit() -> None:
 
 def test_other_threads_go_on_meanwhile() -> None:
     values, ticks, done = torch.randn(400, 400), 0, threading.Event()
-    program = Program(lambda: values.copy_(torch.tanh(values @ values)))
+    tape = OpTape(lambda: values.copy_(torch.tanh(values @ values)))
 
     def work() -> None:
-        program.run(200)
+        tape.run(200)
         done.set()
 
     thread = threading.Thread(target=work)
@@ -67,10 +67,10 @@ def test_error_in_a_repeat_is_an_exception() -> None:
     def step() -> None:
         values.index_copy_(0, index, torch.ones(1))
 
-    program = Program(step)
+    tape = OpTape(step)
     index.fill_(7)
     with pytest.raises(IndexError, match=r"out of (bounds|range)"):
-        program.run(1)
+        tape.run(1)
 
 
 def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
@@ -78,11 +78,11 @@ def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
     sources = [torch.randn(300, 300, dtype=torch.float64) for _ in range(2)]
     results = [torch.zeros_like(source) for source in sources]
 
-    def make(source: Tensor, result: Tensor) -> Program:
-        return Program(lambda: result.copy_((source @ source.T).tanh() + (source * 2).sin()))
+    def make(source: Tensor, result: Tensor) -> OpTape:
+        return OpTape(lambda: result.copy_((source @ source.T).tanh() + (source * 2).sin()))
 
     programs = [make(*pair) for pair in zip(sources, results, strict=True)]
-    threads = [threading.Thread(target=program.run, args=(60,)) for program in programs]
+    threads = [threading.Thread(target=tape.run, args=(60,)) for tape in programs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -96,7 +96,7 @@ def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
 def test_a_tensor_as_index_leaves_a_gap_in_a_list_of_optional_tensors() -> None:
     """x[:, i] gives the operator [None, i]; the gap has no slot."""
     x, index, result = torch.randn(4, 5), torch.tensor([2, 0, 1]), torch.zeros(4, 3)
-    program = Program(lambda: result.copy_((2 * x)[:, index]))
+    tape = OpTape(lambda: result.copy_((2 * x)[:, index]))
     result.zero_()
-    program.run(3)
+    tape.run(3)
     assert torch.equal(result, 2 * x[:, [2, 0, 1]])

@@ -1,0 +1,171 @@
+"""A step on fixed tensors, repeated without the interpreter where that is possible: in C++ on a CPU, as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dwa_fast import ops
+from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.packing import pack_convolutions
+
+GraphMemory = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
+
+TRACING = threading.RLock()  # held while a step or a teacher is traced or recorded: torch.fx patches nn.Module for all threads of a process
+_WARM_UPS = 3  # before a capture: libraries choose their algorithms and allocate their workspaces
+
+
+def trace_step(step: Callable[[], None]) -> GraphModule:
+    """The graph of a step, which runs once. It takes one argument that it does not read; the step's tensors are its attributes."""
+
+    def traced(unused: Tensor) -> None:
+        step()
+
+    graph: GraphModule = make_fx(traced)(torch.empty(0))
+    return graph
+
+
+def compile_step(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as one compiled graph: forward, backward and updates. Compiling takes a minute, and runs the step.
+
+    Inductor's cache does not know how wide a CPU's vectors are: code made for AVX-512 and taken from the cache on a processor with AVX2
+    gives wrong numbers. So the capability is part of the key.
+    """
+    unused = torch.empty(0)
+    fast = torch.compile(trace_step(step), dynamic=False, options={"max_autotune": torch.cuda.is_available()})
+
+    def run() -> None:
+        with torch.no_grad():
+            fast(unused)
+
+    settings: Any = torch.compiler.config  # its `patch` has no annotation
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"):
+        run()  # here, where no other thread traces
+    return run
+
+
+class OpTape:
+    """A step as a flat list of operator calls: forward, backward and updates in the order in which Python made them once.
+
+    The step must read and write only tensors that stay where they are, and take the same path every time. The bits of the result are
+    those of the step itself. Convolutions take weights that the step leaves alone in oneDNN's format: `refresh` packs them,
+    once when the OpTape is made, and is to be called after such weights have been changed. Making an OpTape runs the step once.
+    """
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        ops.load()
+        graph = trace_step(step)
+        once = pack_convolutions(graph)
+        self._tape = importlib.import_module("dwa_fast._C").Program()
+        slots: dict[Node, Any] = {}
+        for node in graph.graph.nodes:
+            if node.op == "get_attr":
+                slots[node] = self._tape.hold(operator.attrgetter(str(node.target))(graph).detach())
+            elif node.op == "call_function" and node.target is operator.getitem:
+                slots[node] = slots[node.args[0]][node.args[1]]
+            elif node.op == "call_function":
+                slots[node] = self._append(node, slots, node in once)
+            elif node.op not in ("placeholder", "output"):
+                raise RuntimeError(f"a recorded step holds {node.format_node()}, which is no operator call")
+        self._tape.seal()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Pack the weights that the step leaves alone anew."""
+        self._tape.refresh()
+
+    def run(self, times: int) -> None:
+        """Repeat the step; other Python threads run meanwhile."""
+        self._tape.run(times)
+
+    def __len__(self) -> int:
+        return int(self._tape.size)
+
+    def _append(self, node: Node, slots: dict[Node, Any], once: bool) -> Any:
+        """The slot of the node's result, or a list of them where the operator gives several."""
+        target: Any = node.target
+        schema = target._schema
+        arguments = []
+        for position, argument in enumerate(schema.arguments):
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            arguments.append(torch.fx.map_arg(given, lambda used: slots[used]))
+        value = node.meta["val"] if schema.returns else ()
+        several = not isinstance(value, Tensor)
+        count = len(value) if several else 1
+        results = self._tape.call(schema.name, schema.overload_name, arguments, count, once)
+        return results if several else results[0]
+
+
+class CapturedStep:
+    """Runs a step any number of times. Making one runs the step, so what it changes must be set afterwards.
+
+    An execution that records does so once: on a CPU the operator calls, which C++ repeats with the interpreter lock released; on a GPU
+    the kernels, as a CUDA graph. The back-end "compiled" compiles the step first. Without recording, every repeat calls the step.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], None],
+        execution: Execution,
+        *,
+        compiles: bool = False,
+        records: bool = True,  # whether the step always makes the same calls, which a branch on values would change
+        graph_memory: GraphMemory | None = None,
+    ) -> None:
+        """Record the step.
+
+        Args:
+            graph_memory: shared by captured steps that never run at the same time.
+        """
+        self._execution = execution
+        self._step = step
+        self._tape: OpTape | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if not records:
+            return
+        with TRACING:
+            if compiles and execution.backend == "compiled":
+                self._step = compile_step(step)
+            if execution.records and execution.device.type == "cuda":
+                self._graph = _captured(self._step, execution.device, graph_memory)
+            elif execution.records:
+                self._tape = OpTape(step)
+
+    def refresh(self) -> None:
+        """To be called before the first repeat, and after weights that the step reads and never writes have been changed."""
+        if self._tape is not None:
+            self._tape.refresh()
+
+    def run(self, times: int) -> None:
+        """Repeat the step; on a GPU this only queues the work."""
+        if self._tape is not None:
+            self._tape.run(times)
+        elif self._graph is not None:
+            stream = torch.cuda.current_stream(self._execution.device).cuda_stream
+            importlib.import_module("dwa_fast._C").launch_graph(self._graph.raw_cuda_graph_exec(), stream, times)
+        else:
+            for _ in range(times):
+                self._step()
+
+
+def _captured(step: Callable[[], None], device: torch.device, graph_memory: GraphMemory | None) -> torch.cuda.CUDAGraph:
+    """The step as a graph, captured on the current stream, since memory is reused on one stream only; the default one cannot capture."""
+    current = torch.cuda.current_stream(device)
+    stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            step()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=graph_memory, stream=stream):
+        step()
+    return graph

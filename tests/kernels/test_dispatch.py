@@ -1,0 +1,103 @@
+"""The Triton launchers behind the dispatcher: registered for a CPU in the place of CUDA, interpreted, the public operators call them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwa_fast import ops
+from dwa_fast.ops import _library
+from dwa_fast.reference import ops as reference
+from tests.kernels.cases import schedule
+
+pytest.importorskip("triton", reason="this PyTorch comes without Triton")
+Y = (2, 5, 4, 3)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The launchers that were called."""
+    called: set[str] = set()
+    ops.load()
+    for operator, module in _library._launchers.items():
+        kernel = __import__(f"dwa_fast.kernels.{module}", fromlist=["_"])
+
+        original = getattr(kernel, operator)
+
+        def noted(*arguments: Any, operator: str = operator, launch: Callable[..., Any] = original) -> Any:
+            called.add(operator)
+            return launch(*arguments)
+
+        monkeypatch.setattr(kernel, operator, noted)
+    with torch.library._scoped_library("dwa_fast", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an implementation that is replaced
+        _library.register_launchers(library, "CPU", allow_override=True)
+        yield called
+
+
+def features(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def both(operator: str, *arguments: Any) -> list[tuple[Tensor, ...]]:
+    """Results and gradients of the public operator and of its plain twin, with the same arguments."""
+    results = []
+    for module in (ops, reference):
+        leaves = [each.clone().requires_grad_(each.requires_grad) if isinstance(each, Tensor) else each for each in arguments]
+        result = getattr(module, operator)(*leaves)
+        result = result if isinstance(result, tuple) else (result,)
+        wanted = [each for each in leaves if isinstance(each, Tensor) and each.requires_grad]
+        gradients = torch.autograd.grad(sum(each.square().sum() for each in result), wanted) if wanted else ()
+        results.append((*result, *gradients))
+    return results
+
+
+def test_every_launcher_is_reached(calls: set[str]) -> None:
+    y, skip, mean, var = features(*Y).requires_grad_(), features(*Y).requires_grad_(), torch.randn(5), torch.rand(5) + 0.5
+    weight, bias = torch.rand(5).requires_grad_(), torch.randn(5).requires_grad_()
+    layers = torch.tensor([0, 2, 5]), torch.tensor([24, 24]), torch.tensor([10.0, 1.0])
+    rows, step = schedule((1, 0, 3, 3, 1, 2, 1), "cpu")
+    for ours, plain in (
+        both("bn_act", y, mean, var, weight, bias, 1e-5, skip, "relu"),
+        both("moments", y, mean),
+        both("matching_loss", torch.rand(2, 5).requires_grad_(), var, *layers),
+        both("view", features(*Y), rows, step, torch.bfloat16),
+    ):
+        for result, expected in zip(ours, plain, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    state = [(features(*Y), torch.zeros(Y), torch.zeros(Y))] * 2
+    state = [tuple(each.clone() for each in tensors) for tensors in state]  # type: ignore[misc]
+    gradient, rates, bound = features(*Y), torch.full((3,), 0.1), torch.ones(5)
+    for module, (x, m, v) in zip((ops, reference), state, strict=True):
+        module.view_adam_clip_(x, gradient, m, v, rows, rates, step, -bound, bound)
+    for result, expected in zip(*state, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert calls == set(_library._launchers)
+
+
+def test_opcheck(calls: set[str]) -> None:
+    """Schemas, shapes and strides of the launchers' results."""
+    y, mean, var = features(*Y), torch.randn(5), torch.rand(5) + 0.5
+    layers = torch.tensor([0, 2, 5]), torch.tensor([24, 24]), torch.tensor([10.0, 1.0])
+    rows, step = schedule((1, 0, 3, 3, 1, 2, 1), "cpu")
+    operators, mask = torch.ops.dwa_fast, torch.zeros((y.numel() + 7) // 8, dtype=torch.uint8)
+    sums, values = torch.rand(2, 5), (mean, var, None, None, 1e-5)
+    checked: dict[str, tuple[Any, ...]] = {
+        "bn_act_forward": (y, *values, y, "relu", None),
+        "bn_act_backward": (y, None, y, *values, None, mask, True, "relu", None, True),
+        "moments_forward": (y, mean),
+        "moments_backward": (sums, y, mean),
+        "matching_loss_forward": (sums, var, *layers),
+        "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2)),
+        "view": (y, rows, step, torch.bfloat16),
+        "view_adam_clip_": (y, y.bfloat16(), y.clone(), y.abs(), rows, torch.rand(3), step, -mean.abs(), mean.abs(), 2.0, 0.5, 0.9, 1e-8),
+    }
+    assert set(checked) == set(_library._launchers)
+    for name, arguments in checked.items():
+        torch.library.opcheck(getattr(operators, name).default, arguments)
+    assert calls == set(_library._launchers)
