@@ -32,7 +32,7 @@ _SHOWN = 5  # classes or files that an error names
 
 
 class ImageSet(Protocol):
-    """Labelled images of one size. `load` gives pixels in [0, 1]."""
+    """Labelled images of one size."""
 
     @property
     def labels(self) -> Tensor:
@@ -50,7 +50,7 @@ class ImageSet(Protocol):
         """What an image is called inside the set; the same wherever the set lies."""
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1]."""
+        """Images [n, C, S, S], uint8."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class MemorySet:
         return str(index)
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1]."""
-        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)].float() / 255
+        """Images [n, C, S, S], uint8."""
+        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class FileSet:
         return self.files[index]
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1].
+        """Images [n, C, S, S], uint8.
 
         Raises:
             BadImageError: a file is no image.
@@ -135,11 +135,26 @@ class FileSet:
         return None
 
 
+def to_unit(
+    pixels: Tensor,  # any shape, uint8
+) -> Tensor:  # float32 in [0, 1]
+    """pixels / 255 on their own device, the same bits on each: divided by a tensor, since CUDA multiplies by the reciprocal of a number."""
+    return pixels.float() / torch.full((), 255.0, device=pixels.device)
+
+
 def normalise(
-    pixels: Tensor,  # [N, C, H, W] in [0, 1]
+    pixels: Tensor,  # [N, C, H, W], uint8 as `ImageSet.load` gives them, or floating point in [0, 1]
     normalisation: Normalisation,
 ) -> Tensor:  # [N, C, H, W]
-    """(pixels − mean) / std, per channel."""
+    """(pixels − mean) / std per channel, with the pixels scaled to [0, 1].
+
+    Raises:
+        InputError: the pixels are integers other than uint8.
+    """
+    if pixels.dtype == torch.uint8:
+        pixels = to_unit(pixels)
+    elif not pixels.is_floating_point():
+        raise InputError(f"pixels must be uint8, or floating point in [0, 1], got {pixels.dtype}")
     mean, std = (torch.tensor(value).to(pixels)[:, None, None] for value in (normalisation.mean, normalisation.std))
     return (pixels - mean) / std
 
@@ -148,7 +163,7 @@ def denormalise(
     images: Tensor,  # [N, C, H, W], normalised
     normalisation: Normalisation,
 ) -> Tensor:  # [N, C, H, W] in [0, 1]
-    """The inverse of `normalise`."""
+    """images · std + mean per channel: undoes `normalise`, up to rounding."""
     mean, std = (torch.tensor(value).to(images)[:, None, None] for value in (normalisation.mean, normalisation.std))
     return images * std + mean
 
@@ -156,7 +171,7 @@ def denormalise(
 def to_levels(
     pixels: Tensor,  # [n, C, H, W] in [0, 1], on any device
 ) -> Tensor:  # [n, C, H, W] uint8 on the CPU
-    """Pixels as an image file holds them: rounded, and clamped where they leave the range."""
+    """Pixels as image files hold them: clamped to [0, 1], times 255, rounded."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 

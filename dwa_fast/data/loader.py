@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.datasets import ImageSet, normalise, to_unit
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
@@ -102,15 +102,15 @@ class Pixels:
         size = len(data.labels) * math.prod(data.image_shape)
         if size <= limit * 2**30:
             parts = [range(start, min(start + _READ_AT_ONCE, len(data.labels))) for start in range(0, len(data.labels), _READ_AT_ONCE)]
-            self._held = torch.cat([(data.load(part) * 255).round().to(torch.uint8).to(device) for part in parts])
+            self._held = torch.cat([data.load(part).to(device) for part in parts])
         else:
             log.info("images: %.3g GiB, more than the memory limit of %g GiB; read from disk as training goes", size / 2**30, limit)
 
     def batches(self, orders: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The images of each batch, [B, C, H, W] in [0, 1] on the device."""
+        """The images of each batch, [B, C, H, W] uint8 on the device."""
         if self._held is not None:
             for order in orders:
-                yield self._held[order.to(self.device)].float() / 255
+                yield self._held[order.to(self.device)]
             return
         waiting: deque[Future[Tensor]] = deque()
         with ThreadPoolExecutor(1) as reader:
@@ -143,7 +143,7 @@ class Lessons:
         """The batches of one epoch, from 0."""
         draws = self._draws.epoch(number)
         for draw, pixels in zip(draws, self._pixels.batches(draw.indices for draw in draws), strict=True):
-            images = normalise(apply_views(pixels, draw.views, self._config.padding), self._config)
+            images = normalise(apply_views(to_unit(pixels), draw.views, self._config.padding), self._config)
             yield Lesson(apply_mix(images, draw.mix), self._labels[draw.indices.to(pixels.device)], draw)
 
 

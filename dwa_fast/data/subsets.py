@@ -32,7 +32,7 @@ class Subset:
         return self.source.name(int(self.indices[index]))
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1]."""
+        """Images [n, C, S, S], uint8."""
         return self.source.load(self.indices[torch.as_tensor(indices, dtype=torch.int64)].tolist())
 
 

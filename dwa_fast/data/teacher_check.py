@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import ImageSet, normalise, shown
+from dwa_fast.data.datasets import ImageSet, normalise, shown, to_levels, to_unit
 from dwa_fast.data.pairing import described
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
@@ -95,16 +95,16 @@ def check_teacher(predict: Predict, data: ImageSet, normalisation: Normalisation
 @torch.no_grad()
 def check_predictions(
     predict: Predict,
-    batches: Iterable[tuple[Tensor, Tensor]],  # pixels [n, C, H, W] in [0, 1], and their labels [n] on the CPU
+    batches: Iterable[tuple[Tensor, Tensor]],  # pixels [n, C, H, W], as `normalise` takes them, and their labels [n] on the CPU
     normalisation: Normalisation,
     class_names: Sequence[str] | None = None,
 ) -> None:
     """The same for these images; of fewer than 30, or of a single class, nothing is said."""
     kept, given, wanted = [], [], []
     for pixels, labels in batches:
-        given.append(predict(normalise(pixels.float(), normalisation)).float().cpu())
+        given.append(predict(normalise(pixels, normalisation)).float().cpu())
         wanted.append(labels.to(torch.int64))
-        kept.append((pixels.clamp(0, 1) * 255).round().to(torch.uint8))
+        kept.append(pixels if pixels.dtype == torch.uint8 else to_levels(pixels))
     labels = torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64)
     count = len(labels)
     if count < _FEWEST or len(labels.unique()) < 2:
@@ -178,10 +178,10 @@ def _better_normalisation(
     pixels, labels = pixels[some.to(pixels.device)], labels[some]
 
     def accuracy(each: Normalisation) -> float:
-        right = [predict(normalise(part.float() / 255, each)).argmax(1).cpu() for part in pixels.split(_BATCH)]
+        right = [predict(normalise(part, each)).argmax(1).cpu() for part in pixels.split(_BATCH)]
         return float((torch.cat(right) == labels).float().mean())
 
-    found = [(accuracy(each), each) for each in _usual(pixels.float() / 255, normalisation)]
+    found = [(accuracy(each), each) for each in _usual(to_unit(pixels), normalisation)]
     best, each = max(found, key=lambda pair: pair[0])
     return (best, described(each.mean, each.std)) if best >= accuracy(normalisation) + _gain(len(labels)) else None
 

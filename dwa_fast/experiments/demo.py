@@ -139,7 +139,7 @@ def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[floa
         return []
     device = resolve_device(setup.synthesis.device)
     made = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=ipc, by_number=True)
-    images = normalise(made.load(range(len(made.labels))), setup.synthesis).to(device)
+    images = normalise(made.load(range(len(made.labels))).to(device), setup.synthesis)
     return list(class_diversity(material(setup).teacher.to(device), images, made.labels.to(device)).values())
 
 

@@ -28,7 +28,7 @@ class BadImageError(InputError):
 
 
 def decode(file: Path, size: int, channels: int, *, resize: int | None = None, squash: bool = False) -> Tensor:
-    """One image file as [C, size, size], float32 in [0, 1]: the shorter side resized to `resize` (default: `size`), the centre kept.
+    """One image file as [C, size, size] uint8: the shorter side resized to `resize` (default: `size`), the centre kept.
 
     With `squash` all of the picture is kept, and both sides are resized to `size`, as DWA's released script does.
 
@@ -47,7 +47,7 @@ def decode(file: Path, size: int, channels: int, *, resize: int | None = None, s
         picture = functional.resize(picture, [size, size] if squash else [shorter], antialias=True)
         picture = functional.center_crop(picture, [size, size])
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-    return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
+    return pixels.view(size, size, channels).permute(2, 0, 1)
 
 
 def check_image(file: Path, channels: int) -> None:

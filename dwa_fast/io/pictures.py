@@ -18,21 +18,21 @@ _GAP = 2  # pixels between images
 
 
 def mosaic(
-    images: Tensor,  # [rows × columns, C, H, W] in [0, 1], row after row
+    images: Tensor,  # [rows × columns, C, H, W] uint8, row after row
     columns: int,
-) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3]
+) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3] uint8
     """Images in a grid with white gaps."""
     count, _, height, width = images.shape
     rows = count // columns
-    tiles = torch.ones(rows, columns, 3, height + _GAP, width + _GAP)
-    tiles[..., :height, :width] = images.detach().cpu().clamp(0, 1).expand(count, 3, height, width).view(rows, columns, 3, height, width)
+    tiles = torch.full((rows, columns, 3, height + _GAP, width + _GAP), 255, dtype=torch.uint8)
+    tiles[..., :height, :width] = images.expand(count, 3, height, width).view(rows, columns, 3, height, width)
     sheet = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + _GAP), columns * (width + _GAP), 3)
     return sheet[:-_GAP, :-_GAP]
 
 
 def contact_sheet(
     path: Path,
-    panels: Mapping[str, Tensor],  # title → [classes × columns, C, H, W] in [0, 1], class after class
+    panels: Mapping[str, Tensor],  # title → [classes × columns, C, H, W] uint8, class after class
     class_names: Sequence[str],
 ) -> None:
     """One PNG: a panel per set, side by side, a row per class."""

@@ -48,7 +48,7 @@ def image_digest(data: ImageSet) -> str:
 
 def _content(data: ImageSet, indices: Sequence[int]) -> bytes:
     if not isinstance(data, FileSet):
-        return (data.load(indices) * 255).round().to(torch.uint8).numpy().tobytes()
+        return data.load(indices).numpy().tobytes()
     sums = []
     for index in indices:
         path = data.folder / data.files[index]

@@ -301,6 +301,6 @@ def test_what_is_printed_is_plain(text: str, plain: str, capsys: pytest.CaptureF
 
 def test_contact_sheet_of_hostile_names(tmp_path: Path) -> None:
     names = ["$\\frac{$", "two\nlines", "x" * 5000, "漢字", os.fsdecode(b"\xff"), "\x1b[31m"]
-    pictures.contact_sheet(tmp_path / "sheet.png", {"$\\bad{$": torch.rand(12, 1, 8, 8)}, names)
+    pictures.contact_sheet(tmp_path / "sheet.png", {"$\\bad{$": torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8)}, names)
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.width < 2000
