@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from dwa_fast.engine.priors import mean_norm, total_variation
 from dwa_fast.engine.refine import Refinement
 from dwa_fast.engine.synthesis import Batch, Lane, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
-from dwa_fast.io.decode import decode
+from dwa_fast.io.decode import READERS, decode
 from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.seeding import generator, normal
 
@@ -34,7 +33,6 @@ log = logging.getLogger("dwa_fast")
 Display = Callable[[Tensor, Tensor], Any]  # called with normalised images and their classes
 
 _EVERY = 100  # iterations from one display to the next, as published
-_READERS = 8  # threads that decode initial images
 
 
 def get_images(
@@ -173,8 +171,7 @@ def _initial_images(asked: Recovery, classes: int, index: int) -> Callable[[Tens
         return decode(_nth_file(folders[label], index), asked.size, asked.config.channels, squash=True)
 
     def load(labels: Tensor) -> Tensor:
-        with ThreadPoolExecutor(_READERS) as pool:
-            return normalise(torch.stack(list(pool.map(read, labels.tolist()))), asked.config)
+        return normalise(torch.stack(list(READERS.map(read, labels.tolist()))), asked.config)
 
     return load
 

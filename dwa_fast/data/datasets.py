@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.data.set_layout import image_root
 from dwa_fast.errors import InputError
-from dwa_fast.io.decode import BadImageError, check_image, decode
+from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
 from dwa_fast.io.files import below, entries
 from dwa_fast.seeding import generator
 
@@ -26,7 +25,6 @@ Split = Literal["train", "test"]
 DIGITS_TEST_SHARE = 0.25
 _TINY_TABLE = Path("val", "val_annotations.txt")
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # their folders, as torchvision writes them
-_READERS = 8  # threads that decode image files
 _HELD_OUT = ("test", "val")  # folders of the held-out images
 _SHOWN = 5  # classes or files that an error names
 
@@ -91,7 +89,6 @@ class FileSet:
     size: int
     channels: int
     resize: int | None = None  # what the shorter side is resized to before the centre is cut out; None: to `size`
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS), repr=False, compare=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -109,7 +106,9 @@ class FileSet:
             BadImageError: a file is no image.
             InputError: a file cannot be read.
         """
-        return torch.stack(list(self._pool.map(self._read, indices)))
+        if len(indices) == 1:  # decoded here: whoever loads single images does so from a task of READERS
+            return self._read(indices[0])[None]
+        return torch.stack(list(READERS.map(self._read, indices)))
 
     def select(self, indices: Sequence[int]) -> FileSet:
         """These images alone, in this order."""
@@ -121,7 +120,7 @@ class FileSet:
         Raises:
             InputError: a file cannot be opened or read.
         """
-        causes = self._pool.map(self._fault, range(len(self.files)))
+        causes = READERS.map(self._fault, range(len(self.files)))
         return {index: cause for index, cause in enumerate(causes) if cause is not None}
 
     def _read(self, index: int) -> Tensor:

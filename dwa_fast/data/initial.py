@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -17,14 +16,12 @@ from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, Synthesi
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
-from dwa_fast.io.decode import BadImageError
+from dwa_fast.io.decode import READERS, BadImageError
 from dwa_fast.io.files import checksum
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
-
-_READERS = 8  # threads that look for the images of a batch, each for one class at a time
 
 
 class InitialImages(Protocol):
@@ -81,7 +78,6 @@ class RealImages:
         self._members, self._order, self._seed = class_members(data, ipc), config.initial_order, seed
         self._walks: dict[int, _Walk] = {}
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(_READERS)
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """Image `index` of each of these classes, all different, [n, C, S, S], normalised.
@@ -90,7 +86,7 @@ class RealImages:
             InputError: a file is no image and none may be skipped, or a class has too few good images.
         """
         with self._lock:  # a class is looked through by one thread at a time
-            return normalise(torch.cat(list(self._pool.map(lambda label: self._find(label, index), labels))), self._normalisation)
+            return normalise(torch.cat(list(READERS.map(lambda label: self._find(label, index), labels))), self._normalisation)
 
     def check(self, last: Mapping[int, int]) -> None:
         """Decode the images of each class up to the last one, by class.
@@ -99,7 +95,7 @@ class RealImages:
             InputError: as `load`; the sentence says how many classes have such images.
         """
         with self._lock:
-            faults = [fault for fault in self._pool.map(self._fault, last, last.values()) if fault is not None]
+            faults = [fault for fault in READERS.map(self._fault, last, last.values()) if fault is not None]
         if faults:
             others = f" (and images of {len(faults) - 1} more classes)" if len(faults) > 1 else ""
             raise InputError(f"{faults[0]}{others}") from faults[0]

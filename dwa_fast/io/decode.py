@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dwa_fast.errors import InputError
+
+READERS = ThreadPoolExecutor(8, thread_name_prefix="reader")  # the only pool that decodes images; its tasks never wait for one another
 
 # The formats behind torchvision's IMG_EXTENSIONS, and GIF, which hides behind them. Pillow knows more; its EPS reader starts Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
