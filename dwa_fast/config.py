@@ -21,7 +21,7 @@ InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
-Layout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
+DataLayout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
 Augmentation = Literal["pad-crop", "resized-crop", "none"]
 Mixing = Literal["none", "mixup", "cutmix"]
 Optimiser = Literal["adamw", "sgd"]
@@ -84,14 +84,14 @@ class Normalisation:
 class DataConfig:
     """Which real images, and how large."""
 
-    layout: Layout = "folder"  # How the data lie on disk; digits come with the package.
+    layout: DataLayout = "folder"  # How the data lie on disk; digits come with the package.
     size: int = 224  # Height and width of every image, pixels.
     classes: int | None = None  # Number of classes that the data must have; None: as many as there are.
     held_out_share: float = 0.0  # In place of the test images, hold out this share of the training images of each class, in [0, 1).
     test_crop: float = 1.0  # Share of the shorter side that the centre crop of test images keeps, in (0, 1]; image folders alone.
 
     def __post_init__(self) -> None:
-        check_choice("layout", self.layout, Layout)
+        check_choice("layout", self.layout, DataLayout)
         check_integer("size", self.size, 1)
         if self.classes is not None:
             check_integer("classes", self.classes, 1)

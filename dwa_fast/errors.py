@@ -10,7 +10,7 @@ class InputError(ValueError):
     """
 
 
-def printable(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """Text on one line that changes nothing but the line: what a terminal would obey or a file name can hide is written as its code.
 
     Control characters (colours, cursor, newline), directions of writing, invisible ones, and bytes of a name that are no text.

@@ -43,7 +43,7 @@ def test_from_data_to_accuracy_with_strings_for_paths(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     chosen = full_recipe("digits")
     real, test = load_data(chosen.data, None, "train", channels=1), digits("test", SIZE)
-    teacher = squeeze(real, "small-resnet", replace(chosen.squeeze, epochs=1), size=SIZE, device="cpu", keep="state.pt")
+    teacher = squeeze(real, "small-resnet", replace(chosen.squeeze, epochs=1), size=SIZE, device="cpu", checkpoint_file="state.pt")
     save_teacher("teacher.pt", teacher, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
     teacher, info = load_teacher("teacher.pt")
     assert info.classes == 10
@@ -54,7 +54,7 @@ def test_from_data_to_accuracy_with_strings_for_paths(tmp_path: Path, monkeypatc
     assert image_folder("set", SIZE, 1).class_names == [f"new{label:03d}" for label in range(10)]
     short = replace(chosen.validation, epochs=2, students=1)
     relabel(distilled, teacher, short, output="labels", device="cpu")
-    result = validate(distilled, test, None, "small-resnet", short, size=SIZE, device="cpu", keep="students", soft_labels="labels")
+    result = validate(distilled, test, None, "small-resnet", short, size=SIZE, device="cpu", resume_dir="students", soft_labels="labels")
     assert len(result.accuracies) == 1
 
 

@@ -25,7 +25,7 @@ from dwa_fast.engine.refine import Refinement
 from dwa_fast.engine.synthesis import Batch, Lane, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, decode
-from dwa_fast.io.files import output_folder, replacing
+from dwa_fast.io.files import atomic_write, output_folder
 from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
@@ -168,7 +168,7 @@ def _initial_images(asked: Recovery, classes: int, index: int) -> Callable[[Tens
     folders = _class_folders(folder, asked.sorted_path, classes)
 
     def read(label: int) -> Tensor:
-        return decode(_nth_file(folders[label], index), asked.size, asked.config.channels, squash=True)
+        return decode(_nth_file(folders[label], index), asked.size, asked.config.channels, keep_aspect=False)
 
     def load(labels: Tensor) -> Tensor:
         return normalise(torch.stack(list(READERS.map(read, labels.tolist()))), asked.config)
@@ -279,5 +279,5 @@ def _store(
     for image, label in zip(levels, labels.tolist(), strict=True):
         path = folder / image_name(label, index, classes, "jpg")
         output_folder(path.parent)
-        with replacing(path) as target:
+        with atomic_write(path) as target:
             Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(target, format="JPEG")

@@ -17,7 +17,7 @@ from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.data.set_layout import image_root
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
-from dwa_fast.io.files import below, entries
+from dwa_fast.io.files import sorted_scandir, walk_files
 from dwa_fast.seeding import generator
 
 Split = Literal["train", "test"]
@@ -300,7 +300,7 @@ def class_folders(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
-    names = [entry.name for entry in entries(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
+    names = [entry.name for entry in sorted_scandir(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
     if not names:
         raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
     return names
@@ -311,7 +311,7 @@ def _images(folder: Path, class_name: str) -> Iterator[str]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     prefix = os.path.join(folder, "")
-    for entry in below(prefix + class_name):
+    for entry in walk_files(prefix + class_name):
         hidden = f"{os.sep}." in entry.path[len(prefix) :]
         if not hidden and entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
             yield entry.path[len(prefix) :]
@@ -345,7 +345,7 @@ def _test_folder(folder: Path, names: Sequence[str]) -> Path:
 def _labelled(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of these sub-folders that has class folders; ImageNet's test images lie there bare."""
     places = (folder / name for name in names if (folder / name).is_dir())
-    return next((place for place in places if any(os.path.isdir(entry) for entry in entries(str(place)))), None)
+    return next((place for place in places if any(os.path.isdir(entry) for entry in sorted_scandir(str(place)))), None)
 
 
 def _numbered_alike(data: FileSet, train: Path) -> FileSet:

@@ -216,7 +216,7 @@ class NoImages:
     def __init__(self, data: ImageSet) -> None:
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-        self._image = unseen(data)
+        self._image = probe_image(data)
 
     def check(self, last: Mapping[int, int]) -> None:
         """There is nothing to read."""
@@ -226,7 +226,7 @@ class NoImages:
         return self._image.expand(len(labels), -1, -1, -1)
 
 
-def unseen(data: ImageSet) -> Tensor:
+def probe_image(data: ImageSet) -> Tensor:
     """Noise of the shape of an image of the set, [1, C, S, S], to try a teacher with before anything is decoded."""
     return normal(generator(0, "unseen"), (1, *data.image_shape))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dwa_fast.data.set_layout import FLAT_FORMAT, FORMAT, MANIFEST, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
+from dwa_fast.io.files import read_file
 
 IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
 
@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = set_folder(folder) / MANIFEST
     try:
-        content = json.loads(read_regular(path))
+        content = json.loads(read_file(path))
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
     except (OSError, ValueError, RecursionError) as error:

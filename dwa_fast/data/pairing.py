@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import as_named, shown
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
+from dwa_fast.io.files import read_file
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, teacher_checksum
 
 
@@ -52,7 +52,7 @@ def read_classes(path: Path) -> list[str]:
         InputError: it cannot be read, holds no name, or one twice.
     """
     try:
-        lines = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_file(path).decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"list of classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
+from dwa_fast.io.files import read_file
 
 MANIFEST = "manifest.json"
 IMAGES = "images"
@@ -76,7 +76,7 @@ def refuse_images(folder: Path) -> None:
 def _format(folder: Path) -> int | None:
     """The format that a manifest names; None where there is no manifest of ours that can be read."""
     try:
-        content = json.loads(read_regular(folder / MANIFEST))
+        content = json.loads(read_file(folder / MANIFEST))
     except (OSError, ValueError, RecursionError):
         return None
     found = content.get("format") if isinstance(content, dict) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dwa_fast.config import check_choice, check_integer
 from dwa_fast.data.datasets import image_folder, load, normalise
+from dwa_fast.data.digest import image_digest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import class_diversity
@@ -23,7 +24,6 @@ from dwa_fast.recipes import full_recipe
 from dwa_fast.report.records import Record, Table, mean_and_spread
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
-from dwa_fast.training.state import image_digest
 
 _ON_SHEET = (REAL, "sre2l", "dwa")  # methods that the contact sheet shows, where they were made
 

@@ -30,7 +30,7 @@ class BadImageError(InputError):
         self.cause = cause
 
 
-def decode(file: Path, size: int, channels: int, *, resize: int | None = None, squash: bool = False) -> Tensor:
+def decode(file: Path, size: int, channels: int, *, resize: int | None = None, keep_aspect: bool = True) -> Tensor:
     """One image file as [C, size, size] uint8: the shorter side resized to `resize` (default: `size`), the centre kept.
 
     With `squash` all of the picture is kept, and both sides are resized to `size`, as DWA's released script does.
@@ -47,7 +47,7 @@ def decode(file: Path, size: int, channels: int, *, resize: int | None = None, s
     if picture.size != (size, size) or shorter != size:
         from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
 
-        picture = functional.resize(picture, [size, size] if squash else [shorter], antialias=True)
+        picture = functional.resize(picture, [shorter] if keep_aspect else [size, size], antialias=True)
         picture = functional.center_crop(picture, [size, size])
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
     return pixels.view(size, size, channels).permute(2, 0, 1)

@@ -21,7 +21,7 @@ _STALE_SECONDS = 3600  # a temporary file of another machine is taken for left o
 
 
 @contextmanager
-def replacing(path: Path, temporary_folder: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, temporary_folder: Path | None = None) -> Iterator[Path]:
     """A temporary file that takes the place of `path` once written and on the disk; on an error nothing of it remains.
 
     Args:
@@ -54,7 +54,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is a temporary file of `replacing`."""
+    """Whether this is a temporary file of `atomic_write`."""
     return _PART.fullmatch(path.name) is not None
 
 
@@ -81,11 +81,11 @@ def is_left_over(path: Path) -> bool:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, indented, whole or not at all. Numbers must be finite."""
-    with replacing(path) as target:
+    with atomic_write(path) as target:
         target.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_regular(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     """What a file holds.
 
     Raises:
@@ -95,22 +95,22 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def below(folder: str) -> Iterator[os.DirEntry[str]]:
+def walk_files(folder: str) -> Iterator[os.DirEntry[str]]:
     """Everything below a folder that is no folder itself, in sorted order. Links to folders are given, not entered: there can be no loop.
 
     Raises:
         InputError: a folder cannot be read.
     """
-    waiting = entries(folder)[::-1]  # a list, not recursion: folders can be nested deeper than Python's stack
+    waiting = sorted_scandir(folder)[::-1]  # a list, not recursion: folders can be nested deeper than Python's stack
     while waiting:
         entry = waiting.pop()
         if entry.is_dir(follow_symlinks=False):
-            waiting += entries(entry.path)[::-1]
+            waiting += sorted_scandir(entry.path)[::-1]
         else:
             yield entry
 
 
-def entries(folder: str) -> list[os.DirEntry[str]]:
+def sorted_scandir(folder: str) -> list[os.DirEntry[str]]:
     """What lies in a folder, sorted by name; the entries know their kind without another look at the disk.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import replacing
+from dwa_fast.io.files import atomic_write
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "class_id", "labels")
@@ -62,7 +62,7 @@ def write_parquet(path: Path, rows: Iterable[Row], class_names: Sequence[str], *
     ]
     schema = arrow.schema(fields, metadata={_METADATA: json.dumps({"info": {"features": features}})})
     remaining, count = iter(rows), 0
-    with replacing(path) as target, parquet.ParquetWriter(target, schema) as writer:
+    with atomic_write(path) as target, parquet.ParquetWriter(target, schema) as writer:
         while group := list(islice(remaining, _GROUP)):
             images = [{"bytes": content, "path": name} for content, name, _ in group]
             writer.write_table(arrow.table({"image": images, label_column: [label for _, _, label in group]}, schema=schema))

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dwa_fast.errors import printable
-from dwa_fast.io.files import replacing
+from dwa_fast.errors import escape_control_chars
+from dwa_fast.io.files import atomic_write
 
 _NAME_LENGTH = 24  # characters of a class name beside its row
 _PANEL_INCHES = 3.2
@@ -51,12 +51,12 @@ def contact_sheet(
             axis.set_yticklabels([_short(name) for name in class_names], parse_math=False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    with replacing(path) as target, warnings.catch_warnings():
+    with atomic_write(path) as target, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead, which is enough for a label
         figure.savefig(target, format="png", dpi=150)
 
 
 def _short(name: str) -> str:
     """A class name of any origin as a label."""
-    name = printable(name)
+    name = escape_control_chars(name)
     return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import replacing
+from dwa_fast.io.files import atomic_write
 from dwa_fast.io.formats import damaged_entry, folder_reason, foreign_format, is_safetensors
 from dwa_fast.io.pickles import stand_ins
 
@@ -27,7 +27,7 @@ def write_archive(path: Path, content: Any) -> None:
     Raises:
         InputError: the disk is full, the folder is read-only, or the like.
     """
-    with replacing(path) as target, open(target, "wb") as file:  # of a path, torch.save would keep the temporary name in the archive
+    with atomic_write(path) as target, open(target, "wb") as file:  # of a path, torch.save would keep the temporary name in the archive
         torch.save(content, file)
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dwa_fast.io.files import read_regular, replacing
+from dwa_fast.io.files import atomic_write, read_file
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.sets.store import ImageStore, WorkItem
 
@@ -35,13 +35,13 @@ class Preview:
         """Write the sheet with every image that is in the folder by now, whoever made it."""
         tiles = [self._tile(*divmod(place, self._columns)) for place in range(self._rows * self._columns)]
         sheet = mosaic(torch.stack(tiles), self._columns)
-        with replacing(self._store.folder / PREVIEW) as target:
+        with atomic_write(self._store.folder / PREVIEW) as target:
             Image.fromarray(sheet.numpy()).save(target, format="PNG")
 
     def _tile(self, label: int, index: int) -> Tensor:
         """An image as [C, H, W] uint8."""
         try:
-            content = io.BytesIO(read_regular(self._store.root / self._store.name(label, index)))
+            content = io.BytesIO(read_file(self._store.root / self._store.name(label, index)))
             with Image.open(content, formats=("PNG", "JPEG")) as image:
                 pixels = torch.from_numpy(np.array(image))
             return pixels.view(self._shape[1], self._shape[2], self._shape[0]).permute(2, 0, 1)

@@ -24,7 +24,7 @@ from dwa_fast.config import DataConfig
 from dwa_fast.data.datasets import MemorySet, image_folder, load
 from dwa_fast.data.initial import class_members, read_tensor
 from dwa_fast.data.manifest import read_manifest
-from dwa_fast.errors import printable
+from dwa_fast.errors import escape_control_chars
 from dwa_fast.io import pictures
 from dwa_fast.io.decode import BadImageError, decode
 from dwa_fast.io.torch_files import read_archive
@@ -284,7 +284,7 @@ PRINTED = {
 
 @pytest.mark.parametrize(("text", "plain"), PRINTED.items())
 def test_what_is_printed_is_plain(text: str, plain: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert printable(text) == plain
+    assert escape_control_chars(text) == plain
     console = Console()
     console.say(f"{text}[b]:smile:")
     console.error(text)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from dwa_fast.data.datasets import FileSet, ImageSet, MemorySet, digits, image_folder
+from dwa_fast.data.digest import image_digest
 from dwa_fast.errors import InputError
-from dwa_fast.training.state import image_digest
 
 
 def files(folder: Path) -> FileSet:
