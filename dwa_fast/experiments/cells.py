@@ -23,7 +23,7 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.engine.backend import resolve, resolve_device
-from dwa_fast.io.files import checksum, output_folder, read_file, write_json
+from dwa_fast.io.files import checksum, output_folder, write_json
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, full_recipe
 from dwa_fast.sets.distill import distill, work_list
@@ -233,7 +233,7 @@ def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
     """Top-1 of as many students as the set-up asks for, percent; None where fewer have been measured."""
     file = _result_file(setup, cell)
     try:
-        found = json.loads(read_file(file))["accuracies"]
+        found = json.loads(file.read_bytes())["accuracies"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not isinstance(found, list) or not all(isinstance(each, float) and 0 <= each <= 100 for each in found):

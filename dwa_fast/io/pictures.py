@@ -1,4 +1,4 @@
-"""Pictures of sets of images."""
+"""Image grids and contact sheets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dwa_fast.errors import escape_control_chars
 from dwa_fast.io.files import atomic_write
 
-_NAME_LENGTH = 24  # characters of a class name beside its row
+_NAME_LENGTH = 24  # longest class name, in characters
 _PANEL_INCHES = 3.2
 _GAP = 2  # pixels between images
 
@@ -21,7 +21,7 @@ def mosaic(
     images: Tensor,  # [rows × columns, C, H, W] uint8, row after row
     columns: int,
 ) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3] uint8
-    """Images in a grid with white gaps."""
+    """Arrange images in a grid with white gaps."""
     count, _, height, width = images.shape
     rows = count // columns
     tiles = torch.full((rows, columns, 3, height + _GAP, width + _GAP), 255, dtype=torch.uint8)
@@ -35,7 +35,7 @@ def contact_sheet(
     panels: Mapping[str, Tensor],  # title → [classes × columns, C, H, W] uint8, class after class
     class_names: Sequence[str],
 ) -> None:
-    """One PNG: a panel per set, side by side, a row per class."""
+    """Write a PNG with a panel per set, side by side, and a row per class."""
     from matplotlib.figure import Figure
 
     sheets = {title: mosaic(images, len(images) // len(class_names)) for title, images in panels.items()}
@@ -52,11 +52,11 @@ def contact_sheet(
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     with atomic_write(path) as target, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead, which is enough for a label
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box in a label is fine
         figure.savefig(target, format="png", dpi=150)
 
 
 def _short(name: str) -> str:
-    """A class name of any origin as a label."""
+    """A class name as a label: control characters escaped, long names cut."""
     name = escape_control_chars(name)
     return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"

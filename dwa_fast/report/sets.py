@@ -17,7 +17,6 @@ from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import has_link, prefix
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
-from dwa_fast.io.files import read_file
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.recipes import METHODS, RECIPES, full_recipe
 from dwa_fast.report.document import Block, Facts, Image, Paragraph, Section
@@ -100,7 +99,7 @@ def _file(manifest: Mapping[str, Any], label: int, index: int) -> str:
 def _side(folder: Path, file: str) -> int | None:
     """Pixels of the shorter side of an image; None where there is none, or only behind a link, which may lead anywhere."""
     try:
-        with PIL.Image.open(io.BytesIO(read_file(folder / file)), formats=("PNG", "JPEG")) as image:
+        with PIL.Image.open(io.BytesIO((folder / file).read_bytes()), formats=("PNG", "JPEG")) as image:
             return None if has_link(folder, file) else min(image.size)
     except Exception:  # not there yet, or damaged in one of the dozen ways that Pillow knows
         return None

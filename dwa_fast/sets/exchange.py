@@ -21,7 +21,7 @@ from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import image_root, is_set
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
-from dwa_fast.io.files import atomic_write, output_folder, read_file
+from dwa_fast.io.files import atomic_write, output_folder
 from dwa_fast.sets.store import ImageStore, WorkItem
 
 Progress = Callable[[int, int], None]  # called with the images done and the images in all
@@ -54,7 +54,7 @@ class SetFiles:
         """
         path = self.root / self.files[index]
         try:
-            content = read_file(path)
+            content = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         wanted = self.checksums.get(self.files[index])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dwa_fast.io.files import atomic_write, read_file
+from dwa_fast.io.files import atomic_write
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.sets.store import ImageStore, WorkItem
 
@@ -41,7 +41,7 @@ class Preview:
     def _tile(self, label: int, index: int) -> Tensor:
         """An image as [C, H, W] uint8."""
         try:
-            content = io.BytesIO(read_file(self._store.root / self._store.name(label, index)))
+            content = io.BytesIO((self._store.root / self._store.name(label, index)).read_bytes())
             with Image.open(content, formats=("PNG", "JPEG")) as image:
                 pixels = torch.from_numpy(np.array(image))
             return pixels.view(self._shape[1], self._shape[2], self._shape[0]).permute(2, 0, 1)

@@ -18,7 +18,7 @@ from dwa_fast.data.augment import Mix, Views
 from dwa_fast.data.loader import BatchPlan, batch_sizes
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, is_left_over, output_folder, read_file, write_json
+from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.seeding import generator
@@ -83,7 +83,7 @@ class LabelStore:
         self.folder = folder
         path = folder / INDEX
         try:
-            content = json.loads(read_file(path))
+            content = json.loads(path.read_bytes())
             self.settings: dict[str, Any] = dict(content["settings"])
             self.wanted = int(content["epochs"])  # number of epochs of a complete store
             self._sums = {int(number): str(value) for number, value in content["checksums"].items()}
@@ -91,7 +91,7 @@ class LabelStore:
                 raise ValueError("it holds something else")
         except FileNotFoundError:
             raise InputError(f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}; remove it to make all labels again") from error
 
     @classmethod

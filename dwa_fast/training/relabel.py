@@ -77,7 +77,7 @@ def relabel(
     missing = store.missing
     needed, free = len(missing) * epoch_bytes(config, len(distilled.labels), classes), shutil.disk_usage(output).free
     if needed > free:
-        raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; --pool stores fewer")
+        raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; --pool keeps fewer")
     own = derive(seed, "student", 0)
     loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), RandomSampler(distilled, config, seed=own), config)
     soft_labels, done = teacher_labels(teacher, config.teacher_mode, device), (store.wanted - len(missing)) * loader.steps

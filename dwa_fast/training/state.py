@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import is_left_over, output_folder, read_file, write_json
+from dwa_fast.io.files import is_left_over, output_folder, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.models.finite import has_finite_weights
@@ -127,7 +127,7 @@ class FinishedStudents:
 
     def _read(self) -> None:
         try:
-            content = json.loads(read_file(self._file))
+            content = json.loads(self._file.read_bytes())
             before = dict(content["settings"])
             accuracies = {int(number): float(value) for number, value in content["accuracies"].items()}
             if content["format"] != _FORMAT or not all(0 <= value <= 100 for value in accuracies.values()):

@@ -28,7 +28,7 @@ from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.training import state
 from dwa_fast.training.fit import predict
 from dwa_fast.training.label_store import LabelStore, StoredSampler, epoch_bytes
-from dwa_fast.training.relabel import kept_epochs, label_bytes, relabel
+from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 from dwa_fast.training.validate import ValidationResult, validate
 from tests.hostile import Harmful
 from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
@@ -157,7 +157,7 @@ def test_pool_is_used_again_and_again(tmp_path: Path) -> None:
     assert [other.entry(number) for number in range(20)] != [entry for each in rounds for entry in each]
     assert torch.equal(sampler.epoch(9)[0].indices, sampler.epoch(rounds[2][1])[0].indices)
     assert len(students(config, None, soft_labels=tmp_path).accuracies) == 1
-    assert [kept_epochs(config, pool) for pool in (1, 3, 10, 30)] == [20, 7, 2, 1]
+    assert [stored_epochs(config, pool) for pool in (1, 3, 10, 30)] == [20, 7, 2, 1]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
