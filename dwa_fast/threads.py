@@ -12,6 +12,7 @@ import torch
 log = logging.getLogger("dwa_fast")
 
 THREADS = "threads"  # key in recorded settings
+_MOST = 1024  # larger recorded numbers are not valid
 
 
 def threads_of(device: torch.device) -> int | None:
@@ -34,9 +35,9 @@ def with_recorded_threads(settings: Mapping[str, Any], recorded: Mapping[str, An
 
 
 def recorded_threads(settings: Mapping[str, Any]) -> int | None:
-    """The number of threads in recorded settings; None if there is none."""
+    """The number of threads in recorded settings; None if there is no valid one."""
     value = settings.get(THREADS)
-    return value if type(value) is int and value > 0 else None
+    return value if type(value) is int and 0 < value <= _MOST else None
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_damaged_state_is_named(tmp_path: Path) -> None:
     checkpoint_file = tmp_path / ".teacher.pt.state"
     checkpoint_file.write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"state of a training .*\.teacher\.pt\.state cannot be read"):
+    with pytest.raises(InputError, match=r"checkpoint of a training .*\.teacher\.pt\.state cannot be read"):
         teacher(CONFIG, checkpoint_file)
     torch.save({"settings": "{}"}, checkpoint_file)
     with pytest.raises(InputError, match="holds no complete checkpoint of a training; remove it to start again"):
