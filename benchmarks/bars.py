@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tables import find, ratio
 
-from dwa_fast.io.files import replacing
+from dwa_fast.io.files import atomic_write
 
 _COLOURS = {"fp32": "#4477aa", "tf32": "#228833", "bf16": "#ee8866", "fp16": "#aa3377"}  # told apart by colour-blind eyes too
 _RIVAL = 0.45  # opacity of what is not ours
@@ -37,7 +37,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path, title: str, source: str)
     keys.append(Line2D([], [], color="black", linewidth=2, label="floor of that precision on this machine"))
     figure.suptitle(f"{title}\nmedian, 10 … 90 %, and × the published loop of the same run", fontsize="medium")
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
-    with replacing(path) as target:
+    with atomic_write(path) as target:
         figure.savefig(target, format="png", dpi=120, metadata={"Source": source})
 
 

@@ -115,7 +115,7 @@ def holds(folder: Path, refined: Sequence[Tensor], config: SynthesisConfig, clas
     written = image_folder(folder, refined[0].shape[-1], config.channels)
     images = torch.cat([denormalise(each, config) for each in refined])
     order = [item.index + ipc * label for item in work_list(classes, ipc, config.batch_size) for label in item.labels]
-    return bool((to_levels(images) == to_levels(written.load(order))).all())
+    return bool((to_levels(images) == written.load(order)).all())
 
 
 if __name__ == "__main__":

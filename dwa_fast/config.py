@@ -1,6 +1,6 @@
-"""What a run is made of, as frozen values that are checked when they are made.
+"""Settings: frozen dataclasses that are validated on creation.
 
-The comment behind a field is its help text on the command line.
+The comment after a field is its help text on the command line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
-Layout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
+DataLayout = Literal["digits", "cifar10", "cifar100", "tiny", "folder"]
 Augmentation = Literal["pad-crop", "resized-crop", "none"]
 Mixing = Literal["none", "mixup", "cutmix"]
 Optimiser = Literal["adamw", "sgd"]
@@ -35,20 +35,20 @@ Progress = Callable[[int, int], None]  # called with the steps done and the step
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise InputError unless value is one of the strings of a Literal or a sequence."""
+    """Raise InputError unless value is one of the choices, a Literal or a sequence of strings."""
     known = get_args(choices) or tuple(choices)
     if value not in known:
         raise InputError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
 def check_integer(name: str, value: Any, at_least: int) -> None:
-    """Raise InputError unless value is an integer of at least that."""
+    """Raise InputError unless value is an integer ≥ at_least."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise InputError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 
 def check_real(name: str, value: Any, at_least: float, at_most: float = math.inf, *, above: bool = False) -> None:
-    """Raise InputError unless value is a finite number in [at_least, at_most], or in (at_least, at_most] where `above`."""
+    """Raise InputError unless value is a finite number in [at_least, at_most], or in (at_least, at_most] if `above`."""
     number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if not number or value < at_least or value > at_most or (above and value == at_least):
         low = f"above {at_least:g}" if above else f"of at least {at_least:g}"
@@ -58,10 +58,10 @@ def check_real(name: str, value: Any, at_least: float, at_most: float = math.inf
 
 @dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """How pixels in [0, 1] become what the networks see: (pixel − mean) / std, per channel."""
+    """Normalisation of pixels in [0, 1]: (pixel − mean) / std, per channel."""
 
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # Mean of each channel, of pixels in [0, 1]; 1 or 3 values.
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # Standard deviation of each channel, of pixels in [0, 1]; 1 or 3 values.
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # Mean of each channel, for pixels in [0, 1]; 1 or 3 values.
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # Standard deviation of each channel, for pixels in [0, 1]; 1 or 3 values.
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
@@ -85,16 +85,16 @@ class Normalisation:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which real images, and how large."""
+    """The real images and their size."""
 
-    layout: Layout = "folder"  # How the data lie on disk; digits come with the package.
+    layout: DataLayout = "folder"  # Format of the data on disk; digits need no files.
     size: int = 224  # Height and width of every image, pixels.
-    classes: int | None = None  # Number of classes that the data must have; None: as many as there are.
-    held_out_share: float = 0.0  # In place of the test images, hold out this share of the training images of each class, in [0, 1).
-    test_crop: float = 1.0  # Share of the shorter side that the centre crop of test images keeps, in (0, 1]; image folders alone.
+    classes: int | None = None  # Number of classes that the data must have; None: any.
+    held_out_share: float = 0.0  # Test on this fraction of the training images of each class instead of the test images, in [0, 1).
+    test_crop: float = 1.0  # Fraction of the shorter side that the centre crop of test images covers, in (0, 1]; image folders only.
 
     def __post_init__(self) -> None:
-        check_choice("layout", self.layout, Layout)
+        check_choice("layout", self.layout, DataLayout)
         check_integer("size", self.size, 1)
         if self.classes is not None:
             check_integer("classes", self.classes, 1)
@@ -105,7 +105,7 @@ class DataConfig:
 
     @property
     def test_resize(self) -> int:
-        """What the shorter side of test images is resized to before the centre crop, pixels: 256 for 224 where test_crop is 0.875."""
+        """Shorter side of test images before the centre crop, pixels: 256 for size 224 and test_crop 0.875."""
         return round(self.size / self.test_crop)
 
 
@@ -116,9 +116,9 @@ class SynthesisConfig(Normalisation):
     iterations: int = 1000  # T: Adam steps on the images of a batch, at least 1.
     batch_size: int = 100  # B: images refined together, at least 1.
     learning_rate: float = 0.25  # Adam's first learning rate, above 0; falls to 0 on a cosine.
-    lambda_mean: float = 0.01  # λ_mean: weight of the matching of BatchNorm means, at least 0.
-    lambda_var: float = 0.11  # λ_var: weight of the matching of BatchNorm variances, at least 0.
-    first_layer_weight: float = 10.0  # w: factor of the first BatchNorm layer in both matching terms, at least 0.
+    lambda_mean: float = 0.01  # λ_mean: weight of the BatchNorm mean matching loss, at least 0.
+    lambda_var: float = 0.11  # λ_var: weight of the BatchNorm variance matching loss, at least 0.
+    first_layer_weight: float = 10.0  # w: weight of the first BatchNorm layer in both matching losses, at least 0.
     tv_l2: float = 0.0  # Weight of SRe2L's total variation prior, at least 0.
     l2_scale: float = 0.0  # Weight of SRe2L's prior on the mean norm of the images, at least 0.
     ascent: Ascent = "directed"  # Weight adjustment: directed (DWA), random (Gaussian of norm ρ), none.
@@ -128,10 +128,10 @@ class SynthesisConfig(Normalisation):
     matching_weights: MatchingWeights = "adjusted"  # Weights of the matching terms: adjusted (published code), original (Eq. 15).
     initial: Initial = "real"  # Where the refinement starts: real images, or Gaussian noise.
     view: View = "roll"  # Shared view of an iteration: roll (CIFAR), or crop, flip and roll (ImageNet).
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # Share of the area that a crop covers, within (0, 1].
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # Fraction of the image area that a crop covers, within (0, 1].
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # Width divided by height of a crop, above 0.
-    curriculum: Curriculum = "none"  # How the smallest crop shrinks from the largest one to what crop_scale says (CDA).
-    milestone: float = 1.0  # Share of the iterations that the curriculum takes, 0 to 1.
+    curriculum: Curriculum = "none"  # How the smallest crop shrinks from the largest to the smallest value of crop_scale (CDA).
+    milestone: float = 1.0  # Fraction of the iterations that the curriculum takes, 0 to 1.
     flip: float = 0.5  # Probability of a horizontal flip in the crop view, 0 to 1.
     jitter: int = 4  # Largest roll in each direction, pixels, at least 0.
     backend: BackendName = "auto"  # fused (our operators), compiled (TorchInductor), reference (plain PyTorch), auto (the best that runs).
@@ -174,11 +174,11 @@ class SynthesisConfig(Normalisation):
 
 @dataclass(frozen=True, kw_only=True)
 class InitialConfig:
-    """Which initial images a whole set takes, class by class."""
+    """The initial images of a set, class by class."""
 
-    initial_order: InitialOrder = "sampled"  # Initial images of a class: sampled (a seeded draw), or sorted (the first by file name).
+    initial_order: InitialOrder = "sampled"  # Initial images of a class: sampled (random, seeded), or sorted (the first by file name).
     initial_tensors: Path | None = None  # Folder of tensor_0.pt, tensor_1.pt, …: the initial image of every class, [classes, C, H, W].
-    skip_bad_images: bool = False  # Take the next image of the class where a file is no whole image, and record it; else stop there.
+    skip_bad_images: bool = False  # Replace a file that is not a complete image by the next one of its class, and record it; else stop.
 
     def __post_init__(self) -> None:
         check_choice("initial_order", self.initial_order, InitialOrder)
@@ -186,10 +186,10 @@ class InitialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
-    """How a set is written."""
+    """File formats of a set."""
 
-    image_format: ImageFormat = "png"  # Files of the images: png (lossless) or jpeg.
-    jpeg_quality: int = 95  # Quality of jpeg files, 1 to 100; their colours are stored in full resolution.
+    image_format: ImageFormat = "png"  # Image files: png (lossless) or jpeg.
+    jpeg_quality: int = 95  # Quality of jpeg files, 1 to 100; without chroma subsampling.
     losses_every: int = 10  # Iterations between two entries of losses.jsonl; 0: no such file.
     preview: bool = False  # Also draw preview.png, a contact sheet of the first ten images of the first ten classes, as they are finished.
     track: Tracker = "none"  # Also send the losses to tensorboard or wandb (Weights & Biases), where that is installed.
@@ -202,7 +202,7 @@ class StorageConfig:
         check_choice("track", self.track, Tracker)
 
     def describe(self) -> dict[str, str | int]:
-        """What the bytes of the set depend on."""
+        """The settings that the bytes of the set depend on."""
         quality = {"jpeg_quality": self.jpeg_quality} if self.image_format == "jpeg" else {}
         return {"image_format": self.image_format, **quality, "losses_every": self.losses_every}
 
@@ -220,7 +220,7 @@ class SqueezeConfig(Normalisation):
     padding: int = 4  # Padding of pad-crop, pixels, at least 0.
     flip: float = 0.5  # Probability of a horizontal flip, 0 to 1.
     precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
-    memory_limit: float = 2.0  # Largest set that is kept on the device, GiB as bytes; larger ones are read from disk over and over.
+    memory_limit: float = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -245,13 +245,13 @@ class ValidationConfig(Normalisation):
     flip: float = 0.5  # Probability of a horizontal flip, 0 to 1.
     mixing: Mixing = "mixup"  # Mixing of images: none, mixup, cutmix.
     mixing_alpha: float = 0.8  # Parameter of the Beta distribution of the mixing, above 0.
-    labels: SoftOrHard = "soft"  # The teacher's probabilities for each view, or the class.
+    labels: SoftOrHard = "soft"  # Soft (the teacher's probabilities for each batch) or hard (the class).
     temperature: float = 30.0  # Temperature of the soft labels, above 0.
     scale_loss: bool = False  # Multiply the soft loss by temperature².
     teacher_mode: TeacherMode = "eval"  # The published CIFAR script leaves the teacher in train mode.
     students: int = 3  # Students trained, each from a seed of its own, at least 1.
     precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
-    memory_limit: float = 2.0  # Largest set that is kept on the device, GiB as bytes; larger ones are read from disk over and over.
+    memory_limit: float = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,23 +1,17 @@
-"""The one exception that stands for bad input, and names of any origin made fit for a sentence."""
+"""The exception for bad input, and text made safe for error messages."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Input that cannot be used, in one sentence: what it got and what it wants.
-
-    The command line prints the sentence without a traceback.
-    """
+    """Bad input. The message is one line: what was given and what is needed. The command line prints it without a traceback."""
 
 
-def printable(text: str) -> str:
-    """Text on one line that changes nothing but the line: what a terminal would obey or a file name can hide is written as its code.
-
-    Control characters (colours, cursor, newline), directions of writing, invisible ones, and bytes of a name that are no text.
-    """
+def escape_control_chars(text: str) -> str:
+    """Escape control, bidirectional, invisible and undecodable characters, so that text stays on one line of a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of other code says, in one line."""
+    """The first line of an error message, or the name of the error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

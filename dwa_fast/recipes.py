@@ -1,4 +1,4 @@
-"""The published settings by name (method: DWA paper, tables of the appendix), and the methods that they are compared with."""
+"""The published settings by data set (appendix of the DWA paper), and the methods they are compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dwa_fast.config import DataConfig, SqueezeConfig, SynthesisConfig, Validati
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that one data set needs, from the real images to the students."""
+    """All settings for one data set, from the real images to the students."""
 
     name: str
     summary: str
@@ -48,7 +48,7 @@ def _recipe(
     squeeze: SqueezeConfig,
     validation: ValidationConfig,
 ) -> Recipe:
-    """A recipe whose stages share one normalisation."""
+    """A recipe with the same normalisation in all stages."""
     return Recipe(
         name=name,
         summary=summary,
@@ -130,7 +130,7 @@ def _digits() -> Recipe:
 
 
 def _released(paper: Recipe, *, synthesis: Mapping[str, Any] | None = None, validation: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe as the authors' released command runs it, where that is not what the paper says."""
+    """The recipe as in the authors' released command, which differs from the paper."""
     return replace(
         paper,
         name=f"{paper.name}-released",

@@ -1,7 +1,7 @@
 """Independent random streams from one seed.
 
-Every draw of the package comes from `generator(seed, purpose, *indices)`: a stream depends on what it is for and never on how
-many numbers another stream has used, so a batch gives the same images whether it runs first, last or alone.
+All random numbers come from `generator(seed, purpose, *indices)`. A stream depends on its purpose and never on how many numbers another
+stream has used, so a batch gives the same images whether it runs first, last or alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
 
 def derive(seed: int, purpose: str, *indices: int) -> int:
-    """A seed of its own for a sub-task, below 2⁶³."""
+    """The seed of a sub-task, below 2⁶³."""
     return int(generator(seed, purpose, *indices).integers(0, 2**63))
 
 
@@ -35,5 +35,5 @@ def normal(
     source: np.random.Generator,
     shape: tuple[int, ...],
 ) -> Tensor:  # shape, float32 on the CPU
-    """Standard normal numbers; drawn on the host, so that they are the same on every device."""
+    """Standard normal numbers, drawn on the host so that they are the same on every device."""
     return torch.from_numpy(source.standard_normal(shape, dtype=np.float32))

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from dwa_fast.errors import printable
+from dwa_fast.errors import escape_control_chars
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 _LINE_EVERY = 60.0  # seconds between two lines of progress, at least, where there is no bar
@@ -144,7 +144,7 @@ class _Lines(logging.Handler):
 
 def _safe(text: str) -> str:
     """Text of any origin for rich, which reads markup in square brackets."""
-    return escape(printable(text))
+    return escape(escape_control_chars(text))
 
 
 def _console(stderr: bool) -> rich.console.Console:

@@ -19,13 +19,13 @@ from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.digest import image_digest
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.survey import REAL, Findings, Survey, SurveyConfig, survey
 from dwa_fast.io.pictures import contact_sheet
 from dwa_fast.recipes import full_recipe
 from dwa_fast.report.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
-from dwa_fast.training.state import image_digest
 
 _BARS = 20  # most classes that are shown as bars with their names; more become curves
 _COLUMNS = 10  # most images of a class in the contact sheet

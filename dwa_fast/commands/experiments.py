@@ -14,6 +14,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
+from dwa_fast.data.digest import image_digest
 from dwa_fast.data.pairing import described
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
@@ -23,7 +24,6 @@ from dwa_fast.experiments.schedule import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
 from dwa_fast.io.files import output_folder
 from dwa_fast.report.records import Record, command_line
-from dwa_fast.training.state import image_digest
 
 
 @dataclass(frozen=True, kw_only=True)

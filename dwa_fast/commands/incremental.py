@@ -18,13 +18,13 @@ from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet
+from dwa_fast.data.digest import image_digest
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
 from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
-from dwa_fast.training.state import image_digest
 from dwa_fast.training.validate import ValidationResult
 
 _STEPS = "steps"  # folder of what is finished
@@ -68,7 +68,7 @@ class Incremental(DistilledSets):
             "teacher": teacher_settings(teacher),
             "validation": asdict(self.config),
         }
-        keep = study_folder(self.output, settings) / _STEPS
+        resume_dir = study_folder(self.output, settings) / _STEPS
         with naming_bad_images(), console.bars() as track:
             accuracies = learn(
                 sets,
@@ -79,7 +79,7 @@ class Incremental(DistilledSets):
                 self.config,
                 size=self.size,
                 device=device,
-                keep=keep,
+                resume_dir=resume_dir,
                 seed=self.seed,
                 progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
             )

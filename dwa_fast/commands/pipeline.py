@@ -44,12 +44,19 @@ class Squeeze(Data):
         refuse_images(self.output)
         output_folder(self.output.parent)
         device = backend.resolve_device(self.device)
-        keep = self.output.with_name(f".{self.output.name}.state")
+        checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
             train = usable(console, self.load("train", self.config.channels), self.skip_bad_images)
             test = self._held_out(console)
             module = squeeze(
-                train, self.architecture, self.config, size=self.size, device=device, seed=self.seed, progress=track("teacher"), keep=keep
+                train,
+                self.architecture,
+                self.config,
+                size=self.size,
+                device=device,
+                seed=self.seed,
+                progress=track("teacher"),
+                checkpoint_file=checkpoint_file,
             )
         accuracy = None if test is None else top1(module, test, self.config, device)
         info = TeacherInfo(
@@ -63,7 +70,7 @@ class Squeeze(Data):
             std=self.config.std,
         )
         save_teacher(self.output, module, info)
-        keep.unlink(missing_ok=True)
+        checkpoint_file.unlink(missing_ok=True)
         console.say(f"{self.output}: {self.architecture}" + ("" if accuracy is None else f", {accuracy:.2f} % top-1 on held-out images"))
 
     def _held_out(self, console: Console) -> ImageSet | None:

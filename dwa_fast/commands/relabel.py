@@ -12,7 +12,7 @@ from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.students import DistilledData
 from dwa_fast.config import ValidationConfig
 from dwa_fast.engine import backend
-from dwa_fast.training.relabel import kept_epochs, label_bytes, relabel
+from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Relabel(DistilledData):
         device = backend.resolve_device(self.device)
         with naming_bad_images(), console.bars(shown=not self.dry_run) as track:
             distilled, test = self.open_both(console, self.config.channels)
-            images, classes, epochs = len(distilled.labels), len(test.class_names), kept_epochs(self.config, self.pool)
+            images, classes, epochs = len(distilled.labels), len(test.class_names), stored_epochs(self.config, self.pool)
             size = label_bytes(self.config, images, classes, self.pool) / 2**20
             console.say(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
             if self.dry_run:

@@ -80,7 +80,7 @@ class Validate(DistilledData):
                 device=device,
                 seed=self.seed,
                 progress=track(f"{self.config.students} students"),
-                keep=self.output,
+                resume_dir=self.output,
                 soft_labels=self.soft_labels,
             )
         console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")

@@ -7,7 +7,6 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.engine.synthesis import Batch, Replica, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
-from dwa_fast.io.decode import decode
-from dwa_fast.io.files import output_folder, replacing
+from dwa_fast.io.decode import READERS, decode
+from dwa_fast.io.files import atomic_write, output_folder
 from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
@@ -35,7 +34,6 @@ log = logging.getLogger("dwa_fast")
 Display = Callable[[Tensor, Tensor], Any]  # called with normalised images and their classes
 
 _EVERY = 100  # iterations from one display to the next, as published
-_READERS = 8  # threads that decode initial images
 _tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # teachers that have predicted real images once
 
 
@@ -175,11 +173,10 @@ def _initial_images(recovery: Recovery, classes: int, index: int) -> Callable[[T
     folders = _class_folders(folder, recovery.sorted_path, classes)
 
     def read(label: int) -> Tensor:
-        return decode(_nth_file(folders[label], index), recovery.size, recovery.config.channels, squash=True)
+        return decode(_nth_file(folders[label], index), recovery.size, recovery.config.channels, keep_aspect=False)
 
     def load(labels: Tensor) -> Tensor:
-        with ThreadPoolExecutor(_READERS) as pool:
-            return normalise(torch.stack(list(pool.map(read, labels.tolist()))), recovery.config)
+        return normalise(torch.stack(list(READERS.map(read, labels.tolist()))), recovery.config)
 
     return load
 
@@ -278,5 +275,5 @@ def _store(
     for image, label in zip(levels, labels.tolist(), strict=True):
         path = folder / image_name(label, index, classes, "jpg")
         output_folder(path.parent)
-        with replacing(path) as target:
+        with atomic_write(path) as target:
             Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(target, format="JPEG")

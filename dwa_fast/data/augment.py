@@ -1,6 +1,6 @@
-"""Training views and mixes: drawn on the host for a whole batch, then made at once on the device; pixels in [0, 1] in and out.
+"""Augmentation: random parameters are drawn on the host for a whole batch, then applied on the device. Pixels are in [0, 1].
 
-What is drawn is a value of its own, so that it can be kept beside the labels that a teacher gave for it.
+The parameters are values of their own, so that they can be stored with the teacher's labels for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random resized crop of the publi
 
 @dataclass(frozen=True)
 class Views:
-    """How each image of a batch is seen; what is None is not done. On the CPU."""
+    """Crops and flips of each image of a batch; None: not applied. Tensors are on the CPU."""
 
     offsets: Tensor | None = None  # [B, 2] int16: first row and column of the crop, in the padded image
     flipped: Tensor | None = None  # [B] bool
@@ -29,15 +29,15 @@ class Views:
 
 @dataclass(frozen=True)
 class Mix:
-    """With which other image of the batch each is mixed."""
+    """The mixup or CutMix partner of each image of a batch."""
 
     partner: Tensor | None = None  # [B] int64 on the CPU; None: not mixed
-    share: float = 1.0  # of the image itself
-    box: tuple[int, int, int, int] | None = None  # top, bottom, left, right of what CutMix pastes; None: blended
+    share: float = 1.0  # weight of the image itself
+    box: tuple[int, int, int, int] | None = None  # CutMix: top, bottom, left, right of the pasted box; None: mixup
 
 
 def draw_views(count: int, config: SqueezeConfig | ValidationConfig, source: np.random.Generator) -> Views:
-    """Random crops and flips of `count` images as the configuration says."""
+    """Draw the crops and flips of `count` images."""
     if config.augmentation == "resized-crop":
         return Views(crops=_draw_crops(count, config.flip, source))
     offsets = flipped = None
@@ -53,7 +53,7 @@ def apply_views(
     views: Views,
     padding: int,  # of pad-crop, pixels
 ) -> Tensor:  # [B, C, H, W]
-    """The images as they are seen."""
+    """Apply crops and flips."""
     if views.crops is not None:
         return _resized_crop(pixels, views.crops.to(pixels))
     if views.offsets is not None:
@@ -69,7 +69,7 @@ def draw_mix(
     config: SqueezeConfig | ValidationConfig,
     source: np.random.Generator,
 ) -> Mix:
-    """Mixup (blend) or CutMix (paste a box) with a random partner; the share is drawn from Beta(alpha, alpha)."""
+    """Draw partners for mixup (blend) or CutMix (paste a box), and their share from Beta(alpha, alpha)."""
     if not isinstance(config, ValidationConfig) or config.mixing == "none":
         return Mix()
     partner = torch.from_numpy(source.permutation(count))
@@ -88,7 +88,7 @@ def apply_mix(
     images: Tensor,  # [B, C, H, W]
     mix: Mix,
 ) -> Tensor:  # [B, C, H, W]
-    """The images, each with its partner."""
+    """Mix each image with its partner: share·x + (1 − share)·partner, or a pasted box."""
     if mix.partner is None:
         return images
     partner = mix.partner.to(images.device)
@@ -110,7 +110,7 @@ def _pad_crop(pixels: Tensor, padding: int, offsets: Tensor) -> Tensor:
 
 
 def _draw_crops(count: int, flip: float, source: np.random.Generator) -> Tensor:
-    """Crops of random area and ratio; shrunk to the image where they would not fit."""
+    """Crops of random area and aspect ratio, clipped to the image."""
     area = source.uniform(*_SCALE, count)
     ratio = np.exp(source.uniform(math.log(_RATIO[0]), math.log(_RATIO[1]), count))
     width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
@@ -120,7 +120,7 @@ def _draw_crops(count: int, flip: float, source: np.random.Generator) -> Tensor:
 
 
 def _resized_crop(pixels: Tensor, crops: Tensor) -> Tensor:
-    """Each crop resized bilinearly to the whole image."""
+    """Resize each crop bilinearly to the image size."""
     width, height, x, y = crops.unbind(1)
     zero = torch.zeros_like(width)
     theta = torch.stack([torch.stack([width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)

@@ -1,12 +1,11 @@
-"""Real images: scikit-learn's digits, CIFAR, Tiny-ImageNet and any folder of class folders, all as square images of one size."""
+"""Data sets of real images: scikit-learn's digits, CIFAR, Tiny-ImageNet and folders of class folders, as square images of one size."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -17,22 +16,21 @@ from torch import Tensor
 from dwa_fast.config import DataConfig, Normalisation, check_choice
 from dwa_fast.data.set_layout import image_root
 from dwa_fast.errors import InputError
-from dwa_fast.io.decode import BadImageError, check_image, decode
-from dwa_fast.io.files import below, entries
+from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
+from dwa_fast.io.files import sorted_scandir, walk_files
 from dwa_fast.seeding import generator
 
 Split = Literal["train", "test"]
 
 DIGITS_TEST_SHARE = 0.25
 _TINY_TABLE = Path("val", "val_annotations.txt")
-_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # their folders, as torchvision writes them
-_READERS = 8  # threads that decode image files
-_HELD_OUT = ("test", "val")  # folders of the held-out images
-_SHOWN = 5  # classes or files that an error names
+_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folder names
+_TEST_FOLDERS = ("test", "val")
+_SHOWN = 5  # classes or files that an error message names
 
 
 class ImageSet(Protocol):
-    """Labelled images of one size. `load` gives pixels in [0, 1]."""
+    """Labelled images of one size."""
 
     @property
     def labels(self) -> Tensor:
@@ -40,17 +38,17 @@ class ImageSet(Protocol):
 
     @property
     def class_names(self) -> list[str]:
-        """Name of each class."""
+        """Class names, by label."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
 
     def name(self, index: int) -> str:
-        """What an image is called inside the set; the same wherever the set lies."""
+        """Name of an image within the set, independent of the location of the set."""
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1]."""
+        """Images [n, C, S, S], uint8."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +66,29 @@ class MemorySet:
         return channels, height, width
 
     def select(self, indices: Sequence[int]) -> MemorySet:
-        """These images alone, in this order."""
+        """A subset, in the given order."""
         return replace(self, pixels=self.pixels[list(indices)], labels=self.labels[list(indices)])
 
     def name(self, index: int) -> str:
-        """The image's number."""
+        """The index as text."""
         return str(index)
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1]."""
-        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)].float() / 255
+        """Images [n, C, S, S], uint8."""
+        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
 
 
 @dataclass(frozen=True)
 class FileSet:
-    """Image files, decoded when asked for: shorter side resized, centre kept."""
+    """Image files, decoded on demand: shorter side resized, then a centre crop."""
 
     folder: Path
-    files: list[str]  # below the folder, sorted class by class
+    files: list[str]  # paths relative to the folder, sorted class by class
     labels: Tensor  # [N] int64
     class_names: list[str]
     size: int
     channels: int
-    resize: int | None = None  # what the shorter side is resized to before the centre is cut out; None: to `size`
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS), repr=False, compare=False)
+    resize: int | None = None  # length of the shorter side before the centre crop; None: `size`
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -99,29 +96,31 @@ class FileSet:
         return self.channels, self.size, self.size
 
     def name(self, index: int) -> str:
-        """The file, below the folder."""
+        """Path of the file, relative to the folder."""
         return self.files[index]
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1].
+        """Images [n, C, S, S], uint8.
 
         Raises:
-            BadImageError: a file is no image.
+            BadImageError: a file is not an image.
             InputError: a file cannot be read.
         """
-        return torch.stack(list(self._pool.map(self._read, indices)))
+        if len(indices) == 1:  # decoded in this thread, which may itself run a task of READERS
+            return self._read(indices[0])[None]
+        return torch.stack(list(READERS.map(self._read, indices)))
 
     def select(self, indices: Sequence[int]) -> FileSet:
-        """These images alone, in this order."""
+        """A subset, in the given order."""
         return replace(self, files=[self.files[index] for index in indices], labels=self.labels[list(indices)])
 
     def faults(self) -> dict[int, str]:
-        """Images that cannot be decoded, and why; every file is read for it.
+        """Read every file; gives the indices of those that cannot be decoded, with the cause.
 
         Raises:
             InputError: a file cannot be opened or read.
         """
-        causes = self._pool.map(self._fault, range(len(self.files)))
+        causes = READERS.map(self._fault, range(len(self.files)))
         return {index: cause for index, cause in enumerate(causes) if cause is not None}
 
     def _read(self, index: int) -> Tensor:
@@ -135,11 +134,26 @@ class FileSet:
         return None
 
 
+def to_unit(
+    pixels: Tensor,  # any shape, uint8
+) -> Tensor:  # float32 in [0, 1]
+    """pixels / 255 on their own device, the same bits on each: divided by a tensor, since CUDA multiplies by the reciprocal of a number."""
+    return pixels.float() / torch.full((), 255.0, device=pixels.device)
+
+
 def normalise(
-    pixels: Tensor,  # [N, C, H, W] in [0, 1]
+    pixels: Tensor,  # [N, C, H, W], uint8 as `ImageSet.load` gives them, or floating point in [0, 1]
     normalisation: Normalisation,
 ) -> Tensor:  # [N, C, H, W]
-    """(pixels − mean) / std, per channel."""
+    """(pixels − mean) / std per channel, with the pixels scaled to [0, 1].
+
+    Raises:
+        InputError: the pixels are integers other than uint8.
+    """
+    if pixels.dtype == torch.uint8:
+        pixels = to_unit(pixels)
+    elif not pixels.is_floating_point():
+        raise InputError(f"pixels must be uint8, or floating point in [0, 1], got {pixels.dtype}")
     mean, std = (torch.tensor(value).to(pixels)[:, None, None] for value in (normalisation.mean, normalisation.std))
     return (pixels - mean) / std
 
@@ -148,7 +162,7 @@ def denormalise(
     images: Tensor,  # [N, C, H, W], normalised
     normalisation: Normalisation,
 ) -> Tensor:  # [N, C, H, W] in [0, 1]
-    """The inverse of `normalise`."""
+    """images · std + mean per channel: undoes `normalise`, up to rounding."""
     mean, std = (torch.tensor(value).to(images)[:, None, None] for value in (normalisation.mean, normalisation.std))
     return images * std + mean
 
@@ -156,7 +170,7 @@ def denormalise(
 def to_levels(
     pixels: Tensor,  # [n, C, H, W] in [0, 1], on any device
 ) -> Tensor:  # [n, C, H, W] uint8 on the CPU
-    """Pixels as an image file holds them: rounded, and clamped where they leave the range."""
+    """Pixels as image files hold them: clamped to [0, 1], times 255, rounded."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
@@ -171,12 +185,12 @@ def load(
     """The real images of a split.
 
     Args:
-        folder: where the data lie; digits need none.
+        folder: root of the data; None for digits.
         channels: 1 (grey) or 3, for image folders.
-        download: whether CIFAR may be fetched into the folder.
+        download: whether CIFAR may be downloaded into the folder.
     Raises:
-        InputError: the data are not there, not as the layout says, have another number of classes, other classes in the other split, or
-            too few images of one to hold some out.
+        InputError: the data do not exist, do not have the layout of `config`, have another number of classes, different classes in both
+            splits, or too few images of a class for a validation split.
     """
     folder = None if folder is None else Path(folder)
     check_choice("split", split, Split)
@@ -190,10 +204,10 @@ def load(
 
 
 def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | FileSet:
-    """The training images that are held out, or the others. Which ones depends on their number alone.
+    """The training or validation part of the training images; `share` is the fraction for validation, chosen per class with a fixed seed.
 
     Raises:
-        InputError: a class has too few images for both.
+        InputError: a class has too few images for both parts.
     """
     chosen = torch.zeros(len(data.labels), dtype=torch.bool)
     for label, name in enumerate(data.class_names):
@@ -212,14 +226,14 @@ def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, 
         raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
     if config.layout in _CIFAR:
         archive = (folder / _CIFAR[config.layout]).is_dir()
-        if archive or download or not any((folder / name).is_dir() for name in ("train", *_HELD_OUT)):
+        if archive or download or not any((folder / name).is_dir() for name in ("train", *_TEST_FOLDERS)):
             if config.size != 32:
                 raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
             return _cifar(config.layout, folder, split, download)
     if config.layout == "tiny" and (folder / _TINY_TABLE).is_file() and not (split == "train" and config.held_out_share):
-        test = _tiny_test(folder, config.size, channels)  # also for the training images: the classes of both are compared
+        test = _tiny_test(folder, config.size, channels)  # read for both splits, to compare their classes
         return test if split == "test" else image_folder(_train_folder(folder), config.size, channels)
-    held_out = ("val",) if config.layout == "tiny" else _HELD_OUT  # Tiny-ImageNet's folder "test" holds images without labels
+    held_out = ("val",) if config.layout == "tiny" else _TEST_FOLDERS  # the images in Tiny-ImageNet's folder "test" have no labels
     if split == "test":
         data = image_folder(_test_folder(folder, held_out), config.size, channels)
         return _numbered_alike(data, folder / "train") if (folder / "train").is_dir() else data
@@ -231,7 +245,7 @@ def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, 
 
 
 def digits(split: Split, size: int) -> MemorySet:
-    """scikit-learn's 1797 handwritten digits, grey, enlarged from 8 to `size` pixels; a quarter of each class is held out for the test."""
+    """scikit-learn's 1797 handwritten digits, grey, resized from 8 to `size` pixels; a quarter of each class is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -245,17 +259,16 @@ def digits(split: Split, size: int) -> MemorySet:
 
 
 def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: int | None = None, *, by_number: bool = False) -> FileSet:
-    """Any folder with one sub-folder of images per class, or of a distilled set of ours; classes and files in sorted order.
+    """A folder with one sub-folder of images per class, or a distilled set; classes and files in sorted order.
 
-    Names that begin with a dot are passed over.
-
-    A class folder and a file may be symbolic links. Links to folders further down are not entered, so no loop can be.
+    Hidden files and folders are ignored. Class folders and files may be symbolic links; links to folders inside a class folder are not
+    followed.
 
     Args:
-        per_class: take the first files of each class only.
-        by_number: sort the files of a class by the numbers in their names, as a person would: id999 before id1000.
+        per_class: use only the first files of each class.
+        by_number: sort the files of a class by the numbers in their names: id999 before id1000.
     Raises:
-        InputError: there is no such folder, it has no class folders, one of them is empty, or holds fewer than `per_class`.
+        InputError: the folder does not exist or has no class folders, or one of them is empty or has fewer than `per_class` images.
     """
     folder = image_root(Path(folder))
     names = class_folders(folder)
@@ -273,45 +286,45 @@ def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: in
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts names by the numbers in them: 2 before 10, id999 before id1000."""
+    """Sort key that compares numbers in names by value: 2 before 10, id999 before id1000."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones.
+    """Sorted names of the sub-folders, without hidden ones.
 
     Raises:
-        InputError: it is no folder, cannot be read, or has none.
+        InputError: `folder` is not a folder, cannot be read, or has no sub-folders.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
-    names = [entry.name for entry in entries(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
+    names = [entry.name for entry in sorted_scandir(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
     if not names:
         raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
     return names
 
 
 def _images(folder: Path, class_name: str) -> Iterator[str]:
-    """The image files of a class, below the folder, in sorted order; hidden ones are not (._1.png of macOS, .ipynb_checkpoints)."""
+    """Relative paths of the images of a class, sorted, without hidden ones (._1.png of macOS, .ipynb_checkpoints)."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     prefix = os.path.join(folder, "")
-    for entry in below(prefix + class_name):
+    for entry in walk_files(prefix + class_name):
         hidden = f"{os.sep}." in entry.path[len(prefix) :]
         if not hidden and entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
             yield entry.path[len(prefix) :]
 
 
 def _train_folder(folder: Path) -> Path:
-    """The sub-folder of the training images where there is one (ImageNet: train, val), else the folder itself.
+    """The sub-folder "train" if there is one (as in ImageNet), else the folder itself.
 
     Raises:
-        InputError: the folder has held-out images, but no folder of training images: `val` would be taken for a class.
+        InputError: there is a folder of test images, but none of training images: `val` would count as a class.
     """
     if (folder / "train").is_dir():
         return folder / "train"
-    for name in _HELD_OUT:
+    for name in _TEST_FOLDERS:
         if (folder / name).is_dir():
             raise InputError(
                 f"{folder} has a folder {name!r}, but no 'train' beside it that holds the class folders of the training images"
@@ -320,7 +333,7 @@ def _train_folder(folder: Path) -> Path:
 
 
 def _test_folder(folder: Path, names: Sequence[str]) -> Path:
-    """The sub-folder of the held-out images."""
+    """The sub-folder of the test images."""
     found = _labelled(folder, names) or next((folder / name for name in names if (folder / name).is_dir()), None)
     if found is None:
         wanted = " or ".join(repr(name) for name in reversed(names))
@@ -329,25 +342,25 @@ def _test_folder(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _labelled(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of these sub-folders that has class folders; ImageNet's test images lie there bare."""
+    """The first of these sub-folders that has class folders; ImageNet's test folder has none."""
     places = (folder / name for name in names if (folder / name).is_dir())
-    return next((place for place in places if any(os.path.isdir(entry) for entry in entries(str(place)))), None)
+    return next((place for place in places if any(os.path.isdir(entry) for entry in sorted_scandir(str(place)))), None)
 
 
 def _numbered_alike(data: FileSet, train: Path) -> FileSet:
-    """Test images whose classes are numbered and named as those of the training images."""
+    """Relabel test images with the class numbers and names of the training images."""
     names = class_folders(train)
     numbers = class_numbers(data.class_names, names, data.folder, train)
     return replace(data, labels=torch.tensor(numbers)[data.labels], class_names=names)
 
 
 def class_numbers(names: Sequence[str], train_names: Sequence[str], folder: Path, train: Path) -> list[int]:
-    """For each class folder of the test images, the number of its class among those of the training images.
+    """The training label of each class folder of the test images.
 
-    They have the same names, or the same numbers in their names, padded with zeros or not.
+    Names match if they are equal, or equal up to zero padding of the number at their end.
 
     Raises:
-        InputError: one of them has a class that the other has not.
+        InputError: the two sets of classes differ.
     """
     names = as_named(names, train_names)
     if set(names) != set(train_names):
@@ -359,7 +372,7 @@ def class_numbers(names: Sequence[str], train_names: Sequence[str], folder: Path
 
 
 def as_named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Names as others write them where both differ in the zeros before a number alone: 2 for 02, class_2 for class_002; else unchanged."""
+    """`names` in the spelling of `wanted` if they differ only in zero padding (2 for 02, class_2 for class_002); else unchanged."""
     own, known = _by_number(names), _by_number(wanted)
     if not own or not known or set(own) != set(known):
         return list(names)
@@ -368,14 +381,14 @@ def as_named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 
 def _by_number(names: Sequence[str]) -> dict[tuple[str, int], str] | None:
-    """Class folders by the text before the number at their end and that number; None where one has none, or two have the same."""
+    """Names by prefix and number at their end; None if a name has no number, or two have the same prefix and number."""
     matches = [re.fullmatch(r"([^0-9]*)([0-9]+)", name) for name in names]
     found = {(match[1], int(match[2])): match[0] for match in matches if match}
     return found if len(found) == len(names) else None
 
 
 def shown(names: Sequence[str], at_most: int = _SHOWN) -> str:
-    """Names for a sentence; of many, the first."""
+    """Names as text, at most `at_most` of them."""
     more = f", … ({len(names)} in all)" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
 
@@ -396,7 +409,7 @@ def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet
 
 
 def _tiny_test(folder: Path, size: int, channels: int) -> FileSet:
-    """Tiny-ImageNet's held-out images, whose classes stand in a table and not in class folders."""
+    """Tiny-ImageNet's test images, whose labels are in a table instead of class folders."""
     table, train = folder / _TINY_TABLE, folder / "train"
     try:
         rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]

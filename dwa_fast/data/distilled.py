@@ -1,4 +1,4 @@
-"""Distilled sets of any origin: their class folders matched with the real classes, the first images of each, without damaged files."""
+"""Opens distilled sets of any program: matches class folders with the real classes, and can limit ipc and skip damaged files."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ def open_distilled(
     per_class: int | None = None,
     skip_bad_images: bool = False,
 ) -> tuple[FileSet, dict[str, str]]:
-    """A distilled set, whose labels are those of the real classes.
+    """Open a distilled set with the labels of the real classes.
 
-    Class folders are named as the real classes (wnids), or numbered: `new000` of SRe2L, CDA, DWA and this program, `00000` of RDED. Where
-    the set has a manifest, a number stands for the class of that number there; elsewhere for the class in that place of the sorted names.
-    Classes of the set that are not among the real ones are left out, if all have names. Within a class the files are sorted by the numbers
-    in their names.
+    Class folders are named as the real classes (wnids), or numbered: `new000` of SRe2L, CDA, DWA and this program, `00000` of RDED. A
+    number is an index into the class names of the manifest, or, without a manifest, into the sorted class names. If all folders have
+    names, classes of the set that are not among the real ones are left out. Within a class, files are sorted by the numbers in their names.
 
     Args:
         class_names: of the real classes.
-        per_class: take the first images of each class only, at least 1.
-        skip_bad_images: pass over files that are no images.
+        per_class: use only the first images of each class, at least 1.
+        skip_bad_images: skip files that are not images.
     Returns:
-        the set, and why files were passed over, by name.
+        the set, and the causes by skipped file.
     Raises:
-        InputError: per_class is below 1, the folders are not those of the classes, one has too few images, or the manifest says that
-            images are of another size, or names other images than those that are there.
+        InputError: per_class is below 1, the folders do not match the classes, one has too few images, or images or their size differ from
+            the manifest.
     """
     folder = Path(folder)
     if per_class is not None:
@@ -70,7 +69,7 @@ def open_distilled(
 
 
 def set_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a set of ours; None where there is none, or one that is damaged or of another program, which is logged."""
+    """The manifest of a set; None if there is none, or, with a warning, if it cannot be read."""
     if not is_set(folder):
         return None
     try:
@@ -91,32 +90,32 @@ def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
 
 
 def _check_names(folder: Path, data: FileSet, manifest: Mapping[str, Any]) -> None:
-    """Whether the images of a complete set are those that its manifest names; their content is for `dwa-fast verify` to check.
+    """Check that the images of a complete set are those in its manifest. `dwa-fast verify` checks their content.
 
     Raises:
-        InputError: one is missing, or does not belong to the set, so that an accuracy would be that of another set.
+        InputError: an image is missing, or does not belong to the set.
     """
     named = manifest["images"]
     if not manifest["complete"]:
-        log.warning("%s is not complete; the command that made it goes on with it", folder)
+        log.warning("%s is not complete; the command that made it resumes it", folder)
         return
     missing = next((name for name in named if not (data.folder / name).is_file()), None)
-    strange = next((name for name in data.files if name not in named), None)
-    if missing or strange:
-        what = f"{missing} is missing" if missing else f"{strange} does not belong to the set"
+    extra = next((name for name in data.files if name not in named), None)
+    if missing or extra:
+        what = f"{missing} is missing" if missing else f"{extra} does not belong to the set"
         raise InputError(f"{folder} holds other images than its manifest names: {what}; dwa-fast verify names all of them")
 
 
 def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], set_names: Sequence[str] | None) -> list[int]:
-    """Number of the real class of each class folder; -1 where it is none of the real ones.
+    """The real label of each class folder; -1 if its class is not among the real ones.
 
     Args:
-        set_names: class names of the set's manifest, if it has one.
+        set_names: class names in the manifest, if there is one.
     """
     matches = [_NUMBERED.fullmatch(name) for name in folders]
     numbers = [int(match[1]) for match in matches if match]
     unique = len(set(numbers)) == len(folders)
-    unnamed = [str(number) for number in range(len(set_names or ()))]  # what a set is called by that was imported without names
+    unnamed = [str(number) for number in range(len(set_names or ()))]  # class names of a set that was imported without names
     named = set_names is not None and (list(set_names) != unnamed or list(class_names) == unnamed)
     if set_names is not None and named and unique and max(numbers) < len(set_names) and len(set(set_names)) == len(set_names):
         names = as_named([set_names[number] for number in numbers], class_names)
@@ -145,7 +144,7 @@ def _numbers(folder: Path, folders: Sequence[str], class_names: Sequence[str], s
 
 
 def _as_named_by_text(folders: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """Folders as the real classes are written, class_2 for class_002; a bare number is no name: it may be the place of a class."""
+    """Folder names in the spelling of the real classes, class_2 for class_002. Bare numbers are not names: they may be class indices."""
     return list(folders) if any(name.isdecimal() for name in folders) else as_named(folders, class_names)
 
 
@@ -155,13 +154,15 @@ def _first(data: FileSet, per_class: int | None) -> FileSet:
     Raises:
         InputError: a class has fewer, or none.
     """
-    seen: Counter[int] = Counter()
+    count: Counter[int] = Counter()
     chosen = []
     for index, label in enumerate(data.labels.tolist()):
-        seen[label] += 1
-        if per_class is None or seen[label] <= per_class:
+        count[label] += 1
+        if per_class is None or count[label] <= per_class:
             chosen.append(index)
     for label, name in enumerate(data.class_names):
-        if seen[label] < (per_class or 1):
-            raise InputError(f"class {name!r} of {data.folder} has {seen[label]} images that can be read, wanted at least {per_class or 1}")
+        if count[label] < (per_class or 1):
+            raise InputError(
+                f"class {name!r} of {data.folder} has {count[label]} images that can be read, wanted at least {per_class or 1}"
+            )
     return data.select(chosen)

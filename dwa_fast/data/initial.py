@@ -1,10 +1,9 @@
-"""Where the refinement starts: real images of each class, drawn or in order, tensors from files, or Gaussian noise."""
+"""Initial images of the refinement: real images of each class, random or in order; tensors from files; or noise."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -17,32 +16,30 @@ from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, Synthesi
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
-from dwa_fast.io.decode import BadImageError
+from dwa_fast.io.decode import READERS, BadImageError
 from dwa_fast.io.files import checksum
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
 
-_READERS = 8  # threads that look for the images of a batch, each for one class at a time
-
 
 class InitialImages(Protocol):
-    """Image i of every class. Image i never depends on how many are asked for, in which order, or by how many processes."""
+    """Image i of every class. It does not depend on the number or order of requests, nor on the number of processes."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the images depend on, beside the data and the seed; JSON values."""
+        """Settings that the images depend on besides the data and the seed; JSON values."""
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Files that were no images, and why, as far as they have been met. Those that a set has skipped before are put in first."""
+        """Causes by file that is not an image, as far as read. Resuming a set adds those that it has skipped before."""
 
     def check(self, last: Mapping[int, int]) -> None:
-        """Find out whether the images of each class up to the last one, by class, can be read, before anything is computed from them.
+        """Check that the images of each class, up to the given index by class, can be read.
 
         Raises:
-            InputError: as `load`, of the first that cannot.
+            InputError: as `load`, for the first one that cannot.
         """
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
@@ -57,10 +54,10 @@ def initial_images(
     ipc: int,
     seed: int,
 ) -> InitialImages:
-    """The initial images of a whole set, as configured; nothing is decoded yet.
+    """The initial images of a set, as configured. Decodes nothing yet.
 
     Raises:
-        InputError: a class has fewer than ipc images, one of the tensor files is missing, or nothing would use them.
+        InputError: a class has fewer than ipc images, a tensor file is missing, or the configuration does not use initial images.
     """
     if not synthesis.sees_images:
         if config.initial_tensors:
@@ -72,34 +69,33 @@ def initial_images(
 
 
 class RealImages:
-    """Real images: image i of a class is the i-th good one of the class's order."""
+    """Real images: image i of a class is the i-th one in the order of the class that can be decoded."""
 
     def __init__(self, data: ImageSet, normalisation: Normalisation, config: InitialConfig, *, ipc: int, seed: int) -> None:
         self.settings: dict[str, Any] = {"initial_order": config.initial_order}
         self.skipped: dict[str, str] = {}
         self._data, self._normalisation, self._skip = data, normalisation, config.skip_bad_images
         self._members, self._order, self._seed = class_members(data, ipc), config.initial_order, seed
-        self._walks: dict[int, _Walk] = {}
+        self._classes: dict[int, _ClassOrder] = {}
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(_READERS)
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
         """Image `index` of each of these classes, all different, [n, C, S, S], normalised.
 
         Raises:
-            InputError: a file is no image and none may be skipped, or a class has too few good images.
+            InputError: a file is not an image and may not be skipped, or a class has too few images that can be decoded.
         """
-        with self._lock:  # a class is looked through by one thread at a time
-            return normalise(torch.cat(list(self._pool.map(lambda label: self._find(label, index), labels))), self._normalisation)
+        with self._lock:  # each class is advanced by one thread at a time
+            return normalise(torch.cat(list(READERS.map(lambda label: self._find(label, index), labels))), self._normalisation)
 
     def check(self, last: Mapping[int, int]) -> None:
-        """Decode the images of each class up to the last one, by class.
+        """Decode the images of each class up to the given index.
 
         Raises:
-            InputError: as `load`; the sentence says how many classes have such images.
+            InputError: as `load`; the message has the number of affected classes.
         """
         with self._lock:
-            faults = [fault for fault in self._pool.map(self._fault, last, last.values()) if fault is not None]
+            faults = [fault for fault in READERS.map(self._fault, last, last.values()) if fault is not None]
         if faults:
             others = f" (and images of {len(faults) - 1} more classes)" if len(faults) > 1 else ""
             raise InputError(f"{faults[0]}{others}") from faults[0]
@@ -112,24 +108,24 @@ class RealImages:
         return None
 
     def _find(self, label: int, index: int) -> Tensor:
-        if label not in self._walks:
-            self._walks[label] = _Walk(ordered(self._members[label], label, self._order, seed=self._seed))
-        walk = self._walks[label]
-        if index < len(walk.good):
-            return self._data.load([walk.good[index]])
-        while walk.seen < len(walk.order):
-            candidate = walk.order[walk.seen]
+        if label not in self._classes:
+            self._classes[label] = _ClassOrder(ordered(self._members[label], label, self._order, seed=self._seed))
+        own = self._classes[label]
+        if index < len(own.good):
+            return self._data.load([own.good[index]])
+        while own.tried < len(own.order):
+            candidate = own.order[own.tried]
             pixels = self._try(candidate)
-            walk.seen += 1  # not where _try raised: asked again, it is tried again
+            own.tried += 1  # not if _try raised: the next call tries it again
             if pixels is not None:
-                walk.good.append(candidate)
-                if index < len(walk.good):
+                own.good.append(candidate)
+                if index < len(own.good):
                     return pixels
-        name, good, bad = self._data.class_names[label], len(walk.good), walk.seen - len(walk.good)
+        name, good, bad = self._data.class_names[label], len(own.good), own.tried - len(own.good)
         raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, but image {index + 1} of it is asked for")
 
     def _try(self, candidate: int) -> Tensor | None:
-        """The pixels, or None where the image is skipped. What a set once skipped stays skipped, even where it has been repaired since."""
+        """The pixels, or None if the image is skipped. An image that a set has skipped stays skipped, even if it has been repaired."""
         name = self._data.name(candidate)
         if name in self.skipped:
             return None
@@ -144,16 +140,16 @@ class RealImages:
 
 
 @dataclass
-class _Walk:
-    """The images of one class in the order in which they are taken, and how far they have been looked at."""
+class _ClassOrder:
+    """The images of one class in the order in which they are used, and how many have been tried."""
 
     order: list[int]
-    good: list[int] = field(default_factory=list)  # those that could be decoded
-    seen: int = 0  # how many have been tried
+    good: list[int] = field(default_factory=list)  # images that could be decoded
+    tried: int = 0  # number of images of `order` that have been tried
 
 
 class TensorImages:
-    """Files tensor_0.pt, tensor_1.pt, … as the published CIFAR code reads them: image i of every class in one tensor, normalised."""
+    """Files tensor_0.pt, tensor_1.pt, … in the format of the published CIFAR code: image i of every class in one tensor, normalised."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], ipc: int) -> None:
         missing = [index for index in range(ipc) if not tensor_file(folder, index).is_file()]
@@ -162,11 +158,11 @@ class TensorImages:
         self.settings: dict[str, Any] = {"initial_tensors": checksum(tensor_file(folder, 0))}
         self.skipped: dict[str, str] = {}
         self._folder, self._shape = folder, shape
-        self._last: tuple[int, Tensor] | None = None  # all batches of an index come from one file
+        self._last: tuple[int, Tensor] | None = None  # cached, since all batches of an index come from one file
         self._lock = Lock()
 
     def check(self, last: Mapping[int, int]) -> None:
-        """Read the files up to that of the last image.
+        """Read the files up to the largest index.
 
         Raises:
             InputError: as `read_tensor`.
@@ -187,17 +183,17 @@ class TensorImages:
 
 
 def tensor_file(folder: Path, index: int) -> Path:
-    """Where the published code looks for image `index` of every class."""
+    """Path of the tensor with image `index` of every class, named as in the published code."""
     return folder / f"tensor_{index}.pt"
 
 
 def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A tensor file, as float32 on the CPU, read with weights_only.
+    """Read a tensor file with weights_only, as float32 on the CPU.
 
     Args:
-        shape: wanted: [classes, C, H, W].
+        shape: the expected shape, [classes, C, H, W].
     Raises:
-        InputError: it cannot be read safely, is no tensor, has another shape, is not floating point, or is not finite.
+        InputError: it cannot be read safely, is not a tensor, or has another shape, an integer type or values that are not finite.
     """
     content = read_archive(path, "tensor file")
     wanted = f"wanted one of shape {shape}: an image per class, normalised"
@@ -215,31 +211,31 @@ def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 class NoImages:
-    """What stands for initial images where nothing looks at them."""
+    """Placeholder for configurations that do not use initial images."""
 
     def __init__(self, data: ImageSet) -> None:
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-        self._image = unseen(data)
+        self._image = probe_image(data)
 
     def check(self, last: Mapping[int, int]) -> None:
-        """There is nothing to read."""
+        """Nothing to check."""
 
     def load(self, labels: Sequence[int], index: int) -> Tensor:
-        """The same noise for each of these classes, [n, C, S, S]."""
+        """The same noise for every class, [n, C, S, S]."""
         return self._image.expand(len(labels), -1, -1, -1)
 
 
-def unseen(data: ImageSet) -> Tensor:
-    """Noise of the shape of an image of the set, [1, C, S, S], to try a teacher with before anything is decoded."""
+def probe_image(data: ImageSet) -> Tensor:
+    """Noise of the shape of an image, [1, C, S, S], to probe a teacher before anything is decoded."""
     return normal(generator(0, "unseen"), (1, *data.image_shape))
 
 
 def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:
-    """The indices of the images of each class, in the order of the set.
+    """Indices of the images of each class, in the order of the set.
 
     Raises:
-        InputError: a class has fewer than ipc.
+        InputError: a class has fewer than ipc images.
     """
     found = by_class(data)
     for label, own in enumerate(found):
@@ -249,7 +245,7 @@ def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:
 
 
 def ordered(members: Tensor, label: int, order: InitialOrder, *, seed: int) -> list[int]:
-    """The images of a class as they are taken: in a random order of its own, or in that of the set, which is sorted by file name."""
+    """The images of a class in the order in which they are used: shuffled by the seed, or as in the set (sorted by file name)."""
     if order == "sampled":
         members = members[generator(seed, "initial", label).permutation(len(members))]
     return [int(index) for index in members.tolist()]
@@ -262,7 +258,7 @@ def sample(
     *,
     seed: int,
 ) -> list[int]:
-    """Indices of `ipc` images of a class, drawn without replacement; a smaller ipc draws the first of a larger one's.
+    """Indices of `ipc` random images of a class, without replacement; those of a smaller ipc are a prefix of those of a larger one.
 
     Raises:
         InputError: a class has fewer images.

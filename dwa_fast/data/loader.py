@@ -1,4 +1,4 @@
-"""What a network is shown while it is trained: batch by batch, which images, how each is seen, and with which it is mixed."""
+"""Training batches: which images, how each is augmented, and with which other one it is mixed."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from torch import Tensor
 
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.datasets import ImageSet, normalise, to_unit
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
 
-_AHEAD = 2  # batches that are read from disk before they are needed
-_READ_AT_ONCE = 256  # images
+_PREFETCH = 2  # batches that are read from disk in advance
+_CHUNK = 256  # images that are copied to the device at once
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One batch, before its images are looked at. On the CPU."""
+class BatchPlan:
+    """The random choices for one batch, made before any image is loaded. All tensors are on the CPU."""
 
-    indices: Tensor  # [B] int64: images of the set
+    indices: Tensor  # [B] int64, into the set
     views: Views
     mix: Mix
-    logits: Tensor | None = None  # [B, classes] float16: the teacher's for exactly this, where they were stored
+    logits: Tensor | None = None  # [B, classes] float16: stored teacher logits of exactly these views and this mix
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One batch as the network sees it, on its device."""
+class TrainingBatch:
+    """One augmented batch on the device."""
 
     images: Tensor  # [B, C, H, W], normalised, mixed
     labels: Tensor  # [B] int64
-    draw: Draw
+    plan: BatchPlan
 
 
-class Draws(Protocol):
-    """The batches of every epoch."""
+class BatchSampler(Protocol):
+    """Gives the batch plans of every epoch."""
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
 
-    def epoch(self, number: int) -> Sequence[Draw]:
-        """Those of one epoch, from 0."""
+    def epoch(self, number: int) -> Sequence[BatchPlan]:
+        """The plans of one epoch, counted from 0."""
 
 
-class RandomDraws:
-    """All from one stream, epoch by epoch. An epoch asked for out of turn is what it would have been in turn."""
+class RandomSampler:
+    """Random plans, all from one random stream. An epoch has the same plans whatever order the epochs are requested in."""
 
     def __init__(
         self,
@@ -71,25 +71,25 @@ class RandomDraws:
         self._seed, self._purpose = seed, purpose
         self._source, self._next = generator(seed, purpose), 0
 
-    def epoch(self, number: int) -> list[Draw]:
-        """The batches of one epoch."""
+    def epoch(self, number: int) -> list[BatchPlan]:
+        """The plans of one epoch. An earlier epoch than the last one replays the stream from its start."""
         if number < self._next:
             self._source, self._next = generator(self._seed, self._purpose), 0
         while self._next < number:
-            self._draw()
-        return self._draw()
+            self._next_epoch()
+        return self._next_epoch()
 
-    def _draw(self) -> list[Draw]:
+    def _next_epoch(self) -> list[BatchPlan]:
         self._next += 1
-        return [self._one(order) for order in batches(self._count, self._config.batch_size, self._source)]
+        return [self._plan(order) for order in batches(self._count, self._config.batch_size, self._source)]
 
-    def _one(self, order: np.ndarray) -> Draw:
+    def _plan(self, order: np.ndarray) -> BatchPlan:
         views = draw_views(len(order), self._config, self._source)
-        return Draw(torch.from_numpy(order), views, draw_mix(len(order), self._image_size, self._config, self._source))
+        return BatchPlan(torch.from_numpy(order), views, draw_mix(len(order), self._image_size, self._config, self._source))
 
 
-class Pixels:
-    """The images of a set for a device: kept there as bytes where they fit into the limit, else read from disk when they are needed."""
+class ImageCache:
+    """The images of a set: held on the device as uint8 if they fit into the limit, else read from disk for every batch."""
 
     def __init__(
         self,
@@ -101,54 +101,58 @@ class Pixels:
         self._held: Tensor | None = None
         size = len(data.labels) * math.prod(data.image_shape)
         if size <= limit * 2**30:
-            parts = [range(start, min(start + _READ_AT_ONCE, len(data.labels))) for start in range(0, len(data.labels), _READ_AT_ONCE)]
-            self._held = torch.cat([(data.load(part) * 255).round().to(torch.uint8).to(device) for part in parts])
+            chunks = [range(start, min(start + _CHUNK, len(data.labels))) for start in range(0, len(data.labels), _CHUNK)]
+            self._held = torch.cat([data.load(chunk).to(device) for chunk in chunks])
         else:
-            log.info("images: %.3g GiB, more than the memory limit of %g GiB; read from disk as training goes", size / 2**30, limit)
+            log.info("images: %.3g GiB, more than the memory limit of %g GiB; read from disk during training", size / 2**30, limit)
 
     def batches(self, orders: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The images of each batch, [B, C, H, W] in [0, 1] on the device."""
+        """The images of each batch, [B, C, H, W] uint8 on the device.
+
+        Args:
+            orders: indices of each batch, [B] int64.
+        """
         if self._held is not None:
             for order in orders:
-                yield self._held[order.to(self.device)].float() / 255
+                yield self._held[order.to(self.device)]
             return
         waiting: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1) as prefetcher:
             for order in orders:
-                waiting.append(reader.submit(self.data.load, order.tolist()))
-                if len(waiting) > _AHEAD:
+                waiting.append(prefetcher.submit(self.data.load, order.tolist()))
+                if len(waiting) > _PREFETCH:
                     yield waiting.popleft().result().to(self.device)
             while waiting:
                 yield waiting.popleft().result().to(self.device)
 
 
-class Lessons:
-    """Images as their draws say, epoch by epoch."""
+class TrainingLoader:
+    """Loads, augments, normalises and mixes the images of each batch plan."""
 
-    def __init__(self, pixels: Pixels, draws: Draws, config: SqueezeConfig | ValidationConfig) -> None:
-        self._pixels, self._draws, self._config = pixels, draws, config
-        self._labels = pixels.data.labels.to(pixels.device)
+    def __init__(self, images: ImageCache, sampler: BatchSampler, config: SqueezeConfig | ValidationConfig) -> None:
+        self._images, self._sampler, self._config = images, sampler, config
+        self._labels = images.data.labels.to(images.device)
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch."""
-        return self._draws.steps
+        """Batches per epoch."""
+        return self._sampler.steps
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
-        return self._pixels.device
+        """The device of the batches."""
+        return self._images.device
 
-    def epoch(self, number: int) -> Iterator[Lesson]:
-        """The batches of one epoch, from 0."""
-        draws = self._draws.epoch(number)
-        for draw, pixels in zip(draws, self._pixels.batches(draw.indices for draw in draws), strict=True):
-            images = normalise(apply_views(pixels, draw.views, self._config.padding), self._config)
-            yield Lesson(apply_mix(images, draw.mix), self._labels[draw.indices.to(pixels.device)], draw)
+    def epoch(self, number: int) -> Iterator[TrainingBatch]:
+        """The batches of one epoch, counted from 0."""
+        plans = self._sampler.epoch(number)
+        for plan, pixels in zip(plans, self._images.batches(plan.indices for plan in plans), strict=True):
+            images = normalise(apply_views(to_unit(pixels), plan.views, self._config.padding), self._config)
+            yield TrainingBatch(apply_mix(images, plan.mix), self._labels[plan.indices.to(pixels.device)], plan)
 
 
 def batch_sizes(count: int, batch_size: int) -> list[int]:
-    """Images of each batch of an epoch. A last batch of one image joins the batch before it, since BatchNorm needs two."""
+    """Sizes of the batches of an epoch. A last batch of one image is merged into the previous one, since BatchNorm needs two."""
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     if len(sizes) > 1 and sizes[-1] == 1:
         sizes[-2:] = [sizes[-2] + 1]
@@ -156,5 +160,5 @@ def batch_sizes(count: int, batch_size: int) -> list[int]:
 
 
 def batches(count: int, batch_size: int, source: np.random.Generator) -> list[np.ndarray]:
-    """Indices of one epoch in random order."""
+    """The shuffled indices of one epoch, split into batches."""
     return np.split(source.permutation(count), np.cumsum(batch_sizes(count, batch_size))[:-1])

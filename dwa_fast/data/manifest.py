@@ -1,4 +1,4 @@
-"""The manifest of a distilled set: how its images came to be, and a checksum of each of its files."""
+"""The manifest of a distilled set: the settings it was made with, and a checksum of each file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 
 from dwa_fast.data.set_layout import FLAT_FORMAT, FORMAT, MANIFEST, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
 
 IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
 
 
 def image_name(label: int, index: int, classes: int, suffix: str = "png") -> str:
-    """Path of one image below the folder of the class folders, as the published code names it.
+    """Path of an image relative to the folder of class folders, named as in the published code.
 
-    Numbers have at least three digits. Those of classes have as many as the last class needs; those of images never depend on how many
-    there are, so that a set can grow: image 1000 is id1000, which comes after id999 where names are sorted by their numbers.
+    Numbers have at least three digits, and class numbers as many as the last class needs. Image numbers do not depend on the number of
+    images, so a set can grow: image 1000 is id1000.
     """
     digits = max(3, len(str(classes - 1)))
     return f"new{label:0{digits}d}/class{label:0{digits}d}_id{index:03d}.{suffix}"
@@ -29,14 +28,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a set, given its folder or its `images/`.
 
     Raises:
-        InputError: it is not there, not ours, or damaged.
+        InputError: there is no manifest, or it is damaged or of another program.
     """
     path = set_folder(folder) / MANIFEST
     try:
-        content = json.loads(read_regular(path))
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") not in (FLAT_FORMAT, FORMAT):
         raise InputError(f"{path} is no manifest of format {FLAT_FORMAT} or {FORMAT}, which this version of dwa-fast reads")
@@ -46,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_manifest(content: dict[str, Any]) -> bool:
-    """Whether every part is there and of its type: a manifest may come from anywhere, with its own checksum."""
+    """Whether all fields exist and have the right types."""
     lists = all(isinstance(content.get(key), list) for key in ("continued_with", "class_names"))
     maps = all(isinstance(content.get(key), dict) for key in ("versions", "settings", "skipped", "images", "losses"))
     return (
@@ -61,7 +60,7 @@ def _is_manifest(content: dict[str, Any]) -> bool:
 
 
 def holds_images(value: Any) -> bool:
-    """Whether this maps names of images, which never lead out of the set, to checksums."""
+    """Whether this maps valid image names, which stay inside the set's folder, to checksums."""
     return holds_text(value) and all(map(IMAGE_NAME.fullmatch, value))
 
 

@@ -1,4 +1,4 @@
-"""A teacher and the data that it is used with: the same classes, normalisation and size, or the difference and the way out."""
+"""Checks that a teacher fits the data: same classes, normalisation and size; else explains the difference and what to do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import as_named, shown
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, teacher_checksum
 
 
 class KnownClasses(nn.Module):
-    """A teacher that gives the logits of some of its classes alone, so that probabilities are over these classes."""
+    """A teacher restricted to some of its classes: its probabilities are over these classes."""
 
     classes: Tensor  # [k]
 
@@ -37,22 +36,22 @@ class KnownClasses(nn.Module):
 
 @dataclass(frozen=True)
 class PairedTeacher:
-    """A teacher whose outputs are the classes of the data, in their order."""
+    """A teacher whose outputs are in the order of the data's classes."""
 
     module: nn.Module  # in eval mode
     info: TeacherInfo  # of the checkpoint
-    outputs: list[int] | None  # which output of the checkpoint is which class, where some are left out or the order differs
+    outputs: list[int] | None  # output of the checkpoint for each class; None if they are the same
     checksum: str  # as checkpoint.teacher_checksum
 
 
 def read_classes(path: Path) -> list[str]:
-    """The class names of a teacher, in the order of its outputs: one a line; empty lines and those that begin with # do not count.
+    """Read a teacher's class names in the order of its outputs, one per line. Empty lines and lines starting with # are ignored.
 
     Raises:
-        InputError: it cannot be read, holds no name, or one twice.
+        InputError: the file cannot be read, has no name, or has a name twice.
     """
     try:
-        lines = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"list of classes {path} cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}"
@@ -77,17 +76,17 @@ def open_teacher(
     weights_key: str | None = None,
     flags: Sequence[str] = ("--mean", "--std"),
 ) -> PairedTeacher:
-    """The teacher of a checkpoint, for images of these classes.
+    """Load the teacher of a checkpoint for images of these classes.
 
-    A checkpoint of ours says what it was trained on, and that must be what it is used with. Where it has more classes than the data, or
-    has them in another order, the outputs of the data's classes are taken by name.
+    The classes, size and normalisation recorded in the checkpoint must fit the data. If it has more classes than the data, or in
+    another order, the outputs of the data's classes are selected by name.
 
     Args:
-        class_names: of the data. normalisation, size: with which the images reach the teacher.
-        architecture: what the checkpoint holds. default_architecture: the same, where neither this nor the checkpoint says it.
-        classes: a file as `read_classes` reads it, for a checkpoint that does not name its classes, or names them otherwise.
-        weights_key: which weights of the checkpoint, as `load_teacher`.
-        flags: what the normalisation is called on the command line.
+        class_names: of the data. normalisation, size: of the images that the teacher gets.
+        architecture: network of the checkpoint. default_architecture: used if neither this nor the checkpoint names it.
+        classes: file for `read_classes`, if the checkpoint does not name its classes or names them differently.
+        weights_key: as in `load_teacher`.
+        flags: command-line flags of mean and std, for the error message.
     Raises:
         InputError: the checkpoint cannot be read, or its classes, normalisation or size are not those of the data.
     """
@@ -110,7 +109,7 @@ def open_teacher(
 def _load(
     path: Path, count: int, architecture: str | None, default: str | None, shape: Mapping[str, int], weights_key: str | None
 ) -> tuple[nn.Module, TeacherInfo]:
-    """The checkpoint, with `count` classes, or, where it does not hold so many, with those that it holds."""
+    """Load the checkpoint with `count` classes, or with its own number if it has another."""
     try:
         return load_teacher(path, architecture=architecture, classes=count, weights_key=weights_key, **shape)
     except InputError as error:
@@ -124,7 +123,7 @@ def _load(
 
 
 def _check_images(path: Path, info: TeacherInfo, normalisation: Normalisation, size: int, flags: Sequence[str]) -> None:
-    """Raise InputError where a checkpoint of ours was trained on images of another size or normalisation."""
+    """Raise InputError if the checkpoint records another image size or normalisation."""
     found: list[str] = []
     ways: list[str] = []
     if info.size != size:
@@ -142,12 +141,12 @@ def _check_images(path: Path, info: TeacherInfo, normalisation: Normalisation, s
 
 
 def described(mean: Sequence[float], std: Sequence[float]) -> str:
-    """A normalisation for a sentence."""
+    """A normalisation as text."""
     return f"mean {_plain(mean)} and std {_plain(std)}"
 
 
 def as_flags(mean: Sequence[float], std: Sequence[float], flags: Sequence[str] = ("--mean", "--std")) -> str:
-    """A normalisation as a person passes it on the command line."""
+    """A normalisation as command-line flags."""
     return f"{flags[0]} {_plain(mean)} {flags[1]} {_plain(std)}"
 
 
@@ -156,13 +155,13 @@ def _plain(values: Sequence[float]) -> str:
 
 
 def _outputs(names: Sequence[str], class_names: Sequence[str], source: Path) -> list[int] | None:
-    """The output of each class of the data; None where they are all, in the same order.
+    """The teacher's output for each class of the data; None if they are the same, in the same order.
 
     Raises:
         InputError: the teacher does not know a class of the data.
     """
     if not set(class_names) <= set(names):
-        first = [name.split()[0] for name in names]  # lists of ImageNet's classes have words behind the wnid
+        first = [name.split()[0] for name in names]  # ImageNet class lists have words after the wnid
         names = first if len(set(first)) == len(first) and set(class_names) <= set(first) else as_named(names, class_names)
     if missing := [name for name in class_names if name not in names]:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Where the parts of a distilled set lie: images in class folders below `images/`, everything else beside that folder.
+"""Folder layout of a distilled set: images in class folders below `images/`, everything else beside that folder.
 
-Other programs take every entry of an image folder for a class, so `images/` holds nothing but class folders of images. Given the folder of
-the set they would take `images` for the only class; a second folder, without images, makes them stop. Sets of an earlier format have their
-class folders beside the manifest, and stay so.
+Other programs treat every entry of an image folder as a class, so `images/` contains only class folders. Given the folder of the set they
+would treat `images` as the only class; a second folder without images makes them stop. Sets of an earlier format keep their class folders
+beside the manifest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
 
 MANIFEST = "manifest.json"
 IMAGES = "images"
@@ -25,11 +24,11 @@ NOTE_TEXT = """This folder belongs to a distilled set that dwa-fast wrote. The i
 There are no images here, so that a program which is given the folder of the set itself stops,
 instead of taking all images for those of a single class called "images".
 """
-FORMAT, FLAT_FORMAT = 3, 2  # of manifests; the second one says that the class folders lie beside it
+FORMAT, FLAT_FORMAT = 3, 2  # manifest formats; in the second one the class folders lie beside the manifest
 
 
 def set_folder(folder: Path) -> Path:
-    """The folder of a set's manifest, given it or the set's `images/`; any other folder is returned as it is."""
+    """The folder of a set's manifest, given that folder or its `images/`; any other folder is returned unchanged."""
     absolute = Path(os.path.abspath(folder))
     if absolute.name != IMAGES or (folder / MANIFEST).exists() or _format(absolute.parent) != FORMAT:
         return folder
@@ -37,33 +36,32 @@ def set_folder(folder: Path) -> Path:
 
 
 def image_root(folder: Path) -> Path:
-    """The folder of the class folders: `images/` of a set of ours, given it or the set's folder; else the folder itself.
+    """The folder of the class folders: `images/` of a set, given it or the set's folder; else the folder itself.
 
     A set whose manifest is damaged or lost is recognised by the note beside its images.
     """
     outer = set_folder(folder)
-    # Where the manifest is lost or damaged, the note still says which layout it was.
     return outer / IMAGES if _format(outer) == FORMAT or (outer / NOTE).is_file() else outer
 
 
 def is_set(folder: Path) -> bool:
-    """Whether a manifest is there, given the folder of a set or its `images/`."""
+    """Whether the folder of a set, or its `images/`, has a manifest."""
     return (set_folder(folder) / MANIFEST).exists()
 
 
 def prefix(manifest: Mapping[str, Any]) -> str:
-    """What stands before the names of a manifest's images, on the way to them from the folder of the set."""
+    """Prefix of image names in a manifest, relative to the folder of the set."""
     return f"{IMAGES}/" if manifest["format"] == FORMAT else ""
 
 
 def has_link(folder: Path, name: str) -> bool:
-    """Whether a file below a folder is a symbolic link, or lies behind one: it may be anywhere."""
+    """Whether a file below a folder is a symbolic link or is reached through one."""
     parts = Path(name).parts
     return any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
 
 
 def refuse_images(folder: Path) -> None:
-    """Raise InputError where results would come to lie among the images of a set."""
+    """Raise InputError if results would be written among the images of a set."""
     absolute = Path(os.path.abspath(folder))
     for place in (absolute, *absolute.parents):
         if place.name == IMAGES and set_folder(place) != place:
@@ -74,10 +72,10 @@ def refuse_images(folder: Path) -> None:
 
 
 def _format(folder: Path) -> int | None:
-    """The format that a manifest names; None where there is no manifest of ours that can be read."""
+    """The format of a manifest; None if there is no readable one."""
     try:
-        content = json.loads(read_regular(folder / MANIFEST))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
         return None
     found = content.get("format") if isinstance(content, dict) else None
     return found if isinstance(found, int) else None

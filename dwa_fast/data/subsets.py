@@ -1,4 +1,4 @@
-"""Parts of a set of images, with the same interface: some of its images, or some of its classes."""
+"""Subsets of a set of images: some images, or some classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dwa_fast.seeding import generator
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a set; nothing is copied."""
+    """A view of some images of a set."""
 
     source: ImageSet
     indices: Tensor  # [n] int64, into the source
@@ -28,33 +28,33 @@ class Subset:
         return self.source.image_shape
 
     def name(self, index: int) -> str:
-        """What the image is called in the source."""
+        """Name of the image in the source."""
         return self.source.name(int(self.indices[index]))
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], float32 in [0, 1]."""
+        """Images [n, C, S, S], uint8."""
         return self.source.load(self.indices[torch.as_tensor(indices, dtype=torch.int64)].tolist())
 
 
 def by_class(data: ImageSet) -> list[Tensor]:
-    """The indices of the images of each class, in the order of the set."""
+    """Indices of the images of each class, in the order of the set."""
     counts = torch.bincount(data.labels, minlength=len(data.class_names)).tolist()
     return list(torch.argsort(data.labels, stable=True).split(counts))
 
 
 def images_per_class(data: ImageSet) -> int | str:
-    """How many images every class of a set has: a number, or "2–5" where classes differ."""
+    """Number of images per class: a number, or "2–5" if it varies."""
     counts = [len(own) for own in by_class(data)]
     return counts[0] if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
 
 
 def part(data: ImageSet, indices: Tensor) -> Subset:
-    """These images of a set, with the classes as they are."""
+    """Some images of a set, with the same classes."""
     return Subset(data, indices, data.labels[indices], data.class_names)
 
 
 def some_classes(data: ImageSet, classes: Sequence[int]) -> Subset:
-    """The images of these classes, which are numbered anew: the first one given is 0."""
+    """The images of these classes, relabelled from 0 in the given order."""
     numbers = torch.full((len(data.class_names),), -1)
     numbers[list(classes)] = torch.arange(len(classes))
     indices = (numbers[data.labels] >= 0).nonzero().flatten()
@@ -62,7 +62,7 @@ def some_classes(data: ImageSet, classes: Sequence[int]) -> Subset:
 
 
 def draw(data: ImageSet, per_class: int, purpose: str, *, seed: int) -> Subset:
-    """A random draw of so many images of every class, class after class, without replacement.
+    """`per_class` random images of every class, class by class, without replacement.
 
     Raises:
         InputError: a class has fewer images.

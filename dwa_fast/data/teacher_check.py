@@ -1,4 +1,4 @@
-"""Does the teacher know the data? Some real images of each class are predicted before hours are spent, and what looks wrong is logged."""
+"""Checks a teacher's accuracy on some real images before a long run, and warns about likely causes of a low one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import ImageSet, normalise, shown
+from dwa_fast.data.datasets import ImageSet, normalise, shown, to_levels, to_unit
 from dwa_fast.data.pairing import described
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
@@ -22,24 +22,25 @@ log = logging.getLogger("dwa_fast")
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [n, C, H, W] → logits [n, classes], on any device
 
-_IMAGES, _OF_A_CLASS = 1000, 50  # that are predicted at most
+_IMAGES, _OF_A_CLASS = 1000, 50  # largest number of images: in all, and per class
 _BATCH = 100
-_FEWEST = 30  # images, below which an accuracy says too little
-_GAIN = 0.2  # share of the images that must be predicted better for something else to be the cause
-_ABOVE_CHANCE = 0.1  # of the way from chance to all right; below, a teacher knows nothing of the data
-_DOUBTFUL = 0.6  # accuracy below which other normalisations are tried
-_TRIED = 200  # images that they are tried with
-_CERTAIN, _RARELY = 0.5, 0.2  # shares of the images of a class that are given another output, and its own, where the two are swapped
-_ENOUGH = 10  # images of each class with which two swapped classes are told from two that are alike
+_FEWEST = 30  # fewer images are not judged
+_GAIN = 0.2  # smallest gain in accuracy that counts as an explanation
+_ABOVE_CHANCE = 0.1  # fraction of the way from chance to 100 %; below it a teacher counts as guessing
+_DOUBTFUL = 0.6  # other normalisations are tried below this accuracy
+_TRIED = 200  # number of images they are tried on
+# Two classes count as swapped if at least the first fraction of images gets the other output, and at most the second one its own.
+_CERTAIN, _RARELY = 0.5, 0.2
+_ENOUGH = 10  # images per class needed to tell swapped classes from similar ones
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a teacher's outputs agree with the classes of real images."""
+    """How well a teacher's outputs match the labels of real images."""
 
-    accuracy: float  # share of the images in [0, 1] whose class has the largest output
-    reordered: float  # the same after the best permutation of the outputs, each half of the images judged by the permutation of the other
-    moved: dict[int, int]  # class → output that stands for it, where that is another one and the permutation fits far better; else empty
+    accuracy: float  # in [0, 1]
+    reordered: float  # accuracy after the best permutation of the outputs, fitted on one half of the images and measured on the other
+    moved: dict[int, int]  # class → its output, where they differ and the permutation is much more accurate; else empty
 
 
 def judge(
@@ -47,7 +48,7 @@ def judge(
     labels: Tensor,  # [n] int64
     outputs: int,
 ) -> Verdict:
-    """Compare the predicted classes with the right ones, and look for a permutation of the outputs that fits far better."""
+    """Measure the accuracy, and look for a permutation of the outputs that is much more accurate."""
     from scipy.optimize import linear_sum_assignment
 
     rows = labels.unique()
@@ -75,19 +76,19 @@ def judge(
 
 
 def _gain(count: int) -> float:
-    """By how much more of so many images must be predicted right, so that it is no chance: twice the deviation of their share at least."""
+    """Smallest significant gain in accuracy on `count` images: at least twice its standard deviation."""
     return max(_GAIN, 2 / math.sqrt(count))
 
 
 def check_teacher(predict: Predict, data: ImageSet, normalisation: Normalisation, *, seed: int = 0) -> None:
-    """Predict some images of each class, at most a thousand in all, log the accuracy, and warn where it is near chance.
+    """Classify some images of each class, at most a thousand in all; log the accuracy and warn if it is near chance.
 
-    Images that cannot be read are passed over.
+    Images that cannot be read are skipped.
 
     Args:
         predict: the teacher in eval mode.
-        data: real images, whose labels are the teacher's outputs.
-        seed: of the choice of the images.
+        data: real images; their labels are indices of the teacher's outputs.
+        seed: of the random choice of images.
     """
     check_predictions(predict, _read(data, _chosen(data, seed)), normalisation, data.class_names)
 
@@ -95,29 +96,29 @@ def check_teacher(predict: Predict, data: ImageSet, normalisation: Normalisation
 @torch.no_grad()
 def check_predictions(
     predict: Predict,
-    batches: Iterable[tuple[Tensor, Tensor]],  # pixels [n, C, H, W] in [0, 1], and their labels [n] on the CPU
+    batches: Iterable[tuple[Tensor, Tensor]],  # pixels [n, C, H, W], as `normalise` takes them, and their labels [n] on the CPU
     normalisation: Normalisation,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """The same for these images; of fewer than 30, or of a single class, nothing is said."""
-    kept, given, wanted = [], [], []
+    """The same for given images. Fewer than 30 images, or images of a single class, are not judged."""
+    tried, given, wanted = [], [], []
     for pixels, labels in batches:
-        given.append(predict(normalise(pixels.float(), normalisation)).float().cpu())
+        given.append(predict(normalise(pixels, normalisation)).float().cpu())
         wanted.append(labels.to(torch.int64))
-        kept.append((pixels.clamp(0, 1) * 255).round().to(torch.uint8))
+        tried.append(pixels if pixels.dtype == torch.uint8 else to_levels(pixels))
     labels = torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64)
     count = len(labels)
     if count < _FEWEST or len(labels.unique()) < 2:
         return
     logits = torch.cat(given)
     if not bool(logits.isfinite().all()):
-        return  # refused elsewhere, with the cause
+        return  # reported elsewhere, with the cause
     outputs = logits.shape[1]
     found = judge(logits.argmax(1), labels, outputs)
     right = f"{100 * found.accuracy:.1f} % of {count} real images right"
     log.info("teacher: %s", right)
     doubtful = found.moved or found.accuracy < _DOUBTFUL
-    better = _better_normalisation(predict, torch.cat(kept), labels, normalisation) if doubtful else None
+    better = _better_normalisation(predict, torch.cat(tried), labels, normalisation) if doubtful else None
     if better and better[0] >= found.reordered:
         log.warning(
             "teacher gives only %s, but %.1f %% of images normalised with %s; see --mean and --std", right, 100 * better[0], better[1]
@@ -139,7 +140,7 @@ def check_predictions(
 
 
 def _chosen(data: ImageSet, seed: int) -> list[int]:
-    """Images of every class, or, where there are many, of some classes: two at least, and not more than 50."""
+    """Choose 2 to 50 images of every class, or of some classes if there are too many."""
     members = [own for own in by_class(data) if len(own)]
     most = _IMAGES // 2
     if len(members) > most:
@@ -153,7 +154,7 @@ def _chosen(data: ImageSet, seed: int) -> list[int]:
 
 
 def _read(data: ImageSet, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels and labels of these images, those that can be read."""
+    """Pixels and labels of these images, without those that cannot be read."""
     for start in range(0, len(indices), _BATCH):
         part = list(indices[start : start + _BATCH])
         try:
@@ -172,22 +173,21 @@ def _better_normalisation(
     labels: Tensor,  # [n]
     normalisation: Normalisation,
 ) -> tuple[float, str] | None:
-    """The usual normalisation with which far more images are predicted right: their share, and its description."""
-
+    """The common normalisation with the highest accuracy, if it is significantly higher: accuracy and description."""
     some = torch.linspace(0, len(labels) - 1, min(_TRIED, len(labels))).round().to(torch.int64)
     pixels, labels = pixels[some.to(pixels.device)], labels[some]
 
     def accuracy(each: Normalisation) -> float:
-        right = [predict(normalise(part.float() / 255, each)).argmax(1).cpu() for part in pixels.split(_BATCH)]
+        right = [predict(normalise(part, each)).argmax(1).cpu() for part in pixels.split(_BATCH)]
         return float((torch.cat(right) == labels).float().mean())
 
-    found = [(accuracy(each), each) for each in _usual(pixels.float() / 255, normalisation)]
+    found = [(accuracy(each), each) for each in _usual(to_unit(pixels), normalisation)]
     best, each = max(found, key=lambda pair: pair[0])
     return (best, described(each.mean, each.std)) if best >= accuracy(normalisation) + _gain(len(labels)) else None
 
 
 def _usual(pixels: Tensor, normalisation: Normalisation) -> list[Normalisation]:
-    """What a teacher may have been trained with: the recipes', [−1, 1], [0, 1], and the images' own mean and deviation."""
+    """Normalisations that a teacher may have been trained with: those of the recipes, [−1, 1], [0, 1], and the images' own mean and std."""
     channels = pixels.shape[1]
     found = [recipe.squeeze for recipe in RECIPES.values() if recipe.squeeze.channels == channels]
     pairs = [(each.mean, each.std) for each in found]
@@ -199,6 +199,6 @@ def _usual(pixels: Tensor, normalisation: Normalisation) -> list[Normalisation]:
 
 
 def _orders(moved: dict[int, int], class_names: Sequence[str] | None) -> str:
-    """Which output is which class, by output."""
+    """The class of each output, as text."""
     pairs = sorted((output, label) for label, output in moved.items())
     return shown([f"output {output} is class {class_names[label] if class_names else label}" for output, label in pairs])

@@ -1,4 +1,4 @@
-"""Distilled sets as DC, DSA, DM, MTT, DATM, IDC and their descendants keep them: tensors of normalised images and of labels."""
+"""Distilled sets in the format of DC, DSA, DM, MTT, DATM, IDC and their descendants: tensors of normalised images and labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dwa_fast.io.torch_files import read_archive, write_archive
 
 IMAGES_FILE, LABELS_FILE = "images_best.pt", "labels_best.pt"  # MTT's names
 _WHAT = "file of tensors"
-_ROUNDING = 0.5 / 255  # how far outside of [0, 1] a pixel may lie and still be the nearest level
+_ROUNDING = 0.5 / 255  # tolerance outside [0, 1] within which a pixel still rounds to a valid level
 
 
 def write_tensors(
@@ -30,18 +30,18 @@ def write_tensors(
 
 
 def read_tensors(paths: Sequence[Path], experiment: int | None = None) -> tuple[Tensor, Tensor, int | None]:
-    """Images and labels of a distilled set, in any of the forms of this family.
+    """Images and labels of a distilled set, in any of the formats of this family.
 
-    Two files hold one tensor each (MTT, DATM; of images_X.pt alone, labels_X.pt beside it is taken), or one file holds [images, labels]
+    Two files hold one tensor each (MTT, DATM; given images_X.pt alone, labels_X.pt is read too), or one file holds [images, labels]
     (IDC), or a dictionary whose 'data' is a list of such pairs, one for each experiment (DC, DSA, DM).
 
     Args:
         experiment: which pair of several, from 0.
     Returns:
-        images [N, C, H, W] float32, normalised; labels [N] int64; and where the labels were soft, of how many classes: then these are the
-        likeliest ones.
+        images [N, C, H, W] float32, normalised; labels [N] int64; number of classes if the labels were soft (the argmax is returned), else
+        None.
     Raises:
-        InputError: a file cannot be read safely, holds something else, or there are several experiments and none was chosen.
+        InputError: a file cannot be read safely, has another content, or has several experiments and none was chosen.
     """
     if len(paths) == 1 and paths[0].name.startswith("images") and (beside := _labels_beside(paths[0])).is_file():
         paths = [paths[0], beside]
@@ -71,11 +71,11 @@ def as_pixels(
     """Undo the normalisation.
 
     Args:
-        clip: cut values that are no pixels, which methods that never clamp their images have.
+        clip: clamp values outside [0, 1], which methods that never clamp their images produce.
     Returns:
-        pixels [N, C, H, W] in [0, 1], and a sentence on what was cut, empty where nothing was.
+        pixels [N, C, H, W] in [0, 1], and a message on the clamped values; empty if there were none.
     Raises:
-        InputError: the images have another number of channels, lie in [0, 1] already, or outside of it afterwards without `clip`.
+        InputError: the images have another number of channels, lie in [0, 1] already, or lie outside it after denormalising without `clip`.
     """
     if images.shape[1] != normalisation.channels:
         raise InputError(f"the images have {images.shape[1]} channels, mean and std {normalisation.channels}")

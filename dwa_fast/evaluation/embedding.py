@@ -74,7 +74,7 @@ def stream(
     normalisation: Normalisation,
     device: torch.device,
 ) -> Iterator[tuple[range, Tensor, Embedding]]:
-    """The whole set, a batch at a time: indices, pixels [n, C, S, S] in [0, 1] on the device, embedding.
+    """The whole set, a batch at a time: indices, pixels [n, C, S, S] uint8 on the device, embedding.
 
     Raises:
         InputError: as `embed`, or a weight or a statistic of the teacher is not finite.

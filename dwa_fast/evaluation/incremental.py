@@ -12,12 +12,12 @@ from torch import nn
 
 from dwa_fast.config import Progress, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.digest import image_digest
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.errors import InputError
 from dwa_fast.seeding import derive, generator
 from dwa_fast.training.fit import check_set, check_teacher
-from dwa_fast.training.state import image_digest
 from dwa_fast.training.validate import validate
 
 _MARK = 16  # characters of the checksum of a set that name its folders
@@ -56,7 +56,7 @@ def learn(
     *,
     size: int,
     device: torch.device,
-    keep: Path,
+    resume_dir: Path,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, list[list[list[float]]]]:
@@ -69,7 +69,7 @@ def learn(
         sets: distilled images by name, all with the classes of the held-out ones.
         validation: the training at each step, `validation.students` times.
         size: height and width of the images, pixels.
-        keep: folder of what is finished, in a folder for each step; the same call goes on from there.
+        resume_dir: gets a folder for each step, as of `validate`; the same call resumes from them.
         progress: called with the steps done and the steps in all.
     Raises:
         InputError: there are more tasks than classes, a folder holds a step of other settings, or as `validate`.
@@ -96,7 +96,7 @@ def learn(
             size=size,
             device=device,
             seed=derive(seed, "incremental", index, task),
-            keep=keep / f"{marks[name]}-order{index}-task{task}",
+            resume_dir=resume_dir / f"{marks[name]}-order{index}-task{task}",
         )
         accuracies[name][index].append(result.accuracies)
         if progress:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import Normalisation, Progress, check_choice, check_integer
-from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.datasets import ImageSet, to_unit
 from dwa_fast.data.subsets import by_class, draw
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import Spread
@@ -134,7 +134,7 @@ class _Eye:
     def stream(self, images: ImageSet) -> Iterator[tuple[range, Tensor, Embedding]]:
         """A set, a batch at a time: indices, what neighbours are searched by [n, F], embedding."""
         for indices, pixels, embedding in stream(self.teacher, images, self.normalisation, self.device):
-            small = F.adaptive_avg_pool2d(pixels, min(_PIXELS, pixels.shape[-1])).flatten(1)
+            small = F.adaptive_avg_pool2d(to_unit(pixels), min(_PIXELS, pixels.shape[-1])).flatten(1)
             yield indices, small if self.space == "pixels" else embedding.features, embedding
             self.seen += len(indices)
             if self.progress:

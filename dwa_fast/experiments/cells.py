@@ -24,13 +24,13 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.engine.backend import resolve, resolve_device
-from dwa_fast.io.files import checksum, output_folder, read_regular, write_json
+from dwa_fast.io.files import checksum, output_folder, write_json
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, full_recipe
 from dwa_fast.sets.distill import distill, work_list
 from dwa_fast.sets.store import ImageStore
-from dwa_fast.threads import computing
+from dwa_fast.threads import torch_threads
 from dwa_fast.training.validate import validate
 
 REAL = "real"
@@ -212,7 +212,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
     distilled, _ = open_distilled(folder, setup.data.size, channels, names, per_class=cell.ipc)
     device = resolve_device(setup.synthesis.device)
     started = time.perf_counter()
-    with computing(setup.threads if device.type == "cpu" else None):
+    with torch_threads(setup.threads if device.type == "cpu" else None):
         result = validate(
             distilled,
             stock.test,
@@ -223,7 +223,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
             device=device,
             seed=cell.source.seed,
             progress=progress,
-            keep=cell_folder(setup, cell),
+            resume_dir=cell_folder(setup, cell),
         )
     content = {"settings": _cell_settings(setup, cell), "accuracies": result.accuracies, "seeds": result.seeds}
     write_json(_result_file(setup, cell), {**content, "seconds": time.perf_counter() - started})
@@ -233,7 +233,7 @@ def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
     """Top-1 of as many students as the set-up asks for, percent; None where fewer have been measured."""
     file = _result_file(setup, cell)
     try:
-        found = json.loads(read_regular(file))["accuracies"]
+        found = json.loads(file.read_bytes())["accuracies"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not isinstance(found, list) or not all(isinstance(each, float) and 0 <= each <= 100 for each in found):

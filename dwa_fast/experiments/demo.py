@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dwa_fast.config import check_choice, check_integer
 from dwa_fast.data.datasets import image_folder, load, normalise
+from dwa_fast.data.digest import image_digest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import class_diversity
@@ -23,7 +24,6 @@ from dwa_fast.recipes import full_recipe
 from dwa_fast.report.records import Record, Table, mean_and_spread
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
-from dwa_fast.training.state import image_digest
 
 _ON_SHEET = (REAL, "sre2l", "dwa")  # methods that the contact sheet shows, where they were made
 
@@ -139,7 +139,7 @@ def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[floa
         return []
     device = resolve_device(setup.synthesis.device)
     made = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=ipc, by_number=True)
-    images = normalise(made.load(range(len(made.labels))), setup.synthesis).to(device)
+    images = normalise(made.load(range(len(made.labels))).to(device), setup.synthesis)
     return list(class_diversity(material(setup).teacher.to(device), images, made.labels.to(device)).values())
 
 

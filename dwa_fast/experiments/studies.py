@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dwa_fast.config import SynthesisConfig, check_choice
 from dwa_fast.data.set_layout import set_folder
-from dwa_fast.errors import InputError, printable
+from dwa_fast.errors import InputError, escape_control_chars
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import (
     TOP1,
@@ -71,7 +71,7 @@ def cross(
     seeds: Sequence[int],
 ) -> Record:
     """Students of several architectures × methods and sets that were made elsewhere."""
-    found = [Variant(name=printable(set_folder(folder).resolve().name), found=folder) for folder in sets]
+    found = [Variant(name=escape_control_chars(set_folder(folder).resolve().name), found=folder) for folder in sets]
     names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in found]
     if len(set(names)) < len(names):
         raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")

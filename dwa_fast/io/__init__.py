@@ -1,1 +1,1 @@
-"""Files: written whole, read without running anything from them, decoded."""
+"""Files: atomic writes, safe reads, image decoding."""

@@ -1,8 +1,9 @@
-"""Image files of any origin as square pixels: decoded as torchvision's loader does, or named in one sentence."""
+"""Decodes image files as square uint8 pixels, as torchvision's loader does."""
 
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +13,34 @@ from torch import Tensor
 
 from dwa_fast.errors import InputError
 
+READERS = ThreadPoolExecutor(8, thread_name_prefix="reader")  # the only pool that decodes images; its tasks never wait for one another
+
 # The formats behind torchvision's IMG_EXTENSIONS, and GIF, which hides behind them. Pillow knows more; its EPS reader starts Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _TIFF_BITS = 258  # the tag BitsPerSample
-_DAMAGE = (None, errno.EINVAL, errno.EOVERFLOW)  # OSErrors of Pillow itself, and of offsets that lead nowhere
-_NARROWEST = 100  # longer side divided by the shorter one; beyond, the resized picture would be huge and its centre a sliver
+_DAMAGE = (None, errno.EINVAL, errno.EOVERFLOW)  # errno of OSErrors that mean a damaged file: Pillow's own, and invalid offsets
+_NARROWEST = 100  # largest aspect ratio; beyond it the resized image would be huge and its centre a sliver
 
 
 class BadImageError(InputError):
-    """A file that is no whole image: another may take its place. A file that cannot be opened is a plain InputError."""
+    """A file that is not a complete image and may be skipped. A file that cannot be opened raises a plain InputError instead."""
 
     def __init__(self, file: Path, cause: str) -> None:
         super().__init__(f"{file} is no image that can be read: {cause}")
         self.cause = cause
 
 
-def decode(file: Path, size: int, channels: int, *, resize: int | None = None, squash: bool = False) -> Tensor:
-    """One image file as [C, size, size], float32 in [0, 1]: the shorter side resized to `resize` (default: `size`), the centre kept.
+def decode(file: Path, size: int, channels: int, *, resize: int | None = None, keep_aspect: bool = True) -> Tensor:
+    """One image file as [C, size, size] uint8: the shorter side resized to `resize` (default: `size`), then a centre crop.
 
-    With `squash` all of the picture is kept, and both sides are resized to `size`, as DWA's released script does.
+    With `keep_aspect=False` the whole image is resized to `size` × `size` instead, as DWA's released script does.
 
-    Colours are those of torchvision's default loader: CMYK as Pillow converts it, no rotation by EXIF, no colour profile, the first frame
-    of an animation. Where that loader would give garbage we differ: what is transparent lies on white, and 16-bit grey is scaled to 8 bits.
+    Colours are as in torchvision's default loader: CMYK converted by Pillow, no EXIF rotation, no colour profile, the first frame of an
+    animation. Two differences, where that loader gives garbage: transparent pixels are blended with white, and 16-bit grey is scaled to
+    8 bits.
 
     Raises:
-        BadImageError: the file is no image, or damaged, too large, or of a kind whose range of values is not known.
+        BadImageError: the file is not an image, damaged, too large, or has an unknown range of values.
         InputError: the file cannot be opened or read.
     """
     picture = _read(file, channels)
@@ -44,19 +48,19 @@ def decode(file: Path, size: int, channels: int, *, resize: int | None = None, s
     if picture.size != (size, size) or shorter != size:
         from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
 
-        picture = functional.resize(picture, [size, size] if squash else [shorter], antialias=True)
+        picture = functional.resize(picture, [shorter] if keep_aspect else [size, size], antialias=True)
         picture = functional.center_crop(picture, [size, size])
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-    return pixels.view(size, size, channels).permute(2, 0, 1).float() / 255
+    return pixels.view(size, size, channels).permute(2, 0, 1)
 
 
 def check_image(file: Path, channels: int) -> None:
-    """Raise what `decode` raises for this file, in less time: a JPEG is read whole, but decoded at an eighth of its size."""
+    """Raise what `decode` would raise for this file, but faster: a JPEG is read completely and decoded at an eighth of its size."""
     _read(file, channels, smallest=True)
 
 
 def _read(file: Path, channels: int, *, smallest: bool = False) -> Image.Image:
-    """The picture of a file in grey or RGB; `smallest`: as small as the file's format gives it without more work."""
+    """Open an image in grey or RGB; `smallest`: at the smallest size that the format gives for free."""
     try:
         with open(file, "rb") as stream, Image.open(stream, formats=_FORMATS) as image:
             if max(image.size) > _NARROWEST * min(image.size):
@@ -69,18 +73,18 @@ def _read(file: Path, channels: int, *, smallest: bool = False) -> Image.Image:
         raise BadImageError(file, "it is empty" if empty else f"it is in none of the formats {', '.join(_FORMATS)}") from error
     except MemoryError as error:
         raise InputError(f"{file} does not fit into memory") from error
-    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
-        if isinstance(error, OSError) and error.errno not in _DAMAGE:  # the system's own: the file may be good
+    except Exception as error:  # Pillow raises many types for damaged files
+        if isinstance(error, OSError) and error.errno not in _DAMAGE:  # from the system: the file may be intact
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
-        said = str(error).strip()
-        raise BadImageError(file, said.splitlines()[0] if said else "it is damaged") from error
+        message = str(error).strip()
+        raise BadImageError(file, message.splitlines()[0] if message else "it is damaged") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture in a mode that Pillow converts to grey or RGB as a person would: no transparency, no more than 8 bits.
+    """The image in a mode that Pillow converts correctly to grey or RGB: no transparency, at most 8 bits per channel.
 
     Raises:
-        ValueError: 32-bit pixels, whose range the file does not say.
+        ValueError: 32-bit pixels, whose range is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))[0]
@@ -89,6 +93,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and their range is not known")
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        layered = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
     return image

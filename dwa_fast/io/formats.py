@@ -1,16 +1,16 @@
-"""Files that are no archive of torch.save, told by their contents: each with the sentence that helps."""
+"""Recognises files that are not archives of torch.save by their content, and explains what to do with each."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
 
-_HEAD = 512  # bytes that tell what a file is
+_HEAD = 512  # bytes that identify the format
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a file of torch.save before PyTorch 1.6
 _LONGEST = 100_000_000  # bytes of a safetensors header, as its own library allows
 _SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar"}  # of files that may hold weights
 _PIECE = 2**20  # bytes that are read at a time
-_NAMED = 3  # how many of them a sentence names
+_NAMED = 3  # files that an error message names
 _SAFE_PROTOCOLS = (2, 3)  # of pickle, that PyTorch reads with weights_only
 
 _DISTRIBUTED = (
@@ -25,7 +25,7 @@ _STARTS = {
     b"7z\xbc\xaf'\x1c": _COMPRESSED.format("7z"),
     b"(\xb5/\xfd": _COMPRESSED.format("zstd"),
     b"Rar!": _COMPRESSED.format("rar"),
-    b"version https://git-lfs": "it is a pointer of Git LFS in the place of the file; git lfs pull fetches the file",
+    b"version https://git-lfs": "it is a pointer of Git LFS instead of the file; git lfs pull fetches the file",
     b"\x93NUMPY": "it is a NumPy array; wanted a state dict of PyTorch tensors",
     b"\x89HDF": "it is an HDF5 file, as Keras writes them; wanted a state dict of PyTorch tensors",
     b"GGUF": "it is a GGUF file of quantised weights; wanted a state dict of PyTorch tensors",
@@ -33,14 +33,14 @@ _STARTS = {
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: with the length of a JSON header, and the header."""
+    """Whether a file starts like safetensors: with the length of a JSON header, then the header."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _LONGEST
 
 
 def foreign_format(path: Path) -> str | None:
-    """Why a file cannot be an archive of torch.save, and the way out; None for one that may be.
+    """Why a file cannot be an archive of torch.save, and what to do; None if it may be one.
 
     Raises:
         OSError: it cannot be read.
@@ -67,15 +67,15 @@ def foreign_format(path: Path) -> str | None:
 
 
 def damaged_entry(path: Path) -> str | None:
-    """The first part of an archive of torch.save whose bytes have been changed since; None where there is none, or nothing tells.
+    """The first entry of an archive of torch.save that does not match its CRC; None if all match or have none.
 
-    PyTorch itself does not compare the checksums, so that a flipped bit would be a wrong weight without a word.
+    PyTorch does not check the CRCs itself: a flipped bit would silently become a wrong weight.
     """
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if not entry.CRC:  # archives may be written without
+            if not entry.CRC:  # written without CRCs
                 continue
             try:
                 with archive.open(entry) as part:
@@ -89,7 +89,7 @@ def damaged_entry(path: Path) -> str | None:
 def _foreign_text(head: bytes) -> str | None:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "it is a web page in the place of the file; download the file again, logged in where that is asked for"
+        return "it is a web page instead of the file; download the file again, logged in if that is required"
     if b'"weight_map"' in text or (text.startswith(b"{") and b'"metadata"' in text and b'"total_size"' in text):
         return "it is the index of weights in several files; save them as one, for example with save_pretrained(…, max_shard_size='100GB')"
     return None
@@ -98,8 +98,7 @@ def _foreign_text(head: bytes) -> str | None:
 def _foreign_zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            names = [entry.filename for entry in entries]
+            names = archive.namelist()
             pickled = next((name for name in names if name.endswith("/data.pkl")), None)
             protocol = 2 if pickled is None else _protocol(archive, pickled)
     except Exception:  # zipfile raises a dozen kinds
@@ -112,8 +111,6 @@ def _foreign_zip(path: Path) -> str | None:
         return "it holds NumPy arrays (.npz); wanted a state dict of PyTorch tensors"
     if pickled is None:
         return "it is a zip archive without weights of torch.save; unpack it and pass the file inside"
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        return "it is a compressed archive, which torch.save never writes; it could be far larger than it looks"
     if protocol not in _SAFE_PROTOCOLS:
         return (
             f"it was saved with pickle_protocol={protocol}, which PyTorch cannot read without running it; save it with torch.save's own, 2"
@@ -125,13 +122,13 @@ def _protocol(archive: zipfile.ZipFile, name: str) -> int:
     try:
         with archive.open(name) as pickled:
             head = pickled.read(2)
-    except zipfile.BadZipFile:  # written without checksums, or damaged, which is looked for later
+    except zipfile.BadZipFile:  # written without CRCs, or damaged, which is checked later
         return _SAFE_PROTOCOLS[0]
     return head[1] if head[:1] == b"\x80" else 0
 
 
 def folder_reason(path: Path) -> str:
-    """Why a folder is no checkpoint, and the way out."""
+    """Why a folder is not a checkpoint, and what to do."""
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         return _DISTRIBUTED
     files = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())

@@ -1,4 +1,4 @@
-"""Labelled images in Parquet files, as Hugging Face keeps them: encoded images in one column, numbers of classes in another."""
+"""Labelled images in Parquet files in Hugging Face's layout: a column of encoded images and a column of class numbers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import replacing
+from dwa_fast.io.files import atomic_write
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "class_id", "labels")
-_GROUP = 100  # images of a row group, which readers take into memory as one
-_METADATA = b"huggingface"  # key of the features in the metadata of the schema
+_GROUP = 100  # images per row group, the unit that readers load
+_METADATA = b"huggingface"  # metadata key of the features
 _MOST_CLASSES = 1_000_000
 
 Row = tuple[bytes, str, int]  # encoded image, its file's name, its class
@@ -25,17 +25,17 @@ Row = tuple[bytes, str, int]  # encoded image, its file's name, its class
 
 @dataclass(frozen=True)
 class ParquetImages:
-    """What Parquet files hold."""
+    """The content of Parquet files."""
 
-    images: Sequence[Any]  # per row, what is in the column of images
+    images: Sequence[Any]  # the image column, by row
     labels: list[int]
-    class_names: list[str] | None  # None where the files do not say
+    class_names: list[str] | None  # None if the files do not name them
 
     def content(self, row: int) -> bytes:
-        """An image, encoded.
+        """The encoded image of a row.
 
         Raises:
-            InputError: there is none in that row.
+            InputError: the row has none.
         """
         value = self.images[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
@@ -45,10 +45,10 @@ class ParquetImages:
 
 
 def write_parquet(path: Path, rows: Iterable[Row], class_names: Sequence[str], *, label_column: str = "label") -> int:
-    """Write one Parquet file, whole or not at all, which `datasets.load_dataset("parquet", data_files=…)` reads with its class names.
+    """Write one Parquet file atomically. `datasets.load_dataset("parquet", data_files=…)` reads it with its class names.
 
     Args:
-        rows: taken in order, a hundred at a time.
+        rows: consumed in order, a hundred at a time.
     Returns:
         the number of rows.
     Raises:
@@ -62,7 +62,7 @@ def write_parquet(path: Path, rows: Iterable[Row], class_names: Sequence[str], *
     ]
     schema = arrow.schema(fields, metadata={_METADATA: json.dumps({"info": {"features": features}})})
     remaining, count = iter(rows), 0
-    with replacing(path) as target, parquet.ParquetWriter(target, schema) as writer:
+    with atomic_write(path) as target, parquet.ParquetWriter(target, schema) as writer:
         while group := list(islice(remaining, _GROUP)):
             images = [{"bytes": content, "path": name} for content, name, _ in group]
             writer.write_table(arrow.table({"image": images, label_column: [label for _, _, label in group]}, schema=schema))
@@ -71,10 +71,10 @@ def write_parquet(path: Path, rows: Iterable[Row], class_names: Sequence[str], *
 
 
 def read_parquet(paths: Sequence[Path], *, image_column: str | None = None, label_column: str | None = None) -> ParquetImages:
-    """What files of one data set hold, one after the other; they are read into memory, encoded as they are.
+    """Read the files of one data set into memory; the images stay encoded.
 
     Args:
-        image_column: default: image or img, whichever there is. label_column: default: label, class_id or labels.
+        image_column: default: image or img, whichever exists. label_column: default: label, class_id or labels.
     Raises:
         InputError: pyarrow is not installed, a file cannot be read, has no such columns, or others than the first one.
     """
@@ -103,7 +103,7 @@ def read_parquet(paths: Sequence[Path], *, image_column: str | None = None, labe
 
 
 def _checked(images: list[Any], labels: list[Any], names: list[str] | None, column: str) -> ParquetImages:
-    """Labels as numbers of classes; text is taken for the names of the classes, in sorted order."""
+    """Labels as class numbers; text labels become classes in sorted order."""
     if not labels:
         raise InputError("the files hold no rows")
     if all(isinstance(label, str) for label in labels):
@@ -118,12 +118,12 @@ def _checked(images: list[Any], labels: list[Any], names: list[str] | None, colu
     return ParquetImages(images, labels, names)
 
 
-def _column(path: Path, found: Sequence[str], asked: str | None, known: Sequence[str], flag: str) -> str:
-    """The column that was asked for, or the only one of those that are known."""
-    candidates = [name for name in ((asked,) if asked else known) if name in found]
+def _column(path: Path, found: Sequence[str], requested: str | None, known: Sequence[str], flag: str) -> str:
+    """The requested column, or the only one of the known names."""
+    candidates = [name for name in ((requested,) if requested else known) if name in found]
     if len(candidates) == 1:
         return candidates[0]
-    wanted = asked or " or ".join(known)
+    wanted = requested or " or ".join(known)
     which = f"several columns that could be meant ({', '.join(candidates)})" if candidates else f"no column {wanted}"
     raise InputError(f"{path} has {which}; it has {', '.join(found)}; name one with {flag}")
 
@@ -138,10 +138,10 @@ def _check_types(path: Path, arrow: Any, schema: Any, image_column: str, label_c
 
 
 def _class_names(metadata: Any, column: str) -> list[str] | None:
-    """Names of the classes as Hugging Face's ClassLabel says them; None where the file does not."""
+    """Class names from Hugging Face's ClassLabel feature; None if there is none."""
     try:
         names = json.loads(metadata[_METADATA])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return None
     good = isinstance(names, list) and names and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     return names if good else None
@@ -149,7 +149,7 @@ def _class_names(metadata: Any, column: str) -> list[str] | None:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Inside, whatever keeps a file from being read is one sentence."""
+    """Turn errors of reading a file into one InputError."""
     if not path.is_file():
         raise InputError(f"{path} is no file" if path.exists() else f"{path} does not exist")
     try:
@@ -159,7 +159,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its module of Parquet files, which only those who read or write them need."""
+    """Import pyarrow and pyarrow.parquet, which are optional."""
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Pickles read without their classes: a name that PyTorch does not know becomes a stand-in, which does nothing.
+"""Reads pickles without their classes: each name that PyTorch does not know becomes an inert stand-in.
 
-`torch.load(weights_only=True)` refuses a file for one foreign object beside its tensors, such as the argparse.Namespace of a training
-script. Here each foreign class or function is answered by a class of ours that takes any arguments and any state, and ignores them: the
-tensors are read, nothing of the file's choosing is imported, looked up or called.
+`torch.load(weights_only=True)` refuses a whole file for one unknown object beside its tensors, such as the argparse.Namespace of a training
+script. Here each unknown class or function is replaced by a class of ours that accepts and ignores all arguments and state. The tensors are
+read; nothing named in the file is imported, looked up or called.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from collections import OrderedDict, deque
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-_PICKLES_BEFORE = 3  # in a file of PyTorch before 1.6: magic number, protocol and system, each a pickle of its own
-_STORED = "/data.pkl"  # the pickle in an archive of torch.save
+_PICKLES_BEFORE = 3  # in files of PyTorch before 1.6: magic number, protocol and system, a pickle each
+_STORED = "/data.pkl"  # name of the pickle in an archive of torch.save
 _MARK = pickletools.markobject
 
 
 class StandIn:
-    """An object of a class that is not loaded."""
+    """Replaces an object of an unknown class."""
 
     __slots__ = ()
-    class_name: ClassVar[str] = "unknown"  # its own, as the file spells it
+    class_name: ClassVar[str] = "unknown"  # the original name, as in the file
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
-        """Nothing is done with the arguments."""
+        """Ignore the arguments."""
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        """Nothing is done with the state."""
+        """Ignore the state."""
 
 
 class _Lookup:
-    """Stands for getattr, by which a pickle names a nested class or a method: whichever it is, it is a stand-in."""
+    """Replaces getattr, which pickles use for nested classes and methods; gives a stand-in."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return StandIn
 
 
 class _Mapping:
-    """Stands for a class of dictionaries, whose items are kept: the weights may be among them."""
+    """Replaces a class of dictionaries. Its items are read, since they may hold the weights."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()

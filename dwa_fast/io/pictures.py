@@ -1,4 +1,4 @@
-"""Pictures of sets of images."""
+"""Image grids and contact sheets."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dwa_fast.errors import printable
-from dwa_fast.io.files import replacing
+from dwa_fast.errors import escape_control_chars
+from dwa_fast.io.files import atomic_write
 
-_NAME_LENGTH = 24  # characters of a class name beside its row
+_NAME_LENGTH = 24  # longest class name, in characters
 _PANEL_INCHES = 3.2
 _GAP = 2  # pixels between images
 
 
 def mosaic(
-    images: Tensor,  # [rows × columns, C, H, W] in [0, 1], row after row
+    images: Tensor,  # [rows × columns, C, H, W] uint8, row after row
     columns: int,
-) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3]
-    """Images in a grid with white gaps."""
+) -> Tensor:  # [rows·(H + gap) − gap, columns·(W + gap) − gap, 3] uint8
+    """Arrange images in a grid with white gaps."""
     count, _, height, width = images.shape
     rows = count // columns
-    tiles = torch.ones(rows, columns, 3, height + _GAP, width + _GAP)
-    tiles[..., :height, :width] = images.detach().cpu().clamp(0, 1).expand(count, 3, height, width).view(rows, columns, 3, height, width)
+    tiles = torch.full((rows, columns, 3, height + _GAP, width + _GAP), 255, dtype=torch.uint8)
+    tiles[..., :height, :width] = images.expand(count, 3, height, width).view(rows, columns, 3, height, width)
     sheet = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + _GAP), columns * (width + _GAP), 3)
     return sheet[:-_GAP, :-_GAP]
 
 
 def contact_sheet(
     path: Path,
-    panels: Mapping[str, Tensor],  # title → [classes × columns, C, H, W] in [0, 1], class after class
+    panels: Mapping[str, Tensor],  # title → [classes × columns, C, H, W] uint8, class after class
     class_names: Sequence[str],
 ) -> None:
-    """One PNG: a panel per set, side by side, a row per class."""
+    """Write a PNG with a panel per set, side by side, and a row per class."""
     from matplotlib.figure import Figure
 
     sheets = {title: mosaic(images, len(images) // len(class_names)) for title, images in panels.items()}
@@ -51,12 +51,12 @@ def contact_sheet(
             axis.set_yticklabels([_short(name) for name in class_names], parse_math=False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    with replacing(path) as target, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead, which is enough for a label
+    with atomic_write(path) as target, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box in a label is fine
         figure.savefig(target, format="png", dpi=150)
 
 
 def _short(name: str) -> str:
-    """A class name of any origin as a label."""
-    name = printable(name)
+    """A class name as a label: control characters escaped, long names cut."""
+    name = escape_control_chars(name)
     return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"

@@ -1,4 +1,4 @@
-"""What was made with which settings: the difference, as an error message."""
+"""Compares recorded settings with the present ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dwa_fast.errors import InputError
 
 
 def refuse_change(place: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any], advice: str) -> None:
-    """Raise InputError, with the difference, where settings are not those that something was made with.
+    """Raise InputError with the differences if the settings have changed.
 
     Args:
-        what: what is in that place: "students". advice: what to do about it: "choose another folder".
+        what: the content of `place`, such as "students". advice: what to do, such as "choose another folder".
     """
     changed = difference(before, now)
     if changed:
@@ -21,12 +21,12 @@ def refuse_change(place: Path, what: str, before: Mapping[str, Any], now: Mappin
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings have changed, and how, for a sentence; empty where none has."""
+    """The changed settings with both values, as text; empty if there are none."""
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     return "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
 
 
 def _short(value: Any) -> str:
-    """A setting for a sentence: long lists, such as a thousand class names, cut."""
+    """A value as text of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,4 +1,4 @@
-"""PyTorch files: written whole, the same content as the same bytes; read, of any origin, without running anything that is in them."""
+"""PyTorch files: written atomically and reproducibly; read without running code from them."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from typing import Any
 import torch
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import replacing
+from dwa_fast.io.files import atomic_write
 from dwa_fast.io.formats import damaged_entry, folder_reason, foreign_format, is_safetensors
 from dwa_fast.io.pickles import stand_ins
 
-_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what it refuses to call
-_BLOCKED = re.compile(r"GLOBAL ([\w.]+) whose module")  # the same of modules that it never lets through
-_NAMED = 3  # how many of them an error quotes
-_SHARDED = {"DTensor", "ShardedTensor"}  # classes of tensors of which a process holds its piece
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # names in torch's message about a refused global
+_BLOCKED = re.compile(r"GLOBAL ([\w.]+) whose module")  # the same for modules that torch always blocks
+_NAMED = 3  # names that an error message quotes
+_SHARDED = {"DTensor", "ShardedTensor"}  # tensors of which each process holds a part
 
 
 def write_archive(path: Path, content: Any) -> None:
-    """Write what `read_archive` reads, whole or not at all.
+    """Write with torch.save, atomically.
 
     Raises:
-        InputError: the disk is full, the folder is read-only, or the like.
+        InputError: the file cannot be written.
     """
-    with replacing(path) as target, open(target, "wb") as file:  # of a path, torch.save would keep the temporary name in the archive
+    with atomic_write(path) as target, open(target, "wb") as file:  # given a path, torch.save would store the temporary name in the archive
         torch.save(content, file)
 
 
 def read_archive(path: Path, what: str) -> Any:
-    """What `torch.save` wrote, on the CPU; tensors, numbers, text and containers alone.
+    """Read what `torch.save` wrote, on the CPU: tensors, numbers, text and containers only (weights_only).
 
     Args:
-        what: what the file should be, for the sentence: "checkpoint".
+        what: kind of file in the error message, such as "checkpoint".
     Raises:
-        InputError: the file is not there, cannot be read, is damaged, or holds more than that (such as a whole module, which is code).
+        InputError: the file does not exist, cannot be read, is damaged, or holds other objects, such as a whole module.
     """
     return _reading(path, what, lambda: _load(path))
 
 
 def read_checkpoint(path: Path, what: str) -> Any:
-    """The same of any program: safetensors too, and objects of foreign classes beside the tensors become stand-ins, which do nothing.
+    """Read a checkpoint of any program: also safetensors, and archives with objects of unknown classes, which become inert stand-ins.
 
     Raises:
-        InputError: the file is not there, cannot be read, or is damaged.
+        InputError: the file does not exist, cannot be read, or is damaged.
     """
     return _reading(path, what, lambda: _load_safetensors(path) if is_safetensors(path) else _load_foreign(path))
 
 
 def _reading(path: Path, what: str, load: Callable[[], Any]) -> Any:
-    """What `load` gives; a sentence for all that can be wrong with a file."""
+    """Call `load` and turn all its errors into one InputError."""
     if path.is_dir():
         raise InputError(f"{what} {path} cannot be read: {folder_reason(path)}")
     if not path.is_file():
@@ -71,8 +71,8 @@ def _load(path: Path, allowed: Sequence[tuple[type, str]] = ()) -> Any:
     if (damaged := damaged_entry(path)) is not None:
         raise InputError(f"it is damaged: the checksum of {damaged} in it is not that of its bytes; copy or download it again")
     with open(path, "rb") as file, torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol")  # 3 has all that 2 has
-        return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch.load would judge by its name
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # protocol 3 is a superset of 2
+        return torch.load(file, map_location="cpu", weights_only=True)  # given a path, torch.load would look at its suffix
 
 
 def _check_format(path: Path) -> None:
@@ -85,7 +85,7 @@ def _load_foreign(path: Path) -> Any:
     _check_format(path)
     try:
         allowed = stand_ins(path)
-    except Exception:  # damaged, or no file of torch.save: the loader says which
+    except Exception:  # damaged, or not of torch.save: the loader reports which
         allowed = []
     shards = [name for _, name in allowed if name.rpartition(".")[2] in _SHARDED]
     if shards:
@@ -111,7 +111,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 def _reason(path: Path, error: Exception) -> str:
     foreign = _foreign(path, error)
-    if "persistent_load of storage" in str(error):  # how PyTorch before 1.6 wrote modules, with their source code
+    if "persistent_load of storage" in str(error):  # PyTorch before 1.6 wrote modules with their source code
         foreign = ["a module"]
     if not foreign:
         return "it is damaged, no PyTorch file, or holds more than tensors"
@@ -122,11 +122,11 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _foreign(path: Path, error: Exception) -> list[str]:
-    """Names of the functions and classes that the file asks for and that weights_only refuses, as far as torch tells."""
+    """Names of functions and classes in the file that weights_only refuses, as far as torch reports them."""
     blocked = _BLOCKED.findall(str(error))
     try:
         names = blocked or torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an archive of the old kind, which that function cannot list; its first name stands in the message
+    except Exception:  # an old archive, which that function cannot list; the message has its first name
         names = _FOREIGN.findall(str(error))
     names = sorted(set(names))
     return names[:_NAMED] + (["…"] if len(names) > _NAMED else [])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import output_folder, replacing
+from dwa_fast.io.files import atomic_write, output_folder
 from dwa_fast.report.contents import gather
 from dwa_fast.report.document import Document
 from dwa_fast.report.markdown import as_markdown
@@ -41,7 +41,7 @@ def write_report(folders: Sequence[Path], output: Path, title: str, *, most_sets
         output_folder(pictures)
     contents = {output: as_page(document, _MARK).encode(), text: markdown.encode()}
     for path, content in {**contents, **{pictures / name: image for name, image in images.items()}}.items():
-        with replacing(path) as target:
+        with atomic_write(path) as target:
             target.write_bytes(content)
     return document
 

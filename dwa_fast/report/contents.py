@@ -10,7 +10,6 @@ from typing import Any
 import PIL.Image
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
 from dwa_fast.report.document import Block, Command, Document, Drawing, Facts, Image, Paragraph, Section
 from dwa_fast.report.findings import Run, find
 from dwa_fast.report.plots import Figure, as_png, as_svg
@@ -89,7 +88,7 @@ def _picture(run: Run, picture: Picture) -> Block:
     try:
         if not path.resolve().is_relative_to(run.folder.resolve()):
             raise InputError("it lies outside of the folder of its record")
-        with PIL.Image.open(io.BytesIO(read_regular(path)), formats=("PNG", "JPEG")) as image:
+        with PIL.Image.open(io.BytesIO(path.read_bytes()), formats=("PNG", "JPEG")) as image:
             seen = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         return Paragraph(f"{picture.title}: {picture.file} cannot be shown: {getattr(error, 'strerror', None) or error}")

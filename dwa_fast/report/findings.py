@@ -10,8 +10,8 @@ from typing import Any
 
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import MANIFEST, set_folder
-from dwa_fast.errors import InputError, printable
-from dwa_fast.io.files import below
+from dwa_fast.errors import InputError, escape_control_chars
+from dwa_fast.io.files import walk_files
 from dwa_fast.report.records import RECORD, Record, read_record
 
 
@@ -54,7 +54,7 @@ def find(folders: Sequence[Path]) -> Findings:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder")
         folder = set_folder(folder)
-        for entry in below(str(folder)):
+        for entry in walk_files(str(folder)):
             path = Path(entry.path)
             if entry.name not in (RECORD, MANIFEST) or os.path.realpath(path) in seen:
                 continue
@@ -66,7 +66,7 @@ def find(folders: Sequence[Path]) -> Findings:
                 else:
                     found.sets.append(DistilledSet(place, path.parent, read_manifest(path.parent)))
             except InputError as error:
-                found.left_out.append(printable(str(error)))
+                found.left_out.append(escape_control_chars(str(error)))
             except RecursionError:
-                found.left_out.append(printable(f"{path} is nested too deeply"))
+                found.left_out.append(escape_control_chars(f"{path} is nested too deeply"))
     return found

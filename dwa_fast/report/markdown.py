@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from dwa_fast.errors import printable
+from dwa_fast.errors import escape_control_chars
 from dwa_fast.report.document import Block, Command, Document, Drawing, Facts, Image, Paragraph
 from dwa_fast.report.records import Table
 
@@ -48,7 +48,7 @@ def _block(block: Block) -> Iterable[str]:
     if isinstance(block, Paragraph):
         yield _text(block.text)
     elif isinstance(block, Command):
-        text = printable(block.text)
+        text = escape_control_chars(block.text)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         yield from [f"{fence}sh", text, fence]
     elif isinstance(block, Table):
@@ -56,7 +56,7 @@ def _block(block: Block) -> Iterable[str]:
         if block.note:
             yield from ["", _text(block.note)]
     elif isinstance(block, Facts):
-        yield f"<details><summary>{escape(printable(block.title))}</summary>"
+        yield f"<details><summary>{escape(escape_control_chars(block.title))}</summary>"
         for name, rows in block.groups:
             yield from ["", *([f"**{_text(name)}**", ""] if name else []), *_grid(["setting", "value"], rows)]
         yield from ["", "</details>"]
@@ -71,4 +71,4 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str
 
 def _text(value: Any) -> str:
     """Text of any origin, as text and nothing else, on one line."""
-    return _ACTIVE.sub(r"\\\1", printable(str(value)).replace("&", "&amp;"))
+    return _ACTIVE.sub(r"\\\1", escape_control_chars(str(value)).replace("&", "&amp;"))

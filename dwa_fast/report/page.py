@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from dwa_fast.errors import printable
+from dwa_fast.errors import escape_control_chars
 from dwa_fast.report.document import Block, Command, Document, Drawing, Facts, Image, Paragraph, Section
 from dwa_fast.report.records import Table
 from dwa_fast.report.style import STYLE
@@ -151,4 +151,4 @@ def _image(image: Image) -> Iterable[str]:
 
 def _text(value: Any) -> str:
     """Text of any origin, as text and nothing else, on one line; fit for an attribute too."""
-    return escape(printable(str(value)))
+    return escape(escape_control_chars(str(value)))

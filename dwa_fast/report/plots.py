@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwa_fast.errors import InputError, printable
-from dwa_fast.io.files import replacing
+from dwa_fast.errors import InputError, escape_control_chars
+from dwa_fast.io.files import atomic_write
 from dwa_fast.report.records import Chart, HeatMap, Scatter
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def draw(figure: Figure, path: Path) -> None:
         inner = as_svg(figure, titled=True)
         start = inner.index(">") + 1
         content = (inner[:start] + _LIGHT_AND_DARK + inner[start:]).encode()
-    with replacing(path) as target:
+    with atomic_write(path) as target:
         target.write_bytes(content)
 
 
@@ -111,7 +111,7 @@ def _rendered(figure: Figure, form: str, *, titled: bool, salt: str = "") -> byt
         else:
             axis = _scatter(canvas, figure, note=titled)
         if titled:
-            axis.set_title(textwrap.fill(printable(str(figure.title)), _TITLE_CHARACTERS), parse_math=False)
+            axis.set_title(textwrap.fill(escape_control_chars(str(figure.title)), _TITLE_CHARACTERS), parse_math=False)
         facts = {"Software": None} if form == "png" else dict.fromkeys(("Creator", "Date", "Format", "Type"))
         canvas.savefig(buffer, format=form, dpi=_DPI, transparent=form == "svg", metadata=facts)
     return buffer.getvalue()
@@ -132,8 +132,8 @@ def _chart(canvas: Canvas, chart: Chart) -> Axes:
     axis.spines[["top", "right"]].set_visible(False)
     numbers = all(map(_is_number, chart.x))
     handles = _curves(canvas, axis, chart, values, spreads) if numbers else _bars(canvas, axis, chart, values, spreads)
-    axis.set_xlabel(printable(str(chart.x_label)), parse_math=False)
-    axis.set_ylabel(printable(str(chart.y_label)), parse_math=False)
+    axis.set_xlabel(escape_control_chars(str(chart.x_label)), parse_math=False)
+    axis.set_ylabel(escape_control_chars(str(chart.y_label)), parse_math=False)
     if len(chart.series) > 1:
         _legend(canvas, handles, [each.name for each in chart.series])
     return axis
@@ -203,7 +203,7 @@ def _bars(canvas: Canvas, axis: Axes, chart: Chart, values: list[_Values], sprea
     ]
     inches = min(_WIDEST, max(_WIDTH, 0.8 + 0.16 * len(values) * len(chart.x)))
     canvas.set_size_inches(inches, _HEIGHT)
-    labels = [printable(str(each)) for each in chart.x]
+    labels = [escape_control_chars(str(each)) for each in chart.x]
     slanted = max(map(len, labels)) * len(labels) > 11 * inches
     turn: Any = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axis.set_xticks(places, labels, parse_math=False, **turn)
@@ -236,10 +236,10 @@ def _heat_map(canvas: Canvas, figure: HeatMap) -> Axes:
         axis.invert_yaxis()  # names read downwards, numbers grow upwards
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_xlabel(printable(str(figure.x_label)), parse_math=False)
-    axis.set_ylabel(printable(str(figure.y_label)), parse_math=False)
+    axis.set_xlabel(escape_control_chars(str(figure.x_label)), parse_math=False)
+    axis.set_ylabel(escape_control_chars(str(figure.y_label)), parse_math=False)
     bar = canvas.colorbar(mesh, ax=axis)
-    bar.set_label(printable(str(figure.value_label)), parse_math=False)
+    bar.set_label(escape_control_chars(str(figure.value_label)), parse_math=False)
     bar.outline.set_visible(False)
     return axis
 
@@ -264,14 +264,14 @@ def _scatter(canvas: Canvas, figure: Scatter, *, note: bool) -> Axes:
     axis.set_yticks([])
     axis.spines[:].set_alpha(0.3)
     if note and figure.note:
-        axis.set_xlabel(textwrap.fill(printable(str(figure.note)), _TITLE_CHARACTERS), parse_math=False)
+        axis.set_xlabel(textwrap.fill(escape_control_chars(str(figure.note)), _TITLE_CHARACTERS), parse_math=False)
     _legend(canvas, handles, list(figure.groups))
     return axis
 
 
 def _legend(canvas: Canvas, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Below the axes, in as many columns as the names leave room for."""
-    labels = [f" {printable(str(name))}" for name in names]  # matplotlib hides what begins with an underscore
+    labels = [f" {escape_control_chars(str(name))}" for name in names]  # matplotlib hides what begins with an underscore
     columns = max(1, min(len(labels), _LEGEND_CHARACTERS // (max(map(len, labels)) + 6)))
     legend = canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.4)
     for text in legend.get_texts():
@@ -300,7 +300,7 @@ def _is_number(value: Any) -> bool:
 
 def _name(place: Any) -> str:
     """A number or a name as a label."""
-    return f"{place:g}" if _is_number(place) else printable(str(place))
+    return f"{place:g}" if _is_number(place) else escape_control_chars(str(place))
 
 
 def _decimals(values: _Values) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from dwa_fast._version import __version__
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular, write_json
+from dwa_fast.io.files import write_json
 
 RECORD = "record.json"
 _FORMAT = 1
@@ -116,7 +116,7 @@ def read_record(path: Path) -> Record:
         InputError: it cannot be read, is no record, or names a picture outside of its folder.
     """
     try:
-        content = json.loads(read_regular(path))
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.pop("dwa_fast_record", None) != _FORMAT:

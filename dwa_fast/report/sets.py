@@ -17,7 +17,6 @@ from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import has_link, prefix
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
-from dwa_fast.io.files import read_regular
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.recipes import METHODS, RECIPES, full_recipe
 from dwa_fast.report.document import Block, Facts, Image, Paragraph, Section
@@ -28,7 +27,7 @@ from dwa_fast.report.values import groups, shown
 _CLASSES, _IMAGES = 10, 10  # of a set that are shown, at most: the first ones
 _TILE = 64  # pixels to which larger images are shrunk in a contact sheet
 _SHOWN_TILE = 32  # pixels to which smaller ones are enlarged, about
-_MISSING = 0.5  # grey
+_MISSING = 128  # grey
 _CHANGES = 4  # settings that are not the recipe's, in a title
 
 
@@ -80,7 +79,7 @@ def _sheet(found: DistilledSet, ipc: int) -> list[Block]:
     sides = [_side(found.folder, file) for file in files]
     size = min([_TILE, *filter(None, sides)])
     tiles = [_tile(found.folder / file, size) if side else _blank(size) for file, side in zip(files, sides, strict=True)]
-    levels = (mosaic(torch.stack(tiles), columns) * 255).round().to(torch.uint8)
+    levels = mosaic(torch.stack(tiles), columns)
     times = max(1, round(_SHOWN_TILE / size))
     levels = levels.repeat_interleave(times, 0).repeat_interleave(times, 1)
     image, buffer = PIL.Image.fromarray(levels.numpy()), io.BytesIO()
@@ -100,14 +99,14 @@ def _file(manifest: Mapping[str, Any], label: int, index: int) -> str:
 def _side(folder: Path, file: str) -> int | None:
     """Pixels of the shorter side of an image; None where there is none, or only behind a link, which may lead anywhere."""
     try:
-        with PIL.Image.open(io.BytesIO(read_regular(folder / file)), formats=("PNG", "JPEG")) as image:
+        with PIL.Image.open(io.BytesIO((folder / file).read_bytes()), formats=("PNG", "JPEG")) as image:
             return None if has_link(folder, file) else min(image.size)
     except Exception:  # not there yet, or damaged in one of the dozen ways that Pillow knows
         return None
 
 
 def _tile(path: Path, size: int) -> Tensor:
-    """An image as [3, S, S] in [0, 1]."""
+    """An image as [3, S, S] uint8."""
     try:
         return decode(path, size, 3)
     except InputError:  # damaged further on
@@ -115,4 +114,4 @@ def _tile(path: Path, size: int) -> Tensor:
 
 
 def _blank(size: int) -> Tensor:
-    return torch.full((3, size, size), _MISSING)
+    return torch.full((3, size, size), _MISSING, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from torch import nn
 
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
-from dwa_fast.data.initial import initial_images, unseen
+from dwa_fast.data.initial import initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.teacher_check import check_teacher
@@ -24,7 +24,7 @@ from dwa_fast.sets.production import Line, Observer
 from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, StoreLostError, Workers, rank, threads_alone
-from dwa_fast.threads import computing, recorded_threads
+from dwa_fast.threads import recorded_threads, torch_threads
 
 
 def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
@@ -80,7 +80,7 @@ def distill(
     start = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
     items = work_list(classes, ipc, config.batch_size)
     chosen = teacher if logits is None else SelectedOutput(teacher, logits)
-    run = Synthesizer(chosen, unseen(data), config, batch_sizes=sorted({len(item.labels) for item in items}))
+    run = Synthesizer(chosen, probe_image(data), config, batch_sizes=sorted({len(item.labels) for item in items}))
     if run.classes != classes:
         raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")
     settings = {**asdict(config), **run.execution.describe(), **start.settings, "seed": seed, "image_shape": list(data.image_shape)}
@@ -106,7 +106,7 @@ def distill(
         todo = team.begin(survey)
         store, missing = surveyed[0] if surveyed else (opened(), len(todo))
         start.skipped.update(store.skipped)
-        with contextlib.closing(store), computing(store.settings.get("threads")):
+        with contextlib.closing(store), torch_threads(store.settings.get("threads")):
             line = Line(run, start, store, team, items, seed=seed)
             if todo:
                 start.check(_last_indices(items[number] for number in todo))

@@ -21,7 +21,7 @@ from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import image_root, is_set
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
-from dwa_fast.io.files import output_folder, read_regular, replacing
+from dwa_fast.io.files import atomic_write, output_folder
 from dwa_fast.sets.store import ImageStore, WorkItem
 
 _NUMBERS = re.compile(r"new(\d+)/class\d+_id(\d+)")  # in the names of a set of ours
@@ -52,7 +52,7 @@ class SetFiles:
         """
         path = self.root / self.files[index]
         try:
-            content = read_regular(path)
+            content = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         wanted = self.checksums.get(self.files[index])
@@ -126,7 +126,7 @@ def write_folders(found: SetFiles, folder: Path, progress: Progress | None = Non
     for place, (name, label, index) in enumerate(zip(found.files, found.labels, indices, strict=True)):
         path = folder / f"{label:05d}" / f"{index:05d}{Path(name).suffix.lower()}"
         output_folder(path.parent)
-        with replacing(path, folder) as target:
+        with atomic_write(path, folder) as target:
             target.write_bytes(found.content(place))
         if progress:
             progress(place + 1, len(found.files))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular, sync_folder
+from dwa_fast.io.files import sync_folder
 
 _PATTERN = ".journal-*.jsonl"
 
@@ -61,7 +61,7 @@ def read_journals(folder: Path, settings: str) -> Iterator[dict[str, Any]]:
     """
     for path in sorted(folder.glob(_PATTERN)):
         try:
-            lines = read_regular(path).split(b"\n")[:-1]  # the last one has no end: it is empty, or torn
+            lines = path.read_bytes().split(b"\n")[:-1]  # the last one has no end: it is empty, or torn
         except FileNotFoundError:  # another process has just finished the set
             continue
         except OSError as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
 
 LOSSES = "losses.jsonl"
 
@@ -44,7 +43,7 @@ def read_losses(folder: Path) -> dict[int, str]:
     """The lines of each batch of a set's log, without those that are damaged; nothing where there is no log."""
     found: dict[int, str] = {}
     try:
-        lines = read_regular(folder / LOSSES).decode(errors="replace").splitlines(keepends=True)
+        lines = (folder / LOSSES).read_bytes().decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return found
     except OSError as error:

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dwa_fast.io.files import read_regular, replacing
+from dwa_fast.io.files import atomic_write
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.sets.store import ImageStore, WorkItem
 
 PREVIEW = "preview.png"
 _CLASSES, _IMAGES = 10, 10  # at most: the first ones
-_MISSING = 0.5  # grey
+_MISSING = 128  # grey
 
 
 class Preview:
@@ -34,16 +34,16 @@ class Preview:
     def draw(self) -> None:
         """Write the sheet with every image that is in the folder by now, whoever made it."""
         tiles = [self._tile(*divmod(place, self._columns)) for place in range(self._rows * self._columns)]
-        levels = (mosaic(torch.stack(tiles), self._columns) * 255).round().to(torch.uint8)
-        with replacing(self._store.folder / PREVIEW) as target:
-            Image.fromarray(levels.numpy()).save(target, format="PNG")
+        sheet = mosaic(torch.stack(tiles), self._columns)
+        with atomic_write(self._store.folder / PREVIEW) as target:
+            Image.fromarray(sheet.numpy()).save(target, format="PNG")
 
     def _tile(self, label: int, index: int) -> Tensor:
-        """An image as [C, H, W] in [0, 1]."""
+        """An image as [C, H, W] uint8."""
         try:
-            content = io.BytesIO(read_regular(self._store.root / self._store.name(label, index)))
+            content = io.BytesIO((self._store.root / self._store.name(label, index)).read_bytes())
             with Image.open(content, formats=("PNG", "JPEG")) as image:
                 pixels = torch.from_numpy(np.array(image))
-            return pixels.view(self._shape[1], self._shape[2], self._shape[0]).permute(2, 0, 1).float() / 255
+            return pixels.view(self._shape[1], self._shape[2], self._shape[0]).permute(2, 0, 1)
         except Exception:  # not there yet, or damaged, in one of the dozen ways that Pillow knows, and still to be made again
-            return torch.full(self._shape, _MISSING)
+            return torch.full(self._shape, _MISSING, dtype=torch.uint8)

@@ -23,7 +23,7 @@ from dwa_fast.config import StorageConfig
 from dwa_fast.data.manifest import content_check, holds_images, holds_text, image_name, read_manifest
 from dwa_fast.data.set_layout import FORMAT, MANIFEST, NOTE, NOTE_TEXT, is_set, prefix, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, is_left_over, output_folder, replacing, sync_folder, write_json
+from dwa_fast.io.files import atomic_write, checksum, is_left_over, output_folder, sync_folder, write_json
 from dwa_fast.io.settings import difference
 from dwa_fast.sets import loss_log as log_file
 from dwa_fast.sets.journal import Journal, read_journals, remove_journals
@@ -140,7 +140,7 @@ class ImageStore:
             return left
         if not self.complete:
             if self._losses:
-                with replacing(self.folder / log_file.LOSSES) as target:
+                with atomic_write(self.folder / log_file.LOSSES) as target:
                     target.write_text(log_file.joined(self._losses.items()), encoding="utf-8")
             self.complete = True
             self._write_manifest()
@@ -186,7 +186,7 @@ class ImageStore:
     ) -> str:
         """Write one image and return its checksum."""
         content = levels if isinstance(levels, bytes) else self._encoded(levels)
-        with replacing(self.root / name, self.folder) as target:  # half written, it is nothing for other programs to find
+        with atomic_write(self.root / name, self.folder) as target:  # half written, it is nothing for other programs to find
             target.write_bytes(content)
         return hashlib.sha256(content).hexdigest()
 
@@ -229,7 +229,7 @@ class ImageStore:
         note = self.folder / NOTE
         if self._format == FORMAT and not note.is_file():
             self._make_folders([note.parent])
-            with replacing(note, self.folder) as target:
+            with atomic_write(note, self.folder) as target:
                 target.write_text(NOTE_TEXT, encoding="utf-8")
 
     def _write_manifest(self) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import below, checksum, is_left_over, is_temporary
+from dwa_fast.io.files import checksum, is_left_over, is_temporary, walk_files
 from dwa_fast.sets.journal import is_journal
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
 from dwa_fast.sets.preview import PREVIEW
@@ -94,7 +94,7 @@ def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
     """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
     start = os.path.join(folder, "")
-    for entry in below(start):
+    for entry in walk_files(start):
         path, name = Path(entry.path), entry.path[len(start) :]
         unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
         if is_left_over(path):

@@ -1,1 +1,1 @@
-"""Trainings of teachers and students: squeeze, validate, relabel."""
+"""Training of teachers and students: squeeze, validate, relabel."""

@@ -1,4 +1,4 @@
-"""What the training of teachers and of students shares: the loop, the learning rate, the arithmetic, the test."""
+"""Shared by the training of teachers and students: loop, learning rate schedule, precision, checks and test accuracy."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch import Tensor, nn
 
 from dwa_fast.config import Normalisation, Progress, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet, normalise
-from dwa_fast.data.loader import Lesson, Lessons, batch_sizes
+from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from dwa_fast.seeding import derive
-from dwa_fast.threads import computing
 from dwa_fast.training.state import TrainingState
 
-Teach = Callable[[Lesson], Tensor]  # a lesson's soft labels: logits, [B, classes] float32
+SoftLabelFn = Callable[[TrainingBatch], Tensor]  # batch → teacher logits, [B, classes] float32
 
 _EVALUATION_BATCH = 500
 
 
 def fresh(architecture: str, *, classes: int, channels: int, size: int, seed: int, device: torch.device) -> nn.Module:
-    """A network with random weights that depend on the seed alone; the global generator of torch is left as it was."""
+    """A network whose random weights depend on the seed alone. The global generator of torch is not advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
         return build(architecture, classes=classes, channels=channels, size=size).to(device)
@@ -35,8 +34,8 @@ def fresh(architecture: str, *, classes: int, channels: int, size: int, seed: in
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    lessons: Lessons,
-    loss: Callable[[Lesson], Tensor],
+    loader: TrainingLoader,
+    loss: Callable[[TrainingBatch], Tensor],
     *,
     epochs: int,
     learning_rate: float,
@@ -46,31 +45,31 @@ def fit(
     state: TrainingState | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Train a network on the lessons of all epochs; where `state` holds those that are finished, on the rest.
+    """Train a network for `epochs` epochs, resuming from `state` if it holds finished ones.
 
     Args:
-        loss: of one lesson, from the network in train mode.
-        learning_rate: the first one; it falls to 0 on a cosine.
-        seed: of dropout and the like, anew for each epoch; the global generators of torch are left as they were.
-        remedy: says what to do where the training has diverged, for the message.
-        state: where the training is kept, between epochs.
-        progress: called with the steps done, those of an earlier run first, and the steps in all.
+        loss: the loss of one batch; the network is in train mode.
+        learning_rate: initial learning rate; decays to 0 on a cosine.
+        seed: seeds dropout and other random layers, separately for each epoch. The global generators of torch are not advanced.
+        remedy: gives the advice in the error message about a diverged training.
+        state: checkpoint, read at the start and written between epochs.
+        progress: called with the finished steps, including those of an earlier run, and the total.
     Raises:
-        InputError: the loss or a weight is not finite after an epoch, whose state is then not saved.
+        InputError: the loss or a weight is not finite after an epoch. The state of that epoch is not saved.
     """
     model.train()
-    begun = state.restore(model, optimizer) if state else 0
-    total, done = epochs * lessons.steps, begun * lessons.steps
+    finished = state.restore(model, optimizer) if state else 0
+    total, done = epochs * loader.steps, finished * loader.steps
     if progress and done:
         progress(done, total)
-    for epoch in range(begun, epochs):
-        threads, losses = computing(state.threads if state else None), torch.zeros((), device=lessons.device)
-        with seeded_layers(derive(seed, "dropout", epoch), lessons.device), repeatable(), threads:
-            for lesson in lessons.epoch(epoch):
+    for epoch in range(finished, epochs):
+        losses = torch.zeros((), device=loader.device)
+        with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable():
+            for batch in loader.epoch(epoch):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * cosine(done, total, warmup_epochs * lessons.steps)
+                    group["lr"] = learning_rate * cosine(done, total, warmup_epochs * loader.steps)
                 optimizer.zero_grad()
-                value = loss(lesson)
+                value = loss(batch)
                 value.backward()
                 optimizer.step()
                 losses += value.detach()
@@ -85,19 +84,19 @@ def fit(
 
 
 def cosine(step: float, steps: int, warmup: int = 0) -> float:
-    """Factor of the learning rate: linear from 0.01 to 1 during the warm-up, then a cosine to 0."""
+    """Learning rate factor of a step: linear from 0.01 to 1 during warm-up, then ½(1 + cos πt) to 0."""
     if step < warmup:
         return 0.01 + 0.99 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def remedy(config: SqueezeConfig | ValidationConfig, precision: TrainingPrecision) -> str:
-    """What to do where a training diverges, for the message."""
+    """Advice for the error message about a diverged training."""
     return f"lower --learning-rate ({config.learning_rate:g})" + (" or take --precision fp32" if precision == "bf16" else "")
 
 
 def resolve_precision(precision: TrainingPrecision, device: torch.device) -> TrainingPrecision:
-    """What "auto" stands for: bf16 where a GPU computes it natively, else fp32."""
+    """Resolve "auto": bf16 on GPUs with native support (compute capability 8.0), else fp32."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
@@ -108,7 +107,7 @@ def predict(
     images: Tensor,  # [B, C, H, W]
     precision: TrainingPrecision,  # resolved
 ) -> Tensor:  # [B, classes] float32
-    """Logits, computed in that precision; the weights stay in fp32."""
+    """Logits, computed under autocast for bf16; the weights stay in fp32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits: Tensor = model(images)
     return logits.float()
@@ -118,9 +117,9 @@ def check_set(data: ImageSet, what: str) -> None:
     """Check the labels of a set.
 
     Args:
-        what: the images are, in the message: "held-out images".
+        what: name of the images in the error message, such as "held-out images".
     Raises:
-        InputError: there are none, or one is not the number of a class.
+        InputError: the set is empty, or a label is not the number of a class.
     """
     if len(data.labels) == 0:
         raise InputError(f"there are no {what}; wanted at least one")
@@ -130,11 +129,11 @@ def check_set(data: ImageSet, what: str) -> None:
 
 
 def check_teacher(teacher: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
-    """Check a teacher by its logits for the first two images of a set.
+    """Run a teacher on the first two images of a set and check its logits.
 
     Raises:
-        InputError: a weight or a statistic of it is not finite, it cannot take the images, or it gives no finite [N, classes] logits of as
-            many classes as the set has.
+        InputError: a weight or running statistic is not finite, the teacher cannot process the images, or its logits are not finite and of
+            shape [N, classes], with as many classes as the set has.
     """
     check_finite_weights(teacher)
     module = copy.deepcopy(teacher).to(device).eval()
@@ -148,12 +147,13 @@ def check_teacher(teacher: nn.Module, data: ImageSet, normalisation: Normalisati
 
 
 def check_batches(make: Callable[[], nn.Module], data: ImageSet, batch_size: int, device: torch.device, owner: str) -> None:
-    """Check that the smallest batch of a set passes through a network in train mode.
+    """Check that the smallest batch of an epoch can pass through a network in train mode.
 
     Args:
-        make: gives a network on the device to try, where there is such a batch. owner: what it is called in the message.
+        make: builds the network on the device; called only if the smallest batch has one image.
+        owner: name of the network in the error message.
     Raises:
-        InputError: it holds one image, which leaves a BatchNorm layer with one value per channel.
+        InputError: a batch of one image leaves a BatchNorm layer with a single value per channel.
     """
     if min(batch_sizes(len(data.labels), batch_size)) > 1:
         return
@@ -169,31 +169,31 @@ def check_batches(make: Callable[[], nn.Module], data: ImageSet, batch_size: int
         ) from error
 
 
-def check_teaching(teacher: nn.Module, data: ImageSet, config: ValidationConfig, device: torch.device) -> None:
+def check_label_teacher(teacher: nn.Module, data: ImageSet, config: ValidationConfig, device: torch.device) -> None:
     """Check that a teacher can label the batches of a set.
 
     Raises:
-        InputError: as `check_teacher`, or, of a teacher in train mode, as `check_batches`.
+        InputError: as `check_teacher`, and for a teacher in train mode as `check_batches`.
     """
     check_teacher(teacher, data, config, device)
     if config.teacher_mode == "train":
         check_batches(lambda: copy.deepcopy(teacher).to(device), data, config.batch_size, device, "teacher")
 
 
-def teaching(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> Teach:
-    """The teacher's logits for each lesson, from a copy of its own: what train mode does to running statistics stays in there."""
+def teacher_labels(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> SoftLabelFn:
+    """A function that gives the teacher's logits of a batch. It uses a copy, so train mode does not change the teacher's statistics."""
     module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(mode == "train")
 
     @torch.no_grad()
-    def teach(lesson: Lesson) -> Tensor:
-        return predict(module, lesson.images, "fp32")
+    def soft_labels(batch: TrainingBatch) -> Tensor:
+        return predict(module, batch.images, "fp32")
 
-    return teach
+    return soft_labels
 
 
 @contextmanager
 def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, dropout and the like draw from this seed; afterwards torch's generators are as they were."""
+    """Seed dropout and other random layers inside the block, and restore torch's generators afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -204,7 +204,7 @@ def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Inside, cuDNN takes the same algorithms every time, so that the same seed gives the same bits."""
+    """Make cuDNN deterministic inside the block, so that the same seed gives the same bits."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     try:
@@ -216,17 +216,17 @@ def repeatable() -> Iterator[None]:
 
 @torch.no_grad()
 def top1(model: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> float:
-    """Share of the images whose class the model names, percent; the model is left in eval mode.
+    """Top-1 accuracy on a set, percent. Leaves the model in eval mode.
 
     Raises:
-        InputError: there is no image, a label is not the number of a class, or the model gives no finite logits of these classes.
+        InputError: the set is empty, a label is not the number of a class, or the logits are not finite and of these classes.
     """
     check_set(data, "held-out images")
     model.eval()
-    right = 0
+    correct = 0
     with repeatable():
         for start in range(0, len(data.labels), _EVALUATION_BATCH):
             indices = range(start, min(start + _EVALUATION_BATCH, len(data.labels)))
             logits = check_logits(model(normalise(data.load(indices).to(device), normalisation)), "network", len(data.class_names))
-            right += int((logits.argmax(1).cpu() == data.labels[start : indices.stop]).sum())
-    return 100 * right / len(data.labels)
+            correct += int((logits.argmax(1).cpu() == data.labels[start : indices.stop]).sum())
+    return 100 * correct / len(data.labels)

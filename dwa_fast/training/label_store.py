@@ -1,6 +1,6 @@
-"""Soft labels on disk: for every epoch the views and mixes of every batch, and the teacher's logits for exactly those, in half precision.
+"""Soft labels on disk: the plans of every batch of every epoch with the teacher's logits for them, in half precision.
 
-A folder holds `labels.json` (what the labels depend on, and a checksum per epoch) and one file of plain tensors per epoch.
+A folder holds `labels.json` (the settings and a checksum per epoch) and one file of plain tensors per epoch.
 """
 
 from __future__ import annotations
@@ -15,27 +15,37 @@ from torch import Tensor
 
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix, Views
-from dwa_fast.data.loader import Draw, batch_sizes
+from dwa_fast.data.loader import BatchPlan, batch_sizes
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, is_left_over, output_folder, read_regular, write_json
+from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.seeding import generator
-from dwa_fast.threads import as_begun
+from dwa_fast.threads import with_recorded_threads
 
 INDEX = "labels.json"
 _FORMAT = 1
-_ARCHIVE, _ENTRY = 1600, 280  # bytes of an epoch's file, and of each tensor in it, beside their values, about
-_OF_VIEWS = ("mean", "std", "batch_size", "augmentation", "padding", "flip", "mixing", "mixing_alpha")  # settings that views depend on
+_ARCHIVE, _ENTRY = 1600, 280  # approximate overhead in bytes of an epoch's file, and of each tensor in it
+# Settings that batch plans depend on.
+_PLAN_SETTINGS = (
+    "mean",
+    "std",
+    "batch_size",
+    "augmentation",
+    "padding",
+    "flip",
+    "mixing",
+    "mixing_alpha",
+)
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def layout(config: ValidationConfig, images: int, classes: int) -> Layout:
-    """Name, type and shape of each tensor of an epoch's file: B batches one behind the other, N images in all."""
+def tensor_specs(config: ValidationConfig, images: int, classes: int) -> TensorSpecs:
+    """Name, type and shape of each tensor in an epoch's file: all batches concatenated, `images` rows in total."""
     steps = len(batch_sizes(images, config.batch_size))
-    parts: Layout = {"indices": (torch.int32, (images,))}
+    parts: TensorSpecs = {"indices": (torch.int32, (images,))}
     if config.augmentation == "resized-crop":
         parts["crops"] = torch.float32, (images, 4)
     if config.augmentation == "pad-crop":
@@ -50,22 +60,22 @@ def layout(config: ValidationConfig, images: int, classes: int) -> Layout:
 
 
 def epoch_bytes(config: ValidationConfig, images: int, classes: int) -> int:
-    """Size of one epoch's file, about."""
-    parts = layout(config, images, classes).values()
+    """Approximate size of one epoch's file."""
+    parts = tensor_specs(config, images, classes).values()
     return _ARCHIVE + sum(_ENTRY + dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)
 
 
 def view_settings(config: ValidationConfig) -> dict[str, Any]:
-    """Settings that the views and mixes of an epoch depend on, as JSON values."""
-    settings: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in _OF_VIEWS}))
+    """The settings that batch plans depend on, as JSON values."""
+    settings: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in _PLAN_SETTINGS}))
     return settings
 
 
 class LabelStore:
-    """Writes and reads the labels of a set, epoch by epoch, and knows which epochs are there."""
+    """Reads and writes the labels of a set, one file per epoch."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what is in a folder.
+        """Open a folder of soft labels.
 
         Raises:
             InputError: it holds no soft labels, or its index is damaged.
@@ -73,20 +83,20 @@ class LabelStore:
         self.folder = folder
         path = folder / INDEX
         try:
-            content = json.loads(read_regular(path))
+            content = json.loads(path.read_bytes())
             self.settings: dict[str, Any] = dict(content["settings"])
-            self.wanted = int(content["epochs"])  # how many there are to be
+            self.epochs = int(content["epochs"])  # number of epochs of a complete store
             self._sums = {int(number): str(value) for number, value in content["checksums"].items()}
-            if content["format"] != _FORMAT or self.wanted < 1:
+            if content["format"] != _FORMAT or self.epochs < 1:
                 raise ValueError("it holds something else")
         except FileNotFoundError:
             raise InputError(f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}; remove it to make all labels again") from error
 
     @classmethod
     def create(cls, folder: Path, settings: Mapping[str, Any], epochs: int) -> LabelStore:
-        """Begin a store, or go on with the one in the folder, with its CPU threads; one of more epochs begins with those of a smaller one.
+        """Create a store, or resume the one in the folder. A store can grow to more epochs.
 
         Raises:
             InputError: the folder cannot be written, or holds labels of other settings.
@@ -99,56 +109,56 @@ class LabelStore:
         if not (folder / INDEX).exists():
             write_json(folder / INDEX, {"format": _FORMAT, "settings": settings, "epochs": epochs, "checksums": {}})
         store = cls(folder)
-        wanted = json.loads(json.dumps(as_begun(settings, store.settings)))
+        wanted = json.loads(json.dumps(with_recorded_threads(settings, store.settings, str(folder))))
         refuse_change(folder, "soft labels", store.settings, wanted, "choose another folder")
-        store.wanted = max(store.wanted, epochs)
+        store.epochs = max(store.epochs, epochs)
         return store
 
     @property
     def complete(self) -> bool:
         """Whether every epoch has been written."""
-        return all(number in self._sums for number in range(self.wanted))
+        return all(number in self._sums for number in range(self.epochs))
 
     @property
     def missing(self) -> list[int]:
-        """Epochs that are not there, whole."""
-        return [number for number in range(self.wanted) if not self._is_whole(number)]
+        """Epochs without a file that matches its checksum."""
+        return [number for number in range(self.epochs) if not self._is_whole(number)]
 
     @property
     def files(self) -> list[str]:
-        """Names of the files that are there, or were."""
+        """Names of all files that have been written."""
         return [INDEX, *(self._file(number).name for number in sorted(self._sums))]
 
     @property
     def identity(self) -> str:
-        """Stands for all labels: the checksum of the index."""
+        """Identifies the labels: the checksum of the index, which holds that of every file."""
         return checksum(self.folder / INDEX)
 
-    def write(self, number: int, draws: Sequence[Draw]) -> None:
-        """Keep one epoch; when this returns, it is on the disk.
+    def write(self, number: int, plans: Sequence[BatchPlan]) -> None:
+        """Write one epoch durably.
 
         Raises:
             InputError: a logit is beyond half precision, the disk is full, or the like.
         """
-        content = _packed(draws)
+        content = _packed(plans)
         if not bool(content["logits"].isfinite().all()):
             raise InputError(
-                f"the teacher's logits of epoch {number} are not finite in half precision, in which labels are kept; "
-                "dwa-fast validate --teacher computes them as training goes, in full precision"
+                f"the teacher's logits of epoch {number} are not finite in half precision, in which labels are stored; "
+                "dwa-fast validate --teacher computes them during training, in full precision"
             )
         path = self._file(number)
         write_archive(path, content)
         self._sums[number] = checksum(path)
         sums = {str(epoch): value for epoch, value in sorted(self._sums.items())}
-        write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.wanted, "checksums": sums})
+        write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.epochs, "checksums": sums})
 
-    def read(self, number: int, parts: Layout, sizes: Sequence[int], padding: int) -> list[Draw]:
-        """The batches of one epoch.
+    def read(self, number: int, parts: TensorSpecs, sizes: Sequence[int], padding: int) -> list[BatchPlan]:
+        """The batch plans of one epoch.
 
         Args:
-            parts: what the file must hold. sizes: images of each batch. padding: of pad-crop, pixels.
+            parts: tensors that the file must hold. sizes: images per batch. padding: padding of pad-crop, pixels.
         Raises:
-            InputError: the file is missing, is not as it was written, or holds a logit that is not finite.
+            InputError: the file is missing, has changed, or holds logits that are not finite.
         """
         path = self._file(number)
         if not self._is_whole(number):
@@ -171,45 +181,45 @@ class LabelStore:
             return False
 
 
-class StoredDraws:
-    """The batches of a store as the epochs of a training.
+class StoredSampler:
+    """Takes the plans of a training from a store.
 
-    The first epochs take the stored ones in order. Where those are used up, they are all used again, in a random order of each round.
+    The first epochs take the stored ones in order. After that the stored epochs are reused, in a new random order each round.
     """
 
     def __init__(self, store: LabelStore, config: ValidationConfig, images: int, classes: int, *, seed: int) -> None:
         self._sizes = batch_sizes(images, config.batch_size)
         self.steps = len(self._sizes)
-        self._store, self._parts, self._seed, self._padding = store, layout(config, images, classes), seed, config.padding
+        self._store, self._parts, self._seed, self._padding = store, tensor_specs(config, images, classes), seed, config.padding
 
-    def epoch(self, number: int) -> list[Draw]:
-        """The batches of one epoch."""
+    def epoch(self, number: int) -> list[BatchPlan]:
+        """The plans of one epoch, counted from 0."""
         return self._store.read(self.entry(number), self._parts, self._sizes, self._padding)
 
     def entry(self, number: int) -> int:
-        """Which stored epoch a training takes for one of its own."""
-        again, place = divmod(number, self._store.wanted)
-        return place if again == 0 else int(generator(self._seed, "pool", again).permutation(self._store.wanted)[place])
+        """The stored epoch that serves as epoch `number` of the training."""
+        again, place = divmod(number, self._store.epochs)
+        return place if again == 0 else int(generator(self._seed, "pool", again).permutation(self._store.epochs)[place])
 
 
-def _packed(draws: Sequence[Draw]) -> dict[str, Tensor]:
-    """Batches one behind the other, as `layout` says."""
-    content = {"indices": torch.cat([draw.indices for draw in draws]).to(torch.int32)}
+def _packed(plans: Sequence[BatchPlan]) -> dict[str, Tensor]:
+    """Concatenate the batches, as `tensor_specs` lists them."""
+    content = {"indices": torch.cat([plan.indices for plan in plans]).to(torch.int32)}
     for name in ("crops", "offsets", "flipped"):
-        parts = [getattr(draw.views, name) for draw in draws]
+        parts = [getattr(plan.views, name) for plan in plans]
         if parts[0] is not None:
             content[name] = torch.cat(parts)
-    if draws[0].mix.partner is not None:
-        content["partner"] = torch.cat([draw.mix.partner for draw in draws]).to(torch.int32)  # type: ignore[misc]
-        content["share"] = torch.tensor([draw.mix.share for draw in draws], dtype=torch.float64)
-    if draws[0].mix.box is not None:
-        content["box"] = torch.tensor([draw.mix.box for draw in draws], dtype=torch.int16)
-    content["logits"] = torch.cat([draw.logits for draw in draws])  # type: ignore[misc]
+    if plans[0].mix.partner is not None:
+        content["partner"] = torch.cat([plan.mix.partner for plan in plans]).to(torch.int32)  # type: ignore[misc]
+        content["share"] = torch.tensor([plan.mix.share for plan in plans], dtype=torch.float64)
+    if plans[0].mix.box is not None:
+        content["box"] = torch.tensor([plan.mix.box for plan in plans], dtype=torch.int16)
+    content["logits"] = torch.cat([plan.logits for plan in plans])  # type: ignore[misc]
     return content
 
 
 def _in_range(content: Mapping[str, Tensor], sizes: Sequence[int], padding: int) -> bool:
-    """Whether every index leads to something."""
+    """Whether indices, partners, crops and shares are valid."""
     counts = torch.tensor(sizes)
     limits = {"partner": counts.repeat_interleave(counts), "offsets": torch.tensor(2 * padding + 1)}
     shares = content.get("share", torch.zeros(0))
@@ -221,10 +231,10 @@ def _in_range(content: Mapping[str, Tensor], sizes: Sequence[int], padding: int)
     )
 
 
-def _unpacked(content: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Draw]:
-    """What `_packed` was given."""
+def _unpacked(content: Mapping[str, Tensor], sizes: Sequence[int]) -> list[BatchPlan]:
+    """The inverse of `_packed`."""
     rows = {name: value.split(list(sizes)) for name, value in content.items() if name not in ("share", "box")}
-    draws = []
+    plans = []
     for step in range(len(sizes)):
         own = {name: parts[step] for name, parts in rows.items()}
         mix = Mix()
@@ -232,5 +242,5 @@ def _unpacked(content: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Draw]
             box = tuple(content["box"][step].tolist()) if "box" in content else None
             mix = Mix(own["partner"].to(torch.int64), float(content["share"][step]), box)
         views = Views(own.get("offsets"), own.get("flipped"), own.get("crops"))
-        draws.append(Draw(own["indices"].to(torch.int64), views, mix, own["logits"]))
-    return draws
+        plans.append(BatchPlan(own["indices"].to(torch.int64), views, mix, own["logits"]))
+    return plans

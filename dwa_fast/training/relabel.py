@@ -1,4 +1,4 @@
-"""Relabel: the teacher's soft labels for every view of a training, kept on disk, so that students need no teacher."""
+"""Relabel: store the teacher's soft labels of every augmented batch, so that students can be trained without the teacher."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import nn
 
 from dwa_fast.config import Progress, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
-from dwa_fast.data.loader import Lessons, Pixels, RandomDraws
+from dwa_fast.data.digest import image_digest
+from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
 from dwa_fast.seeding import derive
-from dwa_fast.threads import THREADS, computing, recorded_threads, threads_of
-from dwa_fast.training.fit import check_set, check_teaching, repeatable, seeded_layers, teaching
+from dwa_fast.threads import THREADS, threads_of
+from dwa_fast.training.fit import check_label_teacher, check_set, repeatable, seeded_layers, teacher_labels
 from dwa_fast.training.label_store import LabelStore, epoch_bytes, view_settings
-from dwa_fast.training.state import image_digest, weight_digest
+from dwa_fast.training.state import weight_digest
 
 
-def kept_epochs(config: ValidationConfig, pool: int) -> int:
-    """Epochs whose labels are kept: all, or one in `pool`.
+def stored_epochs(config: ValidationConfig, pool: int) -> int:
+    """Number of epochs whose labels are stored: ⌈epochs / pool⌉.
 
     Raises:
         InputError: pool is not an integer ≥ 1.
@@ -32,8 +33,8 @@ def kept_epochs(config: ValidationConfig, pool: int) -> int:
 
 
 def label_bytes(config: ValidationConfig, images: int, classes: int, pool: int = 1) -> int:
-    """What the labels of a set take on disk, about."""
-    return kept_epochs(config, pool) * epoch_bytes(config, images, classes)
+    """Approximate size of the labels of a set on disk."""
+    return stored_epochs(config, pool) * epoch_bytes(config, images, classes)
 
 
 def relabel(
@@ -51,16 +52,17 @@ def relabel(
 
     Args:
         teacher: copied, never changed.
-        config: views, mixes, batches, epochs and the teacher's mode; the rest is not used.
-        output: folder for the labels; the same call goes on where it was stopped, to the same bits.
-        pool: keep one epoch in so many, which students then use again and again.
-        progress: called with the batches done and the batches in all.
+        config: augmentation, mixing, batch size, epochs and teacher mode; other fields are ignored.
+        output: folder of the labels. The same call resumes an interrupted run and gives the same bits.
+        pool: store the labels of one epoch in `pool`; students reuse them.
+        progress: called with the finished batches and the total.
     Raises:
-        InputError: the folder holds other labels, the disk is too small, or the teacher gives no finite logits of the set's classes.
+        InputError: the folder holds labels of other settings, the disk has too little space, or the teacher gives no finite logits of the
+            set's classes.
     """
     output, device = Path(output), torch.device(device)
     check_set(distilled, "distilled images")
-    check_teaching(teacher, distilled, config, device)
+    check_label_teacher(teacher, distilled, config, device)
     classes = len(distilled.class_names)
     settings = {
         **view_settings(config),
@@ -71,22 +73,21 @@ def relabel(
         "seed": seed,
         THREADS: threads_of(device),
     }
-    store = LabelStore.create(output, settings, kept_epochs(config, pool))
+    store = LabelStore.create(output, settings, stored_epochs(config, pool))
     missing = store.missing
     needed, free = len(missing) * epoch_bytes(config, len(distilled.labels), classes), shutil.disk_usage(output).free
     if needed > free:
         raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; --pool keeps fewer")
     own = derive(seed, "student", 0)
-    lessons = Lessons(Pixels(distilled, device, config.memory_limit), RandomDraws(distilled, config, seed=own), config)
-    threads = recorded_threads(store.settings)
-    teach, done = teaching(teacher, config.teacher_mode, device), (store.wanted - len(missing)) * lessons.steps
+    loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), RandomSampler(distilled, config, seed=own), config)
+    soft_labels, done = teacher_labels(teacher, config.teacher_mode, device), (store.epochs - len(missing)) * loader.steps
     for epoch in missing:
-        draws = []
-        with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), computing(threads):
-            for lesson in lessons.epoch(epoch):
-                draws.append(replace(lesson.draw, logits=check_logits(teach(lesson), "teacher", classes).half().cpu()))
+        plans = []
+        with seeded_layers(derive(own, "dropout", epoch), device), repeatable():
+            for batch in loader.epoch(epoch):
+                plans.append(replace(batch.plan, logits=check_logits(soft_labels(batch), "teacher", classes).half().cpu()))
                 done += 1
                 if progress:
-                    progress(done, store.wanted * lessons.steps)
-        store.write(epoch, draws)
+                    progress(done, store.epochs * loader.steps)
+        store.write(epoch, plans)
     return store

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
-from dwa_fast.data.loader import Lesson, Lessons, Pixels, RandomDraws
+from dwa_fast.data.digest import image_digest
+from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
-from dwa_fast.training.state import TrainingState, image_digest
+from dwa_fast.training.state import TrainingState
 
 
 def squeeze(
@@ -27,19 +28,18 @@ def squeeze(
     device: str | torch.device,
     seed: int = 0,
     progress: Progress | None = None,
-    keep: str | Path | None = None,
+    checkpoint_file: str | Path | None = None,
 ) -> nn.Module:
     """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
 
     Args:
         architecture: a name of `architectures.ARCHITECTURES`.
         size: height and width of the images, pixels.
-        progress: called with the steps done and the steps in all.
-        keep: file for the state between epochs; the same call goes on from it, with its CPU threads, to the same bits. Whoever has saved
-            the teacher removes it.
+        progress: called with the finished steps and the total.
+        checkpoint_file: written between epochs. The same call resumes from it and gives the same bits. Remove it once the teacher is saved.
     Raises:
-        InputError: the file holds the state of a training with other settings, a set image cannot be read, a label is not the number of a
-            class, a batch of one image is too small for the architecture, or the training diverges.
+        InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
+            is too small for the architecture, or the training diverges.
     """
     device = torch.device(device)
     check_set(data, "training images")
@@ -49,24 +49,25 @@ def squeeze(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
     )
-    lessons = Lessons(Pixels(data, device, config.memory_limit), RandomDraws(data, config, seed=seed, purpose="squeeze"), config)
+    sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
+    loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, config)
     settings = {**asdict(config), "architecture": architecture, "size": size, "seed": seed, "precision": precision, "device": device.type}
     settings[THREADS] = threads_of(device)
-    del settings["memory_limit"]  # changes where the images wait, not what they are
+    del settings["memory_limit"]  # decides where the images are held, not their values
 
-    def loss(lesson: Lesson) -> Tensor:
-        return F.cross_entropy(predict(model, lesson.images, precision), lesson.labels)
+    def loss(batch: TrainingBatch) -> Tensor:
+        return F.cross_entropy(predict(model, batch.images, precision), batch.labels)
 
     fit(
         model,
         optimizer,
-        lessons,
+        loader,
         loss,
         epochs=config.epochs,
         learning_rate=config.learning_rate,
         seed=seed,
         remedy=lambda: remedy(config, precision),
-        state=TrainingState(Path(keep), settings | {"real_images": image_digest(data)}) if keep else None,
+        state=TrainingState(Path(checkpoint_file), settings | {"real_images": image_digest(data)}) if checkpoint_file else None,
         progress=progress,
     )
     return model.eval()

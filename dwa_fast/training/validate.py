@@ -16,38 +16,39 @@ from torch import Tensor, nn
 
 from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
-from dwa_fast.data.loader import Draws, Lesson, Lessons, Pixels, RandomDraws
+from dwa_fast.data.digest import image_digest
+from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.seeding import derive
-from dwa_fast.threads import THREADS, computing, threads_of
+from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import (
-    Teach,
+    SoftLabelFn,
     check_batches,
+    check_label_teacher,
     check_set,
-    check_teaching,
     fit,
     fresh,
     predict,
     remedy,
     resolve_precision,
-    teaching,
+    teacher_labels,
     top1,
 )
-from dwa_fast.training.label_store import LabelStore, StoredDraws, view_settings
-from dwa_fast.training.state import KeptStudents, TrainingState, image_digest, weight_digest
+from dwa_fast.training.label_store import LabelStore, StoredSampler, view_settings
+from dwa_fast.training.state import FinishedStudents, TrainingState, weight_digest
 
 log = logging.getLogger("dwa_fast")
 
-_NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
+_NO_EFFECT = ("students", "memory_limit")  # settings that do not affect a student's accuracy
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Top-1 of several students, percent."""
+    """Top-1 accuracies of several students, percent."""
 
-    accuracies: list[float]  # one per student
-    seeds: list[int]  # of the students
+    accuracies: list[float]
+    seeds: list[int]
 
     @property
     def mean(self) -> float:
@@ -56,7 +57,7 @@ class ValidationResult:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the sample over students; 0 for one student."""
+        """Sample standard deviation over students; 0 for one student."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
@@ -71,27 +72,27 @@ def validate(
     device: str | torch.device,
     seed: int = 0,
     progress: Progress | None = None,
-    keep: str | Path | None = None,
+    resume_dir: str | Path | None = None,
     soft_labels: str | Path | None = None,
 ) -> ValidationResult:
     """Train `config.students` students and test each.
 
-    Soft labels are the teacher's probabilities for exactly the view that the student sees, computed as training goes or read from disk.
+    Soft labels are the teacher's probabilities for the augmented batch that the student gets, computed during training or read from disk.
 
     Args:
-        distilled: images to learn from. test: held-out real images.
-        teacher: gives the soft labels; it is copied, never changed. Not needed where they are on disk, nor for hard ones.
+        distilled: training images. test: held-out real images.
+        teacher: gives the soft labels; copied, never changed. Not needed for stored labels or hard labels.
         student: a name of `architectures.ARCHITECTURES`.
         size: height and width of the images, pixels.
-        progress: called with the steps done and the steps in all, over all students.
-        keep: folder for the accuracies of finished students and the state of the running one. The same call goes on from there, to the
-            same bits, with the CPU threads of the first one; one with more students trains those that are missing.
-        soft_labels: folder that `relabel` wrote. All students then see its views and mixes; they differ in their first weights.
+        progress: called with the finished steps and the total, over all students.
+        resume_dir: folder for the accuracies of finished students and the checkpoint of the running one. The same call resumes from it and
+            gives the same bits; a call with more students trains the missing ones.
+        soft_labels: folder that `relabel` wrote. All students then get the same batches and differ in their initial weights.
     Raises:
-        InputError: the folder holds students of other settings, an image cannot be read, a set has no images or a label that is not the
-            number of a class, or their classes in another order,
-            the stored labels are not those of this set, these views and this teacher, the teacher gives no finite
-            logits of these classes, a batch of one image is too small for the student, or a training diverges. Finished students are kept.
+        InputError: the folder holds students of other settings, an image cannot be read, a set is empty or has a label that is not the
+            number of a class, the sets have the same classes in another order, the stored labels are of another set, augmentation or
+            teacher, the teacher gives no finite logits of these classes, a batch of one image is too small for the student, or a training
+            diverges. Finished students stay in the folder.
     """
     device = torch.device(device)
     check_set(distilled, "distilled images")
@@ -99,29 +100,28 @@ def validate(
     if len(distilled.class_names) != len(test.class_names):
         raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
     _compare_names(distilled.class_names, test.class_names)
-    course = _Course(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
-    if course.live_teacher is not None:
-        check_teaching(course.live_teacher, distilled, config, device)
+    trainer = _StudentTrainer(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
+    if trainer.live_teacher is not None:
+        check_label_teacher(trainer.live_teacher, distilled, config, device)
 
     def make(own_seed: int) -> nn.Module:
         return fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=own_seed, device=device)
 
     check_batches(lambda: make(seed), distilled, config.batch_size, device, "student")
-    kept = None
-    if keep:
+    folder = None
+    if resume_dir:
         own = {"student": student, "size": size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
-        kept = KeptStudents(Path(keep), {**course.settings, **own, "held_out": image_digest(test)})
-    finished = kept.accuracies if kept else {}
+        folder = FinishedStudents(Path(resume_dir), {**trainer.settings, **own, "held_out": image_digest(test)})
+    finished = folder.accuracies if folder else {}
     seeds = [derive(seed, "student", index) for index in range(config.students)]
-    with computing(kept.threads if kept else None):
-        for index, each in enumerate(seeds):
-            if index in finished:
-                continue
-            model = make(each)
-            course.train(model, each, kept.state(index) if kept else None, _share(progress, index, config.students))
-            finished[index] = top1(model, test, config, device)
-            if kept:
-                kept.add(index, finished[index])
+    for index, each in enumerate(seeds):
+        if index in finished:
+            continue
+        model = make(each)
+        trainer.train(model, each, folder.state(index) if folder else None, _share(progress, index, config.students))
+        finished[index] = top1(model, test, config, device)
+        if folder:
+            folder.add(index, finished[index])
     return ValidationResult([finished[index] for index in range(config.students)], seeds)
 
 
@@ -141,15 +141,16 @@ def _compare_names(own: Sequence[str], wanted: Sequence[str]) -> None:
 
 
 def _share(progress: Progress | None, index: int, students: int) -> Progress | None:
-    """The progress of one student among several."""
+    """Report the progress of one of several students as progress over all."""
     return (lambda done, total: progress(index * total + done, students * total)) if progress else None
 
 
 def _stored(folder: str | Path | None, config: ValidationConfig, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
-    """The soft labels on disk, if students are to learn from those.
+    """Open the stored soft labels; None if the labels come from the teacher or are hard.
 
     Raises:
-        InputError: they are not all there, or are those of other images, views or another teacher; or nothing tells the students anything.
+        InputError: labels are missing, or are of other images, another augmentation or another teacher; or there is neither a teacher nor a
+            folder for soft labels.
     """
     if folder is None:
         if teacher is None and config.labels == "soft":
@@ -165,22 +166,22 @@ def _stored(folder: str | Path | None, config: ValidationConfig, distilled: Imag
     own = {name: value for name, value in store.settings.items() if name in wanted}
     refuse_change(folder, "soft labels", own, wanted, "relabel with these settings, or validate with those")
     if not store.complete:
-        raise InputError(f"{folder} does not hold all of its soft labels yet; the command that began it goes on with it")
-    if store.wanted < config.epochs:
-        level = logging.INFO if config.epochs % store.wanted == 0 else logging.WARNING  # of a pool there are so many times fewer
+        raise InputError(f"{folder} is incomplete; the dwa-fast relabel command that wrote it resumes it")
+    if store.epochs < config.epochs:
+        level = logging.INFO if config.epochs % store.epochs == 0 else logging.WARNING  # a pool holds so many times fewer
         log.log(
             level,
             "%s holds soft labels of %d epochs, and the training has %d: all are used again, in random order",
             folder,
-            store.wanted,
+            store.epochs,
             config.epochs,
         )
     return store
 
 
 @dataclass(frozen=True)
-class _Course:
-    """What every student goes through."""
+class _StudentTrainer:
+    """Trains students one after the other on the same images."""
 
     distilled: ImageSet
     teacher: nn.Module | None
@@ -190,8 +191,8 @@ class _Course:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the outcome depends on, beside the student and the test."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_OF_A_STUDENT}
+        """Everything the accuracies depend on besides the student and the test images."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _NO_EFFECT}
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}
@@ -201,53 +202,53 @@ class _Course:
 
     @property
     def live_teacher(self) -> nn.Module | None:
-        """The teacher, where it gives soft labels as training goes."""
+        """The teacher, if it computes soft labels during training."""
         return self.teacher if self.labels is None and self.config.labels == "soft" else None
 
     @cached_property
-    def _pixels(self) -> Pixels:
-        return Pixels(self.distilled, self.device, self.config.memory_limit)
+    def _images(self) -> ImageCache:
+        return ImageCache(self.distilled, self.device, self.config.memory_limit)
 
     @property
     def _precision(self) -> TrainingPrecision:
         return resolve_precision(self.config.precision, self.device)
 
-    def _draws(self, seed: int) -> Draws:
+    def _sampler(self, seed: int) -> BatchSampler:
         if self.labels is None:
-            return RandomDraws(self.distilled, self.config, seed=seed)
-        return StoredDraws(self.labels, self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
+            return RandomSampler(self.distilled, self.config, seed=seed)
+        return StoredSampler(self.labels, self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
 
-    def _teach(self) -> Teach:
+    def _soft_labels(self) -> SoftLabelFn:
         if self.live_teacher is not None:
-            return teaching(self.live_teacher, self.config.teacher_mode, self.device)
+            return teacher_labels(self.live_teacher, self.config.teacher_mode, self.device)
 
-        def read(lesson: Lesson) -> Tensor:
-            assert lesson.draw.logits is not None
-            return lesson.draw.logits.to(self.device).float()
+        def read(batch: TrainingBatch) -> Tensor:
+            assert batch.plan.logits is not None
+            return batch.plan.logits.to(self.device).float()
 
         return read
 
     def train(self, student: nn.Module, seed: int, state: TrainingState | None, progress: Progress | None) -> None:
         """Train one student."""
-        config, teach = self.config, None if self.config.labels == "hard" else self._teach()
+        config, soft_labels = self.config, None if self.config.labels == "hard" else self._soft_labels()
 
-        sound = torch.ones((), dtype=torch.bool, device=self.device)  # whether all soft labels so far are finite
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # whether all soft labels so far are finite
 
-        def loss(lesson: Lesson) -> Tensor:
-            logits = predict(student, lesson.images, self._precision)
-            if teach is None:
-                return hard_loss(logits, lesson)
-            told = teach(lesson)
-            sound.logical_and_(told.isfinite().all())
-            return soft_loss(logits, told, config)
+        def loss(batch: TrainingBatch) -> Tensor:
+            logits = predict(student, batch.images, self._precision)
+            if soft_labels is None:
+                return hard_loss(logits, batch)
+            teacher_logits = soft_labels(batch)
+            finite.logical_and_(teacher_logits.isfinite().all())
+            return soft_loss(logits, teacher_logits, config)
 
         def advice() -> str:
-            return remedy(config, self._precision) if sound else "the teacher's logits for its images are not finite"
+            return remedy(config, self._precision) if finite else "the teacher's logits for its images are not finite"
 
         fit(
             student,
             _optimizer(student, config),
-            Lessons(self._pixels, self._draws(seed), config),
+            TrainingLoader(self._images, self._sampler(seed), config),
             loss,
             epochs=config.epochs,
             learning_rate=config.learning_rate,
@@ -270,23 +271,23 @@ def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Opti
 
 def soft_loss(
     logits: Tensor,  # [B, classes], the student's
-    told: Tensor,  # [B, classes], the teacher's
+    teacher_logits: Tensor,  # [B, classes], the teacher's
     config: ValidationConfig,
 ) -> Tensor:
-    """Divergence of the student's tempered probabilities from the teacher's, mean over the batch; × temperature² on request."""
-    target = F.log_softmax(told / config.temperature, 1)
+    """KL(teacher ‖ student) of the probabilities at `temperature`, mean over the batch; × temperature² if `scale_loss`."""
+    target = F.log_softmax(teacher_logits / config.temperature, 1)
     loss = F.kl_div(F.log_softmax(logits / config.temperature, 1), target, reduction="batchmean", log_target=True)
     return loss * config.temperature**2 if config.scale_loss else loss
 
 
 def hard_loss(
     logits: Tensor,  # [B, classes]
-    lesson: Lesson,
+    batch: TrainingBatch,
 ) -> Tensor:
-    """Cross-entropy; of mixed images, with both classes by their shares."""
-    own = F.cross_entropy(logits, lesson.labels)
-    mix = lesson.draw.mix
+    """Cross-entropy; for mixed images share·CE(own label) + (1 − share)·CE(partner's label)."""
+    own = F.cross_entropy(logits, batch.labels)
+    mix = batch.plan.mix
     if mix.partner is None:
         return own
-    other = F.cross_entropy(logits, lesson.labels[mix.partner.to(logits.device)])
+    other = F.cross_entropy(logits, batch.labels[mix.partner.to(logits.device)])
     return mix.share * own + (1 - mix.share) * other

@@ -14,7 +14,7 @@ from PIL import Image
 from dwa_fast.commands.cli import run
 from dwa_fast.commands.diversity import as_record
 from dwa_fast.config import StorageConfig
-from dwa_fast.data.datasets import MemorySet, digits, to_levels
+from dwa_fast.data.datasets import MemorySet, digits
 from dwa_fast.data.subsets import draw
 from dwa_fast.evaluation.survey import REAL, Findings, Survey, SurveyConfig
 from dwa_fast.io.files import checksum
@@ -33,11 +33,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run([*squeeze, "--padding", "1"]) == 0
     data = digits("train", SIZE)
     pixels = draw(data, IPC, "test", seed=0).load(range(10 * IPC)).view(10, IPC, 1, SIZE, SIZE)
-    for name, images in (("one", pixels), ("two", 1 - pixels)):
+    for name, images in (("one", pixels), ("two", 255 - pixels)):
         store = ImageStore(folder / name, {"method": f"{name}'s", "iterations": 7}, data.class_names, StorageConfig(losses_every=0))
         items = [WorkItem(index, index, list(range(10))) for index in range(IPC)]
         for item in items:
-            store.write(item, to_levels(images[:, item.index]))
+            store.write(item, images[:, item.index])
         store.finish(items)
     return folder
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dwa_fast import InputError, recipe
 from dwa_fast.config import DataConfig
-from dwa_fast.data.datasets import denormalise, digits, image_folder, load, normalise
+from dwa_fast.data.datasets import denormalise, digits, image_folder, load, normalise, to_levels
 from dwa_fast.recipes import full_recipe
 
 FOLDER = DataConfig(layout="folder", size=8)
@@ -46,6 +46,15 @@ def test_normalise_and_back() -> None:
     assert torch.allclose(denormalise(images, recipe("cifar10")), pixels, atol=1e-6)
 
 
+def test_every_level_is_normalised_as_its_fraction_of_255() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    config = recipe("digits")
+    assert torch.equal(normalise(levels, config), normalise(levels.float() / 255, config))
+    assert torch.equal(to_levels(denormalise(normalise(levels, config), config)), levels)
+    with pytest.raises(InputError, match=r"pixels must be uint8, or floating point in \[0, 1\], got torch.int64"):
+        normalise(levels.long(), config)
+
+
 @pytest.mark.parametrize(("layout", "classes"), [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, classes: int) -> None:
     kind: Any = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[layout]
@@ -65,7 +74,7 @@ def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     data = load(DataConfig(layout=layout, size=32, classes=classes), tmp_path, "train")
     assert data.labels.tolist() == [0, 1, classes - 1, 1]
     assert data.load([2]).shape == (1, 3, 32, 32)
-    assert float(data.load([2])[0, 1, 0, 2]) == pytest.approx(rows[2, 1024 + 2] / 255)
+    assert int(data.load([2])[0, 1, 0, 2]) == rows[2, 1024 + 2]
     (folder / "train").write_bytes(b"damaged")
     with pytest.raises(
         InputError, match=r"holds neither an intact .* nor folders train and test .*, or pass --download to fetch the first"
@@ -83,15 +92,15 @@ def test_image_folder_is_sorted_resized_and_cropped(tmp_path: Path) -> None:
     assert data.labels.tolist() == [0, 1, 1]
     pixels = data.load([0, 2])
     assert pixels.shape == (2, 3, 8, 8)
-    assert pixels[0].unique().tolist() == pytest.approx([128 / 255])
-    assert pixels[1].flatten(1).mean(1).tolist() == pytest.approx([1, 0, 0.2], abs=0.01)
+    assert pixels[0].unique().tolist() == [128]
+    assert pixels[1].flatten(1).float().mean(1).tolist() == pytest.approx([255, 0, 51], abs=2)
     assert load(FOLDER, tmp_path, "train", channels=1).load([0]).shape == (1, 1, 8, 8)
 
 
 def test_train_and_val_folders(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "n01" / "a.png")
     write_image(tmp_path / "val" / "n01" / "a.png", (0, 0, 0))
-    assert load(FOLDER, tmp_path, "train").load([0]).max() == 1
+    assert load(FOLDER, tmp_path, "train").load([0]).max() == 255
     assert load(FOLDER, tmp_path, "test").load([0]).max() == 0
 
 
@@ -110,7 +119,7 @@ def test_imagenet_layout(tmp_path: Path) -> None:
     data = load(FOLDER, tmp_path, "train")
     assert data.class_names == ["n01440764", "n02105855"]
     assert [data.name(index) for index in (0, 3)] == ["n01440764/n01440764_10026.JPEG", "n02105855/n02105855_2933.JPEG"]
-    colours = (data.load(range(4)).flatten(2).mean(2) * 255).round().int().tolist()
+    colours = data.load(range(4)).flatten(2).float().mean(2).round().int().tolist()
     assert colours == [[254, 0, 50], [128, 128, 128], [235, 0, 188], [1, 2, 3]]
     test = load(FOLDER, tmp_path, "test")
     assert test.labels.tolist() == [0, 1]
@@ -135,7 +144,7 @@ def test_tiny_imagenet_layout(tmp_path: Path) -> None:
     assert [train.name(index) for index in range(2)] == ["n01/images/n01_0.JPEG", "n02/images/n02_0.JPEG"]
     test = load(config, tmp_path, "test")
     assert test.labels.tolist() == [1, 0]
-    assert test.load([1]).min() == 1
+    assert test.load([1]).min() == 255
     table.write_text("val_0.JPEG\tn99\t0\t0\t62\t62\n")
     with pytest.raises(InputError, match=r"val_annotations.txt names class 'n99', which has no folder in"):
         load(config, tmp_path, "test")
@@ -237,7 +246,7 @@ def test_numbers_padded_in_one_split_alone_are_the_same_classes(tmp_path: Path) 
     classes(tmp_path / "val", *map(str, range(11)))
     test = load(FOLDER, tmp_path, "test")
     assert test.class_names == [f"{number:02d}" for number in range(11)]
-    levels = (test.load(range(11))[:, 0].mean((1, 2)) * 255).round().int()
+    levels = test.load(range(11))[:, 0].float().mean((1, 2)).round().int()
     assert (levels // 20).tolist() == test.labels.tolist()
     assert load(FOLDER, tmp_path, "train").class_names == test.class_names
     (tmp_path / "val" / "10").rename(tmp_path / "val" / "11")
@@ -311,7 +320,7 @@ def test_test_images_are_cut_as_torchvision_does(tmp_path: Path) -> None:
     assert (config.test_crop, config.test_resize) == (0.875, 256)
     assert full_recipe("folder").data.test_resize == 224
     one = replace(config, classes=None)
-    test, train = (load(one, tmp_path, split).load([0])[0] * 255 for split in ("test", "train"))  # type: ignore[arg-type]
+    test, train = (load(one, tmp_path, split).load([0])[0].float() for split in ("test", "train"))  # type: ignore[arg-type]
     wanted = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))
     assert float((test - wanted).abs().max()) <= 1
     whole = v2.Compose([v2.Resize(224), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))

@@ -41,7 +41,7 @@ def test_sets_of_other_programs(tmp_path: Path, form: str) -> None:
     data, skipped = open_distilled(tmp_path, 8, 3, WNIDS)
     assert not skipped
     assert data.class_names == WNIDS
-    levels = (data.load(range(9)).mean((1, 2, 3)) * 255).round().int()
+    levels = data.load(range(9)).float().mean((1, 2, 3)).round().int()
     assert (levels // 60).tolist() == data.labels.tolist()
     first, _ = open_distilled(tmp_path, 8, 3, WNIDS, per_class=2)
     assert first.files == sorted(data.files)[0:2] + sorted(data.files)[3:5] + sorted(data.files)[6:8]
@@ -54,7 +54,7 @@ def test_folders_are_matched_by_name_and_by_number_not_by_position(tmp_path: Pat
         write_image(tmp_path / "names" / f"class {11 - label:02d}" / "0.png", 20 * label)
     for folder, real in (("numbers", names), ("names", [f"class {11 - label:02d}" for label in range(12)])):
         data, _ = open_distilled(tmp_path / folder, 8, 3, real)
-        levels = (data.load(range(12)).mean((1, 2, 3)) * 255).round().to(torch.int64)
+        levels = data.load(range(12)).float().mean((1, 2, 3)).round().to(torch.int64)
         assert (levels // 20).tolist() == data.labels.tolist()
         assert data.labels.tolist() != list(range(12))
 
@@ -109,7 +109,7 @@ def own_set(folder: Path, names: list[str], size: int = 8) -> None:
 def classes_of(folder: Path, real: list[str]) -> dict[str, int]:
     """By real class, the number that the class had when the set was made."""
     data, _ = open_distilled(folder, 8, 3, real)
-    levels = (data.load(range(len(data.labels))).mean((1, 2, 3)) * 255).round().int() // 20
+    levels = data.load(range(len(data.labels))).float().mean((1, 2, 3)).round().int() // 20
     assert data.class_names == real
     return {real[label]: int(level) for label, level in zip(data.labels.tolist(), levels, strict=True)}
 

@@ -127,7 +127,7 @@ def test_file_that_cannot_be_opened_is_never_skipped(tmp_path: Path, monkeypatch
 
 
 def distil(data: FileSet | MemorySet, output: Path, ipc: int = 2, config: Any = CONFIG, **settings: Any) -> int:
-    return distill(small_teacher(), data, config, ipc=ipc, output=output, initial=InitialConfig(**settings))
+    return distill(small_teacher(), data, replace(config, backend="reference"), ipc=ipc, output=output, initial=InitialConfig(**settings))
 
 
 @pytest.mark.parametrize("label", [0, 3])

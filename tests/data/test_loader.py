@@ -1,4 +1,4 @@
-"""Views, mixes and batches: drawn as configured, the same in whatever order they are asked for, wherever the images lie."""
+"""Augmentation, mixing and batches: as configured, and the same in any order of epochs, from memory or from disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dwa_fast import InputError
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views
 from dwa_fast.data.datasets import image_folder
-from dwa_fast.data.loader import Draw, Lessons, Pixels, RandomDraws, batch_sizes, batches
+from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_sizes, batches
 from dwa_fast.recipes import full_recipe
 from dwa_fast.seeding import generator
 from tests.nets import small_set
@@ -89,7 +89,7 @@ def test_batches_cover_an_epoch(count: int, size: int, expected: list[int]) -> N
     assert batch_sizes(count, size) == expected
 
 
-def same(one: Draw, two: Draw) -> bool:
+def same(one: BatchPlan, two: BatchPlan) -> bool:
     """Whether two batches are the same to the bit."""
     assert one.views.offsets is not None
     assert two.views.offsets is not None
@@ -105,31 +105,31 @@ def same(one: Draw, two: Draw) -> bool:
 
 def test_an_epoch_is_the_same_out_of_turn() -> None:
     data = small_set()
-    in_turn = RandomDraws(data, CONFIG, seed=3)
+    in_turn = RandomSampler(data, CONFIG, seed=3)
     wanted = [in_turn.epoch(number) for number in range(4)]
-    other = RandomDraws(data, CONFIG, seed=3)
+    other = RandomSampler(data, CONFIG, seed=3)
     for number in (2, 3, 0, 2):
         assert all(map(same, other.epoch(number), wanted[number]))
     assert not same(wanted[0][0], wanted[1][0])
-    assert not same(RandomDraws(data, CONFIG, seed=4).epoch(0)[0], wanted[0][0])
+    assert not same(RandomSampler(data, CONFIG, seed=4).epoch(0)[0], wanted[0][0])
     assert in_turn.steps == len(wanted[0])
 
 
 def test_images_beyond_the_memory_limit_are_read_from_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same lessons either way; a file that has become unreadable stops them, and no thread is left waiting."""
+    """The batches are the same as from memory. A file that has become unreadable stops the loader, and no thread is left waiting."""
     for index in range(20):
         path = tmp_path / str(index % 4) / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(source().integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
     data = image_folder(tmp_path, 8, 1)
-    held = Pixels(data, CPU, 1.0)
+    held = ImageCache(data, CPU, 1.0)
     with caplog.at_level(logging.INFO, logger="dwa_fast"):
-        read = Pixels(data, CPU, 1e-9)
-    assert "more than the memory limit of 1e-09 GiB; read from disk as training goes" in caplog.text
-    draws = RandomDraws(data, CONFIG, seed=0)
-    for one, two in zip(Lessons(held, draws, CONFIG).epoch(1), Lessons(read, draws, CONFIG).epoch(1), strict=True):
+        read = ImageCache(data, CPU, 1e-9)
+    assert "more than the memory limit of 1e-09 GiB; read from disk during training" in caplog.text
+    sampler = RandomSampler(data, CONFIG, seed=0)
+    for one, two in zip(TrainingLoader(held, sampler, CONFIG).epoch(1), TrainingLoader(read, sampler, CONFIG).epoch(1), strict=True):
         assert torch.equal(one.images, two.images)
-        assert torch.equal(one.labels, data.labels[two.draw.indices])
+        assert torch.equal(one.labels, data.labels[two.plan.indices])
     (tmp_path / "0" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"0\.png is no image that can be read: it is empty"):
-        list(Lessons(read, draws, CONFIG).epoch(0))
+        list(TrainingLoader(read, sampler, CONFIG).epoch(0))

@@ -26,7 +26,7 @@ def coloured(classes: int, per_class: int, wrong: float = 0.2) -> tuple[MemorySe
     labels = torch.arange(classes).repeat_interleave(per_class)
     shown = torch.where(torch.rand(len(labels), generator=source) < wrong, torch.randint(classes, labels.shape, generator=source), labels)
     pixels = (10 + 240 * shown // classes).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
-    levels = normalise(((10 + 240 * torch.arange(classes) // classes).float() / 255)[:, None, None, None], GREY).flatten()
+    levels = normalise((10 + 240 * torch.arange(classes) // classes).to(torch.uint8)[:, None, None, None], GREY).flatten()
 
     def predict(images: Tensor) -> Tensor:
         return -(images.mean((1, 2, 3))[:, None] - levels).abs()

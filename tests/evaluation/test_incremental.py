@@ -21,7 +21,7 @@ QUICK = replace(full_recipe("digits").validation, epochs=2, padding=1, students=
 SHORT = IncrementalConfig(tasks=2, seeds=2)
 
 
-def run(keep: Path, config: IncrementalConfig = SHORT, seed: int = 0, **sets: Any) -> dict[str, list[list[list[float]]]]:
+def run(resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, **sets: Any) -> dict[str, list[list[list[float]]]]:
     return learn(
         sets or {"few": small_set(3)},
         digits("test", SIZE),
@@ -31,7 +31,7 @@ def run(keep: Path, config: IncrementalConfig = SHORT, seed: int = 0, **sets: An
         QUICK,
         size=SIZE,
         device=torch.device("cpu"),
-        keep=keep,
+        resume_dir=resume_dir,
         seed=seed,
     )
 
@@ -68,7 +68,7 @@ def test_real_images_are_learned_at_every_step(tmp_path: Path) -> None:
         hard,
         size=SIZE,
         device=torch.device("cpu"),
-        keep=tmp_path,
+        resume_dir=tmp_path,
     )["real"]
     assert all(accuracy > 90 for step in steps for accuracy in step), steps
 

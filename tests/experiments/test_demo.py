@@ -61,15 +61,16 @@ def test_demo_writes_record_images_and_picture(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_mosaic_lays_images_out_in_rows() -> None:
-    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 2) / 10
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 2)
     sheet = mosaic(images, 3)
     assert sheet.shape == (2 * 2 + 2, 3 * 2 + 4, 3)
-    assert sheet[0, ::4, 0].tolist() == pytest.approx([0, 0.1, 0.2])
-    assert sheet[4, ::4, 0].tolist() == pytest.approx([0.3, 0.4, 0.5])
-    assert sheet[2:4].unique().tolist() == [1.0]
+    assert sheet[0, ::4, 0].tolist() == [0, 1, 2]
+    assert sheet[4, ::4, 0].tolist() == [3, 4, 5]
+    assert sheet[2:4].unique().tolist() == [255]
 
 
 def test_contact_sheet_takes_colour(tmp_path: Path) -> None:
-    contact_sheet(tmp_path / "sheet.png", {"one": torch.rand(4, 3, 8, 8), "two": torch.rand(4, 3, 8, 8)}, ["cat", "dog"])
+    one, two = torch.randint(256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    contact_sheet(tmp_path / "sheet.png", {"one": one, "two": two}, ["cat", "dog"])
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.format == "PNG"

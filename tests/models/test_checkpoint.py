@@ -444,7 +444,7 @@ def arrays() -> bytes:
 
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "it is empty"),
-    "web page": (lambda: b"\n<!DOCTYPE html><html>", "it is a web page in the place of the file"),
+    "web page": (lambda: b"\n<!DOCTYPE html><html>", "it is a web page instead of the file"),
     "Git LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull fetches the file"),
     "npz": (arrays, "it holds NumPy arrays (.npz)"),
     "npy": (lambda: b"\x93NUMPY\x01\x00", "it is a NumPy array"),

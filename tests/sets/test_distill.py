@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from dwa_fast import InputError, distill
 from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import image_name, read_manifest
-from dwa_fast.io.files import checksum, replacing
+from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import WorkItem, work_list
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import Elastic
@@ -149,7 +149,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     target.write_text("old")
 
     def fail() -> None:
-        with replacing(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text("half")
             raise ZeroDivisionError
 

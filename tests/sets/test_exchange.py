@@ -17,7 +17,7 @@ from torch import Tensor
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import Normalisation, StorageConfig
-from dwa_fast.data.datasets import image_folder, to_levels
+from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.tensors import as_pixels, read_tensors
 from dwa_fast.sets.distill import work_list
@@ -49,7 +49,7 @@ def make(folder: Path, *, channels: int = 3, size: int = 8, ipc: int = 2, image_
 def levels_of(folder: Path, size: int = 8, channels: int = 3) -> Tensor:
     """What the package itself reads from a folder, [N, C, S, S] uint8."""
     data = image_folder(folder, size, channels)
-    return to_levels(data.load(range(len(data.files))))
+    return data.load(range(len(data.files)))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

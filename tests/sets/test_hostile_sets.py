@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +92,6 @@ def test_verify_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not canary.exists()
 
 
-UNREADABLE = ("manifest.json", "losses.jsonl", ".journal-0.jsonl")
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "folder", "device"])
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, put: Callable[[Path], None]) -> None:
-    """A pipe that nobody writes to, and a device that never ends."""
-    make(tmp_path / "set")
-    (tmp_path / "set" / name).unlink(missing_ok=True)
-    put(tmp_path / "set" / name)
-    with pytest.raises(InputError, match=f"{re.escape(name)} cannot be read: "):
-        make(tmp_path / "set", ipc=2)
-
-
-def test_image_that_is_no_file_is_made_again(tmp_path: Path) -> None:
-    make(tmp_path / "set")
-    image = tmp_path / "set" / "images" / "new000" / "class000_id000.png"
-    before = image.read_bytes()
-    image.unlink()
-    os.mkfifo(image)
-    assert "cannot be read: Invalid argument" in "".join(problems(tmp_path / "set"))
-    assert make(tmp_path / "set") == 2  # its whole batch
-    assert image.read_bytes() == before
-
-
 def test_left_over_names_of_impossible_processes(tmp_path: Path) -> None:
     """They look like files of processes that died; some are folders, or lead elsewhere."""
     host = PART.split(".")[2].split("~")[0]
@@ -179,13 +153,6 @@ def test_threads_that_a_manifest_makes_up(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match=rf"holds a set made with other settings \(threads was {threads!r}, is 2\)"):
         distil()
     assert set(taken) <= {2}
-
-
-def test_manifest_that_is_nested_too_deeply(tmp_path: Path) -> None:
-    make(tmp_path)
-    (tmp_path / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match=r"manifest\.json cannot be read: "):
-        make(tmp_path)
 
 
 def entry(**changes: Any) -> dict[str, Any]:

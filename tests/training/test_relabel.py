@@ -17,7 +17,7 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig, ValidationConfig
-from dwa_fast.data.loader import Lessons, Pixels, RandomDraws
+from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
 from dwa_fast.io.files import checksum
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
@@ -27,8 +27,8 @@ from dwa_fast.seeding import derive
 from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.training import state
 from dwa_fast.training.fit import predict
-from dwa_fast.training.label_store import LabelStore, StoredDraws, epoch_bytes
-from dwa_fast.training.relabel import kept_epochs, label_bytes, relabel
+from dwa_fast.training.label_store import LabelStore, StoredSampler, epoch_bytes
+from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 from dwa_fast.training.validate import ValidationResult, validate
 from tests.hostile import Harmful
 from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
@@ -67,19 +67,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_stored_lessons_are_those_of_training(tmp_path: Path, config: ValidationConfig) -> None:
     """Images bit for bit, logits as the teacher gives them for exactly these images, rounded to half precision."""
     data, teacher, found = small_set(), small_teacher(), store(tmp_path, config)
-    pixels, own = Pixels(data, CPU, 1.0), derive(0, "student", 0)
-    online = Lessons(pixels, RandomDraws(data, config, seed=own), config)
-    stored = Lessons(pixels, StoredDraws(found, config, len(data.labels), 10, seed=own), config)
+    pixels, own = ImageCache(data, CPU, 1.0), derive(0, "student", 0)
+    online = TrainingLoader(pixels, RandomSampler(data, config, seed=own), config)
+    stored = TrainingLoader(pixels, StoredSampler(found, config, len(data.labels), 10, seed=own), config)
     teacher.train(config.teacher_mode == "train")
     for epoch in range(config.epochs):
         for one, two in zip(online.epoch(epoch), stored.epoch(epoch), strict=True):
             assert torch.equal(one.images, two.images)
             assert torch.equal(one.labels, two.labels)
-            assert one.draw.mix.share == two.draw.mix.share
+            assert one.plan.mix.share == two.plan.mix.share
             with torch.no_grad():
-                told = predict(teacher, one.images, "fp32")
-            assert two.draw.logits is not None
-            assert torch.equal(told.half(), two.draw.logits)
+                teacher_logits = predict(teacher, one.images, "fp32")
+            assert two.plan.logits is not None
+            assert torch.equal(teacher_logits.half(), two.plan.logits)
 
 
 @pytest.mark.parametrize("config", [QUICK, CUTMIX], ids=["pad and mixup", "crop and cutmix"])
@@ -92,7 +92,7 @@ def test_students_are_those_of_a_teacher_that_rounds(tmp_path: Path, monkeypatch
     def weights(name: str, teacher: nn.Module | None, stops: Sequence[int], **more: Any) -> dict[str, torch.Tensor]:
         for step in stops:
             with pytest.raises(KeyboardInterrupt):
-                students(config, teacher, keep=tmp_path / name, progress=stop_at(step), **more)
+                students(config, teacher, resume_dir=tmp_path / name, progress=stop_at(step), **more)
         content: dict[str, torch.Tensor] = torch.load(tmp_path / name / "student0.state", weights_only=True)["weights"]
         return content
 
@@ -108,7 +108,7 @@ def test_stopped_and_damaged_labels_are_made_good(tmp_path: Path) -> None:
     store(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path / "stopped", progress=stop_at(8))
-    with pytest.raises(InputError, match="does not hold all of its soft labels yet; the command that began it goes on with it"):
+    with pytest.raises(InputError, match="is incomplete; the dwa-fast relabel command that wrote it resumes it"):
         students(QUICK, None, soft_labels=tmp_path / "stopped")
     ticks: list[int] = []
     store(tmp_path / "stopped", progress=lambda done, total: ticks.append(done))
@@ -148,16 +148,16 @@ def test_pool_is_used_again_and_again(tmp_path: Path) -> None:
     found = store(tmp_path, config, pool=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch000.pt", "epoch001.pt", "epoch002.pt", "epoch003.pt", "labels.json"]
     data = small_set()
-    draws = StoredDraws(found, config, len(data.labels), 10, seed=1)
-    rounds = [[draws.entry(4 * again + place) for place in range(4)] for again in range(5)]
+    sampler = StoredSampler(found, config, len(data.labels), 10, seed=1)
+    rounds = [[sampler.entry(4 * again + place) for place in range(4)] for again in range(5)]
     assert rounds[0] == [0, 1, 2, 3]
     assert all(sorted(each) == [0, 1, 2, 3] for each in rounds)
     assert len({tuple(each) for each in rounds}) > 1
-    other = StoredDraws(found, config, len(data.labels), 10, seed=2)
+    other = StoredSampler(found, config, len(data.labels), 10, seed=2)
     assert [other.entry(number) for number in range(20)] != [entry for each in rounds for entry in each]
-    assert torch.equal(draws.epoch(9)[0].indices, draws.epoch(rounds[2][1])[0].indices)
+    assert torch.equal(sampler.epoch(9)[0].indices, sampler.epoch(rounds[2][1])[0].indices)
     assert len(students(config, None, soft_labels=tmp_path).accuracies) == 1
-    assert [kept_epochs(config, pool) for pool in (1, 3, 10, 30)] == [20, 7, 2, 1]
+    assert [stored_epochs(config, pool) for pool in (1, 3, 10, 30)] == [20, 7, 2, 1]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -257,9 +257,9 @@ def test_teachers_that_are_not_finite_are_refused_before_anything_is_written(tmp
 def test_size_on_disk_is_told_beforehand(tmp_path: Path, config: ValidationConfig) -> None:
     store(tmp_path, config)
     written = sum(path.stat().st_size for path in tmp_path.glob("epoch*.pt"))
-    told = label_bytes(config, len(small_set().labels), 10)
-    assert told == 4 * epoch_bytes(config, 60, 10)
-    assert abs(written - told) < 4 * 1000
+    expected = label_bytes(config, len(small_set().labels), 10)
+    assert expected == 4 * epoch_bytes(config, 60, 10)
+    assert abs(written - expected) < 4 * 1000
     imagenet = label_bytes(full_recipe("imagenet").validation, 50_000, 1000)
     assert 30e9 < imagenet < 31e9  # logits alone: 50,000 images × 300 epochs × 1,000 classes × 2 bytes
     assert label_bytes(full_recipe("imagenet").validation, 50_000, 1000, pool=10) == imagenet / 10

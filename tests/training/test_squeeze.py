@@ -1,4 +1,4 @@
-"""Training of the teacher: it learns, repeats, and goes on where it was stopped."""
+"""Training of the teacher: it learns, repeats, and resumes."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def test_squeeze_learns_and_repeats() -> None:
 
 
 def teacher(
-    config: SqueezeConfig, keep: Path | None = None, progress: Progress | None = None, architecture: str = "small-resnet"
+    config: SqueezeConfig, checkpoint_file: Path | None = None, progress: Progress | None = None, architecture: str = "small-resnet"
 ) -> nn.Module:
-    return squeeze(small_set(), architecture, config, size=SIZE, device=CPU, seed=1, keep=keep, progress=progress)
+    return squeeze(small_set(), architecture, config, size=SIZE, device=CPU, seed=1, checkpoint_file=checkpoint_file, progress=progress)
 
 
 def test_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With momentum; stopped within an epoch, whose beginning is done again."""
     monkeypatch.setattr(state, "_SECONDS", 0.0)
-    whole, keep = teacher(QUICK), tmp_path / ".teacher.pt.state"
+    whole, checkpoint_file = teacher(QUICK), tmp_path / ".teacher.pt.state"
     with pytest.raises(KeyboardInterrupt):
-        teacher(QUICK, keep, stop_at(18))
+        teacher(QUICK, checkpoint_file, stop_at(18))
     ticks: list[int] = []
-    resumed = teacher(QUICK, keep, lambda done, total: ticks.append(done))
+    resumed = teacher(QUICK, checkpoint_file, lambda done, total: ticks.append(done))
     assert ticks == list(range(16, 25))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -64,22 +64,22 @@ def test_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "_SECONDS", 0.0)
-    keep = tmp_path / ".teacher.pt.state"
+    checkpoint_file = tmp_path / ".teacher.pt.state"
     with pytest.raises(KeyboardInterrupt):
-        teacher(QUICK, keep, stop_at(11))
-    with pytest.raises(InputError, match=r"other settings \(epochs was 3, is 4; momentum was 0.9, is 0.5\); remove it to begin again"):
-        teacher(replace(QUICK, epochs=4, momentum=0.5), keep)
-    teacher(replace(QUICK, memory_limit=0.0), keep)
+        teacher(QUICK, checkpoint_file, stop_at(11))
+    with pytest.raises(InputError, match=r"other settings \(epochs was 3, is 4; momentum was 0.9, is 0.5\); remove it to start again"):
+        teacher(replace(QUICK, epochs=4, momentum=0.5), checkpoint_file)
+    teacher(replace(QUICK, memory_limit=0.0), checkpoint_file)
 
 
 def test_damaged_state_is_named(tmp_path: Path) -> None:
-    keep = tmp_path / ".teacher.pt.state"
-    keep.write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"state of a training .*\.teacher\.pt\.state cannot be read"):
-        teacher(CONFIG, keep)
-    torch.save({"settings": "{}"}, keep)
-    with pytest.raises(InputError, match="holds no whole state of a training; remove it to begin again"):
-        teacher(CONFIG, keep)
+    checkpoint_file = tmp_path / ".teacher.pt.state"
+    checkpoint_file.write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"checkpoint of a training .*\.teacher\.pt\.state cannot be read"):
+        teacher(CONFIG, checkpoint_file)
+    torch.save({"settings": "{}"}, checkpoint_file)
+    with pytest.raises(InputError, match="holds no complete checkpoint of a training; remove it to start again"):
+        teacher(CONFIG, checkpoint_file)
 
 
 def test_bf16_learns() -> None:
@@ -109,7 +109,7 @@ cli.run(sys.argv[1:])
 
 
 def test_killed_command_goes_on(tmp_path: Path) -> None:
-    """In the middle of the second epoch of eleven steps; momentum and draws go on as if nothing had happened."""
+    """In the middle of the second epoch of eleven steps; momentum and batch plans continue as if nothing had happened."""
 
     def command(name: str) -> list[str]:
         return ["squeeze", "--recipe", "digits", "--size", str(SIZE), "--padding", "1", "--epochs", "3", "--output", str(tmp_path / name)]
@@ -129,23 +129,23 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
 def test_divergence_stops_with_its_epoch_and_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch that diverged is not saved."""
     monkeypatch.setattr(state, "_SECONDS", 0.0)
-    keep = tmp_path / ".teacher.pt.state"
+    checkpoint_file = tmp_path / ".teacher.pt.state"
     with pytest.raises(InputError, match=r"training diverged: loss not finite in epoch 1 of 3; lower --learning-rate \(1e\+12\)$"):
-        teacher(replace(QUICK, learning_rate=1e12), keep)
-    assert not keep.exists()
+        teacher(replace(QUICK, learning_rate=1e12), checkpoint_file)
+    assert not checkpoint_file.exists()
     with pytest.raises(InputError, match=r"lower --learning-rate \(1e\+12\) or take --precision fp32$"):
         teacher(replace(QUICK, learning_rate=1e12, precision="bf16"))
 
 
 def test_divergence_leaves_the_state_of_the_last_good_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "_SECONDS", 0.0)
-    keep, real = tmp_path / ".teacher.pt.state", fit.cosine
+    checkpoint_file, real = tmp_path / ".teacher.pt.state", fit.cosine
     monkeypatch.setattr(fit, "cosine", lambda step, *more: real(step, *more) * (1e30 if step == 20 else 1))  # in epoch 3
     with pytest.raises(InputError, match="not finite in epoch 3 of 3"):
-        teacher(QUICK, keep)
-    assert torch.load(keep, weights_only=True)["epochs"] == 2
+        teacher(QUICK, checkpoint_file)
+    assert torch.load(checkpoint_file, weights_only=True)["epochs"] == 2
     monkeypatch.setattr(fit, "cosine", real)
-    resumed, whole = teacher(QUICK, keep), teacher(QUICK)
+    resumed, whole = teacher(QUICK, checkpoint_file), teacher(QUICK)
     assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
@@ -159,14 +159,14 @@ def test_divergence_in_the_last_step_is_seen_in_the_weights(monkeypatch: pytest.
 
 def test_the_state_of_a_diverged_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "_SECONDS", 0.0)
-    keep = tmp_path / ".teacher.pt.state"
+    checkpoint_file = tmp_path / ".teacher.pt.state"
     with pytest.raises(KeyboardInterrupt):
-        teacher(QUICK, keep, stop_at(11))
-    content = torch.load(keep, weights_only=True)
+        teacher(QUICK, checkpoint_file, stop_at(11))
+    content = torch.load(checkpoint_file, weights_only=True)
     content["weights"]["fc.weight"][0, 0] = float("nan")
-    torch.save(content, keep)
-    with pytest.raises(InputError, match=r"holds weights that are not finite, of a training that diverged; remove it to begin again"):
-        teacher(QUICK, keep)
+    torch.save(content, checkpoint_file)
+    with pytest.raises(InputError, match=r"holds weights that are not finite, of a training that diverged; remove it to start again"):
+        teacher(QUICK, checkpoint_file)
 
 
 def test_command_tells_of_a_divergence_and_writes_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

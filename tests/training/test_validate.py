@@ -1,4 +1,4 @@
-"""Students: what they are told, that they learn and repeat, and that they go on where they were stopped."""
+"""Students: what they are teacher_logits, that they learn and repeat, and that they go on where they were stopped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dwa_fast import InputError
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix, Views
 from dwa_fast.data.datasets import MemorySet, digits
-from dwa_fast.data.loader import Draw, Lesson
+from dwa_fast.data.loader import BatchPlan, TrainingBatch
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.recipes import full_recipe
-from dwa_fast.threads import computing
+from dwa_fast.threads import torch_threads
 from dwa_fast.training import fit, state
 from dwa_fast.training.validate import ValidationResult, _optimizer, hard_loss, soft_loss, validate
 from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
@@ -79,12 +79,12 @@ def test_weight_decay_may_leave_vectors_alone(optimiser: str, vectors: bool) -> 
 
 @torch.no_grad()
 def test_soft_loss_is_the_tempered_divergence() -> None:
-    logits, told = torch.randn(4, 5), torch.randn(4, 5)
+    logits, teacher_logits = torch.randn(4, 5), torch.randn(4, 5)
     for scale, factor in ((False, 1.0), (True, 49.0)):
         config = ValidationConfig(temperature=7.0, scale_loss=scale)
-        target = (told / 7).softmax(1)
+        target = (teacher_logits / 7).softmax(1)
         expected = (target * (target.log() - (logits / 7).log_softmax(1))).sum(1).mean() * factor
-        assert float(soft_loss(logits, told, config)) == pytest.approx(float(expected), rel=1e-5)
+        assert float(soft_loss(logits, teacher_logits, config)) == pytest.approx(float(expected), rel=1e-5)
 
 
 @torch.no_grad()
@@ -93,10 +93,10 @@ def test_hard_loss_mixes_both_labels() -> None:
     raw = torch.randn(2, 5)
     logits = raw.log_softmax(1)
     for mix, share in ((Mix(partner, 0.7), 0.7), (Mix(), 1.0)):
-        lesson = Lesson(torch.zeros(2, 3), labels, Draw(torch.arange(2), Views(), mix))
+        batch = TrainingBatch(torch.zeros(2, 3), labels, BatchPlan(torch.arange(2), Views(), mix))
         other = logits[0, 2] + logits[1, 1]
         expected = -(share * (logits[0, 1] + logits[1, 2]) + (1 - share) * other) / 2
-        assert float(hard_loss(raw, lesson)) == pytest.approx(float(expected), rel=1e-6)
+        assert float(hard_loss(raw, batch)) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
@@ -111,17 +111,17 @@ def test_goes_on_to_the_same_accuracies(tmp_path: Path, monkeypatch: pytest.Monk
     whole = run()
     for step in (8, 20):
         with pytest.raises(KeyboardInterrupt):
-            run(keep=tmp_path, progress=stop_at(step))
+            run(resume_dir=tmp_path, progress=stop_at(step))
     ticks: list[int] = []
-    assert run(keep=tmp_path, progress=lambda done, total: ticks.append(done)) == whole
+    assert run(resume_dir=tmp_path, progress=lambda done, total: ticks.append(done)) == whole
     assert ticks == list(range(18, 25))
     assert [path.name for path in tmp_path.iterdir()] == ["students.json"]
-    assert run(keep=tmp_path, progress=stop_at(1)) == whole  # nothing is trained again
+    assert run(resume_dir=tmp_path, progress=stop_at(1)) == whole  # nothing is trained again
 
 
 @pytest.mark.parametrize("student", ["small-resnet", "dropping"])
 def test_state_is_that_of_the_undisturbed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str, dropping: str) -> None:
-    """Accuracies of a hundred images could hide a difference; the weights after every epoch cannot. Dropout draws numbers of its own."""
+    """Accuracies of a hundred images could hide a difference; the weights after every epoch cannot. Dropout plans numbers of its own."""
     monkeypatch.setattr(state, "_SECONDS", 0.0)
 
     def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -129,51 +129,48 @@ def test_state_is_that_of_the_undisturbed_run(tmp_path: Path, monkeypatch: pytes
         return content
 
     with pytest.raises(KeyboardInterrupt):
-        students(student=student, keep=tmp_path / "whole", progress=stop_at(10))  # after three epochs
+        students(student=student, resume_dir=tmp_path / "whole", progress=stop_at(10))  # after three epochs
     for step in (4, 7, 10):
         with pytest.raises(KeyboardInterrupt):
-            students(student=student, keep=tmp_path / "stopped", progress=stop_at(step))
+            students(student=student, resume_dir=tmp_path / "stopped", progress=stop_at(step))
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_goes_on_with_the_threads_that_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of sums, so the last bits, depend on them; the state of the first student and the second student take the recorded one."""
+def test_another_thread_count_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The order of sums, so the last bits, depend on it; resuming goes ahead with the present number."""
     monkeypatch.setattr(state, "_SECONDS", 0.0)
-    seen: list[int] = []
-
-    def note(done: int, total: int) -> None:
-        seen.append(torch.get_num_threads())
-
-    with computing(2), pytest.raises(KeyboardInterrupt):
-        students(replace(QUICK, students=2), keep=tmp_path, progress=stop_at(8))
-    with computing(1):
-        students(replace(QUICK, students=2), keep=tmp_path, progress=note)
-        assert torch.get_num_threads() == 1
-    assert set(seen[1:]) == {2}  # the first call says what is there before anything is computed
-    assert json.loads((tmp_path / "students.json").read_text())["settings"]["threads"] == 2
+    with torch_threads(2), pytest.raises(KeyboardInterrupt):
+        students(replace(QUICK, students=2), resume_dir=tmp_path, progress=stop_at(8))
+    assert not caplog.records
+    with torch_threads(1):
+        students(replace(QUICK, students=2), resume_dir=tmp_path)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"{tmp_path}: started with 2 CPU threads, resumed with 1; the last bits of the results may differ"]
 
 
 def test_more_students_join_those_that_are_there(tmp_path: Path) -> None:
-    one = students(replace(QUICK, students=1), keep=tmp_path)
-    three = students(replace(QUICK, students=3), keep=tmp_path)
+    one = students(replace(QUICK, students=1), resume_dir=tmp_path)
+    three = students(replace(QUICK, students=3), resume_dir=tmp_path)
     assert three.accuracies[:1] == one.accuracies
     assert three == students(replace(QUICK, students=3))
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     config = replace(QUICK, students=1, epochs=1)
-    students(config, keep=tmp_path)
+    students(config, resume_dir=tmp_path)
     with pytest.raises(
         InputError, match=r"holds students of other settings \(seed was 0, is 5; temperature was 20.0, is 4.0\); choose another"
     ):
-        students(replace(config, temperature=4.0), keep=tmp_path, seed=5)
+        students(replace(config, temperature=4.0), resume_dir=tmp_path, seed=5)
     with pytest.raises(InputError, match=r"other settings \(teacher was '[0-9a-f]+', is '[0-9a-f]+'\)"):
-        students(config, small_teacher(1), keep=tmp_path)
-    students(replace(config, memory_limit=0.0), keep=tmp_path)
+        students(config, small_teacher(1), resume_dir=tmp_path)
+    students(replace(config, memory_limit=0.0), resume_dir=tmp_path)
     (tmp_path / "students.json").write_text(json.dumps({"format": 1, "settings": {}, "accuracies": {"0": 101}}))
-    with pytest.raises(InputError, match=r"students\.json cannot be read: it holds something else; remove it to train all students again"):
-        students(config, keep=tmp_path)
+    with pytest.raises(
+        InputError, match=r"students\.json cannot be read: wanted format 1 and accuracies in percent; remove it to train all students again"
+    ):
+        students(config, resume_dir=tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -197,8 +194,8 @@ def test_a_student_does_not_depend_on_those_before_it(tmp_path: Path, mode: Any)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     config = replace(QUICK, teacher_mode=mode, temperature=1.0, learning_rate=0.05)
     both = students(config, teacher).accuracies
-    assert students(replace(config, students=1), teacher, keep=tmp_path).accuracies == both[:1]
-    assert students(config, teacher, keep=tmp_path).accuracies == both  # trains the second alone
+    assert students(replace(config, students=1), teacher, resume_dir=tmp_path).accuracies == both[:1]
+    assert students(config, teacher, resume_dir=tmp_path).accuracies == both  # trains the second alone
     assert not teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
@@ -213,18 +210,18 @@ def test_students_in_bf16() -> None:
 def test_a_folder_without_a_finished_student_takes_other_settings(tmp_path: Path) -> None:
     """Such as a lower learning rate after a divergence."""
     with pytest.raises(InputError, match="training diverged"):
-        students(replace(QUICK, learning_rate=1e30), keep=tmp_path)
-    assert students(QUICK, keep=tmp_path) == students(QUICK)
+        students(replace(QUICK, learning_rate=1e30), resume_dir=tmp_path)
+    assert students(QUICK, resume_dir=tmp_path) == students(QUICK)
 
 
 def test_divergence_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = students(replace(QUICK, students=1), keep=tmp_path)
+    first = students(replace(QUICK, students=1), resume_dir=tmp_path)
     monkeypatch.setattr(fit, "cosine", lambda *_: 1e30)
     with pytest.raises(InputError, match=r"training diverged: loss not finite in epoch 1 of 4; lower --learning-rate \(0\.\d+\)$"):
-        students(keep=tmp_path)
+        students(resume_dir=tmp_path)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["students.json"]
-    assert students(keep=tmp_path).accuracies[:1] == first.accuracies
+    assert students(resume_dir=tmp_path).accuracies[:1] == first.accuracies
 
 
 def test_teachers_are_checked_as_synthesis_does(tmp_path: Path) -> None:
@@ -239,7 +236,7 @@ def test_teachers_are_checked_as_synthesis_does(tmp_path: Path) -> None:
     }
     for message, teacher in cases.items():
         with pytest.raises(InputError, match=message):
-            students(teacher=teacher.eval(), keep=tmp_path)
+            students(teacher=teacher.eval(), resume_dir=tmp_path)
     with pytest.raises(InputError, match=r"a batch of one image leaves a BatchNorm layer of the teacher with one value per channel"):
         students(replace(QUICK, batch_size=1, teacher_mode="train"), tight(10, 1, SIZE))
     assert students(replace(QUICK, students=1, labels="hard"), broken).accuracies  # which is not asked
