@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import read_regular
 
 MANIFEST = "manifest.json"
 IMAGES = "images"
@@ -76,8 +75,8 @@ def refuse_images(folder: Path) -> None:
 def _format(folder: Path) -> int | None:
     """The format that a manifest names; None where there is no manifest of ours that can be read."""
     try:
-        content = json.loads(read_regular(folder / MANIFEST))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
         return None
     found = content.get("format") if isinstance(content, dict) else None
     return found if isinstance(found, int) else None

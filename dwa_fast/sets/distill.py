@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -106,15 +105,15 @@ def distill(
         todo = team.begin(survey)
         store, missing = surveyed[0] if surveyed else (opened(), len(todo))
         start.skipped.update(store.skipped)
-        with contextlib.closing(store), computing(store.settings.get("threads")):
+        with computing(store.settings.get("threads")):
             line = Line(run, start, store, team, items, seed=seed)
             if todo:
                 start.check(_last_indices(items[number] for number in todo))
                 if try_teacher and rank() == 0:
                     check_teacher(run.logits, data, config)
             line.kept, line.todo, line.progress = len(items) - missing, len(todo), progress
-            line.preview = Preview(store, data.image_shape, ipc) if store.form.preview else None
-            with tracked(store.form.track, store.folder, store.settings) as trackers:
+            line.preview = Preview(store, data.image_shape, ipc) if store.storage.preview else None
+            with tracked(store.storage.track, store.folder, store.settings) as trackers:
                 line.observers = [*trackers, *([observer] if observer else [])]
                 made = line.produce()
             _finish(team, line, output)

@@ -14,9 +14,9 @@ from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import below, checksum, is_left_over, is_temporary
-from dwa_fast.sets.journal import is_journal
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
 from dwa_fast.sets.preview import PREVIEW
+from dwa_fast.sets.store import RECORDS
 from dwa_fast.training.label_store import INDEX, LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
@@ -32,7 +32,7 @@ def problems(folder: Path) -> Iterator[str]:
     folder = set_folder(folder)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
-        yield "the set is not complete; the command that began it goes on with it"
+        yield "the set is not complete; run the command that started it again to resume"
     images = {prefix(manifest) + name: wanted for name, wanted in manifest["images"].items()}
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
@@ -92,11 +92,11 @@ def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
-    """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
+    """Files that do not belong to the set. An incomplete set may have images and records that its manifest does not include yet."""
     start = os.path.join(folder, "")
     for entry in below(start):
         path, name = Path(entry.path), entry.path[len(start) :]
-        unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
+        unfinished = not manifest["complete"] and (path.match(RECORDS) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
         if is_left_over(path):
             yield f"{name} is left over from a process that died"
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):

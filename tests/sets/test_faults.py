@@ -43,21 +43,21 @@ def test_killed_once(bench: Bench, tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("sends", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_politely(bench: Bench, tmp_path: Path, sends: signal.Signals, wanted: int, seed: int) -> None:
-    """What the manifest and the journal name is whole when the process ends, and nothing half written lies about."""
+    """What the manifest and the records name is whole when the process ends, and nothing half written is left."""
     code, process = bench.run(tmp_path, at_operation=random.Random(seed).randint(1, bench.operations - 20), sends=sends)
     assert code == wanted, process.output
     assert "stopped; everything finished so far is kept" in process.output
     assert "Traceback" not in process.output
     assert not list(tmp_path.rglob("*.part"))
     if (tmp_path / "manifest.json").exists():
-        assert list(problems(tmp_path)) in ([], ["the set is not complete; the command that began it goes on with it"])
+        assert list(problems(tmp_path)) in ([], ["the set is not complete; run the command that started it again to resume"])
     assert bench.run(tmp_path)[0] == 0
     assert contents(tmp_path) == bench.whole
 
 
 @pytest.mark.parametrize("largest_file", [1000, 2500, 3000])
 def test_full_disk(bench: Bench, tmp_path: Path, largest_file: int) -> None:
-    """No file may grow beyond a few bytes: the first manifest, an image or the journal cannot be written to its end."""
+    """No file may grow beyond a few bytes: the first manifest, an image or a record cannot be written to its end."""
     code, process = bench.run(tmp_path, largest_file=largest_file)
     assert code == 1, process.output
     (error,) = [line for line in process.output.splitlines() if line.startswith("dwa-fast: ")]
