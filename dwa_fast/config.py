@@ -6,6 +6,7 @@ The comment behind a field is its help text on the command line.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +30,8 @@ SoftOrHard = Literal["soft", "hard"]
 TeacherMode = Literal["eval", "train"]
 ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
+
+Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -162,8 +162,8 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         _copy_real(setup, source, ipc, folder)
         return
     initial = setup.initial if source.synthesis.sees_images else None
-    origin = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
-    origin |= _outputs(setup)
+    provenance = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
+    provenance |= _outputs(setup)
     distill(
         stock.teacher,
         stock.train,
@@ -172,7 +172,7 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         output=folder,
         initial=initial,
         seed=source.seed,
-        origin=origin,
+        provenance=provenance,
         threads=setup.threads,
         progress=progress,
         try_teacher=False,  # it was tried before all sets

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dwa_fast.config import ImageFormat, Normalisation, StorageConfig
+from dwa_fast.config import ImageFormat, Normalisation, Progress, StorageConfig
 from dwa_fast.data.datasets import image_folder, normalise
 from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
 from dwa_fast.data.set_layout import image_root, is_set
@@ -22,8 +22,6 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import output_folder, replacing
 from dwa_fast.sets.store import ImageStore, WorkItem
-
-Progress = Callable[[int, int], None]  # called with the images done and the images in all
 
 _NUMBERS = re.compile(r"new(\d+)/class\d+_id(\d+)")  # in the names of a set of ours
 _NUMBERED = re.compile(r"\D*(\d+)")  # new007, 00007, 7: class folders of other programs
