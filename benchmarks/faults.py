@@ -22,12 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
-from processes import Bench, agent_store, contents, launcher, make_bench
 
 from dwa_fast.sets.store import RECORDS
+from tests.processes import Bench, agent_store, contents, launcher, make_bench
 
 COLUMNS = ("what was done", "times", "before the end", "images finished by then", "of those lost", "bytes equal in the end")
 IMAGES = 30  # of the small set
@@ -127,7 +127,7 @@ def one_of_two(bench: Bench, folder: Path, draw: random.Random) -> None:
     """Two workers share the set; one is killed at a random operation, unless the other leaves it too little to do."""
     store = agent_store()
     at = draw.randint(1, bench.operations // 2)
-    workers = [bench.start(folder, environment=launcher(2, store, rank), at_operation=(at, None)[rank]) for rank in (0, 1)]
+    workers = [bench.start(folder, environment=launcher(store, 2, rank), at_operation=(at, None)[rank]) for rank in (0, 1)]
     for worker in workers:
         worker.wait()
 
