@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
-from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
+from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, prefix, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import below, checksum, is_left_over, is_temporary
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
@@ -24,7 +24,7 @@ _THREADS = 8  # that read files
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """What is wrong with a set, a sentence each; nothing where it is complete and every file as it was written.
+    """What is wrong with a set, one message each; nothing where it is complete and every file as it was written.
 
     Raises:
         InputError: the folder holds no manifest, or a damaged one.
@@ -51,8 +51,6 @@ def problems(folder: Path) -> Iterator[str]:
 
 def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
     path = folder / name
-    if has_link(folder, name):
-        return f"{name} is or lies behind a symbolic link"
     try:
         if checksum(path) == wanted:
             return None
@@ -86,9 +84,8 @@ def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
 
 
 def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the folders of soft labels beside the images; of the earlier layout none, where they would be class folders."""
-    names = [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}"))] if prefix(manifest) else []
-    return [name for name in names if name != IMAGES and not has_link(folder, f"{name}/{INDEX}")]
+    """Names of the folders of soft labels beside `images/`; none in the earlier layout, where folders are class folders."""
+    return [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}")) if path.parent.name != IMAGES] if prefix(manifest) else []
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
