@@ -6,6 +6,7 @@ python benchmarks/faults.py --times 20 --json benchmark-output/faults.json
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -21,10 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
-from processes import Bench, agent_store, contents, launcher, make_bench
+
+from dwa_fast.sets.store import RECORDS
+from tests.processes import Bench, agent_store, contents, launcher, make_bench
 
 COLUMNS = ("what was done", "times", "before the end", "images finished by then", "of those lost", "bytes equal in the end")
 IMAGES = 30  # of the small set
@@ -36,7 +39,7 @@ Fault = Callable[[Bench, Path, random.Random], None]
 class Outcome:
     """Of one fault, and the run that went on after it."""
 
-    finished: int  # images that stood in journal or manifest after the fault
+    finished: int  # images that records or the manifest named after the fault
     made: int  # images that the next run of the same command made
     equal: bool  # whether every file is that of an undisturbed run
 
@@ -104,10 +107,9 @@ def names_of_finished(folder: Path) -> set[str]:
     """Images that the set knows as finished."""
     manifest = folder / "manifest.json"
     found = set(json.loads(manifest.read_text())["images"]) if manifest.exists() else set()
-    for journal in folder.glob(".journal-*"):
-        for line in journal.read_text(errors="replace").splitlines(keepends=True):
-            if line.endswith("}\n") and line.startswith("{"):
-                found |= set(json.loads(line)["images"])
+    for record in folder.glob(RECORDS):
+        with contextlib.suppress(ValueError):  # cut
+            found |= set(json.loads(record.read_text(errors="replace"))["images"])
     return found
 
 
@@ -125,7 +127,7 @@ def one_of_two(bench: Bench, folder: Path, draw: random.Random) -> None:
     """Two workers share the set; one is killed at a random operation, unless the other leaves it too little to do."""
     store = agent_store()
     at = draw.randint(1, bench.operations // 2)
-    workers = [bench.start(folder, environment=launcher(2, store, rank), at_operation=(at, None)[rank]) for rank in (0, 1)]
+    workers = [bench.start(folder, environment=launcher(store, 2, rank), at_operation=(at, None)[rank]) for rank in (0, 1)]
     for worker in workers:
         worker.wait()
 
@@ -136,11 +138,10 @@ def full(bench: Bench, folder: Path, draw: random.Random) -> None:
 
 
 def torn(bench: Bench, folder: Path, draw: random.Random) -> None:
-    """Killed, and the journal cut anywhere, as a power failure can."""
+    """Killed, and one of its records cut anywhere."""
     bench.run(folder, at_operation=draw.randint(bench.operations // 3, bench.operations - 20), sends=signal.SIGKILL)
-    for journal in folder.glob(".journal-*"):
-        content = journal.read_bytes()
-        journal.write_bytes(content[: draw.randrange(len(content) + 1)])
+    if records := sorted(folder.glob(RECORDS)):
+        cut(draw.choice(records), draw)
 
 
 def damaged(damage: Callable[[Path, random.Random], None]) -> Fault:
@@ -174,7 +175,7 @@ FAULTS: dict[str, Fault] = {
     "SIGTERM at a random file operation": signalled(signal.SIGTERM),
     "one of two workers killed": one_of_two,
     "disk full at a random size of a file": full,
-    "killed, and the journal cut anywhere": torn,
+    "killed, and the record of a batch cut": torn,
     "an image deleted": damaged(lambda path, draw: path.unlink()),
     "an image cut": damaged(cut),
     "a bit of an image flipped": damaged(flip),

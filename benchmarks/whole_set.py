@@ -1,4 +1,4 @@
-"""What a whole set costs beside its bare loop: image files are read and decoded, results compressed, written, checked and journaled.
+"""What a whole set costs beside its bare loop: image files are read and decoded, results compressed, written, checked and recorded.
 
 python benchmarks/whole_set.py --workload cifar100-convnet128 --json benchmark-output/whole_set.json
 """

@@ -1,20 +1,26 @@
-"""Command lines in processes of their own, which tests kill at chosen or random moments."""
+"""Command lines in processes that tests kill at chosen file operations; each is a fork of a process that has imported PyTorch."""
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -23,29 +29,38 @@ from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 
 SIZE = 8
 QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--ipc", "3", "--backend", "reference"]
+COMMANDS = "dwa_fast.commands.cli"
+PRELOADED = f"__main__ pytest {COMMANDS} dwa_fast.commands torchvision.transforms.v2 sklearn.datasets sklearn.model_selection".split()
+PRELOADED.append("importlib.readers")  # which a user without rights cannot read
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What happens to a command line: nothing, by default."""
+
+    at_operation: int | None = None  # at which of its operations on files of the folder it sends itself a signal
+    sends: signal.Signals = signal.SIGKILL
+    after_seconds: float | None = None  # when it dies
+    largest_file: int | None = None  # bytes after which its files are full
+    user: int | None = None  # whose rights it has; needs those of root
+    environment: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Process:
-    """One command line that runs."""
+    """A command line that runs."""
 
-    number: int  # the operating system's
+    process: BaseProcess
     log: Path  # standard output and error
-    victims: Victims
-
-    def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        os.kill(self.number, number)
-
-    def wait_for_stop(self) -> None:
-        """Return once it has stopped itself."""
-        while (state := Path(f"/proc/{self.number}/stat").read_text().rsplit(")", 1)[1].split()[0]) != "T":
-            assert state != "Z", f"it came to its end: {self.output}"
-            time.sleep(0.02)
 
     def wait(self) -> int:
         """Its exit code, or minus the signal that ended it."""
-        return self.victims.ask({"wait": self.number})
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
 
     @property
     def output(self) -> str:
@@ -59,65 +74,6 @@ class Process:
         return content
 
 
-class Victims:
-    """Starts command lines of dwa-fast; one thread each, which is fastest for networks as small as those of tests."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("victim.py"))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment, bufsize=1
-        )
-
-    def ask(self, order: Mapping[str, Any]) -> int:
-        """Send an order and return its answer."""
-        assert self._server.stdin
-        assert self._server.stdout
-        self._server.stdin.write(json.dumps(order) + "\n")
-        return int(self._server.stdout.readline())
-
-    def start(
-        self,
-        arguments: Sequence[str | Path],
-        folder: Path,
-        *,
-        at_operation: int | None = None,
-        sends: signal.Signals = signal.SIGKILL,
-        after_seconds: float | None = None,
-        largest_file: int | None = None,
-        user: int | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> Process:
-        """Start a command line.
-
-        Args:
-            folder: whose files count as operations.
-            at_operation: at which of them the process sends itself a signal.
-            after_seconds: when it dies on the spot.
-            largest_file: bytes after which its files are full.
-            user: whose rights it has; needs those of root.
-        """
-        self._count += 1
-        log = self._folder / f"{self._count}.log"
-        order = {
-            "arguments": [str(argument) for argument in arguments],
-            "folder": str(folder),
-            "at_operation": at_operation,
-            "signal": int(sends),
-            "after_seconds": after_seconds,
-            "largest_file": largest_file,
-            "user": user,
-            "environment": dict(environment or {}),
-            "log": str(log),
-        }
-        return Process(self.ask(order), log, self)
-
-    def close(self) -> None:
-        """End the server; whoever still runs is waited for by nobody."""
-        self._server.communicate()
-
-
 @dataclass(frozen=True)
 class Bench:
     """Runs the command line of these tests."""
@@ -126,20 +82,63 @@ class Bench:
     whole: dict[str, bytes]  # the files of a run that nothing happened to
     operations: int  # of that run, on files
     seconds: float  # of that run
-    victims: Victims
 
     def command(self, folder: Path) -> list[str]:
         """The command line that makes the set in a folder."""
         return ["synthesize", "--recipe", "digits", "--teacher", str(self.teacher), "--output", str(folder), *QUICK, "--threads", "1"]
 
-    def start(self, folder: Path, *more: str, **options: Any) -> Process:
-        """Start a run in a process of its own; options as those of Victims.start."""
-        return self.victims.start([*self.command(folder), *more], folder, **options)
+    def start(self, folder: Path, *more: str, **order: Any) -> Process:
+        """Start a run in a process of its own; for the order, see Order."""
+        log = self.teacher.with_name(f"{time.monotonic_ns()}.log")
+        process = _context.Process(target=serve, args=([*self.command(folder), *more], str(folder), log, Order(**order)))
+        process.start()
+        return Process(process, log)
 
-    def run(self, folder: Path, *more: str, **options: Any) -> tuple[int, Process]:
+    def run(self, folder: Path, *more: str, **order: Any) -> tuple[int, Process]:
         """Start a run, and wait for its end."""
-        process = self.start(folder, *more, **options)
+        process = self.start(folder, *more, **order)
         return process.wait(), process
+
+
+def serve(arguments: Sequence[str], folder: str, log: Path, order: Order) -> None:
+    """In the new process: run one command line and exit with its code; the last line of the log is its report."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(order.environment or {})
+    operations = count_operations(folder, order)
+    if order.after_seconds:  # SIGALRM, which nothing handles, ends the process on the spot
+        signal.setitimer(signal.ITIMER_REAL, order.after_seconds)
+    if order.largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order.largest_file, order.largest_file))
+    if order.user is not None:
+        os.setuid(order.user)
+    started, code = time.monotonic(), 70
+    try:
+        code = importlib.import_module(COMMANDS).run(arguments)
+        print(json.dumps({"seconds": time.monotonic() - started, "operations": operations[0]}))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def count_operations(folder: str, order: Order) -> list[int]:
+    """Count this process's operations on files of the folder, and send it the signal at one of them."""
+    done, lock = [0], threading.Lock()
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(folder):
+            with lock:
+                done[0] += 1
+                reached = done[0] == order.at_operation
+            if reached:
+                os.kill(os.getpid(), order.sends)
+
+    sys.addaudithook(hook)
+    return done
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -147,23 +146,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def launcher(world: int, store: TCPStore, rank: int = 0) -> dict[str, str]:
-    """The environment that PyTorch's elastic launcher gives a worker; the store is that of its agent."""
+def launcher(store: TCPStore, workers: int, rank: int, restart: int = 0) -> dict[str, str]:
+    """The environment that torchrun gives a worker; the store is that of its agent."""
     return {
         "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RESTART_COUNT": str(restart),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
     }
 
 
 def agent_store() -> TCPStore:
-    """The store of an elastic launcher, which lives as long as it is held."""
+    """The store of torchrun's agent, which lives as long as it is held."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
 
 
@@ -174,8 +173,10 @@ def make_bench(folder: Path) -> Iterator[Bench]:
         torch.manual_seed(0)
         module = build("small-resnet", classes=10, channels=1, size=SIZE)
     save_teacher(folder / "teacher.pt", module, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
-    victims = Victims(folder)
-    code, process = Bench(folder / "teacher.pt", {}, 0, 0.0, victims).run(folder / "whole")
-    assert code == 0, process.output
-    yield Bench(folder / "teacher.pt", contents(folder / "whole"), process.report["operations"], process.report["seconds"], victims)
-    victims.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # fastest for networks as small as those of tests
+        patch.syspath_prepend(Path(__file__).parents[1])  # where the new processes find this module
+        _context.set_forkserver_preload(PRELOADED)
+        code, process = Bench(folder / "teacher.pt", {}, 0, 0.0).run(folder / "whole")
+        assert code == 0, process.output
+        yield Bench(folder / "teacher.pt", contents(folder / "whole"), process.report["operations"], process.report["seconds"])

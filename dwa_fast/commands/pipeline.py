@@ -94,10 +94,10 @@ class Synthesize(TeacherData):
     seed: int = 0  # All random draws derive from it.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
-    threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was begun, or all.
+    threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was started, or all.
     shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
     config: tyro.conf.OmitArgPrefixes[SynthesisConfig]
-    form: tyro.conf.OmitArgPrefixes[StorageConfig] = field(default_factory=StorageConfig)
+    storage: tyro.conf.OmitArgPrefixes[StorageConfig] = field(default_factory=StorageConfig)
 
     def run(self, console: Console) -> None:
         """Distil into the folder."""
@@ -107,12 +107,12 @@ class Synthesize(TeacherData):
             refuse_images(self.output)
         train = self.load("train", self.config.channels)
         teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, self.config)
-        origin: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}
+        provenance: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}
         if teacher.outputs:
-            origin["teacher_outputs"] = teacher.outputs
+            provenance["teacher_outputs"] = teacher.outputs
         if workers.launched() and self.shard:
-            raise InputError("--shard is for processes that know nothing of each other; those of torchrun share the work by themselves")
-        team = workers.elastic() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
+            raise InputError("--shard is for processes that do not communicate; torchrun divides the batches among its workers itself")
+        divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
         config = replace(self.config, device=workers.own_device(self.config.device))
         with console.bars(shown=workers.rank() == 0) as track:
             bar = track(f"{self.method}, ipc {self.ipc}")
@@ -124,20 +124,19 @@ class Synthesize(TeacherData):
                 output=self.output,
                 initial=self.initial,
                 seed=self.seed,
-                origin=origin,
-                form=self.form,
+                provenance=provenance,
+                storage=self.storage,
                 threads=self.threads,
-                workers=team,
+                workers=divided,
                 progress=bar,
                 observer=lambda item, rows: bar.note(_shown(rows)),
             )
         console.say(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")
 
     def _made(self, made: int, total: int) -> str:
-        if workers.launched():
-            return f"{total} images, {made} of them made now by worker {workers.rank()}"
         if not read_manifest(self.output)["complete"]:
-            return f"{made} images of shard {self.shard} made now; complete with the other shards"
+            kind, number = ("worker", workers.rank()) if workers.launched() else ("shard", self.shard)
+            return f"{made} images of {kind} {number} made now; complete with the other {kind}s"
         return f"{total} images" + (f", {made} of them made now" if made < total else "")
 
 

@@ -97,7 +97,7 @@ def _check_names(folder: Path, data: FileSet, manifest: Mapping[str, Any]) -> No
     """
     named = manifest["images"]
     if not manifest["complete"]:
-        log.warning("%s is not complete; the command that made it resumes it", folder)
+        log.warning("%s is not complete; run the command that started it again to resume", folder)
         return
     missing = next((name for name in named if not (data.folder / name).is_file()), None)
     extra = next((name for name in data.files if name not in named), None)

@@ -1,4 +1,4 @@
-"""The manifest of a distilled set: the settings it was made with, and a checksum of each file."""
+"""The manifest of a distilled set: all settings its images depend on, and a checksum of each of its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def image_name(label: int, index: int, classes: int, suffix: str = "png") -> str
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a set, given its folder or its `images/`.
+    """The manifest of a set, given its folder or its `images/`; every part is there and of its type, and every image lies in the set.
 
     Raises:
         InputError: there is no manifest, or it is damaged or of another program.
@@ -39,8 +39,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") not in (FLAT_FORMAT, FORMAT):
         raise InputError(f"{path} is no manifest of format {FLAT_FORMAT} or {FORMAT}, which this version of dwa-fast reads")
-    if content.pop("check", None) != content_check(content) or not _is_manifest(content):
-        raise InputError(f"{path} has been changed since dwa-fast wrote it; remove it to make the whole set again")
+    if not _is_manifest(content):
+        raise InputError(f"{path} is damaged: a part of it is missing or of the wrong type; remove it to make the whole set again")
     return content
 
 
@@ -53,18 +53,13 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         and maps
         and isinstance(content.get("complete"), bool)
         and all(isinstance(name, str) for name in content["class_names"])
-        and all(holds_text(part) for part in (content["versions"], *content["continued_with"], content["skipped"], content["losses"]))
+        and all(map(_maps_to_text, (content["versions"], *content["continued_with"], *map(content.get, ("skipped", "images", "losses")))))
         and all(map(str.isdecimal, content["losses"]))
-        and holds_images(content["images"])
+        and all(map(IMAGE_NAME.fullmatch, content["images"]))  # no name leads out of the set
     )
 
 
-def holds_images(value: Any) -> bool:
-    """Whether this maps valid image names, which stay inside the set's folder, to checksums."""
-    return holds_text(value) and all(map(IMAGE_NAME.fullmatch, value))
-
-
-def holds_text(value: Any) -> bool:
+def _maps_to_text(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 

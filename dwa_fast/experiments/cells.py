@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -163,8 +162,8 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         _copy_real(setup, source, ipc, folder)
         return
     initial = setup.initial if source.synthesis.sees_images else None
-    origin = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
-    origin |= _outputs(setup)
+    provenance = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
+    provenance |= _outputs(setup)
     distill(
         stock.teacher,
         stock.train,
@@ -173,7 +172,7 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         output=folder,
         initial=initial,
         seed=source.seed,
-        origin=origin,
+        provenance=provenance,
         threads=setup.threads,
         progress=progress,
         try_teacher=False,  # it was tried before all sets
@@ -185,14 +184,14 @@ def _copy_real(setup: Setup, source: Made, ipc: int, folder: Path) -> None:
     start = initial_images(data, config, setup.initial, ipc=ipc, seed=source.seed)
     settings = {"recipe": setup.recipe, "method": REAL, "seed": source.seed, "image_shape": list(data.image_shape), **start.settings}
     items = work_list(len(data.class_names), ipc, _REAL_BATCH)
-    with contextlib.closing(ImageStore(folder, settings, data.class_names, StorageConfig(losses_every=0))) as store:
-        start.skipped.update(store.skipped)
-        missing = store.unfinished(items)
-        if missing:
-            store.begin()
-        for item in missing:
-            store.write(item, to_levels(denormalise(start.load(item.labels, item.index), config)), skipped=dict(start.skipped))
-        store.finish(items)
+    store = ImageStore(folder, settings, data.class_names, StorageConfig(losses_every=0))
+    start.skipped.update(store.skipped)
+    missing = store.unfinished(items)
+    if missing:
+        store.begin()
+    for item in missing:
+        store.write(item, to_levels(denormalise(start.load(item.labels, item.index), config)), skipped=dict(start.skipped))
+    store.finish(items)
 
 
 def cell_folder(setup: Setup, cell: Cell) -> Path:

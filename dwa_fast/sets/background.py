@@ -1,59 +1,53 @@
-"""What goes on beside the device: the next initial images are read, and what is finished is written, while it computes."""
+"""Input and output beside the computation: the next initial images are read, and finished batches are written, in threads."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """Computes the next value in a thread, from when it is asked to begin until somebody takes it."""
+class Prefetcher(Generic[T]):
+    """Computes the next value in a thread, from `begin` until `take`."""
 
     def __init__(self, compute: Callable[[], T]) -> None:
         self._compute = compute
-        self._pool = ThreadPoolExecutor(1)
+        self._executor = ThreadPoolExecutor(1)
         self._next: Future[T] | None = None
 
-    def begin(self) -> None:
-        """Begin with the next value, unless that has been done."""
+    def begin(self) -> Future[T]:
+        """Start computing the next value, unless that has been started."""
         if self._next is None:
-            self._next = self._pool.submit(self._compute)
+            self._next = self._executor.submit(self._compute)
+        return self._next
 
-    def take(self, meanwhile: Callable[[], None]) -> T:
-        """The next value, waited for if need be; raises what computing it raised.
-
-        Args:
-            meanwhile: called about once a second while waiting; what it raises ends the waiting.
-        """
-        self.begin()
-        assert self._next is not None
-        while not wait([self._next], timeout=1).done:
-            meanwhile()
-        value, self._next = self._next.result(), None
+    def take(self) -> T:
+        """Wait for the next value; raises what computing it raised."""
+        value = self.begin().result()
+        self._next = None
         return value
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)  # what it waits for itself may end only later
+        self._executor.shutdown(cancel_futures=True)
 
 
-class Background:
-    """Does jobs in a thread, one after the other, while its caller goes on.
+class BackgroundWriter:
+    """Runs jobs in a thread, one after the other.
 
     Leaving the context waits for all of them, also on Ctrl-C or an error. A job that fails stops no other; its exception is raised at
     the next `check` or `submit`, or when the context is left.
     """
 
-    def __init__(self, room: int) -> None:
-        self._room = room  # jobs that may wait; more make `submit` wait
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity  # jobs that may wait; `submit` blocks when there are more
+        self._executor = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
 
     def check(self) -> None:
@@ -64,17 +58,17 @@ class Background:
     def submit(self, job: Callable[[], None]) -> None:
         """Add a job, once there is room for it."""
         self.check()
-        while len(self._pending) > self._room:
+        while len(self._pending) > self._capacity:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(job))
+        self._pending.append(self._executor.submit(job))
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             failures = [failure for job in self._pending if (failure := job.exception())]
-        finally:  # a second Ctrl-C ends the waiting after the job that is being done
-            self._pool.shutdown(cancel_futures=True)
+        finally:  # a second Ctrl-C ends the waiting after the job that is running
+            self._executor.shutdown(cancel_futures=True)
         if failures and error is None:
             raise failures[0]

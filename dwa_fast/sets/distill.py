@@ -1,34 +1,41 @@
-"""Distil a whole data set: every class, every image per class, batch by batch into a folder, resuming where it stopped."""
+"""Distil a whole data set into a folder: every class, every image per class, batch by batch. The same call resumes."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig, check_integer
-from dwa_fast.data.datasets import ImageSet
-from dwa_fast.data.initial import initial_images, probe_image
+from dwa_fast.data.datasets import ImageSet, denormalise, to_levels
+from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.teacher_check import check_teacher
-from dwa_fast.engine.synthesis import Synthesizer
+from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import SelectedOutput
+from dwa_fast.sets.background import BackgroundWriter, Prefetcher
+from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.production import Line, Observer
 from dwa_fast.sets.store import ImageStore, WorkItem
 from dwa_fast.sets.tracking import tracked
-from dwa_fast.sets.workers import Shard, StoreLostError, Workers, rank, threads_alone
+from dwa_fast.sets.workers import Shard, Workers, default_threads, rank
 from dwa_fast.threads import recorded_threads, torch_threads
+
+Observer = Callable[[WorkItem, Rows], None]  # called with a batch that is on the disk, and its recorded losses
+
+_WAITING = 4  # batches that may wait to be written, for each of config.concurrent_batches
 
 
 def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
-    """All batches, image index by image index; a larger ipc begins with the items of a smaller one."""
+    """All batches, image index by image index; the list of a larger ipc starts with that of a smaller one."""
     chunks = [list(range(start, min(start + batch_size, classes))) for start in range(0, classes, batch_size)]
     return [WorkItem(index * len(chunks) + number, index, labels) for index in range(ipc) for number, labels in enumerate(chunks)]
 
@@ -42,8 +49,8 @@ def distill(
     output: str | Path,
     initial: InitialConfig | None = None,
     seed: int = 0,
-    origin: Mapping[str, Any] | None = None,
-    form: StorageConfig | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    storage: StorageConfig | None = None,
     threads: int | None = None,
     logits: str | int | None = None,
     workers: Workers | None = None,
@@ -51,93 +58,142 @@ def distill(
     observer: Observer | None = None,
     try_teacher: bool = True,
 ) -> int:
-    """Write `ipc` images of every class of `data` into `output`; images that are there already are kept.
+    """Write `ipc` images of every class of `data` into `output`; undamaged images that are already there stay.
 
     Args:
         teacher: as for `synthesize`; with as many classes as the data.
         ipc: images per class, at least 1.
         initial: which initial images; default: a seeded sample of the real ones.
-        origin: what else the images depend on (teacher's checksum, recipe); kept in the manifest.
-        form: how images and losses are written.
-        threads: CPU threads to compute with, at least 1, on which the last bits depend where the device is a CPU. None: those that the
-            set in the folder was begun with; for a new set, as many as PyTorch takes in a process alone.
+        provenance: what else the images depend on (teacher's checksum, recipe); written into the manifest.
+        storage: how images and losses are written.
+        threads: CPU threads to compute with, at least 1; the last bits depend on it where the device is a CPU. None: those that the
+            set in the folder was started with; for a new set, as many as PyTorch takes in a single process.
         logits: which of several outputs of the teacher are the logits, as `output` of `synthesize`.
-        workers: who else makes the set, and what is left for this process; default: nobody, and everything.
-        progress: called with the iterations finished and the iterations in all; kept items count as finished.
-        observer: called with each batch that is on the disk and its recorded losses, in another thread.
-        try_teacher: whether the teacher first predicts some of the images, so that one that knows nothing of them is warned of.
+        workers: which batches this process makes; default: all.
+        progress: called with the iterations finished and the iterations in all; batches that are already there count as finished.
+        observer: called in another thread with each batch that is on the disk and its recorded losses.
+        try_teacher: whether the teacher first predicts some of the images, to warn of one that does not fit them.
     Returns:
         the number of images that this call made.
     Raises:
         InputError: as `synthesize`; or a class has fewer than ipc images, one of the initial images cannot be decoded, the folder holds a
             set of other settings or cannot be written.
     """
-    output = Path(output)
+    output, workers = Path(output), workers or Shard()
     check_integer("ipc", ipc, 1)
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
-    start = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
-    items = work_list(classes, ipc, config.batch_size)
-    chosen = teacher if logits is None else SelectedOutput(teacher, logits)
-    run = Synthesizer(chosen, probe_image(data), config, batch_sizes=sorted({len(item.labels) for item in items}))
-    if run.classes != classes:
-        raise InputError(f"teacher knows {run.classes} classes, the data have {classes}")
-    settings = {**asdict(config), **run.execution.describe(), **start.settings, "seed": seed, "image_shape": list(data.image_shape)}
-    settings |= {"real_images": len(data.labels), **(origin or {})}
-    del settings["concurrent_batches"]  # changes how fast, not what
-
-    def opened() -> ImageStore:
-        if run.execution.device.type == "cpu":
-            settings["threads"] = threads or _begun_with(output) or threads_alone()
-        return ImageStore(output, settings, data.class_names, form)
-
-    surveyed: list[tuple[ImageStore, int]] = []  # the set and its number of missing batches, where this process has looked
-
-    def survey() -> list[int]:
-        store = opened()
-        missing = store.unfinished(items)
+    images = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
+    batches = work_list(classes, ipc, config.batch_size)
+    network = teacher if logits is None else SelectedOutput(teacher, logits)
+    synthesizer = Synthesizer(network, probe_image(data), config, batch_sizes=sorted({len(batch.labels) for batch in batches}))
+    if synthesizer.classes != classes:
+        raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
+    settings = {**asdict(config), **synthesizer.execution.describe(), **images.settings, "seed": seed}
+    settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
+    del settings["concurrent_batches"]  # changes the speed only
+    if synthesizer.execution.device.type == "cpu":
+        settings["threads"] = threads or _threads_of(output) or default_threads()
+    store = ImageStore(output, settings, data.class_names, storage)
+    images.skipped.update(store.skipped)
+    preview = Preview(store, data.image_shape, ipc) if store.storage.preview else None
+    share = workers.share(batches)
+    missing = store.unfinished(share)
+    with torch_threads(store.settings.get("threads")), tracked(store.storage.track, store.folder, store.settings) as trackers:
         if missing:
             store.begin()
-        surveyed.append((store, len(missing)))
-        return [item.number for item in missing]
-
-    with workers or Shard() as team:
-        todo = team.begin(survey)
-        store, missing = surveyed[0] if surveyed else (opened(), len(todo))
-        start.skipped.update(store.skipped)
-        with contextlib.closing(store), torch_threads(store.settings.get("threads")):
-            line = Line(run, start, store, team, items, seed=seed)
-            if todo:
-                start.check(_last_indices(items[number] for number in todo))
-                if try_teacher and rank() == 0:
-                    check_teacher(run.logits, data, config)
-            line.kept, line.todo, line.progress = len(items) - missing, len(todo), progress
-            line.preview = Preview(store, data.image_shape, ipc) if store.form.preview else None
-            with tracked(store.form.track, store.folder, store.settings) as trackers:
-                line.observers = [*trackers, *([observer] if observer else [])]
-                made = line.produce()
-            _finish(team, line, output)
+            images.check(_last_indices(missing))
+            if try_teacher and rank() == 0:
+                check_teacher(synthesizer.logits, data, config)
+        observers: list[Observer] = [*trackers, *([observer] if observer else [])]
+        builder = SetBuilder(synthesizer, images, store, workers.take(missing), seed=seed, preview=preview, observers=observers)
+        made = builder.run(missing, len(share), progress)
+    others_done = workers.others_done()
+    if others_done is False:  # they complete the set
+        return made
+    left = store.finish(batches)
+    if left and others_done:
+        raise InputError(
+            f"{store.folder}: files of {len(left)} batches were damaged or removed meanwhile; the same command makes them again"
+        )
+    if preview:
+        preview.draw()
     return made
 
 
-def _last_indices(items: Iterable[WorkItem]) -> dict[int, int]:
+class SetBuilder:
+    """Makes batches of a set: initial images are read, batches refined and results written at the same time."""
+
+    def __init__(
+        self,
+        synthesizer: Synthesizer,
+        images: InitialImages,
+        store: ImageStore,
+        batches: Iterator[WorkItem],
+        *,
+        seed: int,
+        preview: Preview | None,
+        observers: Sequence[Observer],
+    ) -> None:
+        self.synthesizer, self.initial_images, self.store, self.batches = synthesizer, images, store, batches
+        self.seed, self.preview, self.observers = seed, preview, observers
+
+    def run(self, missing: Sequence[WorkItem], total: int, progress: Progress | None) -> int:
+        """Make the batches; returns the number of images.
+
+        Args:
+            missing: all batches that are missing, of which this process may make only some.
+            total: how many batches there are with those that are not missing.
+            progress: as of `distill`.
+        """
+        config, made = self.synthesizer.config, 0
+        iterations = total * config.iterations
+        finished = {batch.number: place * config.iterations for place, batch in enumerate(missing, total - len(missing))}
+        if progress:
+            progress((total - len(missing)) * config.iterations, iterations)
+        with Prefetcher(self._load) as prefetcher, BackgroundWriter(_WAITING * config.concurrent_batches) as writer:
+            while group := prefetcher.take():
+
+                def tick(done: int, before: int = finished[group[0][0].number], concurrent: int = len(group)) -> None:
+                    writer.check()
+                    if 2 * done >= config.iterations:  # not earlier: other workers may be free for a batch before this one is
+                        prefetcher.begin()
+                    if progress:
+                        progress(min(before + concurrent * done, iterations), iterations)
+
+                results = self.synthesizer.run([batch for _, batch in group], seed=self.seed, progress=tick)
+                for (item, _), (refined, losses) in zip(group, results, strict=True):
+                    writer.submit(partial(self._write, item, to_levels(denormalise(refined, config)), losses.cpu()))
+                    made += len(item.labels)
+        return made
+
+    def _load(self) -> list[tuple[WorkItem, Batch]]:
+        """The next concurrent batches with their initial images; empty when there are no more."""
+        group = islice(self.batches, self.synthesizer.config.concurrent_batches)
+        return [(item, Batch(item.number, self.initial_images.load(item.labels, item.index), torch.tensor(item.labels))) for item in group]
+
+    def _write(
+        self,
+        batch: WorkItem,
+        levels: Tensor,  # [n, C, H, W] uint8 on the CPU
+        losses: Tensor,  # [T, 3] on the CPU
+    ) -> None:
+        rows = self.store.write(batch, levels, losses, dict(self.initial_images.skipped))
+        if self.preview and self.preview.shows(batch):
+            self.preview.draw()
+        for observer in self.observers:
+            observer(batch, rows)
+
+
+def _last_indices(batches: Iterable[WorkItem]) -> dict[int, int]:
     """For each class of these batches, the last of its images in them."""
     last: dict[int, int] = {}
-    for item in items:
-        last |= {label: max(item.index, last.get(label, 0)) for label in item.labels}
+    for batch in batches:
+        last |= {label: max(batch.index, last.get(label, 0)) for label in batch.labels}
     return last
 
 
-def _finish(team: Workers, line: Line, output: Path) -> None:
-    """Complete the set; where the store of the workers ended with the worker that did it, that is as well."""
-    try:
-        team.finish(line.complete)
-    except StoreLostError:
-        if not read_manifest(output)["complete"]:
-            raise
-
-
-def _begun_with(output: Path) -> int | None:
+def _threads_of(output: Path) -> int | None:
     """CPU threads that the set in a folder is computed with, if there is one."""
     return recorded_threads(read_manifest(output)["settings"]) if is_set(output) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import re
@@ -85,7 +84,7 @@ def open_files(folder: Path, ipc: int | None = None) -> SetFiles:
 def _own(folder: Path) -> SetFiles:
     manifest = read_manifest(folder)
     if not manifest["complete"]:
-        raise InputError(f"{folder} is not complete; the command that began it goes on with it")
+        raise InputError(f"{folder} is not complete; run the command that started it again to resume")
     places = {}
     for name in manifest["images"]:
         match = _NUMBERS.match(name)
@@ -165,7 +164,7 @@ def write_set(
     settings: dict[str, Any],
     progress: Progress | None = None,
 ) -> int:
-    """Make a set with a manifest of images from elsewhere, or go on with it. Within a class they keep their order.
+    """Make a set with a manifest of images from elsewhere, or resume making it. Within a class they keep their order.
 
     Args:
         images: gives each image, [C, H, W] uint8, or a PNG or JPEG file, which stays as it is.
@@ -175,30 +174,31 @@ def write_set(
     Raises:
         InputError: a class has no image, an image is none, they are of several formats, or the folder holds another set.
     """
-    missing = set(range(len(class_names))) - set(labels)
-    if missing:
-        raise InputError(f"class {class_names[min(missing)]!r} (number {min(missing)} of {len(class_names)}) has no image")
+    empty = set(range(len(class_names))) - set(labels)
+    if empty:
+        raise InputError(f"class {class_names[min(empty)]!r} (number {min(empty)} of {len(class_names)}) has no image")
     kind, shape = _common(images, len(labels))
-    form = StorageConfig(image_format=kind, losses_every=0)
+    storage = StorageConfig(image_format=kind, losses_every=0)
     unknown = {"jpeg_quality": None} if kind == "jpeg" else {}
     places = {place: row for row, place in enumerate(zip(labels, _indices(labels), strict=True))}
-    items = list(_items(labels, len(class_names)))
-    with contextlib.closing(ImageStore(folder, {**settings, **shape, **unknown}, class_names, form)) as store:
-        left = store.unfinished(items)
-        if left:
-            store.begin()
-        done = len(labels) - sum(len(item.labels) for item in left)
-        for item in left:
-            content = [images(places[label, item.index]) for label in item.labels]
-            store.write(item, [each for each in content if isinstance(each, bytes)] or torch.stack(content))  # type: ignore[arg-type]
-            done += len(item.labels)
-            if progress:
-                progress(done, len(labels))
-        store.finish(items)
-    return sum(len(item.labels) for item in left)
+    batches = list(_batches(labels, len(class_names)))
+    store = ImageStore(folder, {**settings, **shape, **unknown}, class_names, storage)
+    missing = store.unfinished(batches)
+    if missing:
+        store.begin()
+    made = sum(len(batch.labels) for batch in missing)
+    done = len(labels) - made
+    for batch in missing:
+        content = [images(places[label, batch.index]) for label in batch.labels]
+        store.write(batch, [each for each in content if isinstance(each, bytes)] or torch.stack(content))  # type: ignore[arg-type]
+        done += len(batch.labels)
+        if progress:
+            progress(done, len(labels))
+    store.finish(batches)
+    return made
 
 
-def _items(labels: Sequence[int], classes: int) -> Iterator[WorkItem]:
+def _batches(labels: Sequence[int], classes: int) -> Iterator[WorkItem]:
     """Batches of image `index` of each class that has so many, at most a hundred at a time."""
     counts = torch.tensor(labels).bincount(minlength=classes)
     number = 0

@@ -16,11 +16,11 @@ LOSSES = "losses.jsonl"
 Rows = list[list[float]]  # of one batch: iteration (from 1), cross-entropy, R_mean, R_var
 
 
-def recorded(
+def subsample(
     losses: Tensor,  # [T, 3]: cross-entropy, R_mean, R_var
     every: int,
 ) -> Rows:
-    """The first and the last iteration and every one between them that `every` divides, in six digits; none where `every` is 0."""
+    """The first, the last and every `every`-th iteration, in six digits; none where `every` is 0."""
     count = len(losses)
     if every == 0:
         return []
@@ -28,10 +28,10 @@ def recorded(
     return [[iteration, *(float(f"{value:.6g}") for value in losses[iteration - 1].tolist())] for iteration in iterations]
 
 
-def as_text(item: int, rows: Rows) -> str:
+def to_jsonl(batch: int, rows: Rows) -> str:
     """The lines of one batch."""
     keys = ("item", "iteration", "ce", "mean", "var")
-    return "".join(json.dumps(dict(zip(keys, (item, *row), strict=True)), allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(dict(zip(keys, (batch, *row), strict=True)), allow_nan=False) + "\n" for row in rows)
 
 
 def digest(text: str) -> str:
@@ -40,7 +40,7 @@ def digest(text: str) -> str:
 
 
 def read_losses(folder: Path) -> dict[int, str]:
-    """The lines of each batch of a set's log, without those that are damaged; nothing where there is no log."""
+    """The lines of each batch in a set's log; damaged lines are left out. Empty where there is no log."""
     found: dict[int, str] = {}
     try:
         lines = (folder / LOSSES).read_bytes().decode(errors="replace").splitlines(keepends=True)
@@ -50,14 +50,14 @@ def read_losses(folder: Path) -> dict[int, str]:
         raise InputError(f"{folder / LOSSES} cannot be read: {error.strerror}") from error
     for line in lines:
         try:
-            item = json.loads(line)["item"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            batch = json.loads(line)["item"]
+        except (ValueError, TypeError, KeyError):
             continue
-        if isinstance(item, int):
-            found[item] = found.get(item, "") + line
+        if isinstance(batch, int):
+            found[batch] = found.get(batch, "") + line
     return found
 
 
-def joined(texts: Iterable[tuple[int, str]]) -> str:
-    """The whole log."""
+def concat(texts: Iterable[tuple[int, str]]) -> str:
+    """The whole log, sorted by batch."""
     return "".join(text for _, text in sorted(texts))

@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 
 from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
-from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, has_link, prefix, set_folder
+from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, prefix, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, is_temporary, walk_files
-from dwa_fast.sets.journal import is_journal
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
 from dwa_fast.sets.preview import PREVIEW
+from dwa_fast.sets.store import RECORDS
 from dwa_fast.training.label_store import INDEX, LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
@@ -24,7 +24,7 @@ _THREADS = 8  # that read files
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """What is wrong with a set, a sentence each; nothing where it is complete and every file as it was written.
+    """What is wrong with a set, one message each; nothing where it is complete and every file as it was written.
 
     Raises:
         InputError: the folder holds no manifest, or a damaged one.
@@ -32,7 +32,7 @@ def problems(folder: Path) -> Iterator[str]:
     folder = set_folder(folder)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
-        yield "the set is not complete; the command that began it goes on with it"
+        yield "the set is not complete; run the command that started it again to resume"
     images = {prefix(manifest) + name: wanted for name, wanted in manifest["images"].items()}
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
@@ -51,8 +51,6 @@ def problems(folder: Path) -> Iterator[str]:
 
 def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
     path = folder / name
-    if has_link(folder, name):
-        return f"{name} is or lies behind a symbolic link"
     try:
         if checksum(path) == wanted:
             return None
@@ -86,17 +84,16 @@ def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
 
 
 def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the folders of soft labels beside the images; of the earlier layout none, where they would be class folders."""
-    names = [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}"))] if prefix(manifest) else []
-    return [name for name in names if name != IMAGES and not has_link(folder, f"{name}/{INDEX}")]
+    """Names of the folders of soft labels beside `images/`; none in the earlier layout, where folders are class folders."""
+    return [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}")) if path.parent.name != IMAGES] if prefix(manifest) else []
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
-    """Files that do not belong to the set; while it is being made, images and journals may be there that the manifest does not name yet."""
+    """Files that do not belong to the set. An incomplete set may have images and records that its manifest does not include yet."""
     start = os.path.join(folder, "")
     for entry in walk_files(start):
         path, name = Path(entry.path), entry.path[len(start) :]
-        unfinished = not manifest["complete"] and (is_journal(path) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
+        unfinished = not manifest["complete"] and (path.match(RECORDS) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
         if is_left_over(path):
             yield f"{name} is left over from a process that died"
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):

@@ -272,7 +272,7 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> N
     assert "stopped; everything finished so far is kept" in errors
     assert "Traceback" not in errors
     assert not read_manifest(folder)["complete"]
-    assert list(problems(folder)) == ["the set is not complete; the command that began it goes on with it"]
+    assert list(problems(folder)) == ["the set is not complete; run the command that started it again to resume"]
     assert 5 <= len(list(folder.glob("images/new*/*.png"))) < 60
     assert run([*command[3:], "--output", str(folder), *quick]) == 0
     assert run([*command[3:], "--output", str(tmp_path / "whole"), *quick]) == 0

@@ -103,7 +103,6 @@ def own_set(folder: Path, names: list[str], size: int = 8) -> None:
     item = WorkItem(0, 0, list(range(len(names))))
     store.write(item, torch.stack([torch.full((3, size, size), 20 * label, dtype=torch.uint8) for label in item.labels]))
     store.finish([item])
-    store.close()
 
 
 def classes_of(folder: Path, real: list[str]) -> dict[str, int]:

@@ -41,7 +41,6 @@ def make(folder: Path, ipc: int = 2, *, finish: bool = True) -> int:
         Preview(store, (3, 4, 4), ipc).draw()
     if finish:
         assert store.finish(items) == []
-    store.close()
     return len(missing)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from dwa_fast import synthesize
 from dwa_fast.engine.backend import resolve
 from dwa_fast.sets.synthesize import SynthesisResult
-from dwa_fast.threads import computing
+from dwa_fast.threads import torch_threads
 from tests.nets import real_images, small_config, small_teacher
 
 _THREADS = 3
@@ -32,7 +32,7 @@ def test_threads_at_once_give_the_bits_of_one_after_the_other(backend: str) -> N
 
     def result(number: int) -> SynthesisResult:
         config = small_config(backend=backend, precision="fp32", device="cpu", batch_size=4 + number, iterations=8, steps=1)
-        with computing(1):
+        with torch_threads(1):
             return synthesize(teachers[number], images, labels, config, seed=number)
 
     def at_once(number: int) -> SynthesisResult:

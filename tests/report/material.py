@@ -56,7 +56,6 @@ def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = T
         store.write(item, torch.stack([torch.full((1, 8, 8), (10 * label + item.index) % 256, dtype=torch.uint8) for label in item.labels]))
     if complete:
         store.finish(items)
-    store.close()
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: order, room, errors, and what happens when the context is left."""
+"""Prefetching and background writing: order, capacity, errors, and what happens when the context is left."""
 
 from __future__ import annotations
 
@@ -7,64 +7,53 @@ from collections.abc import Callable
 
 import pytest
 
-from dwa_fast.sets.background import Ahead, Background
+from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 
 
 def nothing() -> None:
     pass
 
 
-def test_ahead_computes_in_another_thread_once_it_is_asked_to() -> None:
+def test_values_are_computed_in_another_thread_once_that_is_requested() -> None:
     threads: list[threading.Thread] = []
 
     def compute() -> int:
         threads.append(threading.current_thread())
         return len(threads)
 
-    with Ahead(compute) as ahead:
+    with Prefetcher(compute) as prefetcher:
         assert threads == []
-        ahead.begin()
-        ahead.begin()
-        assert [ahead.take(nothing), ahead.take(nothing)] == [1, 2]
+        prefetcher.begin()
+        prefetcher.begin()
+        assert [prefetcher.take(), prefetcher.take()] == [1, 2]
     assert threading.main_thread() not in threads
 
 
-def test_ahead_raises_what_computing_raised() -> None:
+def test_prefetcher_raises_what_computing_raised() -> None:
     def fail() -> int:
         raise ZeroDivisionError
 
-    with Ahead(fail) as ahead, pytest.raises(ZeroDivisionError):
-        ahead.take(nothing)
-
-
-def test_waiting_for_the_next_value_ends_with_what_happens_meanwhile() -> None:
-    release = threading.Event()
-
-    def raises() -> None:
-        raise ZeroDivisionError
-
-    with Ahead(release.wait) as ahead, pytest.raises(ZeroDivisionError):
-        ahead.take(raises)
-    release.set()
+    with Prefetcher(fail) as prefetcher, pytest.raises(ZeroDivisionError):
+        prefetcher.take()
 
 
 def test_jobs_are_done_in_order_before_the_context_is_left() -> None:
     done: list[int] = []
     jobs: list[Callable[[], None]] = [lambda number=number: done.append(number) for number in range(20)]  # type: ignore[misc]
-    with Background(room=2) as background:
+    with BackgroundWriter(capacity=2) as writer:
         for job in jobs:
-            background.submit(job)
+            writer.submit(job)
     assert done == list(range(20))
 
 
 def test_submitting_waits_for_room() -> None:
     release, third = threading.Event(), threading.Event()
-    with Background(room=1) as background:
-        background.submit(lambda: release.wait(60) and None)  # type: ignore[func-returns-value]
-        background.submit(nothing)
+    with BackgroundWriter(capacity=1) as writer:
+        writer.submit(lambda: release.wait(60) and None)  # type: ignore[func-returns-value]
+        writer.submit(nothing)
 
         def submit() -> None:
-            background.submit(nothing)
+            writer.submit(nothing)
             third.set()
 
         other = threading.Thread(target=submit)
@@ -88,9 +77,9 @@ def test_a_failed_job_stops_no_other_and_is_raised() -> None:
         raise ZeroDivisionError
 
     def leave() -> None:
-        with Background(room=5) as background:
-            background.submit(fail_later)
-            background.submit(lambda: done.append(1))
+        with BackgroundWriter(capacity=5) as writer:
+            writer.submit(fail_later)
+            writer.submit(lambda: done.append(1))
             begin.set()
 
     with pytest.raises(ZeroDivisionError):
@@ -98,15 +87,15 @@ def test_a_failed_job_stops_no_other_and_is_raised() -> None:
     assert done == [1]
 
 
-def test_a_failed_job_is_raised_while_the_others_go_on() -> None:
+def test_a_failed_job_is_raised_by_check() -> None:
     failed = threading.Event()
 
     def check_until_it_raises() -> None:
-        with Background(room=5) as background:
-            background.submit(fail)
-            background.submit(failed.set)
+        with BackgroundWriter(capacity=5) as writer:
+            writer.submit(fail)
+            writer.submit(failed.set)
             failed.wait(60)
-            background.check()
+            writer.check()
 
     with pytest.raises(ZeroDivisionError):
         check_until_it_raises()
@@ -117,9 +106,9 @@ def test_an_interrupt_lets_what_is_finished_be_written() -> None:
     release = threading.Event()
 
     def interrupted() -> None:
-        with Background(room=5) as background:
-            background.submit(lambda: release.wait(60) and None)  # type: ignore[func-returns-value]
-            background.submit(lambda: done.append(1))
+        with BackgroundWriter(capacity=5) as writer:
+            writer.submit(lambda: release.wait(60) and None)  # type: ignore[func-returns-value]
+            writer.submit(lambda: done.append(1))
             release.set()
             raise KeyboardInterrupt
 

@@ -17,7 +17,7 @@ from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import WorkItem, work_list
 from dwa_fast.sets.store import ImageStore
-from dwa_fast.sets.workers import Elastic
+from dwa_fast.sets.workers import TorchrunWorker
 from tests.nets import small_config, small_set, small_teacher
 
 
@@ -214,9 +214,24 @@ def test_observer_hears_of_every_batch_with_its_losses(tmp_path: Path) -> None:
     assert heard == {number: [1, 4] for number in range(6)}
 
 
-def test_batch_that_another_worker_only_claims_to_have_made(tmp_path: Path) -> None:
+def test_last_worker_reports_batches_that_are_missing(tmp_path: Path) -> None:
+    """Another worker has taken batch 0, and claims to have finished."""
     store = HashStore()
-    store.set("dwa_fast/run/batch/0", "done")
+    other = TorchrunWorker(store, 2)
+    next(other.take(work_list(10, 2, 4)))
+    other.others_done()
     with pytest.raises(InputError, match="files of 1 batches were damaged or removed meanwhile; the same command makes them again"):
-        run(tmp_path, workers=Elastic(store, "run"))
+        run(tmp_path, workers=TorchrunWorker(store, 2))
     assert run(tmp_path) == 4
+
+
+def test_worker_that_is_not_the_last_leaves_the_set_to_the_others(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    store = HashStore()
+    other = TorchrunWorker(store, 2)
+    batch = next(other.take(work_list(10, 2, 4)))
+    assert run(tmp_path / "set", workers=TorchrunWorker(store, 2)) == 16
+    assert not read_manifest(tmp_path / "set")["complete"]
+    assert batch.number == 0
+    assert run(tmp_path / "set") == 4
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")

@@ -42,7 +42,6 @@ def make(folder: Path, *, channels: int = 3, size: int = 8, ipc: int = 2, image_
         store.write(item, levels[item.labels, item.index])
     if finish:
         assert store.finish(items) == []
-    store.close()
     return levels
 
 
@@ -389,7 +388,7 @@ def test_sets_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixt
         (tmp_path / "sizes" / name).mkdir(parents=True)
         (tmp_path / "sizes" / name / "0.png").write_bytes(encoded(3, size=size))
     cases = {
-        "begun": "begun is not complete; the command that began it goes on with it",
+        "begun": "begun is not complete; run the command that started it again to resume",
         "empty": "empty has no class folders",
         "nowhere": "nowhere is not a folder",
         "sizes": "0.png has 6 × 6 pixels; tensors need squares of one size, here 8",

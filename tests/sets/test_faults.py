@@ -1,4 +1,4 @@
-"""Whatever is killed, filled, damaged or deleted, and when: the same command ends with the bytes of a run that nothing happened to."""
+"""Whatever is killed, filled, damaged or deleted, and when: the same command ends with the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -33,31 +33,30 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     assert contents(tmp_path) == bench.whole
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_once(bench: Bench, tmp_path: Path, seed: int) -> None:
     assert bench.run(tmp_path, at_operation=random.Random(seed).randint(1, bench.operations))[0] == -signal.SIGKILL
     assert bench.run(tmp_path)[0] == 0
     assert contents(tmp_path) == bench.whole
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("sends", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_politely(bench: Bench, tmp_path: Path, sends: signal.Signals, wanted: int, seed: int) -> None:
-    """What the manifest and the journal name is whole when the process ends, and nothing half written lies about."""
-    code, process = bench.run(tmp_path, at_operation=random.Random(seed).randint(1, bench.operations - 20), sends=sends)
+def test_stopped_politely(bench: Bench, tmp_path: Path, sends: signal.Signals, wanted: int) -> None:
+    """What the manifest and the records name is whole when the process ends, and nothing half written is left."""
+    code, process = bench.run(tmp_path, at_operation=random.Random(wanted).randint(30, bench.operations - 20), sends=sends)
     assert code == wanted, process.output
     assert "stopped; everything finished so far is kept" in process.output
     assert "Traceback" not in process.output
     assert not list(tmp_path.rglob("*.part"))
     if (tmp_path / "manifest.json").exists():
-        assert list(problems(tmp_path)) in ([], ["the set is not complete; the command that began it goes on with it"])
+        assert list(problems(tmp_path)) in ([], ["the set is not complete; run the command that started it again to resume"])
     assert bench.run(tmp_path)[0] == 0
     assert contents(tmp_path) == bench.whole
 
 
-@pytest.mark.parametrize("largest_file", [1000, 2500, 3000])
+@pytest.mark.parametrize("largest_file", [1000, 3000])
 def test_full_disk(bench: Bench, tmp_path: Path, largest_file: int) -> None:
-    """No file may grow beyond a few bytes: the first manifest, an image or the journal cannot be written to its end."""
+    """No file may grow beyond a few bytes: the first manifest, or the last one, cannot be written to its end."""
     code, process = bench.run(tmp_path, largest_file=largest_file)
     assert code == 1, process.output
     (error,) = [line for line in process.output.splitlines() if line.startswith("dwa-fast: ")]
@@ -85,6 +84,14 @@ def test_read_only_folder(bench: Bench) -> None:
     assert "Traceback" not in process.output
 
 
+def copy(bench: Bench, folder: Path) -> Path:
+    """The undisturbed set in another folder."""
+    for path, content in bench.whole.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
 def flip(path: Path) -> None:
     """Change one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
@@ -92,12 +99,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def damage_images(images: Path) -> None:
+    """Every kind of damage, each in another batch or class."""
+    (images / image_name(3, 1, 10)).unlink()
+    (images / image_name(0, 0, 10)).write_bytes((images / image_name(0, 0, 10)).read_bytes()[:20])
+    (images / image_name(9, 2, 10)).write_bytes(b"")
+    flip(images / image_name(5, 0, 10))
+    shutil.rmtree(images / "new004")
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "image deleted": (f"images/{image_name(3, 1, 10)}", Path.unlink),
-    "image torn": (f"images/{image_name(0, 0, 10)}", lambda path: path.write_bytes(path.read_bytes()[:20])),
-    "image empty": (f"images/{image_name(9, 2, 10)}", lambda path: path.write_bytes(b"")),
-    "image changed": (f"images/{image_name(5, 0, 10)}", flip),
-    "class folder deleted": ("images/new004", shutil.rmtree),
+    "images damaged": ("images", damage_images),
     "all images deleted": ("images", shutil.rmtree),
     "losses deleted": ("losses.jsonl", Path.unlink),
     "losses changed": ("losses.jsonl", flip),
@@ -106,11 +118,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_damage_is_noticed_and_made_good(bench: Bench, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
-    folder = tmp_path / "set"
-    for path, content in bench.whole.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
+def test_damage_is_noticed_and_repaired(bench: Bench, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    folder = copy(bench, tmp_path / "set")
     assert run(["verify", str(folder)]) == 0
     damage(folder / name)
     assert run(["verify", str(folder)]) == 1
@@ -119,7 +128,7 @@ def test_damage_is_noticed_and_made_good(bench: Bench, tmp_path: Path, name: str
 
 
 def test_complete_set_is_left_alone(bench: Bench, tmp_path: Path) -> None:
-    assert bench.run(tmp_path)[0] == 0
+    copy(bench, tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     code, process = bench.run(tmp_path)
     assert (code, "30 images, 0 of them made now" in process.output) == (0, True)

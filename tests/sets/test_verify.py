@@ -107,8 +107,7 @@ def test_unfinished_set(folder: Path) -> None:
     store = ImageStore(folder, {"image_shape": [3, 4, 6]}, ["a", "b"])
     store.begin()
     store.write(WorkItem(2, 2, [0, 1]), torch.zeros(2, 3, 4, 6, dtype=torch.uint8), torch.rand(3, 3))
-    store.close()
-    assert list(problems(folder)) == ["the set is not complete; the command that began it goes on with it"]
+    assert list(problems(folder)) == ["the set is not complete; run the command that started it again to resume"]
 
 
 def test_no_set(tmp_path: Path) -> None:
@@ -119,5 +118,5 @@ def test_no_set(tmp_path: Path) -> None:
 def test_names_that_lead_elsewhere_are_not_followed(folder: Path, tmp_path: Path) -> None:
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(image_name(1, 0, 2), "../../etc/passwd"))
-    with pytest.raises(InputError, match=r"manifest\.json has been changed since dwa-fast wrote it"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: a part of it is missing or of the wrong type"):
         list(problems(folder))

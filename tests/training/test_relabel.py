@@ -134,7 +134,7 @@ def test_a_store_of_more_epochs_begins_with_the_smaller_one(tmp_path: Path) -> N
     store(tmp_path, replace(QUICK, epochs=2))
     before = contents(tmp_path)
     found = store(tmp_path)
-    assert found.wanted == 4
+    assert found.epochs == 4
     assert {name: contents(tmp_path)[name] for name in before if name != "labels.json"} == {
         name: value for name, value in before.items() if name != "labels.json"
     }
@@ -228,7 +228,7 @@ def test_a_store_from_anywhere_is_read_safely(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text("[]")
     with pytest.raises(InputError, match=r"labels\.json cannot be read: .*; remove it to make all labels again"):
         students(QUICK, None, soft_labels=tmp_path)
-    assert found.wanted == 1
+    assert found.epochs == 1
 
 
 def test_logits_beyond_half_precision_are_refused(tmp_path: Path) -> None:
