@@ -1,6 +1,5 @@
-// The schemas of all operators, and the module dwa_fast._C. Implementations register themselves: csrc/cpu, csrc/cuda.
+// The module dwa_fast._C. Operators register themselves: schema and CPU implementation in csrc/cpu, CUDA in csrc/cuda or in Triton.
 #include <pybind11/pybind11.h>
-#include <torch/library.h>
 #include <torch/version.h>
 #ifdef DWA_FAST_CUDA
 #include <cuda_runtime_api.h>
@@ -12,31 +11,6 @@
 
 #include "cpu/level.h"
 #include "program.h"
-
-TORCH_LIBRARY(dwa_fast, m) {
-  m.def("ascend_(Tensor(a!) weights, Tensor gradients, float radius, bool normalize=True, Tensor(b!)? compute=None) -> Tensor");
-  m.def(
-      "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, str activation, "
-      "Tensor? slope) -> (Tensor z, Tensor sums, Tensor mask)");
-  m.def(
-      "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "
-      "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
-  m.def(
-      "matching_loss_forward(Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights) "
-      "-> (Tensor loss, Tensor norms)");
-  m.def(
-      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights, Tensor norms) "
-      "-> Tensor");
-  m.def("mean_pool_forward(Tensor y, int window) -> Tensor");
-  m.def("mean_pool_backward(Tensor grad_z, int window, int height, int width) -> Tensor");
-  m.def("moments_forward(Tensor y, Tensor mean) -> Tensor");
-  m.def("moments_backward(Tensor grad_sums, Tensor y, Tensor mean) -> Tensor");
-  m.def("view(Tensor images, Tensor rows, Tensor step, ScalarType dtype) -> Tensor");
-  m.def(
-      "view_adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows, Tensor learning_rates, "
-      "Tensor step, Tensor low, Tensor high, float loss_scale, float beta1, float beta2, float eps) -> ()");
-}
 
 namespace {
 

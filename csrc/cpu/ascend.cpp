@@ -114,4 +114,8 @@ at::Tensor ascend_(at::Tensor& weights, const at::Tensor& gradients, double radi
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def("ascend_(Tensor(a!) weights, Tensor gradients, float radius, bool normalize=True, Tensor(b!)? compute=None) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) { m.impl("ascend_", TORCH_FN(dwa_fast::ascend_)); }

@@ -263,6 +263,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def(
+      "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, str activation, "
+      "Tensor? slope) -> (Tensor z, Tensor sums, Tensor mask)");
+  m.def(
+      "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "
+      "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
+}
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
   m.impl("bn_act_forward", TORCH_FN(dwa_fast::bn_act_forward));
   m.impl("bn_act_backward", TORCH_FN(dwa_fast::bn_act_backward));

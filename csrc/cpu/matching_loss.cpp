@@ -120,6 +120,15 @@ at::Tensor matching_loss_backward(const at::Tensor& grad, const at::Tensor& sums
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def(
+      "matching_loss_forward(Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights) "
+      "-> (Tensor loss, Tensor norms)");
+  m.def(
+      "matching_loss_backward(Tensor grad, Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights, Tensor norms) "
+      "-> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
   m.impl("matching_loss_forward", TORCH_FN(dwa_fast::matching_loss_forward));
   m.impl("matching_loss_backward", TORCH_FN(dwa_fast::matching_loss_backward));

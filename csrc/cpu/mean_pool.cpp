@@ -80,6 +80,11 @@ at::Tensor mean_pool_backward(const at::Tensor& grad_z_, int64_t window, int64_t
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def("mean_pool_forward(Tensor y, int window) -> Tensor");
+  m.def("mean_pool_backward(Tensor grad_z, int window, int height, int width) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
   m.impl("mean_pool_forward", TORCH_FN(dwa_fast::mean_pool_forward));
   m.impl("mean_pool_backward", TORCH_FN(dwa_fast::mean_pool_backward));

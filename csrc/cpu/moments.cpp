@@ -104,6 +104,11 @@ at::Tensor moments_backward(const at::Tensor& grad_sums, const at::Tensor& y, co
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def("moments_forward(Tensor y, Tensor mean) -> Tensor");
+  m.def("moments_backward(Tensor grad_sums, Tensor y, Tensor mean) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
   m.impl("moments_forward", TORCH_FN(dwa_fast::moments_forward));
   m.impl("moments_backward", TORCH_FN(dwa_fast::moments_backward));

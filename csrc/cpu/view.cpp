@@ -220,4 +220,6 @@ at::Tensor view(const at::Tensor& images, const at::Tensor& rows, const at::Tens
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) { m.def("view(Tensor images, Tensor rows, Tensor step, ScalarType dtype) -> Tensor"); }
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) { m.impl("view", TORCH_FN(dwa_fast::view)); }

@@ -113,4 +113,10 @@ void view_adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor&
 }  // namespace
 }  // namespace dwa_fast
 
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def(
+      "view_adam_clip_(Tensor(a!) images, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows, Tensor learning_rates, "
+      "Tensor step, Tensor low, Tensor high, float loss_scale, float beta1, float beta2, float eps) -> ()");
+}
+
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) { m.impl("view_adam_clip_", TORCH_FN(dwa_fast::view_adam_clip_)); }
