@@ -18,7 +18,7 @@ from dwa_fast.commands.pipeline import Squeeze, Synthesize
 from dwa_fast.commands.relabel import Relabel
 from dwa_fast.commands.report import Report
 from dwa_fast.commands.students import Validate
-from dwa_fast.evaluation.survey import SurveyConfig
+from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
 from dwa_fast.recipes import full_recipe
 
@@ -39,7 +39,7 @@ def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
         "compare": Compare(**study, student=recipe.architecture),
         "ablate": Ablate(**study, student=recipe.architecture, study=missing),
         "cross": Cross(**study, student=missing),
-        "diversity": Diversity(**data, teacher=missing, sets=missing, output=missing, config=SurveyConfig()),
+        "diversity": Diversity(**data, teacher=missing, sets=missing, output=missing, config=DiversityConfig()),
         "incremental": Incremental(
             **data,
             teacher=missing,

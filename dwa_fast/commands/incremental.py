@@ -68,7 +68,7 @@ class Incremental(DistilledSets):
             "teacher": teacher_settings(teacher),
             "validation": asdict(self.config),
         }
-        keep = study_folder(self.output, settings) / _STEPS
+        resume_dir = study_folder(self.output, settings) / _STEPS
         with naming_bad_images(), console.bars() as track:
             accuracies = learn(
                 sets,
@@ -79,7 +79,7 @@ class Incremental(DistilledSets):
                 self.config,
                 size=self.size,
                 device=device,
-                keep=keep,
+                resume_dir=resume_dir,
                 seed=self.seed,
                 progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
             )

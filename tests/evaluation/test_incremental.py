@@ -31,7 +31,7 @@ def run(keep: Path, config: IncrementalConfig = SHORT, seed: int = 0, **sets: An
         QUICK,
         size=SIZE,
         device=torch.device("cpu"),
-        keep=keep,
+        resume_dir=keep,
         seed=seed,
     )
 
@@ -68,7 +68,7 @@ def test_real_images_are_learned_at_every_step(tmp_path: Path) -> None:
         hard,
         size=SIZE,
         device=torch.device("cpu"),
-        keep=tmp_path,
+        resume_dir=tmp_path,
     )["real"]
     assert all(accuracy > 90 for step in steps for accuracy in step), steps
 
