@@ -21,7 +21,7 @@ from dwa_fast.io.files import read_regular
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.recipes import METHODS, RECIPES, full_recipe
 from dwa_fast.report.contents import Facts, Image, Section
-from dwa_fast.report.published import COMPUTING
+from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.report.search import DistilledSet
 from dwa_fast.report.values import groups, shown
 
@@ -72,7 +72,8 @@ def _changes(settings: Mapping[str, Any]) -> list[str]:
     if recipe not in RECIPES or method not in METHODS:
         return []
     own = json.loads(json.dumps(asdict(full_recipe(recipe, method=method).synthesis)))
-    changed = [f"{name} {shown(settings[name])}" for name in own if name not in COMPUTING and settings.get(name, own[name]) != own[name]]
+    compared = [name for name in own if name not in EXECUTION_SETTINGS]
+    changed = [f"{name} {shown(settings[name])}" for name in compared if settings.get(name, own[name]) != own[name]]
     return changed if len(changed) <= _CHANGES else [*changed[:_CHANGES], "…"]
 
 

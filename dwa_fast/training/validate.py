@@ -36,7 +36,7 @@ from dwa_fast.training.fit import (
 from dwa_fast.training.label_store import LabelStore, StoredDraws, view_settings
 from dwa_fast.training.state import KeptStudents, TrainingState, image_digest, weight_digest
 
-_NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
+NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings on which no student's accuracy depends
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Course:
     @property
     def settings(self) -> dict[str, Any]:
         """What the outcome depends on, beside the student and the test."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_OF_A_STUDENT}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in NOT_OF_A_STUDENT}
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}
