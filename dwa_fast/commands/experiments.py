@@ -39,7 +39,7 @@ class Study(TeacherData):
     threads: int = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
-    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
+    validation: ValidationConfig  # Training of the students.
 
     def _carry_out(self, console: Console, name: str, study: Callable[[GridRunner, Setup, Path], Record]) -> None:
         """Compute what is wanting, and finish the record in a folder of that name."""
@@ -57,12 +57,15 @@ class Study(TeacherData):
     def _setup(self, console: Console) -> Setup:
         channels = self.synthesis.channels
         train, test = self.load("train", channels), usable(console, self.load("test", channels), False, used_late=True)
-        if (self.synthesis.mean, self.synthesis.std) != (self.config.mean, self.config.std):
-            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.config))
+        if (self.synthesis.mean, self.synthesis.std) != (self.validation.mean, self.validation.std):
+            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.validation))
             raise InputError(f"sets would be made with {made}, and students trained with {trained}, by the same teacher")
-        for config, flags in ((self.synthesis, ("--synthesis.mean", "--synthesis.std")), (self.config, ("--mean", "--std"))):
+        for config, flags in (
+            (self.synthesis, ("--synthesis.mean", "--synthesis.std")),
+            (self.validation, ("--validation.mean", "--validation.std")),
+        ):
             teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, config, flags)
-        try_teacher(teacher, test, self.config, backend.resolve_device(self.synthesis.device))
+        try_teacher(teacher, test, self.validation, backend.resolve_device(self.synthesis.device))
         return Setup(
             output=self.output,
             recipe=self.recipe,
@@ -77,7 +80,7 @@ class Study(TeacherData):
             outputs=tuple(teacher.outputs) if teacher.outputs else None,
             teacher_classes=teacher.info.classes,
             synthesis=self.synthesis,
-            validation=self.config,
+            validation=self.validation,
             initial=self.initial,
             threads=self.threads,
         )
