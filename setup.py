@@ -170,7 +170,7 @@ def extension() -> CppExtension:
 setup(
     packages=[*find_packages(include=["dwa_fast", "dwa_fast.*"]), "dwa_fast.kernels"],
     package_dir={"dwa_fast": "dwa_fast", "dwa_fast.kernels": "kernels"},
-    package_data={"dwa_fast": ["py.typed"]},
+    package_data={"dwa_fast": ["py.typed", "report/templates/*"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": build_ext},
 )

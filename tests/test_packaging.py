@@ -58,7 +58,7 @@ def sources(folder: str, *suffixes: str) -> set[str]:
 def test_sdist_holds_everything_that_builds_and_tests(sdist: set[str]) -> None:
     wanted = {"LICENSE", "CHANGELOG.md", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
     for folder in SHIPPED:
-        wanted |= sources(folder, ".py", ".cpp", ".cu", ".cuh", ".h", ".typed", ".md", ".png")
+        wanted |= sources(folder, ".py", ".cpp", ".cu", ".cuh", ".h", ".typed", ".md", ".html", ".png")
     assert wanted <= sdist, f"missing from the sdist: {sorted(wanted - sdist)}"
 
 
@@ -73,7 +73,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     assert len(compiled) == 1
     assert re.fullmatch(r"dwa_fast/_C\.[\w.-]+\.so", compiled.pop())
     assert kernels
-    assert {name for name in names if not name.endswith(".so")} == sources("dwa_fast", ".py", ".typed") | kernels
+    assert {name for name in names if not name.endswith(".so")} == sources("dwa_fast", ".py", ".typed", ".html", ".md") | kernels
 
 
 def test_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:

@@ -14,43 +14,37 @@ from dwa_fast.commands.exchange import Export, Import
 from dwa_fast.commands.experiments import Ablate, Compare, Cross
 from dwa_fast.commands.incremental import Incremental
 from dwa_fast.commands.inspect import Info, Verify
-from dwa_fast.commands.pipeline import Squeeze, Synthesize
 from dwa_fast.commands.relabel import Relabel
 from dwa_fast.commands.report import Report
-from dwa_fast.commands.students import Validate
-from dwa_fast.evaluation.survey import SurveyConfig
+from dwa_fast.commands.squeeze import Squeeze
+from dwa_fast.commands.synthesize import Synthesize
+from dwa_fast.commands.validate import Validate
+from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
 from dwa_fast.recipes import full_recipe
 
 
 def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
-    """Every command with its defaults; those of a data set are the recipe's."""
+    """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
     recipe = full_recipe(recipe_name or "digits", method=method)
-    given: Any = recipe.name if recipe_name else tyro.MISSING
-    data = {"recipe": given, "size": recipe.data.size, "test_crop": recipe.data.test_crop}
     missing: Any = tyro.MISSING
-    study = {**data, "teacher": missing, "output": missing, "synthesis": recipe.synthesis, "config": recipe.validation}
+    data: dict[str, Any] = {"recipe": recipe.name if recipe_name else missing, "size": recipe.data.size, "test_crop": recipe.data.test_crop}
+    study = {**data, "teacher": missing, "output": missing, "synthesis": recipe.synthesis, "validation": recipe.validation}
+    sets = {**data, "teacher": missing, "sets": missing, "output": missing}
     return {
+        "info": Info(),
         "demo": Demo(output=missing, config=DemoConfig()),
         "squeeze": Squeeze(**data, output=missing, architecture=recipe.architecture, config=recipe.squeeze),
         "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
+        "verify": Verify(images=missing),
         "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=recipe.validation),
         "validate": Validate(**data, images=missing, student=recipe.architecture, config=recipe.validation),
         "compare": Compare(**study, student=recipe.architecture),
         "ablate": Ablate(**study, student=recipe.architecture, study=missing),
         "cross": Cross(**study, student=missing),
-        "diversity": Diversity(**data, teacher=missing, sets=missing, output=missing, config=SurveyConfig()),
-        "incremental": Incremental(
-            **data,
-            teacher=missing,
-            sets=missing,
-            output=missing,
-            student=recipe.architecture,
-            config=replace(recipe.validation, students=1),
-        ),
+        "diversity": Diversity(**sets, config=DiversityConfig()),
+        "incremental": Incremental(**sets, student=recipe.architecture, config=replace(recipe.validation, students=1)),
+        "report": Report(folders=missing),
         "export": Export(images=missing, to=missing, output=missing),
         "import": Import(files=missing, output=missing),
-        "report": Report(folders=missing),
-        "verify": Verify(images=missing),
-        "info": Info(),
     }

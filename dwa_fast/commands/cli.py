@@ -1,10 +1,9 @@
-"""The command line `dwa-fast`: reads the flags, runs the command, turns errors into one sentence and an exit code."""
+"""The command line `dwa-fast`: parses flags, runs the command, turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import signal
@@ -18,30 +17,30 @@ from dwa_fast.errors import InputError
 OK, FAILED, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # and 2 for wrong usage
 
 _DESCRIPTIONS = {
-    "demo": "The whole method on real digits, on a CPU, in minutes.",
+    "info": "Show what was built, what this machine has and which back-end would run.",
+    "demo": "Run the whole pipeline on real digits, on a CPU, in minutes.",
     "squeeze": "Train a teacher on the real images.",
     "synthesize": "Distil a data set into a few images per class.",
-    "relabel": "Keep the teacher's soft labels of a distilled set on disk.",
+    "verify": "Check every file of a distilled set against its manifest.",
+    "relabel": "Write the teacher's soft labels for a distilled set to disk.",
     "validate": "Train students on a distilled set and test them.",
-    "compare": "Compare methods: students of their sets at every ipc.",
+    "compare": "Compare methods: train students on the sets of each, at every ipc.",
     "ablate": "Repeat an ablation or a sweep of the paper.",
-    "cross": "Students of several architectures on the sets of several methods.",
-    "diversity": "Measure how diverse distilled sets are, and how close to real images.",
+    "cross": "Train students of several architectures on the sets of several methods.",
+    "diversity": "Measure the diversity of distilled sets and their distance to real images.",
     "incremental": "Class-incremental learning from distilled sets.",
-    "export": "Write a distilled set for other programs: Parquet, tensors, or folders.",
-    "import": "Make a distilled set of Parquet files or tensors.",
-    "report": "Make one page of every run and every distilled set below some folders.",
-    "verify": "Check a distilled set against its manifest, file by file.",
-    "info": "What was built, what this machine has, which back-end would run.",
+    "report": "Write one page about all runs and distilled sets below some folders.",
+    "export": "Write a distilled set as Parquet, tensors or numbered folders.",
+    "import": "Make a distilled set from Parquet files or tensors.",
 }
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it; whatever stops cleanly on Ctrl-C stops cleanly on this."""
+    """SIGTERM, as schedulers send it; handled like Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0 (done), 1 (input that cannot be used, one sentence on standard error), 2 (wrong flags), 130 (Ctrl-C)
+    """Entry point; exits with 0 (done), 1 (unusable input, one line on standard error), 2 (wrong flags), 130 (Ctrl-C)
     or 143 (SIGTERM).
     """
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
@@ -57,12 +56,12 @@ def run(arguments: Sequence[str]) -> int:
             _parse(arguments).run(console)
     except InputError as error:
         console.error(str(error))
-    except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         console.error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except KeyboardInterrupt as stop:
-        console.error("stopped; everything finished so far is kept, and the same command goes on from there")
+        console.error("stopped; finished work is kept, and the same command resumes from it")
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     else:
         return OK
@@ -71,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises _Terminated; in a thread of a larger program, whose signals are its own, it does not."""
+    """Inside, SIGTERM raises _Terminated; outside the main thread, nothing is changed."""
 
     def stop(number: int, frame: object) -> None:
         raise _Terminated
@@ -87,6 +86,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
+    """The command with its settings. Recipe and method are read first, since the defaults of the other flags depend on them."""
     import tyro
 
     from dwa_fast.commands import commands
@@ -96,21 +96,22 @@ def _parse(arguments: Sequence[str]) -> Any:
     names.add_argument("--method", default="dwa")
     known, _ = names.parse_known_args(list(arguments))
     defaults = commands(known.recipe, known.method)
-    parse = functools.partial(
-        tyro.cli,
-        tyro.extras.subcommand_type_from_defaults(dict(defaults), _DESCRIPTIONS),
-        args=arguments,
-        prog="dwa-fast",
-        description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
-    )
+    output = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding, write_through=True)
+    output.isatty = sys.stdout.isatty  # type: ignore[method-assign]  # colours where the terminal has them
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return parse()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return tyro.cli(
+                tyro.extras.subcommand_type_from_defaults(dict(defaults), _DESCRIPTIONS),
+                args=arguments,
+                prog="dwa-fast",
+                description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
+            )
     except SystemExit as stop:  # --help, wrong flags, or a value that a configuration refused
         refused = _input_error(stop)
         if refused:
             raise refused from None
-    return parse()
+        (sys.stderr if stop.code else sys.stdout).write(output.buffer.getvalue().decode(output.encoding))
+        raise
 
 
 def _input_error(error: BaseException | None) -> InputError | None:

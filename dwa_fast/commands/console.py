@@ -1,4 +1,4 @@
-"""What commands print: text, tables, trees and progress bars, through rich."""
+"""Terminal output through rich: text, tables, trees, the log and progress bars."""
 
 from __future__ import annotations
 
@@ -10,128 +10,111 @@ from datetime import timedelta
 from typing import Any
 
 import rich.console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from dwa_fast.errors import escape_control_chars
 
-_PLAIN_WIDTH = 120  # columns where the output is no terminal
-_LINE_EVERY = 60.0  # seconds between two lines of progress, at least, where there is no bar
+_PLAIN_WIDTH = 120  # columns where the output is not a terminal
+_LINE_EVERY = 60.0  # least seconds between two lines of progress where there is no terminal
 
 
 class Console:
     """Results go to standard output; progress, log and errors to standard error."""
 
     def __init__(self) -> None:
-        self._out = _console(stderr=False)
-        self._err = _console(stderr=True)
+        self._out, self._err = _console(stderr=False), _console(stderr=True)
         logger = logging.getLogger("dwa_fast")
-        logger.handlers[:] = [_Lines(self._err)]
+        logger.handlers[:] = [_LogHandler(self._err)]
         logger.setLevel(logging.INFO)
 
-    def say(self, text: str) -> None:
-        """One line."""
-        self._out.print(_safe(text), soft_wrap=True, highlight=False)
+    def print(self, text: str) -> None:
+        """Print one line."""
+        self._out.print(escape_control_chars(text), soft_wrap=True)
 
     def error(self, text: str) -> None:
-        """One line on standard error."""
-        self._err.print(f"dwa-fast: {_safe(text)}", soft_wrap=True, highlight=False)
+        """Print one line on standard error."""
+        self._err.print(f"dwa-fast: {escape_control_chars(text)}", soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first row is the header."""
-        table = Table(title=_safe(title))
+        """Print a table; the first row is the header."""
+        table = Table(title=escape_control_chars(title))
         for number, name in enumerate(rows[0]):
-            table.add_column(_safe(name), justify="left" if number == 0 else "right")
+            table.add_column(escape_control_chars(name), justify="left" if number == 0 else "right")
         for row in rows[1:]:
-            table.add_row(*map(_safe, row))
+            table.add_row(*map(escape_control_chars, row))
         self._out.print(table)
 
     def tree(self, title: str, content: Mapping[str, Any]) -> None:
-        """Nested values."""
-        tree = Tree(_safe(title))
+        """Print nested values."""
+        tree = Tree(escape_control_chars(title))
         _grow(tree, content)
-        self._out.print(tree, soft_wrap=True, highlight=False)
+        self._out.print(tree, soft_wrap=True)
 
     @contextmanager
     def bars(self, *, shown: bool = True) -> Iterator[Callable[[str], Bar]]:
-        """Progress bars: gives a function that starts a bar of a title.
+        """Progress bars: yields a function that starts a bar with a title.
 
-        Where standard error is no terminal, as under nohup, Slurm or CI, each bar prints a line at its start and at most one a minute.
+        Where standard error is not a terminal, as under nohup, Slurm or CI, each bar prints a line at its start and at most one a minute.
         """
         columns = (
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
-            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+            *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate()),
+            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False)),
         )
         lines = shown and not self._err.is_terminal
-        with Progress(*columns, console=self._err, disable=lines or not shown) as progress:
-            yield lambda title: Bar(progress, progress.add_task(_safe(title), total=None, note=""), lines=lines)
+        with Progress(*columns, console=self._err, disable=lines or not shown, speed_estimate_period=3600) as progress:
+            yield lambda title: Bar(progress, title, lines=lines)
 
 
 class Bar:
-    """One progress bar: called with what is done and the whole, it moves. Where there is no terminal, it prints plain lines instead."""
+    """A progress bar, called with the number of finished steps and the total; where there is no terminal, plain lines."""
 
-    def __init__(self, progress: Progress, task: TaskID, *, lines: bool = False) -> None:
-        self._progress, self._task, self._lines = progress, task, lines
-        self._start: tuple[float, int] | None = None  # time and what was done, at the first call
-        self._printed = -math.inf  # when the last line was printed
+    def __init__(self, progress: Progress, title: str, *, lines: bool = False) -> None:
+        self._progress, self._lines = progress, lines
+        self._id = progress.add_task(escape_control_chars(title), total=None, note="")
+        self._next_line: float | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Move the bar. What is done at the first call was done before, and says nothing about the rate."""
-        if self._start is None:
-            self._start = self._progress.get_time(), done
-            self._progress.reset(self._task, completed=done, total=total)
-        self._progress.update(self._task, completed=done, total=total)
-        if self._lines and self._progress.get_time() >= self._printed + _LINE_EVERY:
-            self._print(*self._start)
+        """Move the bar. Steps finished before the first call do not count for the rate."""
+        if self._next_line is None:
+            self._next_line = -math.inf
+            self._progress.reset(self._id, completed=done, total=total)
+        self._progress.update(self._id, completed=done, total=total)
+        if self._lines and self._progress.get_time() >= self._next_line:
+            self._next_line = self._progress.get_time() + _LINE_EVERY
+            self._print_line()
 
     def note(self, text: str) -> None:
         """Show a few words behind the bar."""
-        self._progress.update(self._task, note=_safe(text))
+        self._progress.update(self._id, note=escape_control_chars(text))
 
-    def _print(self, start: float, before: int) -> None:
-        """One line: done and total, rate, time left, note."""
-        task = next(each for each in self._progress.tasks if each.id == self._task)
-        now, done, total = self._progress.get_time(), int(task.completed), int(task.total or 0)
-        parts = [f"{task.description}: {done}/{total}"]
-        if done > before and now > start:
-            rate = (done - before) / (now - start)
-            parts += [_per_second(rate), f"{timedelta(seconds=round((total - done) / rate))} left"]
-        parts += [task.fields["note"]] if task.fields["note"] else []
-        self._progress.console.print(", ".join(parts), soft_wrap=True, highlight=False)
-        self._printed = now
-
-
-def _per_second(rate: float) -> str:
-    """A rate; seconds for each where it is less than one per second."""
-    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+    def _print_line(self) -> None:
+        """Title, done and total, rate, time left, note."""
+        task = next(each for each in self._progress.tasks if each.id == self._id)
+        left = "" if task.time_remaining is None or task.finished else f"{timedelta(seconds=task.time_remaining)} left"
+        parts = [f"{task.description}: {task.completed:.0f}/{task.total:.0f}", _rate(task), left, task.fields["note"]]
+        self._progress.console.print(", ".join(filter(None, parts)), soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
-    """How many per second; seconds for each where it is less than one."""
+    """Steps per second, or seconds per step."""
 
     def render(self, task: Task) -> Text:
-        """The rate of a bar; nothing before there is one."""
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        return Text(_per_second(speed))
+        """The rate; empty before two steps are finished."""
+        return Text(_rate(task))
 
 
-class _Lines(logging.Handler):
-    """Log records as plain lines, above the progress bars."""
+def _rate(task: Task) -> str:
+    speed = task.finished_speed or task.speed
+    if not speed:
+        return ""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
+class _LogHandler(logging.Handler):
+    """Log records as plain lines above the progress bars. rich's own handler would break and pad long lines."""
 
     def __init__(self, console: rich.console.Console) -> None:
         super().__init__()
@@ -139,26 +122,24 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        self._console.print(_safe(self.format(record)), soft_wrap=True, highlight=False)
-
-
-def _safe(text: str) -> str:
-    """Text of any origin for rich, which reads markup in square brackets."""
-    return escape(escape_control_chars(text))
+        self._console.print(escape_control_chars(self.format(record)), soft_wrap=True)
 
 
 def _console(stderr: bool) -> rich.console.Console:
-    console = rich.console.Console(stderr=stderr, emoji=False)  # a name such as :x: stays as it is
-    return console if console.is_terminal else rich.console.Console(stderr=stderr, emoji=False, width=_PLAIN_WIDTH)
+    """A console that prints text as it is: no markup, no emoji codes, no highlighting."""
+    console = rich.console.Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    return console
 
 
 def _grow(tree: Tree, content: Mapping[str, Any]) -> None:
     for name, value in content.items():
         if isinstance(value, Mapping):
-            _grow(tree.add(_safe(name)), value)
+            _grow(tree.add(escape_control_chars(name)), value)
         elif isinstance(value, list):
-            branch = tree.add(_safe(name))
+            branch = tree.add(escape_control_chars(name))
             for item in value:
-                branch.add(_safe(str(item)))
+                branch.add(escape_control_chars(str(item)))
         else:
-            tree.add(_safe(f"{name}: {value}"))
+            tree.add(escape_control_chars(f"{name}: {value}"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from dwa_fast.commands.console import Console
 from dwa_fast.config import DataConfig, Normalisation
 from dwa_fast.data.datasets import FileSet, ImageSet, Split, load
-from dwa_fast.data.distilled import set_manifest
+from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
 from dwa_fast.data.teacher_check import check_teacher
 from dwa_fast.errors import InputError
@@ -83,6 +83,24 @@ class TeacherData(Data):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistilledData(TeacherData):
+    """A distilled set, and the real data that it stands for."""
+
+    images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
+    ipc: int | None = None  # Take the first images of each class only; default: all.
+    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
+
+    def open_both(self, console: Console, channels: int) -> tuple[FileSet, ImageSet]:
+        """The distilled images, and the held-out real ones."""
+        test = usable(console, self.load("test", channels), self.skip_bad_images, used_late=True)
+        distilled, skipped = open_distilled(
+            self.images, self.size, channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
+        )
+        say_skipped(console, skipped)
+        return distilled, test
+
+
 def try_teacher(teacher: PairedTeacher, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
     """Say how many of some real images the teacher names right, and warn where that is near chance."""
     module = teacher.module.to(device)
@@ -141,11 +159,11 @@ def usable(console: Console, data: ImageSet, skip_bad_images: bool, *, used_late
 def say_skipped(console: Console, skipped: Mapping[str, str]) -> None:
     """Say how many images were left out, and which."""
     if skipped:
-        console.say(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''} that cannot be read:")
+        console.print(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''} that cannot be read:")
         for name, cause in list(skipped.items())[:_SHOWN]:
-            console.say(f"  {name}: {cause}")
+            console.print(f"  {name}: {cause}")
         if len(skipped) > _SHOWN:
-            console.say("  …")
+            console.print("  …")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command that looks at distilled sets beside the real images."""
+"""The command that measures the diversity of distilled sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine import backend
-from dwa_fast.evaluation.survey import REAL, Findings, Survey, SurveyConfig, survey
+from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis, analyse_sets
 from dwa_fast.io.pictures import contact_sheet
 from dwa_fast.recipes import full_recipe
 from dwa_fast.report.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
@@ -49,7 +49,7 @@ class Diversity(DistilledSets):
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     mean: tuple[float, ...] | None = None  # Mean of each channel with which the teacher was trained; default: the recipe's.
     std: tuple[float, ...] | None = None  # Standard deviation of each channel; likewise.
-    config: tyro.conf.OmitArgPrefixes[SurveyConfig]
+    config: tyro.conf.OmitArgPrefixes[DiversityConfig]
 
     def _normalisation(self) -> Normalisation:
         recipe = full_recipe(self.recipe).validation
@@ -77,7 +77,7 @@ class Diversity(DistilledSets):
         }
         study_folder(self.output, settings)
         with naming_bad_images(), console.bars() as track:
-            found = survey(
+            found = analyse_sets(
                 teacher.module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images looked at")
             )
         facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
@@ -85,7 +85,7 @@ class Diversity(DistilledSets):
         finish(console, self.output, as_record(found, self.config, pictures, seconds=time.perf_counter() - started, **facts))
 
 
-def as_record(found: Survey, config: SurveyConfig, pictures: Sequence[Picture], **facts: Any) -> Record:
+def as_record(found: Analysis, config: DiversityConfig, pictures: Sequence[Picture], **facts: Any) -> Record:
     """Tables, charts and the t-SNE of what was found."""
     where = "the teacher's features" if config.space == "features" else "pixels"
     usual = float(found.sets[REAL].nearest_distances.median())
@@ -115,12 +115,12 @@ def as_record(found: Survey, config: SurveyConfig, pictures: Sequence[Picture], 
     )
 
 
-def _diversity_table(found: Survey) -> Table:
+def _diversity_table(found: Analysis) -> Table:
     rows = []
     for name, own in found.sets.items():
         known = [value for value in own.ratios if value is not None]
         ends = [f"{end(known):.2f}" if known else "–" for end in (min, max)]
-        rows.append([name, str(len(own.images.labels)), _spread(own.ratios), *ends, _spread(own.feature_ratios)])
+        rows.append([name, str(len(own.images.labels)), _mean_std(own.ratios), *ends, _mean_std(own.feature_ratios)])
     return Table(
         title="Diversity D^c of a class, as a ratio to random real images",
         columns=["set", "images", "last convolution", "least", "greatest", "last features"],
@@ -130,7 +130,7 @@ def _diversity_table(found: Survey) -> Table:
     )
 
 
-def _diversity_chart(found: Survey) -> Chart:
+def _diversity_chart(found: Analysis) -> Chart:
     first = next(own for name, own in found.sets.items() if name != REAL)
     values = [float("inf") if value is None else value for value in first.ratios]
     order = sorted(range(len(values)), key=values.__getitem__)
@@ -144,7 +144,7 @@ def _diversity_chart(found: Survey) -> Chart:
     )
 
 
-def _neighbour_table(found: Survey, where: str) -> Table:
+def _neighbour_table(found: Analysis, where: str) -> Table:
     real = found.sets[REAL].nearest_distances
     near = float(real.quantile(_NEAR))
     rows = []
@@ -171,7 +171,7 @@ def _neighbour_table(found: Survey, where: str) -> Table:
     )
 
 
-def _neighbour_chart(found: Survey, where: str) -> Chart:
+def _neighbour_chart(found: Analysis, where: str) -> Chart:
     return Chart(
         title="Distance to the nearest real image",
         x_label="images at most as far, %",
@@ -181,7 +181,7 @@ def _neighbour_chart(found: Survey, where: str) -> Chart:
     )
 
 
-def _raw(own: Findings) -> dict[str, Any]:
+def _raw(own: SetAnalysis) -> dict[str, Any]:
     return {
         "diversity": own.distances,
         "diversity_ratios": own.ratios,
@@ -190,7 +190,7 @@ def _raw(own: Findings) -> dict[str, Any]:
     }
 
 
-def draw_pictures(found: Survey, folder: Path) -> list[Picture]:
+def draw_pictures(found: Analysis, folder: Path) -> list[Picture]:
     """A contact sheet with a panel per set, and for each set its images that are nearest to real ones, beside these."""
     names = [found.real.class_names[label] for label in found.shown]
     members = {name: by_class(own.images) for name, own in found.sets.items()}
@@ -223,7 +223,7 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.2f}" if known else "–"
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def _mean_std(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"

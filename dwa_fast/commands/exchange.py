@@ -82,16 +82,16 @@ class Export(_Normalised):
                 output_folder(self.output.parent)
                 rows = ((found.content(place), Path(name).name, found.labels[place]) for place, name in enumerate(found.files))
                 write_parquet(self.output, _counted(rows, count, progress), found.class_names, label_column=self.label_column)
-                console.say(f"{self.output}: {count} images of {classes} classes, columns image and {self.label_column}")
+                console.print(f"{self.output}: {count} images of {classes} classes, columns image and {self.label_column}")
             elif self.to == "folders":
                 write_folders(found, output_folder(self.output), progress)
-                console.say(f"{self.output}: {count} images in {classes} class folders")
+                console.print(f"{self.output}: {count} images in {classes} class folders")
             else:
                 normalisation = self.normalisation(found.settings)
                 images, labels = as_tensors(found, normalisation, progress)
                 write_tensors(output_folder(self.output), images, labels)
                 by = f"normalised by mean {normalisation.mean} and std {normalisation.std}"
-                console.say(f"{self.output} holds {IMAGES_FILE}, {list(images.shape)}, {by}, and {LABELS_FILE}")
+                console.print(f"{self.output} holds {IMAGES_FILE}, {list(images.shape)}, {by}, and {LABELS_FILE}")
 
     def _refuse_loss(self) -> None:
         if self.output.is_dir() and self.to == "parquet":
@@ -142,7 +142,7 @@ class Import(_Normalised):
         with console.bars() as track:
             made = write_set(self.output, images, labels, names, settings, track("images"))
         now = "" if made == len(labels) else f", {made} written now"
-        console.say(f"{self.output}: {len(labels)} images of {len(names)} classes{now}")
+        console.print(f"{self.output}: {len(labels)} images of {len(names)} classes{now}")
 
     def _parquet(self) -> _Material:
         found = read_parquet(self.files, image_column=self.image_column, label_column=self.label_column)
@@ -153,9 +153,9 @@ class Import(_Normalised):
         normalisation = self.normalisation({})
         pixels, cut = as_pixels(images, normalisation, clip=self.clip)
         if cut:
-            console.say(cut)
+            console.print(cut)
         if soft:
-            console.say("the labels are soft; each image goes to its likeliest class, and students get their labels from a teacher")
+            console.print("the labels are soft; each image goes to its likeliest class, and students get their labels from a teacher")
         levels = torch.cat([to_levels(part) for part in pixels.split(1000)])
         how = {"denormalised_by": {"mean": list(normalisation.mean), "std": list(normalisation.std)}, "experiment": self.experiment}
         return levels.__getitem__, labels.tolist(), _numbered(soft or int(labels.max()) + 1), how

@@ -19,7 +19,7 @@ from dwa_fast.data.pairing import described
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Setup
-from dwa_fast.experiments.grid import Run, contact_sheet, run_grid
+from dwa_fast.experiments.grid import GridRunner, contact_sheet, run_grid
 from dwa_fast.experiments.schedule import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
 from dwa_fast.io.files import output_folder
@@ -39,9 +39,9 @@ class Study(TeacherData):
     threads: int = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
-    config: tyro.conf.OmitArgPrefixes[ValidationConfig]
+    validation: ValidationConfig  # Training of the students.
 
-    def _carry_out(self, console: Console, name: str, study: Callable[[Run, Setup, Path], Record]) -> None:
+    def _carry_out(self, console: Console, name: str, study: Callable[[GridRunner, Setup, Path], Record]) -> None:
         """Compute what is wanting, and finish the record in a folder of that name."""
         check_integer("seeds", self.seeds, 1)
         check_integer("threads", self.threads, 1)
@@ -50,19 +50,22 @@ class Study(TeacherData):
         setup, started = self._setup(console), time.perf_counter()
         folder = output_folder(self.output / name)
         with console.bars() as track:
-            run = functools.partial(run_grid, setup, jobs=self.jobs or default_jobs(setup), watcher=track(name))
+            run = functools.partial(run_grid, setup, jobs=self.jobs or default_jobs(setup), progress_bar=track(name))
             record = study(run, setup, folder)
         finish(console, folder, replace(record, command=command_line(), seconds=time.perf_counter() - started))
 
     def _setup(self, console: Console) -> Setup:
         channels = self.synthesis.channels
         train, test = self.load("train", channels), usable(console, self.load("test", channels), False, used_late=True)
-        if (self.synthesis.mean, self.synthesis.std) != (self.config.mean, self.config.std):
-            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.config))
+        if (self.synthesis.mean, self.synthesis.std) != (self.validation.mean, self.validation.std):
+            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.validation))
             raise InputError(f"sets would be made with {made}, and students trained with {trained}, by the same teacher")
-        for config, flags in ((self.synthesis, ("--synthesis.mean", "--synthesis.std")), (self.config, ("--mean", "--std"))):
+        for config, flags in (
+            (self.synthesis, ("--synthesis.mean", "--synthesis.std")),
+            (self.validation, ("--validation.mean", "--validation.std")),
+        ):
             teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, config, flags)
-        try_teacher(teacher, test, self.config, backend.resolve_device(self.synthesis.device))
+        try_teacher(teacher, test, self.validation, backend.resolve_device(self.synthesis.device))
         return Setup(
             output=self.output,
             recipe=self.recipe,
@@ -77,7 +80,7 @@ class Study(TeacherData):
             outputs=tuple(teacher.outputs) if teacher.outputs else None,
             teacher_classes=teacher.info.classes,
             synthesis=self.synthesis,
-            validation=self.config,
+            validation=self.validation,
             initial=self.initial,
             threads=self.threads,
         )
@@ -93,7 +96,7 @@ class Compare(Study):
     def run(self, console: Console) -> None:
         """Compute, and show the table."""
 
-        def study(run: Run, setup: Setup, folder: Path) -> Record:
+        def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             found = compare(run, setup, methods=self.methods, ipc=self.ipc, student=self.student, seeds=range(self.seeds))
             return replace(found, pictures=contact_sheet(folder, setup, by_method(setup, self.methods), max(self.ipc), 0))
 
@@ -117,7 +120,7 @@ class Ablate(Study):
     def run(self, console: Console) -> None:
         """Compute, and show the table."""
 
-        def study(run: Run, setup: Setup, folder: Path) -> Record:
+        def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             return ablate(
                 run,
                 setup,
@@ -144,7 +147,7 @@ class Cross(Study):
     def run(self, console: Console) -> None:
         """Compute, and show the table."""
 
-        def study(run: Run, setup: Setup, folder: Path) -> Record:
+        def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             seeds = range(self.seeds)
             return cross(run, setup, methods=self.methods, sets=self.sets, ipc=self.ipc, students=self.student, seeds=seeds)
 

@@ -33,11 +33,11 @@ def finish(console: Console, folder: Path, record: Record) -> None:
     for table in record.tables:
         console.table(table.title, [table.columns, *table.rows])
         if table.note:
-            console.say(table.note)
+            console.print(table.note)
     if record.summary:
-        console.say(record.summary)
+        console.print(record.summary)
     files += [picture.file for picture in record.pictures]
-    console.say(f"{folder} holds {', '.join(files)}")
+    console.print(f"{folder} holds {', '.join(files)}")
 
 
 def _peak_memory() -> dict[str, int]:

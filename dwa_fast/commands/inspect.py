@@ -35,13 +35,13 @@ class Verify:
         """Print a line per problem; raises InputError where there is one."""
         count = 0
         for problem in problems(self.images):
-            console.say(problem)
+            console.print(problem)
             count += 1
         if count:
             raise InputError(
                 f"{self.images}: {count} problem{'s' if count > 1 else ''}; the command that made the set makes it whole again"
             )
-        console.say(f"{self.images}: complete, {len(read_manifest(self.images)['images'])} images, every file as it was written")
+        console.print(f"{self.images}: complete, {len(read_manifest(self.images)['images'])} images, every file as it was written")
 
 
 @dataclass(frozen=True, kw_only=True)

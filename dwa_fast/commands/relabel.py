@@ -8,8 +8,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
-from dwa_fast.commands.students import DistilledData
+from dwa_fast.commands.data import DistilledData, check_set, naming_bad_images, try_teacher
 from dwa_fast.config import ValidationConfig
 from dwa_fast.engine import backend
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
@@ -38,7 +37,7 @@ class Relabel(DistilledData):
             distilled, test = self.open_both(console, self.config.channels)
             images, classes, epochs = len(distilled.labels), len(test.class_names), stored_epochs(self.config, self.pool)
             size = label_bytes(self.config, images, classes, self.pool) / 2**20
-            console.say(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
+            console.print(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
             if self.dry_run:
                 return
             teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
@@ -48,4 +47,4 @@ class Relabel(DistilledData):
             relabel(
                 distilled, teacher.module, self.config, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress
             )
-        console.say(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")
+        console.print(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")

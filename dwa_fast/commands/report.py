@@ -35,7 +35,7 @@ class Report:
         refuse_images(self.output)
         document = write_report(self.folders, self.output, self.title, most_sets=self.sets)
         for sentence in document.left_out:
-            console.say(f"left out: {sentence}")
+            console.print(f"left out: {sentence}")
         runs, sets = len(document.runs), len(document.sets)
         counts = f"{runs} run{'s' * (runs != 1)}, {sets} kind{'s' * (sets != 1)} of distilled sets"
-        console.say(f"{self.output}: {counts}; the same as Markdown in {self.output.with_suffix('.md')}")
+        console.print(f"{self.output}: {counts}; the same as Markdown in {self.output.with_suffix('.md')}")

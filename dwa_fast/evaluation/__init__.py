@@ -1,1 +1,1 @@
-"""What distilled sets are worth beyond one accuracy: diversity, embeddings, class-incremental learning."""
+"""Evaluations beyond accuracy: diversity, embeddings, class-incremental learning."""

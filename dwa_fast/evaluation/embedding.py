@@ -1,4 +1,4 @@
-"""Images as the teacher sees them: its last convolution, what its last linear layer is given, its logits; and these in the plane."""
+"""Teacher embeddings: the last convolution, the input of the last linear layer, the logits; and their t-SNE."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dwa_fast.models.finite import check_finite_weights, check_logits
 from dwa_fast.seeding import derive
 from dwa_fast.training.fit import repeatable
 
-_OF_A_SKIP = {"downsample", "shortcut"}  # what torchvision, timm and the CIFAR ResNets call the convolution of a skip
-_BATCH = 256  # images that the teacher sees at once
+_OF_A_SKIP = {"downsample", "shortcut"}  # names of the convolution of a skip in torchvision, timm and the CIFAR ResNets
+_BATCH = 256  # images per forward pass
 _PERPLEXITY = 30.0  # of the t-SNE where there are enough points
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What the teacher makes of some images."""
+    """Activations of the teacher on some images."""
 
-    convolution: Tensor  # [n, …]: output of the last convolution, those of skips aside
+    convolution: Tensor  # [n, …]: output of the last convolution outside of skips
     features: Tensor  # [n, F]: input of the last linear layer, or the logits where there is none
     logits: Tensor  # [n, classes]
 
@@ -37,32 +37,32 @@ def embed(
     """One forward pass in eval mode.
 
     Raises:
-        InputError: the teacher has no convolution, or what it makes of an image is not finite.
+        InputError: the teacher has no convolution, or a logit or a feature is not finite.
     """
-    seen: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
 
-    def keep_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["convolution"] = output
+    def record_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found["convolution"] = output
 
-    def keep_input(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["features"] = inputs[0]
+    def record_input(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found["features"] = inputs[0]
 
     handles = []
     for name, layer in teacher.named_modules():
         if isinstance(layer, nn.Conv2d) and not _OF_A_SKIP & set(name.split(".")):
-            handles.append(layer.register_forward_hook(keep_output))
+            handles.append(layer.register_forward_hook(record_output))
         elif isinstance(layer, nn.Linear):
-            handles.append(layer.register_forward_hook(keep_input))
+            handles.append(layer.register_forward_hook(record_input))
     try:
         with repeatable():
             logits = teacher.eval()(images)
     finally:
         for handle in handles:
             handle.remove()
-    if "convolution" not in seen:
+    if "convolution" not in found:
         raise InputError(f"teacher must have a Conv2d to measure diversity on; {type(teacher).__name__} has none")
     check_logits(logits, "teacher")
-    embedding = Embedding(seen["convolution"], seen.get("features", logits).flatten(1), logits)
+    embedding = Embedding(found["convolution"], found.get("features", logits).flatten(1), logits)
     if not (embedding.convolution.isfinite().all() and embedding.features.isfinite().all()):
         raise InputError("features of the teacher are not finite, though its logits are; no distance can be measured in them")
     return embedding
@@ -74,7 +74,7 @@ def stream(
     normalisation: Normalisation,
     device: torch.device,
 ) -> Iterator[tuple[range, Tensor, Embedding]]:
-    """The whole set, a batch at a time: indices, pixels [n, C, S, S] uint8 on the device, embedding.
+    """The whole set, one batch at a time: indices, pixels [n, C, S, S] uint8 on the device, embedding.
 
     Raises:
         InputError: as `embed`, or a weight or a statistic of the teacher is not finite.
@@ -91,7 +91,7 @@ def tsne(
     *,
     seed: int,
 ) -> Tensor:  # [n, 2]
-    """The t-SNE of some points, by scikit-learn. One thread, since the last bits of its sums depend on their number."""
+    """t-SNE by scikit-learn, on one thread, because the last bits of its sums depend on the number of threads."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 

@@ -1,4 +1,4 @@
-"""Class-incremental learning by the GDumb protocol: at every step a new student learns from the distilled images of all classes so far."""
+"""Class-incremental learning by the GDumb protocol: at each task a new student trains on the distilled images of all classes so far."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dwa_fast.seeding import derive, generator
 from dwa_fast.training.fit import check_set, check_teacher
 from dwa_fast.training.validate import validate
 
-_MARK = 16  # characters of the checksum of a set that name its folders
+_MARK = 16  # characters of the checksum of a set in the names of its folders
 
 
 @dataclass(frozen=True, kw_only=True)
 class IncrementalConfig:
     """The protocol."""
 
-    tasks: int = 5  # Steps in which the classes come, as many at each as at the others or one fewer, at least 1.
-    seeds: int = 3  # Orders of the classes, each with students of its own, at least 1.
+    tasks: int = 5  # Tasks that the classes are split into, as evenly as possible, at least 1.
+    seeds: int = 3  # Random orders of the classes, each with its own students, at least 1.
 
     def __post_init__(self) -> None:
         check_integer("tasks", self.tasks, 1)
@@ -36,13 +36,13 @@ class IncrementalConfig:
 
 
 def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[list[int]]:
-    """The classes of each task, in a random order; another index gives another order.
+    """The classes of each task, in a random order that depends on seed and index.
 
     Raises:
         InputError: there are more tasks than classes.
     """
     if tasks > classes:
-        raise InputError(f"{classes} classes cannot come in {tasks} tasks; wanted at most a task per class")
+        raise InputError(f"{classes} classes cannot be split into {tasks} tasks; wanted at most one task per class")
     return [part.tolist() for part in np.array_split(generator(seed, "class order", index).permutation(classes), tasks)]
 
 
@@ -60,19 +60,18 @@ def learn(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, list[list[list[float]]]]:
-    """Accuracies of every set: [seeds][tasks][students], top-1 % on the held-out images of the classes seen so far.
+    """Accuracies of every set: [seeds][tasks][students], top-1 % on the held-out images of the classes so far.
 
-    Every set sees the same orders of classes and the same students. Soft labels are the teacher's logits of the classes seen so far
-    alone.
+    Every set has the same orders of classes and the same students. Soft labels are the teacher's logits of the classes so far alone.
 
     Args:
         sets: distilled images by name, all with the classes of the held-out ones.
-        validation: the training at each step, `validation.students` times.
+        validation: the training of each task, of `validation.students` students.
         size: height and width of the images, pixels.
-        resume_dir: gets a folder for each step, as of `validate`; the same call resumes from them.
-        progress: called with the steps done and the steps in all.
+        resume_dir: holds a folder of finished work for each task; the same call resumes from it.
+        progress: called with the number of trained tasks and the total.
     Raises:
-        InputError: there are more tasks than classes, a folder holds a step of other settings, or as `validate`.
+        InputError: there are more tasks than classes, a folder holds a task of other settings, or as `validate`.
     """
     check_set(test, "held-out images")
     for name, images in sets.items():

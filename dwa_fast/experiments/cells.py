@@ -1,4 +1,4 @@
-"""Sets and cells: what an experiment computes once and keeps, under names that depend on everything that the result depends on."""
+"""Content-addressed cache of sets and accuracies: a folder's name hashes every setting that affects the result."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ from dwa_fast.io.files import checksum, output_folder, write_json
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, full_recipe
+from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.sets.distill import distill, work_list
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.threads import torch_threads
-from dwa_fast.training.validate import validate
+from dwa_fast.training.validate import NO_EFFECT, validate
 
 REAL = "real"
-_COMPUTING = {"backend", "concurrent_batches", "device", "precision"}  # how a set is computed, not what it is
-_NOT_OF_A_STUDENT = ("students", "memory_limit")  # settings of the validation on which no student's accuracy depends
 _REAL_BATCH = 100  # classes whose real images are copied at a time
 _SLUG_LENGTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all cells of a study share: plain values, which other processes can be given."""
+    """Settings that all cells of a study share, as plain values that can be pickled."""
 
-    output: Path  # holds sets and cells, of any number of studies
+    output: Path  # holds the sets and cells of any number of studies
     recipe: str  # its name
     data: DataConfig
     folder: Path | None  # of the real images
@@ -54,23 +53,23 @@ class Setup:
     architecture: str  # of the teacher
     weights_key: str | None = None  # which weights of the checkpoint, as load_teacher
     outputs: tuple[int, ...] | None = None  # of the teacher, that are the classes; None: all, in their order
-    teacher_classes: int | None = None  # its outputs in all; None: as many as there are classes
-    synthesis: SynthesisConfig  # DWA's settings, from which those of every set are derived; its device is that of the students too
+    teacher_classes: int | None = None  # number of its outputs; None: the number of classes
+    synthesis: SynthesisConfig  # DWA's settings, from which those of every set are derived; students use its device too
     validation: ValidationConfig
     initial: InitialConfig = field(default_factory=InitialConfig)
-    threads: int = 1  # CPU threads that a set or a cell is computed with, on which the last bits depend where the device is a CPU
+    threads: int = 1  # CPU threads of each set or cell; on a CPU the last bits depend on it
 
 
 @dataclass(frozen=True)
-class Made:
-    """A set that the experiment makes itself."""
+class DistilledSource:
+    """A set that the experiment makes."""
 
-    synthesis: SynthesisConfig | None  # None: plain real images, the very ones that the other sets start from
+    synthesis: SynthesisConfig | None  # None: plain real images, the same that the other sets start from
     seed: int
 
 
 @dataclass(frozen=True)
-class Found:
+class ExternalSet:
     """A set that was made elsewhere: class folders of images."""
 
     folder: Path
@@ -81,13 +80,13 @@ class Found:
 class Cell:
     """Students of one architecture on the first `ipc` images per class of one set."""
 
-    source: Made | Found
+    source: DistilledSource | ExternalSet
     ipc: int
     student: str
 
 
-class _Material:
-    """What sets and students are made with, read when it is first asked for."""
+class SharedInputs:
+    """Real images and teacher, loaded on first use."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -115,33 +114,33 @@ class _Material:
 
 
 @functools.lru_cache(maxsize=1)
-def material(setup: Setup) -> _Material:
-    """Real images and teacher, read once in each process."""
-    return _Material(setup)
+def inputs(setup: Setup) -> SharedInputs:
+    """Real images and teacher, loaded once in each process."""
+    return SharedInputs(setup)
 
 
 def nearest_method(recipe: str, synthesis: SynthesisConfig) -> tuple[str, dict[str, Any]]:
-    """The method of the recipe that these settings are nearest to, and the settings in which they differ from it."""
-    own = _meaning(synthesis)
+    """The method of the recipe with the fewest settings that differ from these, and those settings."""
+    own = _result_settings(synthesis)
 
     def changes(method: str) -> dict[str, Any]:
-        published = _meaning(full_recipe(recipe, method=method).synthesis)
+        published = _result_settings(full_recipe(recipe, method=method).synthesis)
         return {name: value for name, value in own.items() if value != published[name]}
 
     name = min(METHODS, key=lambda method: len(changes(method)))
     return name, changes(name)
 
 
-def set_folder(setup: Setup, source: Made | Found) -> Path:
-    """Where a set lies: one that is made here under its method, its other settings, its seed, and a checksum of all that it depends on."""
-    if isinstance(source, Found):
+def set_folder(setup: Setup, source: DistilledSource | ExternalSet) -> Path:
+    """Folder of a set; for one that is made here, named by method, changed settings, seed and a hash of everything that affects it."""
+    if isinstance(source, ExternalSet):
         return source.folder
     return setup.output / "sets" / f"{_slug(setup, source)}-{_digest(_set_settings(setup, source))}"
 
 
-def set_is_there(setup: Setup, source: Made | Found, ipc: int) -> bool:
-    """Whether a set is complete up to that many images per class, as far as its manifest says."""
-    if isinstance(source, Found):
+def set_is_complete(setup: Setup, source: DistilledSource | ExternalSet, ipc: int) -> bool:
+    """Whether the manifest of a set lists that many images per class."""
+    if isinstance(source, ExternalSet):
         return True
     folder = set_folder(setup, source)
     if not is_set(folder):
@@ -150,14 +149,14 @@ def set_is_there(setup: Setup, source: Made | Found, ipc: int) -> bool:
     return bool(manifest["complete"]) and len(manifest["images"]) >= ipc * len(manifest["class_names"])
 
 
-def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = None) -> None:
-    """Make a set of `ipc` images per class, or go on with it; a larger set begins with the images of a smaller one.
+def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress | None = None) -> None:
+    """Make a set of `ipc` images per class, or resume it; the first images of a larger set are those of a smaller one.
 
     Raises:
         InputError: as `distill`.
     """
     folder = output_folder(set_folder(setup, source))
-    stock = material(setup)
+    shared = inputs(setup)
     if source.synthesis is None:
         _copy_real(setup, source, ipc, folder)
         return
@@ -165,8 +164,8 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
     provenance = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
     provenance |= _outputs(setup)
     distill(
-        stock.teacher,
-        stock.train,
+        shared.teacher,
+        shared.train,
         source.synthesis,
         ipc=ipc,
         output=folder,
@@ -175,12 +174,12 @@ def make_set(setup: Setup, source: Made, ipc: int, progress: Progress | None = N
         provenance=provenance,
         threads=setup.threads,
         progress=progress,
-        try_teacher=False,  # it was tried before all sets
+        try_teacher=False,  # already checked, once for all sets
     )
 
 
-def _copy_real(setup: Setup, source: Made, ipc: int, folder: Path) -> None:
-    data, config = material(setup).train, replace(setup.synthesis, initial="real")
+def _copy_real(setup: Setup, source: DistilledSource, ipc: int, folder: Path) -> None:
+    data, config = inputs(setup).train, replace(setup.synthesis, initial="real")
     start = initial_images(data, config, setup.initial, ipc=ipc, seed=source.seed)
     settings = {"recipe": setup.recipe, "method": REAL, "seed": source.seed, "image_shape": list(data.image_shape), **start.settings}
     items = work_list(len(data.class_names), ipc, _REAL_BATCH)
@@ -195,27 +194,27 @@ def _copy_real(setup: Setup, source: Made, ipc: int, folder: Path) -> None:
 
 
 def cell_folder(setup: Setup, cell: Cell) -> Path:
-    """Where the result of a cell lies, and the state of its students while it is computed. The number of students changes nothing here."""
-    slug = "found" if isinstance(cell.source, Found) else _slug(setup, cell.source)
+    """Folder of the result of a cell and of the state of its students during training. It does not depend on the number of students."""
+    slug = "found" if isinstance(cell.source, ExternalSet) else _slug(setup, cell.source)
     return setup.output / "cells" / f"{slug}-ipc{cell.ipc}-{cell.student}-{_digest(_cell_settings(setup, cell))}"
 
 
 def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
-    """Train the students of a cell, whose set is there, and keep their top-1.
+    """Train the students of a cell, whose set is complete, and write their top-1.
 
     Raises:
         InputError: the set has other classes than the held-out images, or too few images.
     """
-    stock, channels = material(setup), setup.synthesis.channels
-    folder, names = set_folder(setup, cell.source), stock.test.class_names
+    shared, channels = inputs(setup), setup.synthesis.channels
+    folder, names = set_folder(setup, cell.source), shared.test.class_names
     distilled, _ = open_distilled(folder, setup.data.size, channels, names, per_class=cell.ipc)
     device = resolve_device(setup.synthesis.device)
     started = time.perf_counter()
     with torch_threads(setup.threads if device.type == "cpu" else None):
         result = validate(
             distilled,
-            stock.test,
-            stock.teacher,
+            shared.test,
+            shared.teacher,
             cell.student,
             setup.validation,
             size=setup.data.size,
@@ -229,7 +228,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
 
 
 def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
-    """Top-1 of as many students as the set-up asks for, percent; None where fewer have been measured."""
+    """Top-1 of `validation.students` students, percent; None where fewer have been trained."""
     file = _result_file(setup, cell)
     try:
         found = json.loads(file.read_bytes())["accuracies"]
@@ -245,8 +244,8 @@ def _result_file(setup: Setup, cell: Cell) -> Path:
     return cell_folder(setup, cell) / "result.json"
 
 
-def _set_settings(setup: Setup, source: Made) -> dict[str, Any]:
-    """All that a set depends on."""
+def _set_settings(setup: Setup, source: DistilledSource) -> dict[str, Any]:
+    """Every setting that affects a set."""
     base = {"recipe": setup.recipe, "images": setup.train_checksum, "size": setup.data.size, "seed": source.seed}
     if source.synthesis is None:
         return {**base, "method": REAL, "initial": _initial_settings(setup)}
@@ -257,15 +256,15 @@ def _set_settings(setup: Setup, source: Made) -> dict[str, Any]:
     threads = setup.threads if computed["device"] == "cpu" else None
     initial = _initial_settings(setup) if config.sees_images else {}
     base |= {**computed, "teacher": setup.teacher_checksum, **_outputs(setup)}
-    return {**base, "threads": threads, "initial": initial, "synthesis": _meaning(config)}
+    return {**base, "threads": threads, "initial": initial, "synthesis": _result_settings(config)}
 
 
 def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
-    """All that the accuracy of a student depends on."""
+    """Every setting that affects the accuracy of a student."""
     device = resolve_device(setup.synthesis.device).type
-    trained = {name: value for name, value in asdict(setup.validation).items() if name not in _NOT_OF_A_STUDENT}
+    trained = {name: value for name, value in asdict(setup.validation).items() if name not in NO_EFFECT}
     return {
-        "set": _contents(cell.source.folder, cell.ipc) if isinstance(cell.source, Found) else _set_settings(setup, cell.source),
+        "set": _contents(cell.source.folder, cell.ipc) if isinstance(cell.source, ExternalSet) else _set_settings(setup, cell.source),
         "ipc": cell.ipc,
         "student": cell.student,
         "seed": cell.source.seed,
@@ -281,7 +280,7 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
 
 
 def _outputs(setup: Setup) -> dict[str, Any]:
-    """Which outputs of the teacher are used, for settings; nothing where it is all of them, as ever."""
+    """The outputs of the teacher that are used, for settings; empty where all are used."""
     return {} if setup.outputs is None else {"teacher_outputs": list(setup.outputs)}
 
 
@@ -298,11 +297,11 @@ def _initial_settings(setup: Setup) -> dict[str, Any]:
     return {"order": setup.initial.initial_order, "tensors": checksum(tensors / "tensor_0.pt") if tensors else None}
 
 
-def _meaning(synthesis: SynthesisConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(synthesis).items() if name not in _COMPUTING}
+def _result_settings(synthesis: SynthesisConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(synthesis).items() if name not in EXECUTION_SETTINGS}
 
 
-def _slug(setup: Setup, source: Made) -> str:
+def _slug(setup: Setup, source: DistilledSource) -> str:
     """Method, differing settings and seed, in characters that every file system takes."""
     name, changes = (REAL, {}) if source.synthesis is None else nearest_method(setup.recipe, source.synthesis)
     text = "-".join([name, *(f"{key}{value}" for key, value in changes.items())])

@@ -14,9 +14,9 @@ from dwa_fast.data.digest import image_digest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import class_diversity
-from dwa_fast.experiments.cells import REAL, Setup, material, set_folder
-from dwa_fast.experiments.grid import Grid, Outcomes, Variant, best, contact_sheet, described, note, raw, run_grid, surroundings
-from dwa_fast.experiments.schedule import Watcher, default_jobs
+from dwa_fast.experiments.cells import REAL, Setup, inputs, set_folder
+from dwa_fast.experiments.grid import Grid, Outcomes, Variant, best, cell_rows, contact_sheet, environment, note, run_grid, study_settings
+from dwa_fast.experiments.schedule import StudyProgress, default_jobs
 from dwa_fast.experiments.studies import TITLES, by_method
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
@@ -25,23 +25,23 @@ from dwa_fast.report.records import Record, Table, mean_and_spread
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
 
-_ON_SHEET = (REAL, "sre2l", "dwa")  # methods that the contact sheet shows, where they were made
+_ON_SHEET = (REAL, "sre2l", "dwa")  # methods in the contact sheet, where they were made
 
-Track = Callable[[str], Watcher]  # starts a progress bar of that title
+Track = Callable[[str], StudyProgress]  # starts a progress bar with that title
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo does."""
+    """Settings of the demo."""
 
-    ipc: tuple[int, ...] = (1, 5)  # Images per class of the sets that are made.
-    methods: tuple[str, ...] = (REAL, "sre2l", "real-start", "random-step", "dwa")  # Sets: real (plain real images), or a method.
-    students: int = 5  # Students trained on each set, each from a seed of its own.
-    iterations: int | None = None  # Adam steps per batch; None: what the digits recipe says.
-    epochs: int | None = None  # Epochs of each student; None: what the digits recipe says.
-    seed: int = 0  # All random draws derive from it.
+    ipc: tuple[int, ...] = (1, 5)  # Images per class.
+    methods: tuple[str, ...] = (REAL, "sre2l", "real-start", "random-step", "dwa")  # real (plain real images), or methods of synthesize.
+    students: int = 5  # Students trained on each set, each with its own seed.
+    iterations: int | None = None  # Adam steps per batch; default: as in the digits recipe.
+    epochs: int | None = None  # Epochs of each student; default: as in the digits recipe.
+    seed: int = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    jobs: int | None = None  # Processes that compute at the same time, each with a CPU thread; None: one for each thread of PyTorch.
+    jobs: int | None = None  # Processes that run at the same time, each with one CPU thread; default: one per thread of PyTorch.
 
     def __post_init__(self) -> None:
         for ipc in self.ipc:
@@ -57,31 +57,31 @@ class DemoConfig:
 
 
 def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
-    """Run the pipeline into a folder: teacher.pt, the sets and what students learnt from them, contact-sheet.png.
+    """GridRunner the pipeline into a folder: teacher.pt, the sets, the results of the students, contact-sheet.png.
 
-    What an earlier run with the same settings left is used again.
+    Finished work of an earlier run with the same settings is reused.
     """
     started = time.perf_counter()
     output_folder(output)
     accuracy = _teacher(output / "teacher.pt", config, track)
     setup = _setup(output, config)
     grid = Grid(variants=by_method(setup, config.methods), ipc=config.ipc, students=(setup.architecture,), seeds=(config.seed,))
-    outcomes = run_grid(setup, grid, jobs=config.jobs or default_jobs(setup), watcher=track("sets and students"))
+    outcomes = run_grid(setup, grid, jobs=config.jobs or default_jobs(setup), progress_bar=track("sets and students"))
     shown = [TITLES[method] for method in _ON_SHEET]
     variants = [variant for variant in grid.variants if variant.name in shown] or grid.variants
     diversity = {(variant.name, ipc): _diversity(setup, variant, ipc, config.seed) for variant in grid.variants for ipc in grid.ipc}
-    tested = len(material(setup).test.labels)
+    tested = len(inputs(setup).test.labels)
     return Record(
         kind="demo",
         title="The whole method on digits",
         summary=f"Teacher: {accuracy:.1f} % top-1 on {tested} held-out digits. {best(grid, outcomes)}",
-        settings={**described(setup, grid), "demo": asdict(config)},
-        environment=surroundings(setup),
+        settings={**study_settings(setup, grid), "demo": asdict(config)},
+        environment=environment(setup),
         seconds=time.perf_counter() - started,
         tables=[_table(setup, grid, outcomes, diversity)],
         pictures=contact_sheet(output, setup, variants, max(config.ipc), config.seed),
         data={
-            "cells": raw(setup, grid, outcomes),
+            "cells": cell_rows(setup, grid, outcomes),
             "teacher": {"accuracy": accuracy, "test_images": tested},
             "diversity": [{"set": name, "ipc": ipc, "per class": values} for (name, ipc), values in diversity.items()],
         },
@@ -89,7 +89,7 @@ def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
 
 
 def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
-    """Make the teacher unless it is there; its top-1 on the held-out digits, percent."""
+    """Train the teacher unless its file exists; returns its top-1 on the held-out digits, percent."""
     recipe, device = full_recipe("digits"), resolve_device(config.device)
     train, test = (load(recipe.data, None, split, channels=1) for split in ("train", "test"))
     if not path.exists():
@@ -134,13 +134,13 @@ def _setup(output: Path, config: DemoConfig) -> Setup:
 
 
 def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[float]:
-    """D^c of every class; of single images there is none."""
+    """D^c of every class; empty for ipc 1."""
     if ipc == 1:
         return []
     device = resolve_device(setup.synthesis.device)
     made = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=ipc, by_number=True)
     images = normalise(made.load(range(len(made.labels))).to(device), setup.synthesis)
-    return list(class_diversity(material(setup).teacher.to(device), images, made.labels.to(device)).values())
+    return list(class_diversity(inputs(setup).teacher.to(device), images, made.labels.to(device)).values())
 
 
 def _table(setup: Setup, grid: Grid, outcomes: Outcomes, diversity: dict[tuple[str, int], list[float]]) -> Table:

@@ -1,4 +1,4 @@
-"""A grid of cells: every variant at every ipc with every student, each from several seeds; and how its numbers become tables."""
+"""A grid of cells (variants × ipc × students × seeds), and tables of its results."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
-from dwa_fast.experiments.cells import REAL, Cell, Found, Made, Setup, nearest_method, set_folder
-from dwa_fast.experiments.schedule import Watcher, carry_out
+from dwa_fast.experiments.cells import REAL, Cell, DistilledSource, ExternalSet, Setup, nearest_method, set_folder
+from dwa_fast.experiments.schedule import StudyProgress, run_cells
 from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
-from dwa_fast.report.records import Chart, Picture, Series, Table, environment, mean_and_spread
+from dwa_fast.report import records
+from dwa_fast.report.records import Chart, Picture, Series, Table, mean_and_spread
 
-_SHEET_CLASSES, _SHEET_IPC = 10, 10  # that a contact sheet shows at most
+_SHEET_CLASSES, _SHEET_IPC = 10, 10  # shown in a contact sheet, at most
 TOP1 = "top-1 %"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to come by a set."""
+    """One kind of set."""
 
     name: str  # in tables
-    synthesis: SynthesisConfig | None = None  # None: plain real images, unless the set was found
-    found: Path | None = None  # a set that was made elsewhere
+    synthesis: SynthesisConfig | None = None  # None: plain real images, unless `external`
+    external: Path | None = None  # folder of a set that was made elsewhere
 
-    def source(self, seed: int) -> Made | Found:
+    def source(self, seed: int) -> DistilledSource | ExternalSet:
         """The set of a seed."""
-        return Made(self.synthesis, seed) if self.found is None else Found(self.found, seed)
+        return DistilledSource(self.synthesis, seed) if self.external is None else ExternalSet(self.external, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Which cells a study asks for."""
+    """The cells of a study."""
 
     variants: Sequence[Variant]
     ipc: Sequence[int]
@@ -66,13 +67,13 @@ class Grid:
 
     def cells(self, variant: Variant, ipc: int, student: str) -> list[Cell]:
         """The cells of a place, one per seed; one in all for a set that was made elsewhere."""
-        seeds = self.seeds[:1] if variant.found else self.seeds
+        seeds = self.seeds[:1] if variant.external else self.seeds
         return [Cell(variant.source(seed), ipc, student) for seed in seeds]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the students of a place have reached."""
+    """Accuracies of the students of one variant, ipc and architecture."""
 
     accuracies: list[list[float]]  # [seed][student], percent
 
@@ -92,21 +93,21 @@ class Outcome:
 
 
 Outcomes = dict[tuple[str, int, str], Outcome]  # by name of the variant, ipc and student
-Run = Callable[[Grid], Outcomes]
+GridRunner = Callable[[Grid], Outcomes]
 
 
-def run_grid(setup: Setup, grid: Grid, *, jobs: int, watcher: Watcher | None = None) -> Outcomes:
-    """Compute what is wanting of a grid, and gather it.
+def run_grid(setup: Setup, grid: Grid, *, jobs: int, progress_bar: StudyProgress | None = None) -> Outcomes:
+    """Compute the missing cells of a grid, and return the outcomes of all.
 
     Raises:
-        InputError: as `carry_out`.
+        InputError: as `run_cells`.
     """
     names: dict[Cell, str] = {}
     for variant, ipc, student in grid.places:
         for cell in grid.cells(variant, ipc, student):
             name = f"{variant.name}, ipc {ipc}, seed {cell.source.seed}"
             names.setdefault(cell, f"{name}, {student}" if len(grid.students) > 1 else name)
-    found = carry_out(setup, names, jobs=jobs, watcher=watcher)
+    found = run_cells(setup, names, jobs=jobs, progress_bar=progress_bar)
     return {
         (variant.name, ipc, student): Outcome([found[cell] for cell in grid.cells(variant, ipc, student)])
         for variant, ipc, student in grid.places
@@ -114,23 +115,23 @@ def run_grid(setup: Setup, grid: Grid, *, jobs: int, watcher: Watcher | None = N
 
 
 def note(setup: Setup, grid: Grid) -> str:
-    """What the numbers of a table are."""
+    """How the numbers of a table are computed, for its note."""
     count = setup.validation.students
     students = "one student" if count == 1 else f"{count} students"
     if len(grid.seeds) == 1:
         return f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."
     text = f"Mean ± standard deviation over {len(grid.seeds)} synthesis seeds, of the mean of {students} each."
-    if any(variant.found for variant in grid.variants):
+    if any(variant.external for variant in grid.variants):
         text += f" Sets that were made elsewhere: over {students} of the one set."
     return text
 
 
-def raw(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
-    """The numbers behind the tables, for the data of a record; with every setting that is not the recipe's."""
+def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The numbers behind the tables, for the data of a record, with every setting that differs from the recipe."""
     rows = []
     for variant, ipc, student in grid.places:
         outcome = outcomes[variant.name, ipc, student]
-        method, changes = variant.name if variant.found else REAL, dict[str, Any]()
+        method, changes = variant.name if variant.external else REAL, dict[str, Any]()
         if variant.synthesis is not None:
             method, changes = nearest_method(setup.recipe, variant.synthesis)
         flat = [accuracy for each in outcome.accuracies for accuracy in each]
@@ -140,7 +141,7 @@ def raw(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
     return rows
 
 
-def described(setup: Setup, grid: Grid) -> dict[str, Any]:
+def study_settings(setup: Setup, grid: Grid) -> dict[str, Any]:
     """The settings of a study, for its record."""
     tensors = setup.initial.initial_tensors
     return {
@@ -156,17 +157,17 @@ def described(setup: Setup, grid: Grid) -> dict[str, Any]:
     }
 
 
-def surroundings(setup: Setup) -> dict[str, Any]:
-    """What the numbers may depend on beside the settings."""
-    return {**environment(resolve_device(setup.synthesis.device)), "threads": setup.threads}
+def environment(setup: Setup) -> dict[str, Any]:
+    """Versions, device and threads, on which the numbers may depend."""
+    return {**records.environment(resolve_device(setup.synthesis.device)), "threads": setup.threads}
 
 
 def by_ipc(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: str) -> tuple[Table, Chart]:
     """Variants × ipc, as a table and as bars."""
     rows = [[variant.name, *(str(outcomes[variant.name, ipc, student]) for ipc in grid.ipc)] for variant in grid.variants]
     columns = ["set", *(f"ipc {ipc}" for ipc in grid.ipc)]
-    series = [_series(variant.name, [outcomes[variant.name, ipc, student] for ipc in grid.ipc]) for variant in grid.variants]
-    chart = Chart(title=title, x_label="images per class", y_label=TOP1, x=columns[1:], series=series)
+    bars = [series(variant.name, [outcomes[variant.name, ipc, student] for ipc in grid.ipc]) for variant in grid.variants]
+    chart = Chart(title=title, x_label="images per class", y_label=TOP1, x=columns[1:], series=bars)
     return Table(title=f"{title}, {TOP1}", columns=columns, rows=rows, note=note(setup, grid)), chart
 
 
@@ -174,22 +175,18 @@ def by_student(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, ipc: in
     """Students × variants, as a table and as bars."""
     names = [variant.name for variant in grid.variants]
     rows = [[student, *(str(outcomes[name, ipc, student]) for name in names)] for student in grid.students]
-    series = [_series(name, [outcomes[name, ipc, student] for student in grid.students]) for name in names]
-    chart = Chart(title=title, x_label="student", y_label=TOP1, x=list(grid.students), series=series)
+    bars = [series(name, [outcomes[name, ipc, student] for student in grid.students]) for name in names]
+    chart = Chart(title=title, x_label="student", y_label=TOP1, x=list(grid.students), series=bars)
     return Table(title=f"{title}, {TOP1}", columns=["student", *names], rows=rows, note=note(setup, grid)), chart
 
 
-def curve(name: str, outcomes: Sequence[Outcome]) -> Series:
+def series(name: str, outcomes: Sequence[Outcome]) -> Series:
     """A row of outcomes as a curve or as bars of one colour."""
-    return _series(name, outcomes)
-
-
-def _series(name: str, outcomes: Sequence[Outcome]) -> Series:
     return Series(name=name, values=[each.mean for each in outcomes], spreads=[each.std for each in outcomes])
 
 
 def best(grid: Grid, outcomes: Outcomes) -> str:
-    """A sentence for each ipc and student: what came out first, and how much else lies as near to it as sets of one kind to each other."""
+    """A sentence for each ipc and student: the best variant, and how many others are within one standard deviation of it."""
     sentences = []
     for ipc, student in itertools.product(grid.ipc, grid.students):
         ranked = sorted(((outcomes[variant.name, ipc, student], variant.name) for variant in grid.variants), key=lambda pair: -pair[0].mean)
@@ -202,7 +199,7 @@ def best(grid: Grid, outcomes: Outcomes) -> str:
 
 
 def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: int, seed: int) -> list[Picture]:
-    """Write contact-sheet.png: what the sets that were made from a seed look like, side by side; the first images of the first classes."""
+    """Write contact-sheet.png: the first images of the first classes of the sets of one seed, side by side."""
     shown, panels = min(ipc, _SHEET_IPC), {}
     folders = {variant: set_folder(setup, variant.source(seed)) for variant in variants}
     names = read_manifest(folders[variants[0]])["class_names"][:_SHEET_CLASSES]

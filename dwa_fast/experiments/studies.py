@@ -1,4 +1,4 @@
-"""The studies of the paper, each as a grid of cells and a way to lay it out."""
+"""The studies of the paper, each as a grid of cells with its tables and figures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import (
     TOP1,
     Grid,
+    GridRunner,
     Outcomes,
-    Run,
     Variant,
     best,
     by_ipc,
     by_student,
-    curve,
-    described,
+    cell_rows,
+    environment,
     note,
-    raw,
-    surroundings,
+    series,
+    study_settings,
 )
 from dwa_fast.recipes import METHODS
 from dwa_fast.report.records import Chart, HeatMap, Record, Table
@@ -43,7 +43,7 @@ TITLES = {
 
 
 def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
-    """The sets of several methods, with everything that was changed in DWA's settings changed in theirs.
+    """The sets of several methods; a changed setting of DWA is changed in all of them.
 
     Raises:
         InputError: no such method.
@@ -54,14 +54,14 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
     return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
 
 
-def compare(run: Run, setup: Setup, *, methods: Sequence[str], ipc: Sequence[int], student: str, seeds: Sequence[int]) -> Record:
+def compare(run: GridRunner, setup: Setup, *, methods: Sequence[str], ipc: Sequence[int], student: str, seeds: Sequence[int]) -> Record:
     """Methods × ipc."""
     grid = Grid(variants=by_method(setup, methods), ipc=ipc, students=(student,), seeds=seeds)
     return _categories(run, setup, grid, "compare", f"Methods on {setup.recipe}")
 
 
 def cross(
-    run: Run,
+    run: GridRunner,
     setup: Setup,
     *,
     methods: Sequence[str],
@@ -71,7 +71,7 @@ def cross(
     seeds: Sequence[int],
 ) -> Record:
     """Students of several architectures × methods and sets that were made elsewhere."""
-    found = [Variant(name=escape_control_chars(set_folder(folder).resolve().name), found=folder) for folder in sets]
+    found = [Variant(name=escape_control_chars(set_folder(folder).resolve().name), external=folder) for folder in sets]
     names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in found]
     if len(set(names)) < len(names):
         raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")
@@ -84,7 +84,7 @@ def cross(
 
 
 def ablate(
-    run: Run,
+    run: GridRunner,
     setup: Setup,
     *,
     study: AblationName,
@@ -132,7 +132,7 @@ _CATEGORIES: dict[str, tuple[Callable[[SynthesisConfig], list[Variant]], str]] =
 }
 
 
-def _lambda_var(run: Run, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], values: Sequence[float]) -> Record:
+def _lambda_var(run: GridRunner, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], values: Sequence[float]) -> Record:
     """λ_var alone, λ_mean as the recipe has it, against both at that value."""
     dwa = setup.synthesis
     kinds: dict[str, Callable[[float], SynthesisConfig]] = {
@@ -148,12 +148,14 @@ def _lambda_var(run: Run, setup: Setup, grid_of: Callable[[Sequence[Variant]], G
         rows = {kind: [outcomes[f"{kind}, {value:g}", ipc, student] for value in values] for kind in kinds}
         lines = [[f"{value:g}", *(str(found[place]) for found in rows.values())] for place, value in enumerate(values)]
         tables.append(Table(title=f"{title}, ipc {ipc}, {TOP1}", columns=["λ_var", *kinds], rows=lines, note=note(setup, grid)))
-        series = [curve(kind, found) for kind, found in rows.items()]
-        charts.append(Chart(title=f"{title}, ipc {ipc}", x_label="λ_var", y_label=TOP1, x=values, series=series))
+        curves = [series(kind, found) for kind, found in rows.items()]
+        charts.append(Chart(title=f"{title}, ipc {ipc}", x_label="λ_var", y_label=TOP1, x=values, series=curves))
     return _record(setup, grid, outcomes, "ablation", title, tables=tables, charts=charts)
 
 
-def _k_rho(run: Run, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], steps: Sequence[int], rhos: Sequence[float]) -> Record:
+def _k_rho(
+    run: GridRunner, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], steps: Sequence[int], rhos: Sequence[float]
+) -> Record:
     """K × ρ."""
     steps, rhos = sorted(steps), sorted(rhos)
 
@@ -174,7 +176,7 @@ def _k_rho(run: Run, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid],
     return _record(setup, grid, outcomes, "ablation", title, tables=tables, heat_maps=maps)
 
 
-def _categories(run: Run, setup: Setup, grid: Grid, kind: str, title: str) -> Record:
+def _categories(run: GridRunner, setup: Setup, grid: Grid, kind: str, title: str) -> Record:
     outcomes, (student,) = run(grid), grid.students
     table, chart = by_ipc(f"{title}, students {student}", setup, grid, outcomes, student)
     return _record(setup, grid, outcomes, kind, title, tables=[table], charts=[chart])
@@ -185,8 +187,8 @@ def _record(setup: Setup, grid: Grid, outcomes: Outcomes, kind: str, title: str,
         kind=kind,
         title=title,
         summary=best(grid, outcomes),
-        settings=described(setup, grid),
-        environment=surroundings(setup),
-        data={"cells": raw(setup, grid, outcomes)},
+        settings=study_settings(setup, grid),
+        environment=environment(setup),
+        data={"cells": cell_rows(setup, grid, outcomes)},
         **parts,
     )

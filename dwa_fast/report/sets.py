@@ -1,4 +1,4 @@
-"""What a report says about distilled sets: a contact sheet of each kind, and how it was made."""
+"""Sections of a report about distilled sets: a contact sheet of each kind, and its settings."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.recipes import METHODS, RECIPES, full_recipe
-from dwa_fast.report.document import Block, Facts, Image, Paragraph, Section
-from dwa_fast.report.findings import DistilledSet
-from dwa_fast.report.published import COMPUTING
+from dwa_fast.report.contents import Facts, Image, Section
+from dwa_fast.report.published import EXECUTION_SETTINGS
+from dwa_fast.report.search import DistilledSet
 from dwa_fast.report.values import groups, shown
 
-_CLASSES, _IMAGES = 10, 10  # of a set that are shown, at most: the first ones
+_CLASSES, _IMAGES = 10, 10  # shown of a set, at most
 _TILE = 64  # pixels to which larger images are shrunk in a contact sheet
 _SHOWN_TILE = 32  # pixels to which smaller ones are enlarged, about
 _MISSING = 128  # grey
-_CHANGES = 4  # settings that are not the recipe's, in a title
+_CHANGES = 4  # at most this many settings that differ from the recipe, in a title
 
 
 def kinds(sets: Sequence[DistilledSet]) -> list[list[DistilledSet]]:
-    """Sets that differ in nothing but their seed together."""
+    """The sets in groups that differ in nothing but their seed."""
     together: dict[str, list[DistilledSet]] = {}
     for each in sets:
         settings = {name: value for name, value in each.manifest["settings"].items() if name != "seed"}
@@ -42,21 +42,27 @@ def kinds(sets: Sequence[DistilledSet]) -> list[list[DistilledSet]]:
 
 
 def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
-    """The first of the sets of a kind."""
-    found = alike[0]
-    manifest, settings = found.manifest, found.manifest["settings"]
+    """The first of several sets that differ in their seed alone."""
+    first = alike[0]
+    manifest, settings = first.manifest, first.manifest["settings"]
     classes, count = len(manifest["class_names"]), len(manifest["images"])
     ipc = count // classes if classes else 0
-    origin = [str(settings[name]) for name in ("method", "recipe") if name in settings]
-    blocks: list[Block] = [*_sheet(found, ipc), Facts("Settings", groups(settings))]
+    names = [str(settings[name]) for name in ("method", "recipe") if name in settings]
+    sheet = _sheet(first, ipc)
+    facts = [Facts("Settings", groups(settings))]
     if manifest["skipped"]:
-        blocks.append(Facts("Real images that could not be used", groups(manifest["skipped"])))
-    blocks.append(Facts("Versions", groups(manifest["versions"])))
+        facts.append(Facts("Real images that could not be used", groups(manifest["skipped"])))
     state = "" if manifest["complete"] else " · not complete"
     more = len(alike) - 1
     others = f" · {more} more set{'s' * (more > 1)} with another seed" if more else ""
-    title = ", ".join([*origin, f"ipc {ipc}", *_changes(settings)])
-    return Section(anchor, title, f"{found.place} · {count} images of {classes} classes{state}{others}", blocks)
+    return Section(
+        anchor=anchor,
+        title=", ".join([*names, f"ipc {ipc}", *_changes(settings)]),
+        subtitle=f"{first.name} · {count} images of {classes} classes{state}{others}",
+        paragraphs=[] if sheet else ["No whole row of images yet."],
+        images=[sheet] if sheet else [],
+        facts=[*facts, Facts("Versions", groups(manifest["versions"]))],
+    )
 
 
 def _changes(settings: Mapping[str, Any]) -> list[str]:
@@ -65,16 +71,17 @@ def _changes(settings: Mapping[str, Any]) -> list[str]:
     if recipe not in RECIPES or method not in METHODS:
         return []
     own = json.loads(json.dumps(asdict(full_recipe(recipe, method=method).synthesis)))
-    changed = [f"{name} {shown(settings[name])}" for name in own if name not in COMPUTING and settings.get(name, own[name]) != own[name]]
+    compared = [name for name in own if name not in EXECUTION_SETTINGS]
+    changed = [f"{name} {shown(settings[name])}" for name in compared if settings.get(name, own[name]) != own[name]]
     return changed if len(changed) <= _CHANGES else [*changed[:_CHANGES], "…"]
 
 
-def _sheet(found: DistilledSet, ipc: int) -> list[Block]:
-    """The first images of the first classes, a row per class; grey where there is none."""
+def _sheet(found: DistilledSet, ipc: int) -> Image | None:
+    """The first images of the first classes, a row per class; grey where an image is missing. None before the first whole row."""
     names = found.manifest["class_names"]
     rows, columns = min(len(names), _CLASSES), min(ipc, _IMAGES)
     if not rows or not columns:
-        return [Paragraph("No whole row of images yet.")]
+        return None
     files = [_file(found.manifest, *divmod(place, columns)) for place in range(rows * columns)]
     sides = [_side(found.folder, file) for file in files]
     size = min([_TILE, *filter(None, sides)])
@@ -87,7 +94,7 @@ def _sheet(found: DistilledSet, ipc: int) -> list[Block]:
     which = f"the first {rows} of {len(names)} classes" if rows < len(names) else f"all {rows} classes"
     number = f"the first {columns} of {ipc} images" if columns < ipc else f"all {columns} images" if columns > 1 else "the image"
     title = f"{number} of each of {which}, a row per class"
-    return [Image(title[0].upper() + title[1:], buffer.getvalue(), *image.size, rows=names[:rows])]
+    return Image(title[0].upper() + title[1:], buffer.getvalue(), rows=names[:rows])
 
 
 def _file(manifest: Mapping[str, Any], label: int, index: int) -> str:

@@ -40,7 +40,7 @@ from dwa_fast.training.state import FinishedStudents, TrainingState, weight_dige
 
 log = logging.getLogger("dwa_fast")
 
-_NO_EFFECT = ("students", "memory_limit")  # settings that do not affect a student's accuracy
+NO_EFFECT = ("students", "memory_limit")  # settings that do not affect a student's accuracy
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class _StudentTrainer:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything the accuracies depend on besides the student and the test images."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in _NO_EFFECT}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in NO_EFFECT}
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}

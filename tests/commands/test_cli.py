@@ -269,7 +269,7 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopped; everything finished so far is kept" in errors
+    assert "stopped; finished work is kept" in errors
     assert "Traceback" not in errors
     assert not read_manifest(folder)["complete"]
     assert list(problems(folder)) == ["the set is not complete; run the command that started it again to resume"]

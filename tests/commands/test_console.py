@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 import rich.console
@@ -16,7 +17,7 @@ def test_rate_counts_what_was_done_since_the_first_call(seconds: float, shown: s
     clock = [0.0]
     console = rich.console.Console(file=io.StringIO(), width=100)
     progress = Progress(console=console, get_time=lambda: clock[0])
-    bar = Bar(progress, progress.add_task("set", total=None, note=""))
+    bar = Bar(progress, "set")
     bar(1000, 2000)
     (task,) = progress.tasks
     assert _Rate().render(task).plain == ""
@@ -27,18 +28,29 @@ def test_rate_counts_what_was_done_since_the_first_call(seconds: float, shown: s
     assert _Rate().render(task).plain == shown
 
 
-def test_note_is_shown_as_it_is() -> None:
-    progress = Progress(console=rich.console.Console(file=io.StringIO()))
-    bar = Bar(progress, progress.add_task("set", total=None, note=""))
-    bar.note("[red]ce 0.5")
-    assert progress.tasks[0].fields["note"] == r"\[red]ce 0.5"
+def test_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup, no emoji codes, and control characters are escaped."""
+    console = Console()
+    console.print("[red]a :x: \x1b[31m")
+    console.table("[b]t", [["[i]a"], ["[red]b"]])
+    console.tree("[b]t", {"[i]a": "[red]c", "d": ["[x]"]})
+    logging.getLogger("dwa_fast").info("[red]%s", "log :x: " * 40)
+    with console.bars() as track:
+        bar = track("[b]set")
+        bar.note("[red]ce 0.5")
+        bar(1, 2)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("[red]a :x: \\x1b[31m\n")
+    for text in ("[b]t", "[i]a", "[red]b", "[red]c", "[x]"):
+        assert text in printed.out
+    assert printed.err == "[red]" + "log :x: " * 40 + "\n[b]set: 1/2, [red]ce 0.5\n"
 
 
 def test_without_a_terminal_a_line_at_the_start_and_at_most_one_a_minute() -> None:
     clock, written = [0.0], io.StringIO()
     console = rich.console.Console(file=written, width=30)
     progress = Progress(console=console, get_time=lambda: clock[0], disable=True)
-    bar = Bar(progress, progress.add_task("dwa, ipc 10", total=None, note=""), lines=True)
+    bar = Bar(progress, "dwa, ipc 10", lines=True)
     bar(40, 140)
     for second in range(1, 151):
         clock[0] = second

@@ -71,10 +71,12 @@ def test_other_flags_are_refused(place: Path, capsys: pytest.CaptureFixture[str]
     assert not (place / "other").exists()
     assert validate(place, "--size", "16") == 1
     assert "set holds images of 8 × 8 pixels, not 16; pass --size 8" in capsys.readouterr().err
-    study = ["compare", *common(place), "--teacher", str(place / "t.pt"), "--output", str(place / "study"), "--student", "small-resnet"]
-    assert run(study) == 1
+    study = ["compare", *common(place)[:-6], "--size", str(SIZE), "--teacher", str(place / "t.pt"), "--output", str(place / "study")]
+    study += ["--student", "small-resnet"]
+    assert run([*study, "--validation.mean", ".3", "--validation.std", ".3"]) == 1
     assert "by the same teacher" in capsys.readouterr().err
-    assert run([*study, "--synthesis.mean", ".5", "--synthesis.std", ".5", "--mean", ".5", "--std", ".5"]) == 1
+    flags = [f"--{part}.{name}" for part in ("synthesis", "validation") for name in ("mean", "std")]
+    assert run([*study, *(text for flag in flags for text in (flag, ".5"))]) == 1
     assert "pass --synthesis.mean 0.3 --synthesis.std 0.3" in capsys.readouterr().err
     diversity = ["diversity", *common(place)[:-6], "--sets", str(place / "set"), "--teacher", str(place / "t.pt"), "--size", str(SIZE)]
     assert run([*diversity, "--mean", ".5", "--std", ".3", "--output", str(place / "d")]) == 1

@@ -21,9 +21,9 @@ from tests.nets import SIZE
 QUICK = [
     "--size",
     str(SIZE),
-    "--epochs",
+    "--validation.epochs",
     "2",
-    "--padding",
+    "--validation.padding",
     "1",
     "--synthesis.iterations",
     "2",
@@ -32,7 +32,7 @@ QUICK = [
     "--synthesis.backend",
     "reference",
 ]
-SMALL = [*QUICK, "--students", "1", "--seeds", "2", "--jobs", "1"]
+SMALL = [*QUICK, "--validation.students", "1", "--seeds", "2", "--jobs", "1"]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_studies_share_sets_and_changed_settings_lie_beside(tmp_path: Path, comm
 
 
 def test_sweeps(tmp_path: Path, common: list[str]) -> None:
-    one = [*common, *QUICK, "--students", "2", "--seeds", "1", "--jobs", "1", "--ipc", "1"]
+    one = [*common, *QUICK, "--validation.students", "2", "--seeds", "1", "--jobs", "1", "--ipc", "1"]
     assert run(["ablate", "lambda-var", *one, "--lambda-vars", "0.01", "0.11"]) == 0
     assert run(["ablate", "k-rho", *one, "--steps", "1", "2", "--rhos", "0.01"]) == 0
     sweep, grid = (read_record(tmp_path / "out" / f"ablate-{name}" / "record.json") for name in ("lambda-var", "k-rho"))
@@ -142,7 +142,7 @@ def test_bad_input_is_one_sentence(common: list[str], capsys: pytest.CaptureFixt
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, common: list[str]) -> None:
     """A real interrupt of a study in two processes; they end with it, and the same command goes on to the end."""
     folder = tmp_path / "out"
-    arguments = ["compare", *common, *QUICK, "--students", "1", "--methods", "real", "--ipc", "1", "2", "--seeds", "8"]
+    arguments = ["compare", *common, *QUICK, "--validation.students", "1", "--methods", "real", "--ipc", "1", "2", "--seeds", "8"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dwa_fast", *arguments, "--jobs", "2"],
         stderr=subprocess.PIPE,
@@ -156,7 +156,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, common: list[str]) -> Non
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopped; everything finished so far is kept" in errors
+    assert "stopped; finished work is kept" in errors
     assert "Traceback" not in errors
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/result.json")}
     assert 0 < len(finished) < 16

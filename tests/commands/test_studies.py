@@ -16,7 +16,7 @@ from dwa_fast.commands.diversity import as_record
 from dwa_fast.config import StorageConfig
 from dwa_fast.data.datasets import MemorySet, digits
 from dwa_fast.data.subsets import draw
-from dwa_fast.evaluation.survey import REAL, Findings, Survey, SurveyConfig
+from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis
 from dwa_fast.io.files import checksum
 from dwa_fast.report.records import RECORD, read_record
 from dwa_fast.sets.store import ImageStore, WorkItem
@@ -121,10 +121,10 @@ def test_many_classes_become_curves_in_the_order_of_the_first_set() -> None:
     ratios: list[list[float | None]] = [[1.0] * 25, [*map(float, range(24, 0, -1)), None], [*map(float, range(25))]]
     distances = torch.arange(75.0, dtype=torch.float64)
     sets = {
-        name: Findings(data, [0.0] * 25, own, own, torch.arange(75), distances, torch.zeros(4, 2))
+        name: SetAnalysis(data, [0.0] * 25, own, own, torch.arange(75), distances, torch.zeros(4, 2))
         for name, own in zip((REAL, "first", "second"), ratios, strict=True)
     }
-    record = as_record(Survey(data, [0], sets), SurveyConfig(), [])
+    record = as_record(Analysis(data, [0], sets), DiversityConfig(), [])
     assert record.charts[0].x == list(range(1, 26))
     assert list(record.charts[0].series[1].values) == [*map(float, range(1, 25)), None]
     assert list(record.charts[0].series[2].values) == [*map(float, range(23, -1, -1)), 24.0]

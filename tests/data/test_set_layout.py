@@ -17,7 +17,7 @@ from dwa_fast.config import StorageConfig
 from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.set_layout import FLAT_FORMAT, IMAGES, MANIFEST, image_root, is_set, refuse_images, set_folder
-from dwa_fast.report.findings import find
+from dwa_fast.report.search import search
 from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.preview import Preview
 from dwa_fast.sets.store import ImageStore
@@ -104,7 +104,7 @@ def test_the_set_is_found_from_its_folder_and_from_its_images(tmp_path: Path, mo
         assert read_manifest(place)["class_names"] == CLASSES
         assert list(problems(place)) == []
         assert len(image_folder(place, 4).files) == 6
-        assert [found.folder.resolve() for found in find([place]).sets] == [tmp_path / "set"]
+        assert [found.folder.resolve() for found in search([place]).sets] == [tmp_path / "set"]
         assert make(place) == 0
     monkeypatch.chdir(tmp_path / "set" / IMAGES)
     assert set_folder(Path()).resolve() == tmp_path / "set"

@@ -17,25 +17,25 @@ from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.experiments.cells import (
     Cell,
-    Found,
-    Made,
+    DistilledSource,
+    ExternalSet,
     Setup,
     accuracies,
     cell_folder,
+    inputs,
     make_set,
-    material,
     measure,
     nearest_method,
     set_folder,
-    set_is_there,
+    set_is_complete,
 )
 from dwa_fast.recipes import recipe
 from tests.experiments.setups import small_setup, small_validation
 from tests.nets import SIZE
 
 
-def dwa(setup: Setup, seed: int = 0, **changes: Any) -> Made:
-    return Made(replace(setup.synthesis, **changes), seed)
+def dwa(setup: Setup, seed: int = 0, **changes: Any) -> DistilledSource:
+    return DistilledSource(replace(setup.synthesis, **changes), seed)
 
 
 def test_larger_set_begins_with_the_smaller_one(tmp_path: Path) -> None:
@@ -48,20 +48,20 @@ def test_larger_set_begins_with_the_smaller_one(tmp_path: Path) -> None:
     assert one.items() < three.items()
     make_set(small, dwa(small), 3)
     assert read_manifest(set_folder(small, dwa(small)))["images"] == three
-    assert set_is_there(small, dwa(small), 3)
-    assert not set_is_there(small, dwa(small), 4)
+    assert set_is_complete(small, dwa(small), 3)
+    assert not set_is_complete(small, dwa(small), 4)
 
 
 def test_real_set_holds_the_images_that_the_others_start_from(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
-    make_set(setup, Made(None, 7), 2)
-    made = image_folder(set_folder(setup, Made(None, 7)), SIZE, 1)
-    train = material(setup).train
+    make_set(setup, DistilledSource(None, 7), 2)
+    made = image_folder(set_folder(setup, DistilledSource(None, 7)), SIZE, 1)
+    train = inputs(setup).train
     wanted = [index for label in range(10) for index in sample(train, label, 2, seed=7)]
     torch.testing.assert_close(made.load(range(20)), train.load(wanted), rtol=0, atol=0)
-    before = set_folder(setup, Made(None, 7)).joinpath("manifest.json").read_bytes()
-    make_set(setup, Made(None, 7), 1)
-    assert set_folder(setup, Made(None, 7)).joinpath("manifest.json").read_bytes() == before
+    before = set_folder(setup, DistilledSource(None, 7)).joinpath("manifest.json").read_bytes()
+    make_set(setup, DistilledSource(None, 7), 1)
+    assert set_folder(setup, DistilledSource(None, 7)).joinpath("manifest.json").read_bytes() == before
 
 
 def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
@@ -71,11 +71,11 @@ def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
         set_folder(setup, dwa(setup, seed=1)),
         set_folder(setup, dwa(setup, rho=0.02)),
         set_folder(setup, dwa(setup, precision="fp64")),
-        set_folder(setup, Made(None, 0)),
+        set_folder(setup, DistilledSource(None, 0)),
         set_folder(replace(setup, threads=2), dwa(setup)),
         set_folder(replace(setup, teacher_checksum="other"), dwa(setup)),
         set_folder(replace(setup, train_checksum="other"), dwa(setup)),
-        set_folder(replace(setup, train_checksum="other"), Made(None, 0)),
+        set_folder(replace(setup, train_checksum="other"), DistilledSource(None, 0)),
         set_folder(replace(setup, initial=InitialConfig(initial_order="sorted")), dwa(setup)),
         set_folder(replace(setup, data=replace(setup.data, size=16)), dwa(setup)),
     ]
@@ -88,8 +88,8 @@ def test_names_say_what_a_set_is(tmp_path: Path) -> None:
     setup = small_setup(tmp_path, synthesis=recipe("digits"))
     assert set_folder(setup, dwa(setup)).name.startswith("dwa-seed0-")
     assert set_folder(setup, dwa(setup, seed=3, rho=0.02, steps=4)).name.startswith("dwa-rho0.02-steps4-seed3-")
-    assert set_folder(setup, Made(None, 2)).name.startswith("real-seed2-")
-    assert set_folder(setup, Made(recipe("digits", method="sre2l"), 0)).name.startswith("sre2l-seed0-")
+    assert set_folder(setup, DistilledSource(None, 2)).name.startswith("real-seed2-")
+    assert set_folder(setup, DistilledSource(recipe("digits", method="sre2l"), 0)).name.startswith("sre2l-seed0-")
     odd = dwa(setup, crop_scale=(0.5, 0.9))
     assert set_folder(setup, odd).name.startswith("dwa-crop_scale_0.5__0.9_-seed0-")
 
@@ -113,8 +113,8 @@ def test_nearest_method(method: str, changes: dict[str, Any], wanted: tuple[str,
 
 def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
-    cell = Cell(Made(None, 0), 1, "small-resnet")
-    make_set(setup, Made(None, 0), 1)
+    cell = Cell(DistilledSource(None, 0), 1, "small-resnet")
+    make_set(setup, DistilledSource(None, 0), 1)
     assert accuracies(setup, cell) is None
     measure(setup, cell)
     found = accuracies(setup, cell)
@@ -131,7 +131,7 @@ def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"accuracies": 3}', '{"accuracies": ["a", "b"]}', "[" * 100_000])
 def test_damaged_result_is_no_result(tmp_path: Path, content: str) -> None:
     setup = small_setup(tmp_path)
-    cell = Cell(Made(None, 0), 1, "small-resnet")
+    cell = Cell(DistilledSource(None, 0), 1, "small-resnet")
     cell_folder(setup, cell).mkdir(parents=True)
     (cell_folder(setup, cell) / "result.json").write_text(content)
     assert accuracies(setup, cell) is None
@@ -158,18 +158,18 @@ def test_what_changes_a_student_changes_its_place(tmp_path: Path) -> None:
 
 def test_found_set_is_known_by_its_images(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
-    make_set(setup, Made(None, 0), 2)
-    folder = (set_folder(setup, Made(None, 0))).rename(tmp_path / "elsewhere")
+    make_set(setup, DistilledSource(None, 0), 2)
+    folder = (set_folder(setup, DistilledSource(None, 0))).rename(tmp_path / "elsewhere")
     copy = tmp_path / "moved"
-    first = cell_folder(setup, Cell(Found(folder, 0), 2, "small-resnet"))
+    first = cell_folder(setup, Cell(ExternalSet(folder, 0), 2, "small-resnet"))
     folder.rename(copy)
-    assert cell_folder(setup, Cell(Found(copy, 0), 2, "small-resnet")) == first
-    assert cell_folder(setup, Cell(Found(copy, 0), 1, "small-resnet")) != first
-    measure(setup, Cell(Found(copy, 0), 2, "small-resnet"))
+    assert cell_folder(setup, Cell(ExternalSet(copy, 0), 2, "small-resnet")) == first
+    assert cell_folder(setup, Cell(ExternalSet(copy, 0), 1, "small-resnet")) != first
+    measure(setup, Cell(ExternalSet(copy, 0), 2, "small-resnet"))
     assert json.loads((first / "result.json").read_text())["settings"]["ipc"] == 2
     for label in range(9, 5, -1):
         for image in (copy / "images" / f"new00{label}").iterdir():
             image.unlink()
         (copy / "images" / f"new00{label}").rmdir()
     with pytest.raises(InputError, match=r"moved holds other images than its manifest names: new006/class006_id000.png is missing"):
-        measure(setup, Cell(Found(copy, 1), 1, "small-resnet"))
+        measure(setup, Cell(ExternalSet(copy, 1), 1, "small-resnet"))

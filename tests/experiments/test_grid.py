@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dwa_fast import InputError
-from dwa_fast.experiments.cells import Cell, Found, Made
-from dwa_fast.experiments.grid import Grid, Outcome, Variant, best, by_ipc, by_student, contact_sheet, note, raw, run_grid
+from dwa_fast.experiments.cells import Cell, DistilledSource, ExternalSet
+from dwa_fast.experiments.grid import Grid, Outcome, Variant, best, by_ipc, by_student, cell_rows, contact_sheet, note, run_grid
 from tests.experiments.setups import small_setup, small_validation
 
 REAL = Variant(name="real")
@@ -22,9 +22,9 @@ def grid(**changes: object) -> Grid:
 
 
 def test_cells_of_a_place() -> None:
-    asked = grid(variants=[REAL, Variant(name="theirs", found=Path("theirs"))], ipc=(1, 5))
-    assert asked.cells(REAL, 5, "small-resnet") == [Cell(Made(None, seed), 5, "small-resnet") for seed in (0, 1)]
-    assert asked.cells(asked.variants[1], 1, "small-resnet") == [Cell(Found(Path("theirs"), 0), 1, "small-resnet")]
+    asked = grid(variants=[REAL, Variant(name="theirs", external=Path("theirs"))], ipc=(1, 5))
+    assert asked.cells(REAL, 5, "small-resnet") == [Cell(DistilledSource(None, seed), 5, "small-resnet") for seed in (0, 1)]
+    assert asked.cells(asked.variants[1], 1, "small-resnet") == [Cell(ExternalSet(Path("theirs"), 0), 1, "small-resnet")]
     assert len(asked.places) == 4
 
 
@@ -61,7 +61,7 @@ def test_note_says_what_the_spread_is(tmp_path: Path) -> None:
     assert note(single, grid()) == "Mean ± standard deviation over 2 synthesis seeds, of the mean of one student each."
     assert note(setup, grid(seeds=[4])) == "Mean ± standard deviation over 2 students of one set."
     assert note(single, grid(seeds=[4])) == "One student of one set each."
-    found = Variant(name="theirs", found=Path("theirs"))
+    found = Variant(name="theirs", external=Path("theirs"))
     assert note(setup, grid(variants=[REAL, found])).endswith(" Sets that were made elsewhere: over 2 students of the one set.")
 
 
@@ -72,7 +72,7 @@ def test_numbers_behind_the_tables(tmp_path: Path) -> None:
     outcomes = {
         (name, ipc, "small-resnet"): Outcome([[50.0 + ipc, 52.0 + ipc], [60.0, 62.0]]) for name in ("real", "DWA") for ipc in (1, 5)
     }
-    rows = raw(setup, asked, outcomes)
+    rows = cell_rows(setup, asked, outcomes)
     assert [(row["method"], row["ipc"]) for row in rows] == [("real", 1), ("real", 5), ("dwa", 1), ("dwa", 5)]
     assert rows[0]["accuracies"] == [51.0, 53.0, 60.0, 62.0]
     assert rows[0]["mean"] == pytest.approx(56.5)
@@ -87,7 +87,7 @@ def test_no_setting_takes_the_place_of_a_result(tmp_path: Path) -> None:
     """A normalisation has a mean and a std as well."""
     setup = small_setup(tmp_path)
     changed = Variant(name="DWA", synthesis=replace(setup.synthesis, mean=(0.25,), std=(0.75,)))
-    (row,) = raw(setup, grid(variants=[changed], ipc=(1,)), {("DWA", 1, "small-resnet"): Outcome([[50.0, 52.0]])})
+    (row,) = cell_rows(setup, grid(variants=[changed], ipc=(1,)), {("DWA", 1, "small-resnet"): Outcome([[50.0, 52.0]])})
     assert (row["mean"], row["std"]) == (51.0, pytest.approx(2**0.5))
     assert row["synthesis"]["mean"] == (0.25,)
 

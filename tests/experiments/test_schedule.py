@@ -1,25 +1,22 @@
-"""Carrying cells out: the same numbers by however many processes, nothing twice, and nothing lost."""
+"""Running cells: the same numbers from any number of processes, nothing computed twice, nothing lost."""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dwa_fast import InputError
-from dwa_fast.data.datasets import image_folder
 from dwa_fast.experiments import schedule
-from dwa_fast.experiments.cells import Cell, Made, Setup, measure
-from dwa_fast.experiments.schedule import carry_out, default_jobs
+from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, measure
+from dwa_fast.experiments.schedule import default_jobs, run_cells
 from tests.experiments.setups import small_setup
 
 
 class Notes:
-    """A watcher that remembers."""
+    """A progress_bar that remembers."""
 
     def __init__(self) -> None:
         self.counts: list[tuple[int, int]] = []
@@ -34,7 +31,7 @@ class Notes:
 
 def cells(setup: Setup) -> dict[Cell, str]:
     """Real images and DWA at two ipc."""
-    sources = {"real": Made(None, 0), "DWA": Made(setup.synthesis, 0)}
+    sources = {"real": DistilledSource(None, 0), "DWA": DistilledSource(setup.synthesis, 0)}
     return {Cell(source, ipc, "small-resnet"): f"{name}, ipc {ipc}" for name, source in sources.items() for ipc in (1, 2)}
 
 
@@ -44,13 +41,13 @@ def stamps(folder: Path) -> dict[Path, int]:
 
 def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     alone, together = small_setup(tmp_path / "alone"), small_setup(tmp_path / "together")
-    watcher = Notes()
-    one = carry_out(alone, cells(alone), jobs=1)
-    two = carry_out(together, cells(together), jobs=2, watcher=watcher)
+    progress_bar = Notes()
+    one = run_cells(alone, cells(alone), jobs=1)
+    two = run_cells(together, cells(together), jobs=2, progress_bar=progress_bar)
     assert list(one.values()) == list(two.values())
     assert [len(each) for each in one.values()] == [2] * 4
-    assert watcher.counts == [(done, 6) for done in range(7)]
-    assert any("making real, ipc 2; making DWA, ipc 2" in text for text in watcher.notes)
+    assert progress_bar.counts == [(done, 6) for done in range(7)]
+    assert any("making real, ipc 2; making DWA, ipc 2" in text for text in progress_bar.notes)
     pictures = [sorted(path.read_bytes() for path in (tmp_path / name / "sets").rglob("*.png")) for name in ("alone", "together")]
     assert pictures[0] == pictures[1]
 
@@ -67,35 +64,34 @@ def test_what_is_finished_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(schedule, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        carry_out(setup, cells(setup), jobs=1)
+        run_cells(setup, cells(setup), jobs=1)
     before = stamps(tmp_path)
-    watcher = Notes()
-    first = carry_out(setup, cells(setup), jobs=1, watcher=watcher)
+    progress_bar = Notes()
+    first = run_cells(setup, cells(setup), jobs=1, progress_bar=progress_bar)
     assert calls == 5
     after = stamps(tmp_path)
     assert {path: after[path] for path in before} == before
-    assert watcher.counts[0] == (3, 6)  # both cells of the real images, and their set
+    assert progress_bar.counts[0] == (3, 6)  # both cells of the real images, and their set
     monkeypatch.setattr(schedule, "measure", None)
     monkeypatch.setattr(schedule, "make_set", None)
-    assert carry_out(setup, cells(setup), jobs=1) == first
+    assert run_cells(setup, cells(setup), jobs=1) == first
     assert stamps(tmp_path) == after
 
 
-def test_errors_come_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_errors_name_their_cell(tmp_path: Path, jobs: int) -> None:
     setup = small_setup(tmp_path)
-    with pytest.raises(InputError, match="ipc 10000 needs as many initial ones"):
-        carry_out(setup, {Cell(Made(None, 0), 10_000, "small-resnet"): "greedy"}, jobs=1)
+    greedy = {Cell(DistilledSource(None, seed), 10_000, "small-resnet"): f"greedy {seed}" for seed in range(2)}
+    with pytest.raises(InputError, match=r"^making greedy \d: .*ipc 10000 needs as many initial ones"):
+        run_cells(setup, greedy, jobs=jobs)
 
 
-def test_errors_and_death_of_a_process(tmp_path: Path) -> None:
-    def together(call: Callable[..., Any]) -> None:
-        schedule._run([schedule._Task("a large cell", call)] * 2, pool, 2, lambda: None, None)
+def test_death_of_a_process(tmp_path: Path) -> None:
+    def die(progress: object) -> None:
+        os._exit(3)
 
-    with schedule._processes(2) as pool:
-        with pytest.raises(InputError, match="nowhere is not a folder"):
-            together(functools.partial(image_folder, tmp_path / "nowhere", 8))
-        with pytest.raises(InputError, match=r"a process died, perhaps for want of memory \(a large cell\)"):
-            together(functools.partial(os._exit, 3))
+    with pytest.raises(InputError, match=r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"):
+        list(schedule._run_in_processes([schedule._Task("a large cell", die)] * 2, 2, None))
 
 
 def test_jobs_fill_the_cpu(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from dwa_fast import InputError
-from dwa_fast.report.plots import COLOURS, Figure, as_svg, draw
+from dwa_fast.report.plots import Figure, as_png, draw
 from dwa_fast.report.records import Chart, HeatMap, Scatter, Series
 
 CURVES = Chart(
@@ -27,22 +26,17 @@ CURVES = Chart(
 BARS = replace(CURVES, x=["SRe2L", "DWA", "real"])
 GRID = HeatMap(title="K × ρ", x_label="K", y_label="ρ", value_label="%", x=[1, 12], y=[0.005, 0.015], values=[[30.0, None], [31.25, 39.6]])
 POINTS = Scatter(title="t-SNE", groups={"real": [(0, 0), (1, 2)], "DWA": [(3.5, 1)], "none": []}, note="of logits")
+COLOURS = ("#1f77b4", "#ff7f0e")  # the first two of matplotlib
 ALL = {"curves": CURVES, "bars": BARS, "heat map": GRID, "scatter": POINTS}
 
 
-def words(svg: str) -> list[str]:
-    """Every text of an SVG."""
-    return [text for each in ElementTree.fromstring(svg).iter() if each.tag.endswith("text") and (text := "".join(each.itertext()))]
-
-
 @pytest.mark.parametrize("figure", ALL.values(), ids=ALL.keys())
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_same_figure_same_bytes(tmp_path: Path, figure: Figure, suffix: str) -> None:
-    draw(figure, tmp_path / f"a.{suffix}")
-    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9}):  # a person's own style
-        draw(figure, tmp_path / f"b.{suffix}")
-    assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.{suffix}", f"b.{suffix}"]
+def test_same_figure_same_bytes(tmp_path: Path, figure: Figure) -> None:
+    draw(figure, tmp_path / "a.png")
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9}):  # a user's own style
+        draw(figure, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_settings_of_matplotlib_stay_as_they_were(tmp_path: Path) -> None:
@@ -51,51 +45,41 @@ def test_settings_of_matplotlib_stay_as_they_were(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+def labels(figure: Figure, monkeypatch: pytest.MonkeyPatch, *, titled: bool = True) -> set[str]:
+    """Every text that is drawn."""
+    found: set[str] = set()
+    draw_text = Text.draw
+
+    def record(text: Text, renderer: Any) -> None:
+        found.add(text.get_text())
+        draw_text(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", record)
+    as_png(figure, titled=titled)
+    return found
+
+
 @pytest.mark.parametrize(
     ("figure", "shown"),
     [
-        (CURVES, ["λ_var", "top-1 %", " _alone", " both", "0.01", "0.11", "0.23", "λ_var $alone$ & <both>"]),
+        (CURVES, ["λ_var", "top-1 %", " _alone", " both", "λ_var $alone$ & <both>"]),
         (BARS, ["SRe2L", "DWA", "real", " _alone", " both"]),
-        (GRID, ["K", "ρ", "%", "1", "12", "0.005", "0.015", "30.0", "31.2", "39.6", "–", "K × ρ"]),
+        (GRID, ["K", "ρ", "%", "1", "12", "0.005", "0.015", "30", "31.25", "39.6", "–", "K × ρ"]),
         (POINTS, ["t-SNE", " real", " DWA", "of logits"]),
-        (replace(CURVES, log_x=True), ["0.01", "0.11", "0.23"]),
-        (replace(CURVES, x=[0, 0.01, 0.1], log_x=True), ["0", "0.01", "0.1"]),
-        (replace(CURVES, title="a\x00b\x1b[31m" + "c" * 200), [r"a\x00b\x1b[31m" + "c" * 42]),
+        (
+            replace(CURVES, title="a\x00b\x1b[31m" + "c" * 200),
+            [r"a\x00b\x1b[31m" + "c" * 42 + "\n" + "c" * 56 + "\n" + "c" * 56 + "\n" + "c" * 46],
+        ),
     ],
 )
-def test_names_and_numbers_are_there(figure: Figure, shown: list[str]) -> None:
-    found = words(as_svg(figure, titled=True))
-    assert set(shown) <= set(found), found
+def test_names_and_numbers_are_there(monkeypatch: pytest.MonkeyPatch, figure: Figure, shown: list[str]) -> None:
+    found = labels(figure, monkeypatch)
+    assert set(shown) <= found, found
 
 
-def test_title_can_be_left_to_the_page() -> None:
-    assert "K × ρ" not in words(as_svg(GRID, titled=False))
-    assert "of logits" not in words(as_svg(POINTS, titled=False))
-
-
-@pytest.mark.parametrize("figure", ALL.values(), ids=ALL.keys())
-def test_element_takes_the_colour_of_its_page(figure: Figure) -> None:
-    svg = as_svg(figure, titled=True)
-    assert svg.startswith("<svg ")
-    assert svg.endswith("</svg>")
-    assert "currentColor" in svg
-    assert "#1b1c1d" not in svg
-    assert set(re.findall(r'http[^"]*', svg)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not links
-    assert '="axes_1"' not in svg
-
-
-def test_file_says_its_colours_for_light_and_dark(tmp_path: Path) -> None:
-    draw(CURVES, tmp_path / "a.svg")
-    ElementTree.parse(tmp_path / "a.svg")
-    assert "@media(prefers-color-scheme:dark)" in (tmp_path / "a.svg").read_text()
-
-
-def test_identifiers_of_different_figures_differ() -> None:
-    def names(figure: Figure) -> set[str]:
-        return {each.get("id", "") for each in ElementTree.fromstring(as_svg(figure, titled=True)).iter()} - {""}
-
-    assert names(CURVES)
-    assert not names(CURVES) & names(replace(CURVES, y_label="another"))
+def test_title_can_be_left_to_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "K × ρ" not in labels(GRID, monkeypatch, titled=False)
+    assert "of logits" not in labels(POINTS, monkeypatch, titled=False)
 
 
 def drawn(figure: Figure, folder: Path) -> list[int]:
@@ -104,7 +88,7 @@ def drawn(figure: Figure, folder: Path) -> list[int]:
     with Image.open(folder / "a.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert (pixels[0] == 255).all()
-    return [int((pixels == [int(colour[place : place + 2], 16) for place in (1, 3, 5)]).all(-1).sum()) for colour in COLOURS[:2]]
+    return [int((pixels == [int(colour[place : place + 2], 16) for place in (1, 3, 5)]).all(-1).sum()) for colour in COLOURS]
 
 
 def test_a_taller_bar_has_more_pixels(tmp_path: Path) -> None:
@@ -122,21 +106,6 @@ def test_curves_are_in_the_picture(tmp_path: Path, spreads: list[float], log_x: 
     flat, crooked = drawn(Chart(title="t", x_label="x", y_label="y", x=x, series=series, log_x=log_x), tmp_path)
     assert flat > 1000
     assert crooked > 1.1 * flat
-
-
-def test_many_points_become_pixels() -> None:
-    many = Scatter(title="t", groups={"a": [(number % 71, number % 113) for number in range(4000)]})
-    assert len(as_svg(many, titled=True)) < 200_000
-
-
-@pytest.mark.parametrize("colour", COLOURS)
-def test_colours_are_seen_on_white_and_on_black(colour: str) -> None:
-    """WCAG's contrast of graphics: 3 : 1."""
-    channels = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    luminance = float(linear @ [0.2126, 0.7152, 0.0722])
-    assert 1.05 / (luminance + 0.05) >= 3
-    assert (luminance + 0.05) / (0.0095 + 0.05) >= 3  # 0.0095: the dark page
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -164,8 +133,3 @@ def test_numbers_that_do_not_fit_are_one_sentence(tmp_path: Path, figure: Figure
         draw(figure, tmp_path / "a.png")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_other_suffixes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"written as \.png or \.svg, got 'a\.pdf'"):
-        draw(CURVES, tmp_path / "a.pdf")

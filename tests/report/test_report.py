@@ -28,14 +28,14 @@ def test_command_writes_page_and_markdown(runs: Path, tmp_path: Path, capsys: py
     assert f"{tmp_path}/out/page.html: 1 run, 1 kind of distilled sets; the same as Markdown in {tmp_path}/out/page.md" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["page-files", "page.html", "page.md"]
     page, text = ((tmp_path / "out" / name).read_text() for name in ("page.html", "page.md"))
-    for shown in (page, text):
-        assert "Tables" in shown
-        assert "λ" in shown
-        assert "cannot be read" in shown
-    for number in (3, 4, 5, 6):
+    for content in (page, text):
+        assert "Tables" in content
+        assert "λ" in content
+        assert "cannot be read" in content
+    for number in (1, 2, 3, 4):
         assert f"(page-files/run-1-{number}.png)" in text
     assert sorted(path.name for path in (tmp_path / "out" / "page-files").iterdir()) == [
-        *(f"run-1-{number}.png" for number in (3, 4, 5, 6)),
+        *(f"run-1-{number}.png" for number in (1, 2, 3, 4)),
         "set-1-1.png",
     ]
 
@@ -51,8 +51,8 @@ def test_same_runs_same_bytes(runs: Path, tmp_path: Path) -> None:
 
 
 def test_what_lies_below_two_folders_is_shown_once(runs: Path, tmp_path: Path) -> None:
-    document = write_report([runs / "a", runs], tmp_path / "page.html", "t")
-    assert [section.line.split(" · ")[1] for section in document.runs] == ["a", "runs/b"]
+    shown = write_report([runs / "a", runs], tmp_path / "page.html", "t")
+    assert [section.subtitle.split(" · ")[1] for section in shown.runs] == ["a", "runs/b"]
 
 
 def test_a_report_among_the_runs_is_not_reported(runs: Path) -> None:
@@ -78,10 +78,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("damage", "sentence"), BROKEN.values(), ids=BROKEN.keys())
 def test_what_is_broken_is_named_and_left_out(runs: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
     damage(runs / "a")
-    document = write_report([runs], tmp_path / "page.html", "t")
-    (said,) = document.left_out
+    shown = write_report([runs], tmp_path / "page.html", "t")
+    (said,) = shown.left_out
     assert sentence in said
-    assert "Again" in [section.title for section in document.runs]
+    assert "Again" in [section.title for section in shown.runs]
 
 
 def test_pictures_outside_of_the_folder_are_not_shown(runs: Path, tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_bad_input_is_one_sentence(
 
 def test_many_classes_are_cut_and_said(tmp_path: Path) -> None:
     make_set(tmp_path / "large", classes=60, ipc=1)
-    document = write_report([tmp_path / "large"], tmp_path / "page.html", "t")
-    (section,) = document.sets
-    assert section.line == "large · 60 images of 60 classes"
+    shown = write_report([tmp_path / "large"], tmp_path / "page.html", "t")
+    (section,) = shown.sets
+    assert section.subtitle == "large · 60 images of 60 classes"
     page = (tmp_path / "page.html").read_text()
     assert "The image of each of the first 10 of 60 classes, a row per class" in page
     assert "class 9<" in page
@@ -141,14 +141,14 @@ def test_many_classes_are_cut_and_said(tmp_path: Path) -> None:
 def test_sets_that_differ_in_their_seed_alone_are_shown_once(tmp_path: Path) -> None:
     for name, changes in {"a": {"seed": 0}, "b": {"seed": 1}, "c": {"seed": 0, "rho": 0.1}, "d": {"seed": 2}}.items():
         make_set(tmp_path / "sets" / name, **changes)
-    document = write_report([tmp_path / "sets"], tmp_path / "page.html", "t")
-    assert [(each.title, each.line) for each in document.sets] == [
+    shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t")
+    assert [(each.title, each.subtitle) for each in shown.sets] == [
         ("dwa, digits, ipc 2", "sets/a · 6 images of 3 classes · 2 more sets with another seed"),
         ("dwa, digits, ipc 2, rho 0.1", "sets/c · 6 images of 3 classes"),
     ]
-    assert not document.sets_note
-    document = write_report([tmp_path / "sets"], tmp_path / "page.html", "t", most_sets=1)
-    assert len(document.sets) == 1
+    assert not shown.sets_note
+    shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t", most_sets=1)
+    assert len(shown.sets) == 1
     for name in ("page.html", "page.md"):
         assert "Shown: 1 of 2 kinds of sets; --sets 2 shows all." in (tmp_path / name).read_text()
 
@@ -163,6 +163,6 @@ def test_record_of_foreign_types_does_no_harm(tmp_path: Path) -> None:
             (folder / RECORD).write_text(
                 json.dumps(content | {name: value, **({} if name == "charts" else {"charts": []}), "heat_maps": [], "scatters": []})
             )
-    document = write_report([tmp_path / "good", tmp_path / "runs"], tmp_path / "page.html", "t")
-    assert len(document.runs) + len(document.left_out) == 1 + 5 * len(content)
-    assert len(document.left_out) > 2 * len(content)
+    shown = write_report([tmp_path / "good", tmp_path / "runs"], tmp_path / "page.html", "t")
+    assert len(shown.runs) + len(shown.left_out) == 1 + 5 * len(content)
+    assert len(shown.left_out) > 2 * len(content)

@@ -286,7 +286,7 @@ PRINTED = {
 def test_what_is_printed_is_plain(text: str, plain: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert escape_control_chars(text) == plain
     console = Console()
-    console.say(f"{text}[b]:smile:")
+    console.print(f"{text}[b]:smile:")
     console.error(text)
     console.table(text, [[text, text], [text, text]])
     console.tree(text, {text: text, "list": [text], "more": {text: 1}})

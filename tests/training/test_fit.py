@@ -1,4 +1,4 @@
-"""What the training of teachers and of students shares, and the diversity of a set."""
+"""What the training of teachers and of students shares."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast import InputError
-from dwa_fast.evaluation.diversity import class_diversity, pairwise_distance
 from dwa_fast.training.fit import cosine, fresh, predict, resolve_precision
 from tests.nets import real_images, small_teacher
 
@@ -42,20 +40,3 @@ def test_bf16_computes_in_bf16_and_gives_fp32() -> None:
 
 def test_precision_is_fp32_on_a_cpu_unless_asked_for() -> None:
     assert [resolve_precision(each, CPU) for each in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]  # type: ignore[arg-type]
-
-
-def test_diversity_by_hand() -> None:
-    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
-    assert pairwise_distance(features) == pytest.approx(4 * 25)  # four ordered pairs at distance 5
-    features = torch.randn(6, 3, 2)
-    assert pairwise_distance(features) == pytest.approx(sum(float((a - b).square().sum()) for a in features for b in features), rel=1e-5)
-
-
-def test_diversity_reads_the_last_convolution() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False), nn.Flatten())
-    for layer in (network[0], network[2]):
-        nn.init.constant_(layer.weight, 2.0)
-    images = torch.tensor([1.0, 3.0, 5.0, 5.0]).view(4, 1, 1, 1)
-    assert class_diversity(network, images, torch.tensor([0, 0, 1, 1])) == {0: pytest.approx(2 * (4 * 2) ** 2), 1: 0.0}
-    with pytest.raises(InputError, match="teacher must have a Conv2d to measure diversity on; Identity has none"):
-        class_diversity(nn.Identity(), images, torch.zeros(4))

@@ -1,4 +1,4 @@
-"""The stages that make a distilled set: squeeze, synthesize."""
+"""The command that makes a distilled set."""
 
 from __future__ import annotations
 
@@ -9,78 +9,15 @@ from typing import Any
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, Data, TeacherData, naming_bad_images, usable
-from dwa_fast.config import InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, check_integer
-from dwa_fast.data.datasets import ImageSet
+from dwa_fast.commands.data import TeacherData
+from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check_integer
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import output_folder
-from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.sets import workers
 from dwa_fast.sets.distill import distill
 from dwa_fast.sets.loss_log import Rows
-from dwa_fast.training.fit import top1
-from dwa_fast.training.squeeze import squeeze
-
-
-@dataclass(frozen=True, kw_only=True)
-class Squeeze(Data):
-    """Train a teacher on the real images. The same command goes on where it stopped."""
-
-    output: Path  # Checkpoint to write, such as teacher.pt.
-    architecture: Architecture
-    overwrite: bool = False  # Replace a checkpoint that is already there.
-    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
-    seed: int = 0  # All random draws derive from it.
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
-
-    def run(self, console: Console) -> None:
-        """Train, test where there are held-out images, and write the checkpoint."""
-        if self.output.exists() and not self.overwrite:
-            raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
-        refuse_images(self.output)
-        output_folder(self.output.parent)
-        device = backend.resolve_device(self.device)
-        checkpoint_file = self.output.with_name(f".{self.output.name}.state")
-        with naming_bad_images(), console.bars() as track:
-            train = usable(console, self.load("train", self.config.channels), self.skip_bad_images)
-            test = self._held_out(console)
-            module = squeeze(
-                train,
-                self.architecture,
-                self.config,
-                size=self.size,
-                device=device,
-                seed=self.seed,
-                progress=track("teacher"),
-                checkpoint_file=checkpoint_file,
-            )
-        accuracy = None if test is None else top1(module, test, self.config, device)
-        info = TeacherInfo(
-            architecture=self.architecture,
-            classes=len(train.class_names),
-            channels=self.config.channels,
-            size=self.size,
-            accuracy=accuracy,
-            class_names=train.class_names,
-            mean=self.config.mean,
-            std=self.config.std,
-        )
-        save_teacher(self.output, module, info)
-        checkpoint_file.unlink(missing_ok=True)
-        console.say(f"{self.output}: {self.architecture}" + ("" if accuracy is None else f", {accuracy:.2f} % top-1 on held-out images"))
-
-    def _held_out(self, console: Console) -> ImageSet | None:
-        """The held-out images; None where there are none, which is said."""
-        try:
-            test = self.load("test", self.config.channels)
-        except InputError as error:
-            console.say(f"not tested: {error}")
-            return None
-        return usable(console, test, self.skip_bad_images, used_late=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +68,7 @@ class Synthesize(TeacherData):
                 progress=bar,
                 observer=lambda item, rows: bar.note(_shown(rows)),
             )
-        console.say(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")
+        console.print(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")
 
     def _made(self, made: int, total: int) -> str:
         if not read_manifest(self.output)["complete"]:

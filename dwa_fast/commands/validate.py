@@ -1,4 +1,4 @@
-"""The command that measures a distilled set: students are trained on it, and tested."""
+"""The command that trains students on a distilled set and tests them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, TeacherData, check_set, naming_bad_images, say_skipped, try_teacher, usable
+from dwa_fast.commands.data import Architecture, DistilledData, check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import ValidationConfig
-from dwa_fast.data.datasets import FileSet, ImageSet
-from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import PairedTeacher
 from dwa_fast.data.set_layout import refuse_images, set_folder
@@ -27,24 +26,6 @@ from dwa_fast.io.files import output_folder
 from dwa_fast.models.checkpoint import TeacherInfo
 from dwa_fast.report.records import Record, Table, command_line, environment, mean_and_spread
 from dwa_fast.training.validate import ValidationResult, validate
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistilledData(TeacherData):
-    """A distilled set, and the real data that it stands for."""
-
-    images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
-    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
-
-    def open_both(self, console: Console, channels: int) -> tuple[FileSet, ImageSet]:
-        """The distilled images, and the held-out real ones."""
-        test = usable(console, self.load("test", channels), self.skip_bad_images, used_late=True)
-        distilled, skipped = open_distilled(
-            self.images, self.size, channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
-        )
-        say_skipped(console, skipped)
-        return distilled, test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +64,7 @@ class Validate(DistilledData):
                 resume_dir=self.output,
                 soft_labels=self.soft_labels,
             )
-        console.say(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
+        console.print(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
         if self.output:
             record = self._record(result, images_per_class(distilled), teacher.info if teacher else None)
             finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
