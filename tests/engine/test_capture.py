@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.engine.capture import OpTape
+from dwa_fast.engine.capture import OpTape, compile_step
 
 
 def test_repeats_a_training_step_bit_for_bit() -> None:
@@ -100,3 +100,21 @@ def test_a_tensor_as_index_leaves_a_gap_in_a_list_of_optional_tensors() -> None:
     result.zero_()
     tape.run(3)
     assert torch.equal(result, 2 * x[:, [2, 0, 1]])
+
+
+def test_cached_code_is_that_of_the_same_vector_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own key lacks it, and code for wider vectors then gives wrong numbers."""
+    tags = []
+
+    def compiled(graph: nn.Module, **_: object) -> nn.Module:
+        graph.register_forward_pre_hook(lambda *_: tags.append(torch.compiler.config.cache_key_tag))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    target = torch.zeros(3)
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        compile_step(lambda: target.add_(1))
+    assert len(set(tags)) == 2
+    assert all(name in tag for name, tag in zip(("AVX512", "AVX2"), tags, strict=True))
+    assert torch.compiler.config.cache_key_tag == ""
