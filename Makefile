@@ -5,10 +5,13 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 OUT ?= gpu-results
+JOBS ?= 2
 NATIVE := setup.py $(shell find csrc -type f)
 PACKAGE := $(shell find dwa_fast kernels -name '*.py')
 PIP := -m pip install --disable-pip-version-check --quiet
 BUILD_TOOLS := setuptools wheel ninja pybind11
+# Files stay together where they can, because their fixtures are made once per process.
+PYTEST := pytest -n $(JOBS) --dist worksteal
 
 # Threads of OpenMP sleep where they wait: spinning costs a factor of ten as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
@@ -18,7 +21,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
-	@echo 'make test         environment, build, checks, then every test that needs no GPU and is not slow'
+	@echo 'make test         environment, build, checks, then every test that needs no GPU and is not slow, in JOBS=2 processes'
 	@echo 'make test-all     the slow tests too: the same promises on larger and further networks; before a release'
 	@echo 'make test-avx2    all tests with PyTorch, oneDNN and our operators held down to AVX2, as on a processor without AVX-512'
 	@echo 'make test-oldest  all tests against the oldest supported PyTorch, on an installed wheel'
@@ -65,15 +68,15 @@ check: build
 	@$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 test: check
-	@$(BIN)/pytest -m 'not gpu and not slow'
+	@$(BIN)/$(PYTEST) -m 'not gpu and not slow'
 
 # Before a release.
 test-all: check
-	@$(BIN)/pytest -m 'not gpu'
+	@$(BIN)/$(PYTEST) -m 'not gpu'
 
 # Our operators use no more than PyTorch does.
 test-avx2: build
-	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m 'not gpu'
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/$(PYTEST) -m 'not gpu'
 
 $(OLDEST)/.stamp-tools: constraints.txt pyproject.toml | prerequisites
 	@echo 'environment: the oldest supported PyTorch into $(OLDEST) (minutes, the first time)'
@@ -91,7 +94,7 @@ $(OLDEST)/.stamp-wheel: $(OLDEST)/.stamp-tools $(NATIVE) $(PACKAGE) README.md MA
 	@touch $@
 
 test-oldest: $(OLDEST)/.stamp-wheel
-	@$(OLDEST)/bin/pytest -m 'not gpu'
+	@$(OLDEST)/bin/$(PYTEST) -m 'not gpu'
 
 bench: build
 	@rm -f benchmark-output/throughput.json
