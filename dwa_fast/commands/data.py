@@ -46,7 +46,7 @@ class Data:
 
     @property
     def data_config(self) -> DataConfig:
-        """The recipe's, at the size asked for."""
+        """The data of the recipe, at the requested size."""
         config = full_recipe(self.recipe).data
         return replace(config, size=self.size, held_out_share=self.held_out_share, test_crop=self.test_crop)
 

@@ -31,7 +31,7 @@ _BARS = 20  # most classes that are shown as bars with their names; more become 
 _COLUMNS = 10  # most images of a class in the contact sheet
 _PAIRS = 5  # images of a class that are shown with their neighbours
 _PERCENT = range(0, 101, 5)  # of the images, in the chart of distances
-_REAL_POINTS = "real images"  # in the t-SNE, more than the draw that the sets are compared with
+_REAL_POINTS = "real images"  # in the t-SNE, more than the sample that the sets are compared with
 _NEAR = 0.05  # share of real images whose neighbours are called near
 
 
@@ -44,7 +44,7 @@ class Diversity(DistilledSets):
 
     teacher: Path  # Checkpoint of the teacher, in whose eyes images are alike or not.
     output: Path  # Folder for record.json, the charts and the pictures.
-    seed: int = 0  # All random draws derive from it.
+    seed: int = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     mean: tuple[float, ...] | None = None  # Mean of each channel with which the teacher was trained; default: the recipe's.
@@ -78,7 +78,7 @@ class Diversity(DistilledSets):
         study_folder(self.output, settings)
         with naming_bad_images(), console.bars() as track:
             found = analyse_sets(
-                teacher.module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images looked at")
+                teacher.module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images analysed")
             )
         facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
         pictures = draw_pictures(found, self.output)

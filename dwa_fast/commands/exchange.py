@@ -110,7 +110,7 @@ class Export(_Normalised):
 
 @dataclass(frozen=True, kw_only=True)
 class Import(_Normalised):
-    """Make a distilled set of Parquet files or of tensors of DC, DM, MTT, DATM or IDC, for all other commands. It goes on where it stopped.
+    """Make a distilled set of Parquet files or of tensors of DC, DM, MTT, DATM or IDC, for all other commands. Run it again to resume.
 
     Parquet: a column of images (PNG or JPEG, which stay as they are) and one of labels. Tensors: a pair of files images_X.pt and
     labels_X.pt (the first one is enough), [images, labels] in one file, or a file with such pairs under 'data'.

@@ -36,13 +36,13 @@ Accuracies = Mapping[str, list[list[list[float]]]]  # by set: [seeds][tasks][stu
 class Incremental(DistilledSets):
     """Class-incremental learning (GDumb): at every step a new student learns from the distilled images of all classes seen so far.
 
-    Soft labels are the teacher's logits of these classes alone. The same command goes on where it stopped.
+    Soft labels are the teacher's logits of these classes alone. Run the same command again to resume.
     """
 
     teacher: Path  # Checkpoint of the teacher, which gives the soft labels.
     output: Path  # Folder for record.json, the chart and the finished steps.
     student: str  # Architecture of the students, as for squeeze --architecture.
-    seed: int = 0  # All random draws derive from it.
+    seed: int = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
@@ -153,5 +153,5 @@ def _origin(images: FileSet, name: str) -> dict[str, Any]:
     """What a set is, and how it was made where it says so; else its method goes by its name."""
     settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
     synthesis = {each.name: settings[each.name] for each in fields(SynthesisConfig) if each.name in settings}
-    told = {"synthesis": synthesis} if synthesis else {}
-    return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **told}
+    extra = {"synthesis": synthesis} if synthesis else {}
+    return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **extra}

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing."""
+"""The commands that change nothing: info and verify."""
 
 from __future__ import annotations
 

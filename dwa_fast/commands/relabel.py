@@ -16,7 +16,7 @@ from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Relabel(DistilledData):
-    """Keep the teacher's soft labels for every view of a training on disk. The same command goes on where it stopped.
+    """Keep the teacher's soft labels for every view of a training on disk. Run the same command again to resume.
 
     Views, mixes and batches are those of validate with the same settings and seed; settings of the students are not used.
     """
@@ -25,7 +25,7 @@ class Relabel(DistilledData):
     output: Path  # Folder for the labels, for validate --soft-labels.
     pool: int = 1  # Keep the labels of one epoch in so many, at least 1; students use them again and again. 1: of all.
     dry_run: bool = False  # Only say how much the labels would take on the disk.
-    seed: int = 0  # All random draws derive from it.
+    seed: int = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]

@@ -22,7 +22,7 @@ class Report:
     the setting is the published one.
     """
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]  # Folders to look through for record.json and manifest.json.
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # Folders to search for record.json and manifest.json.
     output: Path = Path("report.html")  # The page; the Markdown is called the same with .md.
     title: str = "Runs and distilled sets"  # Heading of the page.
     sets: int = 24  # Kinds of distilled sets shown, at most; sets that differ in their seed alone are one kind, of which one is shown.
@@ -30,7 +30,7 @@ class Report:
     def run(self, console: Console) -> None:
         """Write it, and name what was left out."""
         if not self.folders:
-            raise InputError("report needs at least one folder to look through")
+            raise InputError("report needs at least one folder to search")
         check_integer("sets", self.sets, 0)
         refuse_images(self.output)
         document = write_report(self.folders, self.output, self.title, most_sets=self.sets)

@@ -28,7 +28,7 @@ class Squeeze(Data):
     architecture: Architecture
     overwrite: bool = False  # Replace a checkpoint that is already there.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
-    seed: int = 0  # All random draws derive from it.
+    seed: int = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
 

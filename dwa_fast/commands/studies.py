@@ -1,4 +1,4 @@
-"""What the commands that look at distilled sets share: the sets by name, and a folder that holds one study."""
+"""Shared by the commands that analyse distilled sets: the sets by name, and the folder of a study."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DistilledSets(TeacherData):
             )
             say_skipped(console, skipped)
         if not found:
-            raise InputError("there is no set to look at; name some with --sets")
+            raise InputError("there is no set to analyse; name some with --sets")
         return found
 
 

@@ -22,13 +22,13 @@ from dwa_fast.sets.loss_log import Rows
 
 @dataclass(frozen=True, kw_only=True)
 class Synthesize(TeacherData):
-    """Distil a data set into a few images per class. The same command goes on where it stopped."""
+    """Distil a data set into a few images per class. Run the same command again to resume."""
 
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for the images and their manifest.
     method: str = "dwa"  # dwa, sre2l, cda, real-start, random-step, coupled.
     ipc: int = 10  # Images per class, at least 1.
-    seed: int = 0  # All random draws derive from it.
+    seed: int = 0  # Seed of all random numbers.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was started, or all.

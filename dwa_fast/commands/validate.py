@@ -30,15 +30,15 @@ from dwa_fast.training.validate import ValidationResult, validate
 
 @dataclass(frozen=True, kw_only=True)
 class Validate(DistilledData):
-    """Train students on a distilled set and test them on the held-out real images. The same command goes on where it stopped."""
+    """Train students on a distilled set and test them on the held-out real images. Run the same command again to resume."""
 
     teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed for those on disk and hard ones.
     soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed as training goes.
     student: Architecture
-    seed: int = 0  # All random draws derive from it.
+    seed: int = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    output: Path | None = None  # Folder for record.json and for what a stopped run goes on from.
+    output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:

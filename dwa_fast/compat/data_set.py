@@ -47,7 +47,7 @@ def data_set(given: Mapping[str, Any], teacher: nn.Module, recipe: str | None, *
         recipe: the recipe whose pixels, normalisation and view hold, whatever args.dataset says.
         sre2l: whether the code base is SRe2L's, whose CIFAR-100 scripts normalise as for CIFAR-10.
     Raises:
-        InputError: a field cannot be used, or the data set cannot be told.
+        InputError: a field cannot be used, or the data set cannot be determined.
     """
     shared = {ours: _one_of(given, names) for ours, names in _SYNONYMS.items()}
     _check_description(shared)

@@ -173,7 +173,7 @@ def _own_defaults(code_base: CodeBase, facts: SynthesisConfig) -> dict[str, Any]
 
 
 def _check(fields: Mapping[str, Any], code_base: CodeBase) -> None:
-    """Raise InputError where a value means nothing; the sentence has the namespace's own names."""
+    """Raise InputError if a value is invalid; the message uses the names of the namespace."""
     for name in ("iteration", "batch_size"):
         check_integer(f"args.{name}", fields[name], 1)
     for name in ("jitter", "seed"):

@@ -68,9 +68,9 @@ def get_images(
         model_teacher: classifier in eval mode, bare or in a wrapper such as nn.DataParallel; it is copied, never changed.
         hook_for_display: called every 100 iterations with images and their classes, before it the losses are printed.
         ipc_id: index of the images within their classes, at least 0.
-        *others, **unknown: nothing; what the loops of other methods take is refused in a sentence.
+        *others, **unknown: nothing; arguments of other methods are refused by name.
         recipe: the recipe whose pixels, normalisation and view hold, where the code bases do not know the data set.
-        seed: at least 0; all random draws derive from it, `ipc_id` and the batch; default: args.seed, else 0.
+        seed: at least 0; random numbers derive from it, `ipc_id` and the batch; default: args.seed, else 0.
         backend, precision: as in `SynthesisConfig`.
         device: where to compute; default: where the teacher is.
         ignore: names of fields of args that are passed over, as if it lacked them.
@@ -199,7 +199,7 @@ def _nth_file(folder: Path, index: int) -> Path:
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from error
     if index >= len(names):
-        raise InputError(f"class folder {folder} has {len(names)} images, but image {index} of it is asked for (counted from 0)")
+        raise InputError(f"class folder {folder} has {len(names)} images, and image {index} (counted from 0) is needed")
     return folder / names[index]
 
 

@@ -122,7 +122,7 @@ class RealImages:
                 if index < len(own.good):
                     return pixels
         name, good, bad = self._data.class_names[label], len(own.good), own.tried - len(own.good)
-        raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, but image {index + 1} of it is asked for")
+        raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, and image {index + 1} is needed")
 
     def _try(self, candidate: int) -> Tensor | None:
         """The pixels, or None if the image is skipped. An image that a set has skipped stays skipped, even if it has been repaired."""

@@ -24,7 +24,7 @@ _USUAL = {"model", "model_state", "model_state_dict", "module", "net", "network"
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # modules that hand on what is given to another
 _COUNTERS = {"n_averaged", "num_batches_tracked", "total_ops", "total_params"}  # that averaging, BatchNorm and thop leave beside weights
 _LOSS = re.compile(r"(train_|val_|test_)?(loss|criterion|metric|accuracy)")  # modules that no logits go through
-_DEEPEST, _MOST_DICTS = 4, 10_000  # keys above a state dict; dicts that are looked into at each depth
+_DEEPEST, _MOST_DICTS = 4, 10_000  # keys above a state dict; dicts that are searched at each depth
 _NAMED = 3  # how many names of a long list an error quotes
 _SHOWN = 8  # keys of a checkpoint that an error quotes
 _HINTS = {  # by the end of a name
@@ -34,7 +34,7 @@ _HINTS = {  # by the end of a name
     "weight_g": "; its weights are normalised: torch.nn.utils.remove_weight_norm makes plain ones",
     "weight_u": "; its weights are normalised: torch.nn.utils.remove_spectral_norm makes plain ones",
 }
-_SIZES = (8, 16, 28, 32, 64, 96, 128, 224)  # pixels, of which a network that fits is looked for
+_SIZES = (8, 16, 28, 32, 64, 96, 128, 224)  # pixels, tried when searching for a network that fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _choose(path: Path, found: list[_Found]) -> _Found:
-    """The only one; else the only one at a usual key, which is said."""
+    """The only one; else the only one at a usual key, which is logged."""
     different: list[_Found] = []
     for each in found:
         if not any(_equal(each.weights, other.weights) for other in different):

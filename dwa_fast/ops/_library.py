@@ -76,7 +76,7 @@ def load() -> None:
 
 
 def cause() -> str | None:
-    """Why the compiled operators cannot be used, in one sentence; None where they can."""
+    """Why the compiled operators cannot be used; None if they can."""
     try:
         load()
     except ImportError as error:

@@ -55,7 +55,7 @@ def bn_act(
     Raises:
         TypeError: an argument has the wrong type or precision.
         ValueError: shapes or devices do not fit, there is no such activation, leaky_relu has no slope or another one has, or a gradient of
-            mean or var is asked for.
+            mean or var is required.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     _check(y, mean, var, weight, bias, skip)

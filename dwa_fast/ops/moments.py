@@ -32,7 +32,7 @@ def moments(
         sums, [2, C], float32.
     Raises:
         TypeError: an argument has the wrong type or precision.
-        ValueError: shapes or devices do not fit, or a gradient of mean is asked for.
+        ValueError: shapes or devices do not fit, or a gradient of mean is required.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     _check(y, mean)

@@ -28,7 +28,7 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    note: str = ""  # a sentence below it
+    note: str = ""  # a note below it
 
 
 @dataclass(frozen=True, kw_only=True)

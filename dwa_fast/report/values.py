@@ -1,4 +1,4 @@
-"""Values of any origin as text for a reader."""
+"""Untrusted values as text for a reader."""
 
 from __future__ import annotations
 

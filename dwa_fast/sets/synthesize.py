@@ -68,7 +68,7 @@ def synthesize(
         images: [N, C, H, W], floating, normalised with `config.mean` and `config.std`: initial images, and what the ascent sees.
         labels: [N], integers in 0 … classes − 1.
         config: settings, for example `recipe("cifar100")`.
-        seed: at least 0; all random draws derive from it.
+        seed: at least 0; the seed of all random numbers.
         output: which of several outputs of the teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
             place in a tuple (0). None: it gives logits and nothing else.
         progress: called with the iterations finished and the iterations in all.
@@ -76,7 +76,7 @@ def synthesize(
         images in the same order and normalisation, and the losses of every iteration.
     Raises:
         TypeError: an argument is of the wrong type.
-        InputError: (a ValueError) an argument cannot be used; the sentence says what it got and what it wants.
+        InputError: (a ValueError) an argument cannot be used; the message says what was given and what is expected.
     """
     check_arguments(images, labels, config)
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]

@@ -1,4 +1,4 @@
-"""Losses for TensorBoard or Weights & Biases, whose packages are needed only where they are asked for."""
+"""Losses for TensorBoard or Weights & Biases, whose packages are needed only if tracking is enabled."""
 
 from __future__ import annotations
 

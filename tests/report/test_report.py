@@ -97,7 +97,7 @@ def test_pictures_outside_of_the_folder_are_not_shown(runs: Path, tmp_path: Path
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "no folder": (["report", "nowhere"], "nowhere is not a folder"),
-    "none given": (["report"], "report needs at least one folder to look through"),
+    "none given": (["report"], "report needs at least one folder to search"),
     "empty": (["report", "empty"], "no record and no distilled set that can be shown lies below empty"),
     "all broken": (["report", "broken"], "lies below broken (broken/record.json is no record of this dwa_fast"),
     "sets": (["report", "runs", "--sets", "-1"], "sets must be an integer of at least 0, got -1"),
