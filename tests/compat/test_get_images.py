@@ -385,7 +385,7 @@ def test_refuses_what_it_cannot_start_from(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 3 class folders, wanted 4"):
         run(None, 0, init_path=str(folder), rho=0.1)
     pictures(folder, {"d": [1, 2]})
-    with pytest.raises(InputError, match=re.escape("a has 1 images, but image 1 of it is asked for (counted from 0)")):
+    with pytest.raises(InputError, match=re.escape("a has 1 images, and image 1 (counted from 0) is needed")):
         run(None, 1, init_path=str(folder), rho=0.1)
     (folder / "c" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"c/0\.png is no image that can be read: it is empty"):

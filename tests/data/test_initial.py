@@ -111,7 +111,7 @@ def test_skipped_images_do_not_depend_on_who_asks_when(tmp_path: Path, caplog: p
 def test_class_of_too_few_good_images(tmp_path: Path) -> None:
     write_files(tmp_path, count=2)
     (tmp_path / "c3" / "1.png").write_bytes(b"")
-    with pytest.raises(InputError, match="class 'c3' has 1 good images and 1 bad ones, but image 2 of it is asked for"):
+    with pytest.raises(InputError, match="class 'c3' has 1 good images and 1 bad ones, and image 2 is needed"):
         chosen(files(tmp_path), 2, skip_bad_images=True, initial_order="sorted")
     with pytest.raises(InputError, match="class 'c0' has 2 images, but ipc 3 needs as many initial ones"):
         initial_images(files(tmp_path), CONFIG, InitialConfig(skip_bad_images=True), ipc=3, seed=0)
