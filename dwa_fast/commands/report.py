@@ -11,7 +11,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.config import check_integer
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
-from dwa_fast.report import write_report
+from dwa_fast.report.page import write_report
 
 
 @dataclass(frozen=True, kw_only=True)

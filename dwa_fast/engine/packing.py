@@ -1,4 +1,4 @@
-"""Recorded steps: convolutions whose weights the step never changes take them in oneDNN's own format."""
+"""Packs the convolution weights that a recorded step does not change into oneDNN's format."""
 
 from __future__ import annotations
 

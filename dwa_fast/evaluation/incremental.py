@@ -25,7 +25,7 @@ _MARK = 16  # characters of the checksum of a set in the names of its folders
 
 @dataclass(frozen=True, kw_only=True)
 class IncrementalConfig:
-    """The protocol."""
+    """Settings of class-incremental learning."""
 
     tasks: int = 5  # Tasks that the classes are split into, as evenly as possible, at least 1.
     seeds: int = 3  # Random orders of the classes, each with its own students, at least 1.

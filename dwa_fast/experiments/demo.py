@@ -57,7 +57,7 @@ class DemoConfig:
 
 
 def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
-    """GridRunner the pipeline into a folder: teacher.pt, the sets, the results of the students, contact-sheet.png.
+    """Run the whole pipeline in a folder: teacher.pt, the sets, the results of the students, contact-sheet.png.
 
     Finished work of an earlier run with the same settings is reused.
     """

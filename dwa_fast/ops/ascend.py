@@ -1,4 +1,4 @@
-"""One step of the directed weight adjustment on flat arenas (Eq. 11, Algorithm 1)."""
+"""One ascent step of all weights (Eq. 11, Algorithm 1): checks and dispatch; arithmetic in csrc/, plain twin in reference/ops.py."""
 
 from __future__ import annotations
 

@@ -340,6 +340,7 @@ def test_plot_draws_every_number(report: ModuleType, tmp_path: Path, monkeypatch
     assert {path.vertices[0, 0] for lines in drawn[0].collections for path in lines.get_paths() if len(path.vertices) == 2} >= {40.0}
 
 
+@pytest.mark.slow
 def test_reads_what_throughput_writes(
     report: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

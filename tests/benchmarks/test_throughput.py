@@ -41,6 +41,7 @@ def run(throughput: ModuleType, tmp_path: Path, *more: str) -> tuple[int, dict[s
     return status, json.loads(target.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 def test_the_floor_takes_the_best_ceiling_of_all_rounds(throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is slow in one round is not taken to be slow in all."""

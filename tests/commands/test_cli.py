@@ -253,6 +253,7 @@ def test_info_describes_a_teacher(teacher: Path, capsys: pytest.CaptureFixture[s
     assert described["fused"]["blocks.1.bn2"] == "BatchNorm + addition + ReLU"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_folder_that_goes_on(teacher: Path, tmp_path: Path) -> None:
     """A real interrupt in the middle of a run: whole images, exit code 130, and the same bytes in the end."""
     command = [sys.executable, "-m", "dwa_fast", "synthesize", "--recipe", "digits", "--teacher", str(teacher), "--ipc", "6"]

@@ -219,7 +219,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "precision"), [("transformer", "fp32"), ("transformer", "bf16"), ("mobilenet", "fp32"), ("vgg", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("transformer", "fp32"), ("transformer", "bf16"), ("mobilenet", "fp32"), pytest.param("vgg", "fp32", marks=pytest.mark.slow)],
+)
 def test_networks_of_the_paper_can_be_teachers(name: str, precision: str) -> None:
     """The first losses are those of the loop; later ones part, since such networks carry rounding far."""
     torch.manual_seed(0)

@@ -121,7 +121,7 @@ def test_more_orders_go_on(tmp_path: Path) -> None:
     [
         ({"tasks": 0}, "tasks must be an integer of at least 1, got 0"),
         ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
-        ({"tasks": 11}, "10 classes cannot come in 11 tasks; wanted at most a task per class"),
+        ({"tasks": 11}, "10 classes cannot be split into 11 tasks; wanted at most one task per class"),
     ],
 )
 def test_wrong_input(tmp_path: Path, config: dict[str, int], message: str) -> None:

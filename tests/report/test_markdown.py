@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dwa_fast.report import write_report
+from dwa_fast.report.page import write_report
 from tests.report.material import EVIL, spoil
 
 

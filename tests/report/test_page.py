@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dwa_fast.report import write_report
+from dwa_fast.report.page import write_report
 from tests.report.material import BRIEF, EVIL, make_run, make_set, spoil
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -10,7 +10,7 @@ import pytest
 
 from dwa_fast.commands.cli import run
 from dwa_fast.data.set_layout import MANIFEST
-from dwa_fast.report import write_report
+from dwa_fast.report.page import write_report
 from dwa_fast.report.records import RECORD
 from tests.hostile import contents
 from tests.report.material import make_run, make_set
