@@ -81,7 +81,7 @@ def test_quick_start_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["result"].images.shape == (10, 1, 16, 16)
-    assert len(list((tmp_path / "distilled" / "images").rglob("*.png"))) == 10
+    assert len(list((tmp_path / "digits-distilled" / "images").rglob("*.png"))) == 10
 
 
 def test_guide_on_digits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
