@@ -14,8 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def anatomy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+def anatomy() -> ModuleType:
     return importlib.import_module("anatomy")
 
 

@@ -26,8 +26,7 @@ after
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def report() -> ModuleType:
     return importlib.import_module("report")
 
 

@@ -23,8 +23,7 @@ BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # of the first and of the second 
 
 
 @pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+def scaling() -> ModuleType:
     return importlib.import_module("scaling")
 
 

@@ -83,8 +83,7 @@ WANTED = {
 
 
 @pytest.fixture
-def summaries(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+def summaries() -> ModuleType:
     return importlib.import_module("summaries")
 
 

@@ -15,8 +15,7 @@ QUICK = ["--workload", "digits", "--batch-size", "2", "--rounds", "1", "--iterat
 
 
 @pytest.fixture
-def swapping(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def swapping() -> ModuleType:
     return importlib.import_module("swapping")
 
 

@@ -16,8 +16,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+def throughput() -> ModuleType:
     return importlib.import_module("throughput")
 
 
