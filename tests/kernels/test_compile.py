@@ -81,7 +81,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls of every launcher at real shapes, on meta tensors: the `launches` of the tests in this folder, and those of ascend."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind the installed package
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         if path.name != Path(__file__).name:
             yield from getattr(importlib.import_module(f"tests.kernels.{path.stem}"), "launches", list)()
