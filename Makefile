@@ -17,7 +17,7 @@ PYTEST := pytest -n $(JOBS) --dist worksteal
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-avx2 test-oldest check bench report gpu clean prerequisites build
+.PHONY: help demo test test-all test-avx2 test-oldest check bench report gpu gpu-build gpu-speed gpu-check clean prerequisites build
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
@@ -28,7 +28,9 @@ help:
 	@echo 'make check        ruff, mypy, import-linter and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
 	@echo 'make report       the parts of README.md and docs/speed.md about speed, and their plots, from the JSON files under benchmarks/results/'
-	@echo 'make gpu          build in the current Python ($(PYTHON)), run every test and benchmark that needs a GPU; all in $(OUT)/gpu.json'
+	@echo 'make gpu-speed    on a machine with a GPU, with its own Python ($(PYTHON)): build, then measure for at most 7 minutes; $(OUT)/speed.jsonl'
+	@echo 'make gpu-check    likewise: build, then the tests that need a GPU, operators, memory checks; $(OUT)/check.jsonl'
+	@echo 'make gpu          both'
 	@echo 'make clean        remove what was built and both environments'
 
 # One sentence about what is missing, before anything is downloaded.
@@ -106,10 +108,18 @@ report: build
 	@$(BIN)/python benchmarks/report.py --readme
 
 # In the Python at hand, with the packages that it has: a machine with a GPU may have no network.
-gpu:
+gpu-build:
 	@'$(PYTHON)' -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs a PyTorch that sees a GPU, and the one of '$(PYTHON)' does not." >&2; exit 1; }
 	@'$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e .
-	@'$(PYTHON)' benchmarks/gpu_proof.py --output '$(OUT)'
+
+gpu-speed: gpu-build
+	@'$(PYTHON)' benchmarks/gpu_speed.py --output '$(OUT)'
+
+gpu-check: gpu-build
+	@'$(PYTHON)' benchmarks/gpu_check.py --output '$(OUT)'
+
+gpu:
+	@$(MAKE) --no-print-directory gpu-speed; measured=$$?; $(MAKE) --no-print-directory gpu-check && exit $$measured
 
 clean:
 	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output benchmark-output $(OUT)

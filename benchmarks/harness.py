@@ -6,8 +6,9 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -190,10 +191,10 @@ class Ours:
 
     def __init__(self, problem: Problem, execution: Execution) -> None:
         self.problem, self.precision, self.execution = problem, execution.precision, execution
-        network, _ = prepare(problem.teacher, problem.images, execution)
-        Arena(network, execution, moves=False)
+        self.network, _ = prepare(problem.teacher, problem.images, execution)
+        Arena(self.network, execution, moves=False)
         with execution.arithmetic():
-            self.refinement = Refinement(network, network, problem.images.shape, problem.config, execution)
+            self.refinement = Refinement(self.network, self.network, problem.images.shape, problem.config, execution)
         self.reset()
 
     def reset(self) -> None:
@@ -219,6 +220,22 @@ class Ours:
         return self.refinement.losses[: self.step].float().cpu()
 
 
+class Tuned(Execution):
+    """An execution whose convolutions cuDNN chooses by trying all of them: the fastest, but not the same one in every process."""
+
+    @classmethod
+    def of(cls, execution: Execution) -> Tuned:
+        """The same otherwise."""
+        return cls(**{each.name: getattr(execution, each.name) for each in fields(execution)})
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """As without tuning, but for the choice."""
+        with super().arithmetic():
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
+            yield
+
+
 Peer = Published | Ours
 
 
@@ -227,8 +244,9 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        return Ours(problem, Execution(name, tuned(name), problem.device, precision, records=name == "eager+graph"))
-    return Ours(problem, resolve(name, precision, str(problem.device)))  # type: ignore[arg-type]
+        return Ours(problem, Tuned(name, tuned(name), problem.device, precision, records=name == "eager+graph"))
+    execution = resolve(name, precision, str(problem.device))  # type: ignore[arg-type]
+    return Ours(problem, execution if name == "fused" else Tuned.of(execution))
 
 
 def offered(name: str, device: torch.device) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import platform
 import subprocess
 import time
@@ -71,12 +72,9 @@ def arithmetic_ceiling(device: torch.device, precision: str, rounds: int = 7) ->
 
 def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     """Commit, versions and machine, for the JSON."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False).stdout
     cuda = device.type == "cuda"
     return {
-        "commit": commit + ("+changes" if changed.strip() else ""),
+        "commit": commit(),
         "command": list(command),
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "driver": driver() if cuda else None,
@@ -88,6 +86,19 @@ def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
             "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         },
     }
+
+
+def commit() -> str | None:
+    """The commit that is measured: of the checkout, or $DWA_FAST_COMMIT where there is no git; None where neither is known."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DWA_FAST_COMMIT")
 
 
 def driver() -> str | None:
@@ -149,15 +160,24 @@ def _memory(device: torch.device, kind: Literal["VmRSS", "VmHWM"]) -> float | No
 
 def kernels(run: Callable[[], None], device: torch.device) -> int | None:
     """Kernels that a GPU runs meanwhile, those of a captured graph one by one; None on a CPU."""
+    return sum(map(len, kernel_times(run, device).values())) if device.type == "cuda" else None
+
+
+def kernel_times(run: Callable[[], None], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every kernel that a GPU runs meanwhile, by its name, those of a captured graph one by one; empty on a CPU."""
     if device.type != "cuda":
-        return None
+        run()
+        return {}
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         run()
         torch.cuda.synchronize(device)
-    copies = ("Memcpy", "Memset")
-    return sum(event.device_type == DeviceType.CUDA and not event.name.startswith(copies) for event in seen.events())
+    times: dict[str, list[float]] = {}
+    for event in profiled.events():
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset")):
+            times.setdefault(event.name, []).append(event.device_time_total / 1e6)
+    return times
 
 
 def wait(device: torch.device) -> None:

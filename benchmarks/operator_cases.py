@@ -397,18 +397,36 @@ class Case:
         return self.operator.inputs(self.subject, DTYPES[self.precision], device)
 
 
-def cases(device: torch.device, all_shapes: bool) -> dict[Case, list[str]]:
-    """Every case, and the networks that it occurs in; without `all_shapes` ResNet-18 at 32 px and the largest input of each other one."""
-    sizes = [harness.WORKLOADS[name] for name in ("cifar100-resnet18", "tiny-resnet18", "imagenet-resnet18")]
-    networks = [Network(workload, depth, device) for depth in (18, 50) for workload in sizes]
+NETWORKS = tuple((depth, name) for depth in (18, 50) for name in ("cifar100-resnet18", "tiny-resnet18", "imagenet-resnet18"))
+
+
+def cases(device: torch.device, all_shapes: bool, networks: Sequence[tuple[int, str]] = NETWORKS) -> dict[Case, list[str]]:
+    """Every case, and the networks that it occurs in; without `all_shapes` the first network and the largest input of each other one.
+
+    Args:
+        networks: depth of a ResNet, and the workload that has its images.
+    """
+    used = [Network(harness.WORKLOADS[name], depth, device) for depth, name in networks]
     found: dict[Case, list[str]] = {}
     for operator in OPERATORS:
-        for network in networks:
+        for network in used:
             subjects = operator.subjects(network)
-            for subject in subjects if all_shapes or network is networks[0] else subjects[:1]:
+            for subject in subjects if all_shapes or network is used[0] else subjects[:1]:
                 for precision in operator.precisions:
                     found.setdefault(Case(operator, subject, precision), []).append(network.name)
     return found
+
+
+def shrunk(case: Case, elements: int) -> Case:
+    """The same operator on an odd input of about that many elements; of channels as many as before, where there is memory for them."""
+    subject = case.subject
+    if isinstance(subject, Layer):
+        channels = min(subject.shape[1], 64)
+        side = max(3, math.isqrt(elements // channels // 3))
+        return replace(case, subject=replace(subject, shape=(3, channels, side, side)))
+    if isinstance(subject, Images):
+        return replace(case, subject=replace(subject, shape=(3, 3, *(max(8, math.isqrt(elements // 9)),) * 2)))
+    return replace(case, subject=replace(subject, count=elements + 1)) if isinstance(subject, Weights) else case
 
 
 def copied(inputs: Inputs) -> Inputs:

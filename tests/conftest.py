@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
-import platform
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,28 +27,41 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--json-summary", metavar="FILE", help="write what ran, where, and how it ended to FILE")
+    parser.addoption("--rows", metavar="FILE", help="append a JSON line for every test that does not pass, and how many passed, to FILE")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    """The summary that `make gpu` leaves behind."""
-    target = config.getoption("--json-summary")
-    if target is None:
-        return
-    outcomes = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
-    reports = {outcome: terminalreporter.stats.get(outcome, []) for outcome in outcomes}
-    has_gpu = torch.cuda.is_available()
-    summary = {
-        "exit": int(exitstatus),
-        "counts": {outcome: len(found) for outcome, found in reports.items()},
-        "not_passed": {report.nodeid: str(report.longrepr).splitlines()[-1:] for report in (*reports["failed"], *reports["error"])},
-        "device": torch.cuda.get_device_name() if has_gpu else None,
-        "capability": torch.cuda.get_device_capability() if has_gpu else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
-    Path(target).write_text(json.dumps(summary, indent=1) + "\n")
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--rows") and not hasattr(config, "workerinput"):  # one of pytest-xdist's processes has it
+        config.pluginmanager.register(RowsOfTests(Path(config.getoption("--rows"))))
+
+
+class RowsOfTests:
+    """What became of the tests, on the disk at once: a run may be cut off at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts = collections.Counter[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.outcome == "failed":
+            self.add(row="test", test=report.nodeid, phase=report.when, outcome="failed", error=str(report.longrepr).splitlines()[-8:])
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+            if sum(self.counts.values()) % 100 == 0:
+                self.add(row="tests", so_far=dict(self.counts))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.add(row="test", test=report.nodeid, phase="collect", outcome="failed", error=str(report.longrepr).splitlines()[-8:])
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.add(row="tests", exit=int(exitstatus), counts=dict(self.counts))
+
+    def add(self, **values: object) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -79,12 +79,8 @@ class Ascent:
         view: Tensor,  # [B, C, H, W], initial real images in the view of iteration 0
         labels: Tensor,  # [B]
         source: np.random.Generator,  # of the random direction
-    ) -> Tensor:  # [K] gradient norms
-        """Move the weights from θ to θ̃.
-
-        Raises:
-            InputError: a gradient is not finite.
-        """
+    ) -> Tensor:  # [K] gradient norms, for `check_norms`; overwritten by the next batch
+        """Move the weights from θ to θ̃; on a GPU this only queues the work."""
         self.arena.restore()
         if not self.config.adjusts:
             return self._norms[:0]
@@ -103,7 +99,12 @@ class Ascent:
         self._count.zero_()
         captured.refresh()
         captured.run(self.config.steps)
-        return _finite(self._norms, self.execution.precision)
+        return self._norms
+
+    def close(self) -> None:
+        """Free what was captured; the device must have finished with it."""
+        for _, _, captured in self._steps.values():
+            captured.close()
 
     def _randomly(self, source: np.random.Generator) -> Tensor:
         """A Gaussian direction of length ρ; drawn in the order of the parameters, whatever their layout."""
@@ -148,11 +149,14 @@ def _shaped(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
     return flat.view(like.shape)
 
 
-def _finite(norms: Tensor, precision: str) -> Tensor:
+def check_norms(
+    norms: Tensor,  # [K], from `Ascent.adjust`
+    precision: str,
+) -> None:
+    """Raise InputError unless every gradient of the ascent was finite; this waits for the ascent."""
     bad = (~torch.isfinite(norms)).nonzero()
     if len(bad):
         step = int(bad[0])
         other = "--precision bf16" if precision == "fp16" else "--ascent none"
         remedy = "lower rho" if step else f"the weights have not moved yet, so the teacher's own gradient overflows; take {other}"
         raise InputError(f"gradient of the ascent is not finite in step {step + 1} of {len(norms)} (norm {float(norms[step])}); {remedy}")
-    return norms

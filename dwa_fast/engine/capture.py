@@ -109,6 +109,8 @@ class CapturedStep:
 
     An execution that records does so once: on a CPU the operator calls, which C++ repeats with the interpreter lock released; on a GPU
     the kernels, as a CUDA graph. The back-end "compiled" compiles the step first. Without recording, every repeat calls the step.
+
+    A recorded step no longer refers to the function that it was made from, so that its memory is freed with the last reference to it.
     """
 
     def __init__(
@@ -126,18 +128,21 @@ class CapturedStep:
             graph_memory: shared by captured steps that never run at the same time.
         """
         self._execution = execution
-        self._step = step
+        self._step: Callable[[], None] | None = step
         self._tape: OpTape | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if not records:
             return
         with TRACING:
             if compiles and execution.backend == "compiled":
-                self._step = compile_step(step)
-            if execution.records and execution.device.type == "cuda":
-                self._graph = _captured(self._step, execution.device, graph_memory)
-            elif execution.records:
+                self._step = step = compile_step(step)
+            if not execution.records:
+                return
+            if execution.device.type == "cuda":
+                self._graph = _captured(step, execution.device, graph_memory)
+            else:
                 self._tape = OpTape(step)
+        self._step = None
 
     def refresh(self) -> None:
         """To be called before the first repeat, and after weights that the step reads and never writes have been changed."""
@@ -148,12 +153,18 @@ class CapturedStep:
         """Repeat the step; on a GPU this only queues the work."""
         if self._tape is not None:
             self._tape.run(times)
-        elif self._graph is not None:
+        elif self._graph is not None and ops.cause() is None and ops.built_with()["has_cuda"]:
             stream = torch.cuda.current_stream(self._execution.device).cuda_stream
             importlib.import_module("dwa_fast._C").launch_graph(self._graph.raw_cuda_graph_exec(), stream, times)
         else:
+            repeated = self._step or self._graph.replay  # type: ignore[union-attr]  # one of both
             for _ in range(times):
-                self._step()
+                repeated()
+
+    def close(self) -> None:
+        """Free the graph and its memory; the device must have finished with it. The step cannot run any more."""
+        if self._graph is not None:
+            self._graph.reset()
 
 
 def _captured(step: Callable[[], None], device: torch.device, graph_memory: GraphMemory | None) -> torch.cuda.CUDAGraph:

@@ -60,6 +60,10 @@ class Refinement:
         """Do that many iterations; on a GPU this only queues them."""
         self._captured.run(iterations)
 
+    def close(self) -> None:
+        """Free what was captured; the device must have finished with it."""
+        self._captured.close()
+
     def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
         """Images and losses as they are now.
 

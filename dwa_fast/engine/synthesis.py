@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import SynthesisConfig
-from dwa_fast.engine.ascent import Arena, Ascent
+from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.refine import Refinement, matching_dominates, noise
 from dwa_fast.engine.teacher import Network, check_precision, prepare
@@ -43,14 +43,15 @@ class Replica:
             self._matcher = copy.deepcopy(network)
             Arena(self._matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
-        self._stream = torch.cuda.Stream(execution.device) if cuda else None
+        self._stream = _take_stream(execution.device) if cuda else None
         self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
         self._ascent = Ascent(network, config, execution, self._graph_memory)
         self._refinements: dict[torch.Size, Refinement] = {}
         self._refinement: Refinement  # of the current batch
+        self._norms: Tensor | None = None  # of the current batch's ascent, until they have been checked
 
     def begin(self, batch: Batch, seed: int) -> None:
-        """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images."""
+        """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images. On a GPU this is only queued."""
         config, execution = self.config, self.execution
         with self._active():
             images = self._moved(batch.images, execution.master_dtype)
@@ -62,14 +63,21 @@ class Replica:
             if shape not in self._refinements:
                 self._refinements[shape] = Refinement(self._network, self._matcher, shape, config, execution, self._graph_memory)
             self._refinement = self._refinements[shape]
-            self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
+            self._norms = self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
             start = noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
             self._refinement.load(start, labels, schedule)
 
     def advance(self, iterations: int) -> None:
-        """Run some iterations, in pieces that Ctrl-C can interrupt. On a GPU they are only queued."""
+        """Run some iterations, in pieces that Ctrl-C can interrupt. On a GPU they are only queued.
+
+        Raises:
+            InputError: a gradient of the ascent was not finite.
+        """
         piece = self.execution.iterations_per_call
         with self._active(wait=False):
+            if self._norms is not None:
+                check_norms(self._norms, self.execution.precision)
+                self._norms = None
             for done in range(0, iterations, piece):
                 self._refinement.advance(min(piece, iterations - done))
 
@@ -87,6 +95,21 @@ class Replica:
             for tensor in (images, losses):
                 tensor.record_stream(current)
         return images, losses
+
+    def close(self) -> None:
+        """Wait for the device and free what was captured; the replica cannot be used any more.
+
+        Destroying a graph frees the workspaces of cuBLAS that belong to its stream, which other graphs on that stream would then read (so
+        PyTorch 2.12 to 2.14): all graphs of a stream end here, and only then another replica may take the stream.
+        """
+        if self._stream is None:
+            return
+        self._stream.synchronize()
+        self._ascent.close()
+        for refinement in self._refinements.values():
+            refinement.close()
+        _free_streams.append(self._stream)
+        self._stream = None
 
     def view(
         self,
@@ -117,8 +140,20 @@ class Replica:
             yield
 
 
+_free_streams: list[torch.cuda.Stream] = []  # of replicas that were closed: PyTorch has 32 of them, and hands them out in turns
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other replica has."""
+    for stream in _free_streams:
+        if stream.device == device:
+            _free_streams.remove(stream)
+            return stream
+    return torch.cuda.Stream(device)
+
+
 class Synthesizer:
-    """A teacher prepared once, for any number of batches."""
+    """A teacher prepared once, for any number of batches. As a context manager it is closed at the end."""
 
     def __init__(self, teacher: nn.Module, images: Tensor, config: SynthesisConfig, *, batch_sizes: Sequence[int] = ()) -> None:
         """Check and copy the teacher.
@@ -141,6 +176,17 @@ class Synthesizer:
     ) -> Tensor:  # [n, classes] float32 on the CPU
         """The teacher's logits, on the device and in the precision of the synthesis."""
         return self.replicas[0].logits(images)
+
+    def close(self) -> None:
+        """Free what the replicas hold on a GPU; the synthesizer cannot be used any more. Results stay."""
+        for replica in self.replicas:
+            replica.close()
+
+    def __enter__(self) -> Synthesizer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def run(
         self,

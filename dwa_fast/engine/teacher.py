@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -147,7 +148,8 @@ def prepare(
         raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
     if unwrapped(teacher).training:
         log.warning("teacher was in train mode; a copy of it in eval mode is used")
-    with TRACING, torch.inference_mode(False), execution.arithmetic():
+    exact = dataclasses.replace(execution, precision="fp32") if execution.precision == "tf32" else execution  # a copy is compared to 1e-3
+    with TRACING, torch.inference_mode(False), exact.arithmetic():
         module = copied(teacher, execution.device, execution.master_dtype)
         trial = _trial_images(images, execution)
         layers = _layers(module)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dwa_fast import InputError
-from dwa_fast.engine.ascent import Ascent
+from dwa_fast.engine.ascent import Ascent, check_norms
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.seeding import generator
@@ -80,5 +80,6 @@ def test_weights_are_frozen_afterwards() -> None:
 
 def test_gradient_that_is_not_finite_is_named() -> None:
     adjust, images, labels = make(rho=1e30, steps=2)
+    norms = adjust.adjust(images, labels, generator(0, "ascent", 0))
     with pytest.raises(InputError, match=r"gradient of the ascent is not finite in step 2 of 2 \(norm (nan|inf)\); lower rho"):
-        adjust.adjust(images, labels, generator(0, "ascent", 0))
+        check_norms(norms, "fp32")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.engine.capture import OpTape, compile_step
+from dwa_fast import synthesize
+from dwa_fast.engine import capture, synthesis
+from dwa_fast.engine.ascent import Ascent
+from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.capture import CapturedStep, OpTape, compile_step
+from dwa_fast.engine.synthesis import Batch, Synthesizer
+from dwa_fast.reference.ops import Operators
+from tests.nets import real_images, small_config, small_teacher
 
 
 def test_repeats_a_training_step_bit_for_bit() -> None:
@@ -118,3 +127,76 @@ def test_cached_code_is_that_of_the_same_vector_width(monkeypatch: pytest.Monkey
     assert len(set(tags)) == 2
     assert all(name in tag for name, tag in zip(("AVX512", "AVX2"), tags, strict=True))
     assert torch.compiler.config.cache_key_tag == ""
+
+
+def test_memory_is_freed_without_the_garbage_collector() -> None:
+    """A graph of CUDA that is destroyed at any later time would take the workspace of another one with it."""
+    images, labels = real_images()
+    config = small_config(backend="fused", precision="fp32", iterations=2)
+    gc.collect()
+    gc.disable()
+    try:
+        engine = Synthesizer(small_teacher(), images, config)
+        engine.run([Batch(0, images, labels)], seed=0)
+        alive = weakref.ref(engine.replicas[0]._refinement), weakref.ref(engine.replicas[0]._ascent)
+        del engine
+        assert [each() for each in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_graph_is_replayed_by_pytorch_where_the_extension_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+
+        def reset(self) -> None:
+            self.replays = -1
+
+    graph = Graph()
+    monkeypatch.setattr(capture, "_captured", lambda *_: graph)
+    monkeypatch.setattr(capture.ops, "built_with", lambda: {"has_cuda": False})
+    step = CapturedStep(lambda: None, Execution("compiled", Operators("compiled"), torch.device("cuda"), "fp32", records=True))
+    step.run(3)
+    assert graph.replays == 3
+    step.close()
+    assert graph.replays == -1
+
+
+def test_ascents_of_all_batches_are_queued_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = real_images()
+    order: list[str] = []
+    adjust = Ascent.adjust
+    monkeypatch.setattr(Ascent, "adjust", lambda *arguments: [order.append("ascent"), adjust(*arguments)][1])
+    monkeypatch.setattr(synthesis, "check_norms", lambda *_: order.append("check"))
+    config = small_config(backend="reference", concurrent_batches=2, iterations=2)
+    engine = Synthesizer(small_teacher(), images, config)
+    engine.run([Batch(0, images[:6], labels[:6]), Batch(1, images[6:], labels[6:])], seed=0)
+    assert order == ["ascent", "ascent", "check", "check"]
+
+
+@pytest.mark.gpu
+def test_forty_engines_in_one_process() -> None:
+    """One lives on while others come and go: same images as before, though PyTorch has only 32 streams to hand out."""
+    images, labels = (each.to("cuda") for each in real_images())
+    config = small_config(backend="fused", precision="bf16", iterations=20, device="cuda")
+    batch = Batch(0, images, labels)
+    with Synthesizer(small_teacher(), images, config) as first:
+        expected = first.run([batch], seed=0)[0][0].clone()
+        for number in range(40):
+            with Synthesizer(small_teacher(), images, config) as other:
+                assert torch.equal(other.run([batch], seed=0)[0][0], expected), number
+            assert torch.equal(first.run([batch], seed=0)[0][0], expected), number
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_second_gpu() -> None:
+    images, labels = real_images()
+    results = [
+        synthesize(small_teacher(), images, labels, small_config(backend="fused", precision="fp32", iterations=5, device=f"cuda:{number}"))
+        for number in (0, 1)
+    ]
+    assert torch.equal(results[0].images, results[1].images)

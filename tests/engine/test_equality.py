@@ -36,6 +36,19 @@ def test_iterations_of_resnet18_equal_the_loop(resnet18: nn.Module, device: torc
     assert_as_near(got, recover(resnet18, images, labels, config), recover(resnet18, images.double(), labels, config))
 
 
+def test_max_pool_and_a_smaller_last_batch_equal_the_loop(device: torch.device) -> None:
+    """ResNet-18 of ImageNet's kind, whose stem pools: two batches of different sizes share the engine."""
+    torch.manual_seed(0)
+    teacher = build("resnet18", classes=7, size=64).train()
+    with torch.no_grad():
+        for _ in range(4):
+            teacher(torch.nn.functional.interpolate(torch.randn(6, 3, 8, 8), size=(64, 64), mode="bilinear"))
+    images, labels = torch.randn(5, 3, 64, 64).to(device), torch.tensor([1, 5, 2, 0, 6]).to(device)
+    config = recipe("imagenet", iterations=3, learning_rate=1e-3, batch_size=3, backend="fused", precision="fp32", device=device.type)
+    got = synthesize(teacher.eval(), images, labels, config)
+    assert_as_near(got, recover(teacher, images, labels, config), recover(teacher, images.double(), labels, config))
+
+
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("tf32", marks=pytest.mark.gpu), pytest.param("fp16", marks=pytest.mark.gpu)])
 def test_lower_precision_ends_within_the_spread_of_seeds(precision: str) -> None:
     images, labels = real_images(10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
-from tests.nets import small_teacher
+from tests.nets import real_images, small_teacher
 
 EXECUTION = resolve("reference", "fp32", "cpu")
 
@@ -171,3 +172,18 @@ def test_a_sparse_tensor_is_named() -> None:
     for module, name, layout in ((buffered, "graph", "torch.sparse_coo"), (sparse, "extra", "torch.sparse_coo")):
         with pytest.raises(InputError, match=f"teacher holds {name} as a sparse tensor \\({layout}\\); wanted a dense one"):
             prepare(module, torch.zeros(1, 1, 8, 8), EXECUTION)
+
+
+def test_copies_are_compared_without_tensorfloat32() -> None:
+    """Its ten bits would hide a wrong copy, or refuse a right one."""
+    allowed = []
+
+    class Watching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            allowed.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    execution = replace(resolve("fused", "fp32", "cpu"), precision="tf32")
+    prepare(Watching(*small_teacher()), real_images()[0], execution)
+    assert allowed
+    assert not any(allowed)

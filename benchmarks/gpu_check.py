@@ -1,0 +1,210 @@
+"""Whether the engine is right on a GPU, in one command of at most seven minutes: every result is a row of check.jsonl at once.
+
+python benchmarks/gpu_check.py --output gpu-results     `make gpu-check` builds first, then runs this
+python benchmarks/gpu_check.py --dry-run                the same steps on a CPU, tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench_operators
+import harness
+import machine
+import operator_cases
+from gpu_speed import facts_of
+from proof import Rows, Step, run_steps
+
+from dwa_fast.engine.backend import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 400.0  # seconds after the build
+_TOOLS = ("memcheck", "racecheck", "initcheck")
+_REPORTED = 30  # lines of a tool's report that are kept
+_SMALL = 2**16  # elements at most of a case that a tool watches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is checked, and in which sizes."""
+
+    device: torch.device
+    tests: tuple[str, ...]  # arguments of pytest
+    workload: str
+    batch: int | None
+    iterations: int  # of both precisions
+    precisions: tuple[str, str]
+    network: tuple[int, str]  # whose largest inputs the operators get
+    cases: int  # of the operators at most
+
+
+FULL = Plan(
+    torch.device("cuda"),
+    ("-m", "gpu", "-n", "6", "tests/kernels", "tests/ops", "tests/engine", "tests/compat"),
+    "cifar100-resnet18",
+    batch=None,
+    iterations=300,
+    precisions=("fp32", "bf16"),
+    network=(18, "imagenet-resnet18"),
+    cases=12,
+)
+TINY = Plan(
+    torch.device("cpu"),
+    ("tests/ops/test_library.py",),
+    "digits",
+    batch=3,
+    iterations=3,
+    precisions=("fp32", "fp32"),
+    network=(18, "cifar100-resnet18"),
+    cases=2,
+)
+
+
+def steps(plan: Plan, rows: Rows) -> list[Step]:
+    """In the order of their worth."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "--timeout", "60", "-p", "no:cacheprovider"]
+    tools = _TOOLS if plan.device.type == "cuda" else _TOOLS[:1]
+    tests = [*pytest, "--rows", str(rows.path.resolve()), "--rootdir", str(ROOT), *(_absolute(argument) for argument in plan.tests)]
+    return [
+        Step("facts", functools.partial(facts_of, plan.device), 20),
+        Step("tests", tests, 200),
+        Step("losses of two precisions", functools.partial(two_precisions, plan), 60),
+        Step("operators", functools.partial(operators, plan), 60),
+        *(Step(tool, functools.partial(watched, plan, tool), 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}) for tool in tools),
+    ]
+
+
+def two_precisions(plan: Plan, rows: Rows) -> None:
+    """Some hundred iterations in both: whether the losses of the lower precision follow those of the higher one."""
+    problem = harness.make_problem(harness.WORKLOADS[plan.workload], plan.device, plan.batch, plan.iterations)
+    losses = []
+    for precision in plan.precisions:
+        peer = harness.make_peer("fused", problem, precision)
+        peer.advance(plan.iterations)
+        losses.append(peer.recorded().double())
+    last = [own[-max(1, plan.iterations // 10) :].mean(0).tolist() for own in losses]
+    rows.add(
+        "losses",
+        workload=plan.workload,
+        iterations=plan.iterations,
+        precisions=plan.precisions,
+        first=[own[0].tolist() for own in losses],
+        last=last,
+        curve=[own[:: max(1, plan.iterations // 20)].tolist() for own in losses],
+        relative=[abs(low - high) / abs(high) for high, low in zip(*last, strict=True)],
+    )
+
+
+def chosen_cases(plan: Plan) -> list[operator_cases.Case]:
+    """The largest input of every operator in the lower precision of the plan, as far as `cases` goes."""
+    firsts: dict[str, operator_cases.Case] = {}
+    for case in operator_cases.cases(plan.device, all_shapes=False, networks=[plan.network]):
+        if case.precision == plan.precisions[1] or len(case.operator.precisions) == 1:
+            firsts.setdefault(case.operator.name, case)
+    return list(firsts.values())[: plan.cases]
+
+
+def operators(plan: Plan, rows: Rows) -> None:
+    """Errors, milliseconds and share of the copy ceiling of the chosen cases."""
+    ceiling = machine.copy_ceiling(plan.device)
+    for case in chosen_cases(plan):
+        inputs, exact, allowed = bench_operators.oracle(case, plan.device)
+        fused = resolve("fused", case.precision, str(plan.device)).operators  # type: ignore[arg-type]
+        errors = bench_operators.compare(case.operator.call(fused, operator_cases.copied(inputs))(), exact)
+        turns = bench_operators.Turns([case.operator.call(fused, operator_cases.copied(inputs))], plan.device)
+        samples, now = [], machine.clock(plan.device)
+        for _ in range(turns.rounds()):
+            turns.prepare()
+            start = now()
+            turns.run()
+            samples.append(now() - start)
+        seconds, traffic = statistics.median(samples), case.operator.traffic(inputs)
+        rows.add(
+            "operator",
+            case=str(case),
+            errors=errors,
+            allowed=allowed,
+            right=all(own <= bound for own, bound in zip(errors, allowed, strict=True)),
+            milliseconds=1e3 * seconds,
+            bytes=traffic,
+            percent_of_copy=100 * traffic / seconds / ceiling,
+        )
+
+
+def watched(plan: Plan, tool: str, rows: Rows) -> None:
+    """Every operator once on small inputs under one of compute-sanitizer's tools."""
+    work = [sys.executable, __file__, "--small", str(plan.device)]
+    checker = shutil.which("compute-sanitizer")
+    if checker is None and plan.device.type == "cuda":
+        raise FileNotFoundError("compute-sanitizer is not on the PATH: the kernels' memory accesses are not checked")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        # Not the compilers that Triton starts, nor PyTorch's questions for driver functions that an older driver lacks.
+        options = ["--target-processes", "application-only", "--log-file", str(log), "--error-exitcode", "9"]
+        options += ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = [checker, "--tool", tool, *options, *work] if checker else work
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        report = log.read_text(errors="replace").splitlines() if log.exists() else []
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", "\n".join(report))
+    rows.add(
+        "watched",
+        tool=tool,
+        exit=run.returncode,
+        errors=int(summary[1]) if summary else None,
+        report=report[-_REPORTED:],
+        output=(run.stdout + run.stderr).splitlines()[-5:],
+    )
+    if run.returncode:
+        raise RuntimeError(f"{tool} ended with {run.returncode}")
+
+
+def once_small(device: torch.device) -> None:
+    """Every operator on an input so small that a tool which follows each access is done in seconds; numbers are compared."""
+    plan = replace(TINY, device=device, precisions=FULL.precisions, cases=len(operator_cases.OPERATORS))
+    for case in chosen_cases(plan):
+        torch.manual_seed(harness.SEED)
+        small = operator_cases.shrunk(case, _SMALL)
+        fused = resolve("fused", small.precision, str(device)).operators  # type: ignore[arg-type]
+        inputs, exact, allowed = bench_operators.oracle(small, device)
+        errors = bench_operators.compare(small.operator.call(fused, operator_cases.copied(inputs))(), exact)
+        print(f"{small}: errors {', '.join(f'{error:.1e}' for error in errors)}", flush=True)
+        if any(own > bound for own, bound in zip(errors, allowed, strict=True)):
+            raise RuntimeError(f"{small}: relative errors {errors}, where {allowed} are allowed")
+
+
+def _absolute(argument: str) -> str:
+    return str(ROOT / argument) if argument.startswith("tests/") else argument
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all steps; 1 where one of them did not end well, 143 after SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder for check.jsonl")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps")
+    parser.add_argument("--dry-run", action="store_true", help="the same steps on a CPU with tiny sizes")
+    parser.add_argument("--small", type=torch.device, metavar="DEVICE", help="only every operator once on a small input")
+    options = parser.parse_args(arguments)
+    if options.small:
+        once_small(options.small)
+        return 0
+    rows = Rows(options.output / "check.jsonl")
+    unfinished = run_steps(steps(TINY if options.dry_run else FULL, rows), rows, options.budget)
+    print(f"every row is in {rows.path}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
+    return 1 if unfinished else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

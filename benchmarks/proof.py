@@ -1,0 +1,136 @@
+"""What `gpu_speed.py` and `gpu_check.py` share: rows that are on the disk as soon as they are measured, and steps with a limit each."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_GRACE = 3.0  # seconds between SIGTERM and SIGKILL
+
+
+class Rows:
+    """A file of JSON lines; another process may add rows to the same file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._start = time.monotonic()
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Write one row and wait until it is on the disk. JSON has no NaN and no infinity: they become null."""
+        row = {"row": kind, "at": round(time.monotonic() - self._start, 1), **values}
+        line = json.dumps(_finite(row), allow_nan=False) + "\n"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        print(line if len(line) < 400 else f"{line[:396]} …\n", end="", flush=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function or a command, run in a process of its own, so that a crash or a hang costs no other step."""
+
+    name: str
+    work: Callable[[Rows], None] | Sequence[str]
+    limit: float  # seconds
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_steps(steps: Sequence[Step], rows: Rows, budget: float) -> list[str]:
+    """Run the steps in order, whatever becomes of those before; returns the names of those that did not end well.
+
+    Every step leaves a row "step" with its outcome: "done", "failed" (its exit status is in the row), "stopped" at its limit, or
+    "skipped" where the budget was spent. SIGTERM stops the step that runs, writes its row, and exits with 143.
+
+    Args:
+        budget: seconds for all of them.
+    """
+    before = signal.signal(signal.SIGTERM, _terminated)
+    start, unfinished = time.monotonic(), []
+    try:
+        for step in steps:
+            left = budget - (time.monotonic() - start)
+            outcome, status, seconds = _run(step, rows, min(step.limit, left)) if left > 0 else ("skipped", None, 0.0)
+            rows.add("step", name=step.name, outcome=outcome, exit=status, wall=round(seconds, 1), limit=step.limit)
+            if outcome != "done":
+                unfinished.append(step.name)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return unfinished
+
+
+def _run(step: Step, rows: Rows, limit: float) -> tuple[str, int | None, float]:
+    start = time.monotonic()
+    # A fork has everything imported already; it is legal because this process never touches a GPU.
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(step, rows))
+    process.start()
+    try:
+        process.join(limit)
+    except BaseException as reason:
+        _stop(process)
+        rows.add("step", name=step.name, outcome="stopped", exit=None, wall=round(time.monotonic() - start, 1), cause=type(reason).__name__)
+        raise
+    seconds = time.monotonic() - start
+    if process.exitcode is None:
+        _stop(process)
+        return "stopped", None, seconds
+    return "done" if process.exitcode == 0 else "failed", process.exitcode, seconds
+
+
+def _work(step: Step, rows: Rows) -> None:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not callable(step.work):
+        os.execvpe(step.work[0], list(step.work), {**os.environ, **step.environment})
+    os.environ.update(step.environment)
+    try:
+        step.work(rows)
+    except Exception as error:
+        traceback.print_exc()
+        rows.add("error", step=step.name, error=f"{type(error).__name__}: {error}"[:2000])
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _stop(process: Any) -> None:
+    """End the process and all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # it had not become the leader of its group, or has ended
+            process.kill()
+        process.join(_GRACE)
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every whole row of a file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
