@@ -49,6 +49,7 @@ class Plan:
     precisions: tuple[str, str]
     network: tuple[int, str]  # whose largest inputs the operators get
     cases: int  # of the operators at most
+    patience: float = 1.0  # factor of the steps' limits
 
 
 FULL = Plan(
@@ -70,6 +71,7 @@ TINY = Plan(
     precisions=("fp32", "fp32"),
     network=(18, "cifar100-resnet18"),
     cases=2,
+    patience=20.0,
 )
 
 
@@ -78,13 +80,14 @@ def steps(plan: Plan, rows: Rows) -> list[Step]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "--timeout", "60", "-p", "no:cacheprovider"]
     tools = _TOOLS if plan.device.type == "cuda" else _TOOLS[:1]
     tests = [*pytest, "--rows", str(rows.path.resolve()), "--rootdir", str(ROOT), *(_absolute(argument) for argument in plan.tests)]
-    return [
+    found = [
         Step("facts", functools.partial(facts_of, plan.device), 20),
         Step("tests", tests, 200),
         Step("losses of two precisions", functools.partial(two_precisions, plan), 60),
         Step("operators", functools.partial(operators, plan), 60),
         *(Step(tool, functools.partial(watched, plan, tool), 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}) for tool in tools),
     ]
+    return [replace(step, limit=plan.patience * step.limit) for step in found]
 
 
 def two_precisions(plan: Plan, rows: Rows) -> None:

@@ -50,6 +50,8 @@ class Plan:
     rounds: int  # samples of each peer, taken in turns
     rivals: tuple[str, ...]
     flights: tuple[int, ...]  # batches in flight
+    ceilings: int  # copies and products tried for the most that they can do
+    patience: float = 1.0  # factor of the steps' limits
 
 
 FULL = Plan(
@@ -61,9 +63,19 @@ FULL = Plan(
     rounds=5,
     rivals=("eager+graph", "published"),
     flights=(1, 2, 4, 8),
+    ceilings=7,
 )
 TINY = Plan(
-    torch.device("cpu"), ("digits",), batch=3, precision="fp32", iterations=2, rounds=1, rivals=("eager", "published"), flights=(1, 2)
+    torch.device("cpu"),
+    ("digits",),
+    batch=3,
+    precision="fp32",
+    iterations=2,
+    rounds=1,
+    rivals=("eager", "published"),
+    flights=(1, 2),
+    ceilings=1,
+    patience=20.0,
 )
 
 
@@ -71,7 +83,7 @@ def steps(plan: Plan) -> list[Step]:
     """In the order of their worth: a plan that is cut short has lost the least. Compiling takes longest and comes last."""
 
     def step(name: str, work: Callable[..., None], limit: float, *arguments: Any) -> Step:
-        return Step(name, functools.partial(work, plan, *arguments), limit)
+        return Step(name, functools.partial(work, plan, *arguments), plan.patience * limit)
 
     return [
         step("facts", facts, 40),
@@ -94,7 +106,8 @@ def facts(plan: Plan, rows: Rows) -> None:
     """Machine, versions, and the ceilings of its arithmetic and its memory."""
     state(plan, rows)
     facts_of(plan.device, rows)
-    rows.add("ceilings", copy=machine.copy_ceiling(plan.device), arithmetic=machine.arithmetic_ceiling(plan.device, plan.precision))
+    arithmetic = machine.arithmetic_ceiling(plan.device, plan.precision, plan.ceilings)
+    rows.add("ceilings", copy=machine.copy_ceiling(plan.device, plan.ceilings), arithmetic=arithmetic)
 
 
 def state(plan: Plan, rows: Rows) -> None:

@@ -1,7 +1,7 @@
 """Tables and a plot of what throughput.py measured, and the parts of README.md and docs/speed.md that show what is committed.
 
-python benchmarks/report.py FILE.json [...] --markdown OUT.md --plot OUT.png     also for the gpu.json of `make gpu`
-python benchmarks/report.py --readme                                             from benchmarks/results/*/*.json; `make report`
+python benchmarks/report.py FILE.json [...] --markdown OUT.md --plot OUT.png
+python benchmarks/report.py --readme     from benchmarks/results/*/*.json; `make report`
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bars
+import gpu_tables
 import summaries
 import tables
 
@@ -32,8 +33,8 @@ END = "<!-- /speed -->"
 _UNMEASURED = {
     "cpu": "CPU: not measured yet with this version. `make bench` measures in minutes and writes table and plot into `benchmark-output/`.",
     "cuda": (
-        "GPU: not measured yet. `make gpu` proves and measures everything there with one command and no network; its `gpu.json` belongs "
-        "into `benchmarks/results/<device>/`, and `make report` shows it here."
+        "GPU: not measured yet. `make gpu` measures and checks everything there with one command and no network; its files belong into "
+        "`benchmarks/results/<device>/`, and `make report` shows them here."
     ),
 }
 
@@ -44,7 +45,6 @@ class Run:
 
     path: Path
     content: dict[str, Any]  # as throughput.py wrote it
-    proof: dict[str, Any]  # all of gpu.json where `make gpu` wrote the file
     digest: str  # SHA-256 of the file
 
     @property
@@ -63,9 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write what was asked for; the tables to the screen where no file was."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.readme:
-        runs = committed(RESULTS)
-        update(ROOT / "docs" / "speed.md", runs)
-        update(ROOT / "README.md", runs, brief=True)
+        update(ROOT / "docs" / "speed.md", RESULTS)
+        update(ROOT / "README.md", RESULTS, brief=True)
         return 0
     runs = [read(path) for path in options.files]
     for target in filter(None, (options.markdown, options.plot)):
@@ -87,13 +86,12 @@ def read(path: Path) -> Run:
     """One file.
 
     Raises:
-        InputError: it cannot be read, or neither throughput.py nor `make gpu` wrote it.
+        InputError: it cannot be read, or throughput.py did not write it.
     """
     content = _load(path)
-    found = _measured(content)
-    if not found or not found.get("workloads") or "ceilings" not in found:
-        raise InputError(f"{path} does not hold what this version's benchmarks/throughput.py or `make gpu` measure: measure again")
-    return Run(path, found, content if found is not content else {}, hashlib.sha256(path.read_bytes()).hexdigest())
+    if not isinstance(content, dict) or not content.get("workloads") or "ceilings" not in content:
+        raise InputError(f"{path} does not hold what this version's benchmarks/throughput.py measures: measure again")
+    return Run(path, content, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _load(path: Path) -> Any:
@@ -105,17 +103,14 @@ def _load(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
-def _measured(content: Any) -> dict[str, Any] | None:
-    """What throughput.py wrote, by itself or inside of gpu.json; None in a file of another benchmark."""
-    if not isinstance(content, dict):
-        return None
-    found: Any = content.get("throughput", content if "workloads" in content else None)
-    return found if isinstance(found, dict) else None
-
-
 def committed(folder: Path) -> list[Run]:
     """Every run in the folders of devices; files of other benchmarks are not looked at."""
-    return [read(path) for path in sorted(folder.glob("*/*.json")) if _measured(_load(path)) is not None]
+    return [read(path) for path in sorted(folder.glob("*/*.json")) if "workloads" in _load(path)]
+
+
+def proofs(folder: Path) -> list[Path]:
+    """The folders of devices in which `make gpu` left something."""
+    return sorted({path.parent for name in (gpu_tables.SPEED, gpu_tables.CHECK) for path in folder.glob(f"*/{name}")})
 
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:
@@ -187,7 +182,6 @@ def _facts(run: Run, number: int, of: int) -> str:
         f"`{_command(content['command'])}`",
         ", ".join(versions),
         f"ceilings in this run: copy {content['ceilings']['copy'] / 1e9:.1f} GB/s, {', '.join(reached)}",
-        *_proof(run.proof),
     ]
     return f"- {'; '.join(parts)}."
 
@@ -198,22 +192,10 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", f"benchmarks/{Path(kept[0]).name}", *kept[1:]])
 
 
-def _proof(proof: dict[str, Any]) -> list[str]:
-    """How the tests and memcheck ended, where `make gpu` ran them."""
-    found = []
-    if proof.get("tests"):
-        counts = proof["tests"]["counts"]
-        found.append(f"tests on this GPU: {counts['passed']} passed, {counts['failed'] + counts['error']} failed")
-    if proof.get("memcheck"):
-        errors = proof["memcheck"]["errors"]
-        found.append(f"memcheck of the kernels: {'not finished' if errors is None else f'{errors} errors'}")
-    return found
-
-
-def update(page: Path, runs: Sequence[Run], *, brief: bool = False) -> None:
-    """Write the marked part of a page, and the plot beside each folder's files."""
-    page.write_text(replaced(page.read_text(encoding="utf-8"), runs, page, brief=brief), encoding="utf-8")
-    for group in grouped(runs):
+def update(page: Path, results: Path, *, brief: bool = False) -> None:
+    """Write the marked part of a page from a folder of results, and the plot beside each device's files."""
+    page.write_text(replaced(page.read_text(encoding="utf-8"), results, page, brief=brief), encoding="utf-8")
+    for group in grouped(committed(results)):
         bars.plot([result for run in group for result in run.content["workloads"]], figure_of(group), title(group), digest(group))
         more = summaries.page(figure_of(group).parent)
         if more:
@@ -225,8 +207,8 @@ def figure_of(runs: Sequence[Run]) -> Path:
     return runs[0].path.with_name("throughput.png")
 
 
-def replaced(text: str, runs: Sequence[Run], page: Path, *, brief: bool = False) -> str:
-    """The text of a page with the part that those runs give: all of their tables, or one short table of each machine.
+def replaced(text: str, results: Path, page: Path, *, brief: bool = False) -> str:
+    """The text of a page with the part that a folder of results gives: all tables, or one short table of each machine.
 
     Raises:
         InputError: the part is not marked, or a folder has runs of several machines.
@@ -235,6 +217,7 @@ def replaced(text: str, runs: Sequence[Run], page: Path, *, brief: bool = False)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InputError(f"{page.name} needs a line {BEGIN!r} and after it a line {END!r}")
+    runs = committed(results)
     groups = grouped(runs)
     folders = [figure_of(group) for group in groups]
     for folder in folders:
@@ -242,13 +225,16 @@ def replaced(text: str, runs: Sequence[Run], page: Path, *, brief: bool = False)
             raise InputError(f"{folder.parent} holds runs of several machines or numbers of threads: give each a folder of its own")
     figures = [Path(os.path.relpath(figure, page.parent)).as_posix() for figure in folders]
     parts = [_brief(group) if brief else section(group, figure=figure) for group, figure in zip(groups, figures, strict=True)]
-    parts += [f"{sentence}\n" for kind, sentence in _UNMEASURED.items() if kind not in [run.kind for run in runs]]
+    on_gpus = proofs(results)
+    parts += [gpu_tables.section(folder, brief=brief) for folder in on_gpus]
+    measured = {run.kind for run in runs} | ({"cuda"} if on_gpus else set())
+    parts += [f"{sentence}\n" for kind, sentence in _UNMEASURED.items() if kind not in measured]
     return "\n".join([f"{before}{BEGIN}\n", *parts, f"{END}{after}"])
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="what throughput.py or `make gpu` wrote")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="what throughput.py wrote")
     parser.add_argument("--markdown", type=Path, help="write the tables there; default: to the screen")
     parser.add_argument("--plot", type=Path, help="write the plot there, a PNG")
     parser.add_argument("--readme", action="store_true", help="write README.md, docs/speed.md and the plots from benchmarks/results/")

@@ -23,12 +23,11 @@ def page(folder: Path) -> str | None:
 
 
 def _contents(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every JSON file, and what `make gpu` put into one."""
+    """Every JSON file."""
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):
             yield path.name, content
-            yield from ((path.name, each) for each in map(content.get, ("operators", "anatomy")) if isinstance(each, dict))
 
 
 def _section(title: str, describe: Callable[[dict[str, Any]], list[str] | None], name: str, content: dict[str, Any]) -> list[str]:

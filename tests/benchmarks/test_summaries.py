@@ -96,13 +96,6 @@ def test_each_file_has_its_table(summaries: ModuleType, name: str, tmp_path: Pat
     assert f"[{name}-of-today.json]" in text
 
 
-def test_what_make_gpu_wrote(summaries: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "gpu.json").write_text(json.dumps({"anatomy": FILES["anatomy"], "operators": FILES["operators"], "throughput": None}))
-    text = summaries.page(tmp_path)
-    assert WANTED["anatomy"][0] in text
-    assert WANTED["operators"][0] in text
-
-
 def test_nothing_beside_the_loop(summaries: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "throughput.json").write_text(json.dumps({"workloads": []}))
     assert summaries.page(tmp_path) is None

@@ -1,0 +1,202 @@
+"""`make gpu-speed` and `make gpu-check`: what is measured is on the disk at once, and no step costs another one anything."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LACKING = ("tyro", "importlinter")  # what a machine with a GPU and no network may not have
+
+
+@pytest.fixture
+def proof() -> ModuleType:
+    return importlib.import_module("proof")
+
+
+def tool(folder: Path, name: str, script: str) -> None:
+    """An executable shell script."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def run(proof: ModuleType, tmp_path: Path, budget: float, *steps: tuple[str, Any, float]) -> tuple[list[str], list[dict[str, Any]]]:
+    rows = proof.Rows(tmp_path / "rows.jsonl")
+    unfinished = proof.run_steps([proof.Step(*step) for step in steps], rows, budget)
+    return unfinished, proof.read_rows(rows.path)
+
+
+def outcomes(rows: list[dict[str, Any]]) -> dict[str, tuple[str, int | None]]:
+    return {row["name"]: (row["outcome"], row["exit"]) for row in rows if row["row"] == "step"}
+
+
+def test_a_step_that_fails_crashes_or_hangs_costs_no_other(proof: ModuleType, tmp_path: Path) -> None:
+    def good(rows: Any) -> None:
+        rows.add("number", value=[1.5, float("nan")])
+
+    def wrong(rows: Any) -> None:
+        rows.add("number", value=2)
+        raise ValueError("no such kernel")
+
+    def slow(rows: Any) -> None:
+        rows.add("number", value=3)
+        time.sleep(60)
+
+    steps = [
+        ("good", good, 20.0),
+        ("wrong", wrong, 20.0),
+        ("crash", lambda rows: os.kill(os.getpid(), signal.SIGSEGV), 20.0),
+        ("slow", slow, 1.0),
+        ("command", [sys.executable, "-c", "raise SystemExit(3)"], 20.0),
+    ]
+    unfinished, rows = run(proof, tmp_path, 100.0, *steps)
+    assert unfinished == ["wrong", "crash", "slow", "command"]
+    assert [row["value"] for row in rows if row["row"] == "number"] == [[1.5, None], 2, 3]
+    assert outcomes(rows) == {
+        "good": ("done", 0), "wrong": ("failed", 1), "crash": ("failed", -11), "slow": ("stopped", None), "command": ("failed", 3),
+    }  # fmt: skip
+    (error,) = (row for row in rows if row["row"] == "error")
+    assert (error["step"], error["error"]) == ("wrong", "ValueError: no such kernel")
+
+
+def test_what_the_budget_does_not_hold_is_skipped(proof: ModuleType, tmp_path: Path) -> None:
+    unfinished, rows = run(proof, tmp_path, 0.5, ("long", lambda rows: time.sleep(60), 30.0), ("late", lambda rows: None, 30.0))
+    assert unfinished == ["long", "late"]
+    assert outcomes(rows) == {"long": ("stopped", None), "late": ("skipped", None)}
+
+
+def test_what_a_step_started_ends_with_it(proof: ModuleType, tmp_path: Path) -> None:
+    """The child of a command whose time is up, which would hold the pipe open for a minute."""
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    run(proof, tmp_path, 20.0, ("child", ["sh", "-c", f"(echo there; sleep 60) > {tmp_path}/pipe & wait"], 1.0))
+    for expected in (b"there\n", b""):
+        assert select.select([pipe], [], [], 20)[0]
+        assert os.read(pipe, 100) == expected
+    os.close(pipe)
+
+
+def test_sigterm_keeps_every_row(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import proof
+
+def work(rows):
+    rows.add("number", value=7)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+rows = proof.Rows(proof.Path({str(tmp_path / "rows.jsonl")!r}))
+proof.run_steps([proof.Step("one", work, 50.0), proof.Step("two", work, 50.0)], rows, 100.0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 143, ended.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["number", "step"]
+    assert outcomes(rows) == {"one": ("stopped", None)}
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both commands on a CPU, with tiny sizes, where packages are missing that the GPU's machine may lack."""
+    folder = tmp_path_factory.mktemp("gpu")
+    for name in LACKING:
+        (folder / "lacking" / name).mkdir(parents=True)
+        (folder / "lacking" / name / "__init__.py").write_text(
+            "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n"
+        )
+    environment = {**os.environ, "PYTHONPATH": str(folder / "lacking"), "OMP_WAIT_POLICY": "PASSIVE"}
+    for script in ("gpu_speed.py", "gpu_check.py"):
+        command = [sys.executable, str(ROOT / "benchmarks" / script), "--dry-run", "--output", str(folder), "--budget", "1000"]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    return folder
+
+
+def test_rehearsal_measures_everything(rehearsal: Path, proof: ModuleType) -> None:
+    speed, check = (proof.read_rows(rehearsal / name) for name in ("speed.jsonl", "check.jsonl"))
+    assert set(dict(outcomes(speed) | outcomes(check)).values()) == {("done", 0)}
+    (look,) = (row for row in speed if row["row"] == "first look")
+    assert (look["right"], look["recorded_equals_called"], look["same_twice"]) == (True, True, True)
+    assert {row["rival"] for row in speed if row["row"] == "ratio"} == {"eager", "published", "compiled"}
+    assert [row["count"] for row in speed if row["row"] == "batches in flight"] == [1, 2]
+    assert {row["peer"] for row in speed if row["row"] == "ascent"} == {"fused/fp32", "published/fp32"}
+    assert {row["row"] for row in speed} >= {"facts", "ceilings", "kernels", "cudnn.benchmark"}
+    assert [row["right"] for row in check if row["row"] == "operator"] == [True, True]
+    (losses,) = (row for row in check if row["row"] == "losses")
+    assert losses["relative"] == [0, 0, 0]
+    (tests,) = (row for row in check if "counts" in row)
+    assert (tests["exit"], tests["counts"]) == (0, {"passed": 2})
+    (watched,) = (row for row in check if row["row"] == "watched")
+    assert watched["exit"] == 0
+
+
+def test_tables_of_the_rehearsal(rehearsal: Path) -> None:
+    tables = importlib.import_module("gpu_tables")
+    text = tables.section(rehearsal)
+    assert text.startswith("### ")
+    assert text.count("| digits, ") == 3
+    assert "the same bits, two runs the same bits." in text
+    assert "Tests on this GPU: 2 passed." in text
+    assert "Operators: 2 measured" in text
+    assert "errors too large: none" in text
+    assert "Steps that did not end well" not in text
+    assert tables.section(rehearsal, brief=True).count("| digits, ") == 3
+
+
+def test_tests_for_a_gpu_can_be_collected_without_the_command_line(rehearsal: Path) -> None:
+    """Every test that is marked gpu lies in the folders that `make gpu-check` runs, and none of these needs a missing package."""
+    environment = {**os.environ, "PYTHONPATH": str(rehearsal / "lacking")}
+    check = importlib.import_module("gpu_check")
+    folders = [str(ROOT / each) for each in check.FULL.tests if each.startswith("tests/")]
+    counts = []
+    for paths, variables in ((folders, environment), ([str(ROOT / "tests")], None)):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        ended = subprocess.run([*command, *paths], check=False, capture_output=True, text=True, env=variables, cwd=ROOT)
+        assert ended.returncode == 0, ended.stdout[-2000:]
+        counts.append(ended.stdout.count("::"))
+    assert counts[0] == counts[1] > 1000
+
+
+@pytest.mark.parametrize("target", ["gpu-speed", "gpu-check"])
+def test_make_gpu_says_that_there_is_none(target: str) -> None:
+    """One sentence, before anything is built."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # these tests may run in a make
+    command = ["make", target, f"PYTHON={sys.executable}"]
+    run = subprocess.run(command, cwd=ROOT, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    said, makes_own = run.stderr.splitlines()
+    assert said == f"make gpu needs a PyTorch that sees a GPU, and the one of '{sys.executable}' does not."
+    assert makes_own.startswith("make: ***")
+    assert run.stdout == ""
+
+
+@pytest.mark.parametrize(("script", "version"), [("echo 580.95.05; echo 580.95.05", "580.95.05"), ("exit 9", None), (None, None)])
+def test_driver(script: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script:
+        tool(tmp_path, "nvidia-smi", script)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert importlib.import_module("machine").driver() == version
+
+
+def test_commit_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = importlib.import_module("machine")
+    assert machine.commit() is not None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DWA_FAST_COMMIT", raising=False)
+    assert machine.commit() is None
+    monkeypatch.setenv("DWA_FAST_COMMIT", "0123abc")
+    assert machine.commit() == "0123abc"
