@@ -75,12 +75,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def settled() -> Iterator[None]:
-    """Every test starts from the same seed, with two threads, and leaves the number of threads as it was."""
+    """Every test starts from the same seed, with one thread, since two tests run at once, and leaves the number of threads as it was."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads(settled: None) -> None:
+    """For what divides its work between threads, or depends on their number."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -127,8 +127,17 @@ def messages() -> list[str]:
 
 def occurs(quoted: str, found: list[str]) -> bool:
     """Whether one of these texts has every part of the quoted message, in order."""
-    pattern = re.compile(".*?".join(re.escape(part) for part in quoted.split("…")), flags=re.DOTALL)
-    return any(pattern.search(text) for text in found)
+    parts = [part for part in quoted.split("…") if part]
+    return any(all_in_order(parts, text) for text in found)
+
+
+def all_in_order(parts: list[str], text: str) -> bool:
+    start = 0
+    for part in parts:
+        start = text.find(part, start) + len(part)
+        if start < len(part):
+            return False
+    return True
 
 
 def test_quoted_messages_exist() -> None:

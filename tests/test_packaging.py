@@ -96,16 +96,15 @@ def test_version_is_the_one_installed(tmp_path: Path) -> None:
     assert run_python("import dwa_fast; print(dwa_fast.__version__)", tmp_path) == importlib.metadata.version("dwa-fast")
 
 
-@pytest.mark.parametrize("module", ["dwa_fast", "dwa_fast.ops", "dwa_fast.reference"])
-def test_import_is_lean(module: str, tmp_path: Path) -> None:
+def test_import_is_lean(tmp_path: Path) -> None:
     """Neither Triton, nor the extension, nor CUDA: the first call of an operator loads what it needs."""
-    code = f"""
+    code = """
 import sys
-import {module}
+import dwa_fast.ops, dwa_fast.reference
 import torch
-print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"triton"}}), "dwa_fast._C" in sys.modules, torch.cuda.is_initialized())
+print("triton" in sys.modules, "dwa_fast._C" in sys.modules, torch.cuda.is_initialized())
 """
-    assert run_python(code, tmp_path) == "[] False False"
+    assert run_python(code, tmp_path) == "False False False"
 
 
 def test_kernels_import_only_torch_and_triton(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,7 +31,9 @@ def trace_step(step: Callable[[], None]) -> GraphModule:
     def traced(unused: Tensor) -> None:
         step()
 
-    graph: GraphModule = make_fx(traced)(torch.empty(0))
+    # make_fx notes the shape of every result in a fake tensor. Making a mode for each of them would take as long as the rest of the trace.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        graph: GraphModule = make_fx(traced)(torch.empty(0))
     return graph
 
 

@@ -271,7 +271,8 @@ def _agreeing(
         cause = first_line(error)
     if cause is not None:
         raise InputError(f"back-end {execution.backend!r} does not compute what the teacher does: {cause}; another back-end may")
-    network.unrecorded = _unrecorded(network, module, shown)
+    if execution.records or execution.backend == "compiled":
+        network.unrecorded = _unrecorded(network, module, shown)
     return network
 
 

@@ -19,14 +19,17 @@ def swapping() -> ModuleType:
     return importlib.import_module("swapping")
 
 
-def test_every_way_matches_and_is_measured(swapping: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert swapping.main([*QUICK, "--json", str(tmp_path / "out" / "s.json")]) == 0
+@pytest.mark.parametrize("code_bases", [["dwa"], pytest.param(["dwa", "sre2l"], marks=pytest.mark.slow)])
+def test_every_way_matches_and_is_measured(
+    swapping: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], code_bases: list[str]
+) -> None:
+    assert swapping.main([*QUICK, "--code-base", *code_bases, "--json", str(tmp_path / "out" / "s.json")]) == 0
     content = json.loads((tmp_path / "out" / "s.json").read_text())
     assert (content["workload"], content["batch"], content["iterations"]) == ("digits", 2, 1)
     rows = {(row["code_base"], row["way"]): row for row in content["rows"]}
     levels = [("dwa", "plain"), ("dwa", "hooks"), ("dwa", "hooks and Perterb"), ("sre2l", "plain"), ("sre2l", "hooks")]
-    assert {key for key in rows if "get_images" not in key[1]} == set(levels)
-    assert {key[0] for key in rows if key[1] == "get_images, fp32"} == {"dwa", "sre2l"}
+    assert {key for key in rows if "get_images" not in key[1]} == {level for level in levels if level[0] in code_bases}
+    assert {key[0] for key in rows if key[1] == "get_images, fp32"} == set(code_bases)
     for row in rows.values():
         assert row["matches"]
         assert row["iteration_gain"] == pytest.approx(rows[row["code_base"], "plain"]["seconds"] / row["seconds"])

@@ -52,14 +52,17 @@ def test_the_floor_takes_the_best_ceiling_of_all_rounds(throughput: ModuleType, 
     assert result["floors"]["fp32"]["seconds"] >= result["floors"]["fp32"]["operations"] / 4e11
 
 
+@pytest.mark.parametrize("precisions", [["fp32"], pytest.param(["fp32", "bf16"], marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("cheap")
-def test_a_run_writes_what_it_measured(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, content = run(throughput, tmp_path)
+def test_a_run_writes_what_it_measured(
+    throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], precisions: list[str]
+) -> None:
+    status, content = run(throughput, tmp_path, "--precision", *precisions)
     (result,) = content["workloads"]
     assert status == 0
     assert {"commit", "command", "device", "versions", "precision flags", "ceilings"} <= content.keys()
     names = {(row["peer"], row["precision"]) for row in result["rows"]}
-    assert {("published", "fp32"), ("eager", "fp32"), ("fused", "fp32")} <= names
+    assert names == {("published", "fp32"), *((peer, precision) for peer in ("eager", "fused") for precision in precisions)}
     for row in result["rows"]:
         assert len(row["samples"]) == 2
         assert row["matches"]
@@ -88,7 +91,7 @@ def test_wrong_numbers_get_no_ratio_and_fail(
             peer.refinement.losses.mul_(1.01)
 
     monkeypatch.setattr(harness.Ours, "advance", wrong)
-    status, content = run(throughput, tmp_path, "--precision", "fp32")
+    status, content = run(throughput, tmp_path, "--precision", "fp32", "--rounds", "1")
     rows = {row["peer"]: row for row in content["workloads"][0]["rows"]}
     assert status == 1
     assert not rows["fused"]["matches"]

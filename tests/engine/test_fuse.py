@@ -27,14 +27,16 @@ TEACHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet101": (lambda: MODELS.resnet101(num_classes=7), 32),
     "resnet18-cifar": (lambda: build("resnet18-cifar", classes=7, size=16), 16),
     "resnet50-cifar": (lambda: build("resnet50-cifar", classes=7, size=16), 16),
+    "bottlenecks": (lambda: MODELS.ResNet(MODELS.resnet.Bottleneck, [1, 1, 1, 1], num_classes=7), 32),
     "convnet128": (lambda: build("convnet128", classes=7, size=32), 32),
     "vgg16_bn": (lambda: MODELS.vgg16_bn(num_classes=7), 32),
     "mobilenet_v2": (lambda: MODELS.mobilenet_v2(num_classes=7), 32),
     "shufflenet_v2": (lambda: MODELS.shufflenet_v2_x1_0(num_classes=7), 32),
     "efficientnet_b0": (lambda: MODELS.efficientnet_b0(num_classes=7), 32),
     "densenet121": (lambda: MODELS.densenet121(num_classes=7), 32),
+    "small densenet": (lambda: MODELS.DenseNet(8, (2, 2, 2, 2), 16, num_classes=7), 32),
 }
-LARGE = {"resnet34", "resnet50", "resnet101", "vgg16_bn"}  # of families that smaller ones stand for
+LARGE = {"resnet34", "resnet50", "resnet101", "resnet50-cifar", "vgg16_bn", "densenet121"}  # of families that smaller ones stand for
 FUSED = {  # layers in all, with an addition, with an activation
     "resnet18": (20, 8, 17),
     "resnet34": (36, 16, 33),
@@ -42,12 +44,14 @@ FUSED = {  # layers in all, with an addition, with an activation
     "resnet101": (104, 33, 100),
     "resnet18-cifar": (20, 8, 17),
     "resnet50-cifar": (53, 16, 49),
+    "bottlenecks": (17, 4, 13),
     "convnet128": (3, 0, 3),
     "vgg16_bn": (13, 0, 13),
     "mobilenet_v2": (52, 10, 35),
     "shufflenet_v2": (56, 0, 37),
     "efficientnet_b0": (49, 9, 33),
     "densenet121": (121, 0, 121),
+    "small densenet": (21, 0, 21),
 }
 
 

@@ -94,6 +94,7 @@ def test_death_of_a_process(tmp_path: Path) -> None:
         list(schedule._run_in_processes([schedule._Task("a large cell", die)] * 2, 2, None))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_jobs_fill_the_cpu(tmp_path: Path) -> None:
     assert default_jobs(small_setup(tmp_path)) == 2
     assert default_jobs(small_setup(tmp_path, threads=2)) == 1

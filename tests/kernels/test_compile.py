@@ -2,7 +2,9 @@
 
 Started as a program, without the interpreter that the other tests use, this file prints the table:
 
-    python tests/kernels/test_compile.py [--json] [80] [90]
+    python tests/kernels/test_compile.py [--json] [--few] [80] [90]
+
+With --few, of the launches whose arguments have the same types only the first one, as in the tests that are not slow.
 
 What is compiled is what the launchers launch: they run on meta tensors of real shapes, and their launches are written down instead of run.
 """
@@ -52,8 +54,11 @@ class Launch(NamedTuple):
     aligned: frozenset[str]  # arguments that are multiples of 16
     warps: int
 
+    def same_types(self) -> object:
+        return self.kernel, tuple(self.signature.items()), self.aligned
+
     def same_code(self) -> object:
-        return self.kernel, tuple(self.signature.items()), repr(self.constants), self.aligned, self.warps
+        return self.same_types(), repr(self.constants), self.warps
 
 
 def specialise(module: str, case: str, function: Any, arguments: dict[str, Any], warps: int) -> Launch:
@@ -96,8 +101,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "odd address", partial(ascend.ascend_, arena[1:], arena[1:], 0.1)
 
 
-def record() -> tuple[list[str], list[Launch]]:
-    """Names of all kernels, and one launch for every code that the launchers would have compiled."""
+def record(few: bool = False) -> tuple[list[str], list[Launch]]:
+    """Names of all kernels, and one launch for every code that the launchers would have compiled, or a few of them."""
     from triton.runtime.jit import JITFunction
 
     import dwa_fast.kernels
@@ -115,7 +120,7 @@ def record() -> tuple[list[str], list[Launch]]:
         assert grid[0] < 2**31
         assert all(0 < size < 2**16 for size in grid[1:])
         launch = specialise(names[self], case, self, self.signature.bind(*args, **kwargs).arguments, num_warps)
-        found.setdefault(launch.same_code(), launch)
+        found.setdefault(launch.same_types() if few else launch.same_code(), launch)
 
     JITFunction.run = write_down
     for label, call in launches():
@@ -199,8 +204,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    capabilities = [int(argument) for argument in arguments if argument != "--json"] or list(CAPABILITIES)
-    kernels, found = record()
+    capabilities = [int(argument) for argument in arguments if argument.isdigit()] or list(CAPABILITIES)
+    kernels, found = record("--few" in arguments)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
         rows = list(workers.map(compile_launch, *zip(*itertools.product(found, capabilities), strict=True), chunksize=4))
     print(json.dumps({"kernels": kernels, "rows": rows}) if "--json" in arguments else table(rows))
@@ -211,12 +216,14 @@ if __name__ == "__main__":
 else:
     import pytest
 
-    @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-    def test_compiles_without_spills(capability: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("capability", "few"), [(90, ["--few"]), *(pytest.param(each, [], marks=pytest.mark.slow) for each in CAPABILITIES)]
+    )
+    def test_compiles_without_spills(capability: int, few: list[str], tmp_path: Path) -> None:
         pytest.importorskip("triton", reason="this PyTorch comes without Triton")
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(tmp_path)
-        command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", __file__, "--json", str(capability)]
+        command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", __file__, "--json", *few, str(capability)]
         run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
         assert run.returncode == 0, run.stderr
         result = json.loads(run.stdout)

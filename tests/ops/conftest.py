@@ -12,6 +12,11 @@ from dwa_fast import ops
 LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
+@pytest.fixture(autouse=True)
+def threaded(two_threads: None) -> None:
+    """Every operator divides its work."""
+
+
 @pytest.fixture
 def use_level() -> Iterator[Callable[[str], None]]:
     """Sets the instruction set for one test; one that the machine lacks skips it."""

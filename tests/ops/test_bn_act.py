@@ -30,6 +30,7 @@ SHAPES = [
     (50, 512, 4, 4),
     (0, 16, 8, 8),
 ]
+SMALL = [shape for shape in SHAPES if math.prod(shape) < 10_000]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
 DTYPES = [torch.float32, torch.bfloat16]
 VARIANTS = list(itertools.product([False, True], ACTIVATIONS))
@@ -143,8 +144,9 @@ def test_matches_float64(
 def test_every_instruction_set_matches_float64(
     level: str, dtype: torch.dtype, skip: bool, activation: Activation, use_level: Callable[[str], None]
 ) -> None:
+    """The large shapes without an activation and with a ReLU: the others differ by element alone."""
     use_level(level)
-    for shape in SHAPES:
+    for shape in SHAPES if activation in ("none", "relu") else SMALL:
         assert_as_good_as_pytorch(make(shape, dtype, skip=skip, activation=activation))
         assert_as_good_as_pytorch(make(shape, dtype, skip=skip, activation=activation), moments=False)
 

@@ -20,6 +20,8 @@ from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import TorchrunWorker
 from tests.nets import small_config, small_set, small_teacher
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, **more: Any) -> int:
     """A small set; more are settings of the synthesis, and what distill itself takes."""

@@ -21,6 +21,8 @@ from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.workers import Shard, TorchrunWorker, default_threads, own_device, rank
 from tests.processes import Bench, Process, agent_store, contents, launcher
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 BATCHES = work_list(4, 5, 2)
 
 
@@ -53,6 +55,7 @@ def test_shards_make_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
     assert contents(tmp_path) == bench.whole
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_workers(bench: Bench, tmp_path: Path) -> None:
     """The launcher itself: one of its two workers is killed, it restarts both, and they make the batches that have no record."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]

@@ -96,7 +96,7 @@ import os, signal, sys, torch
 from dwa_fast.commands import cli
 from dwa_fast.training import state
 from dwa_fast.training import fit
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 state._SECONDS, real, calls = 0.0, fit.cosine, []
 def cosine(*arguments):
     calls.append(arguments)
