@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast import InputError, synthesize
-from dwa_fast.engine.ascent import _finite as _finite_norms
+from dwa_fast.engine.ascent import check_norms
 from dwa_fast.engine.refine import _finite, matching_dominates
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from tests.nets import real_images, small_config, small_teacher
@@ -119,7 +119,7 @@ def test_a_gradient_of_the_teacher_itself_is_not_blamed_on_rho() -> None:
         ([1.0, float("nan")], r"step 2 of 2 \(norm nan\); lower rho$"),
     ):
         with pytest.raises(InputError, match=message):
-            _finite_norms(torch.tensor(norms), "fp32")
+            check_norms(torch.tensor(norms), "fp32")
 
 
 @pytest.mark.parametrize(("ce", "mean", "says"), [(5.0, 6e6, True), (5.0, 4e4, False), (1e-3, 2e4, True), (1e-3, 50.0, False)])
