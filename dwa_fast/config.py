@@ -84,8 +84,8 @@ class Normalisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The real images and their size."""
+class DataConfig(Normalisation):
+    """The real images, their size and their normalisation."""
 
     layout: DataLayout = "folder"  # Format of the data on disk; digits need no files.
     size: int = 224  # Height and width of every image, pixels.
@@ -94,6 +94,7 @@ class DataConfig:
     test_crop: float = 1.0  # Fraction of the shorter side that the centre crop of test images covers, in (0, 1]; image folders only.
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("layout", self.layout, DataLayout)
         check_integer("size", self.size, 1)
         if self.classes is not None:
@@ -110,7 +111,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthesisConfig(Normalisation):
+class SynthesisConfig:
     """Directed weight adjustment and the refinement of the images (arXiv 2409.17612, Eq. 11 and 15)."""
 
     iterations: int = 1000  # T: Adam steps on the images of a batch, at least 1.
@@ -140,7 +141,6 @@ class SynthesisConfig(Normalisation):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_integer("iterations", self.iterations, 1)
         check_integer("batch_size", self.batch_size, 1)
         check_real("learning_rate", self.learning_rate, 0, above=True)
@@ -208,7 +208,7 @@ class StorageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SqueezeConfig(Normalisation):
+class SqueezeConfig:
     """Training of the teacher on the real images: SGD with momentum, cosine learning rate."""
 
     epochs: int = 200  # Passes over the real images, at least 1.
@@ -223,13 +223,12 @@ class SqueezeConfig(Normalisation):
     memory_limit: float = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_training(self)
         check_real("momentum", self.momentum, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig(Normalisation):
+class ValidationConfig:
     """Training of students on the distilled images, with the teacher's soft labels."""
 
     epochs: int = 400  # Passes over the distilled images, at least 1.
@@ -254,7 +253,6 @@ class ValidationConfig(Normalisation):
     memory_limit: float = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_training(self)
         check_choice("optimiser", self.optimiser, Optimiser)
         check_real("momentum", self.momentum, 0, 1)

@@ -108,7 +108,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InputError,
         "teacher must be a classifier that gives [N, classes] logits, got a single BatchNorm1d",
     ),
-    "config type": ({"config": {"iterations": 3}}, TypeError, "config must be a SynthesisConfig, such as recipe('cifar100'), got dict"),
+    "recipe type": ({"recipe": {"iterations": 3}}, TypeError, "recipe must be a Recipe, such as recipe('cifar100'), got dict"),
     "seed": ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),
     "seed type": ({"seed": 0.5}, InputError, "seed must be an integer of at least 0, got 0.5"),
 }
@@ -116,7 +116,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("change", "kind", "message"), CASES.values(), ids=CASES.keys())
 def test_synthesize_refuses(change: dict[str, Any], kind: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"teacher": small_teacher(), "images": IMAGES, "labels": LABELS, "config": small_config(), **change}
+    arguments: dict[str, Any] = {"teacher": small_teacher(), "images": IMAGES, "labels": LABELS, "recipe": small_config(), **change}
     seed = arguments.pop("seed", 0)
     with pytest.raises(kind, match=re.escape(message)):
         synthesize(*arguments.values(), seed=seed)

@@ -19,7 +19,7 @@ from dwa_fast.data.tensors import IMAGES_FILE, LABELS_FILE, as_pixels, read_tens
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.io.parquet import read_parquet, write_parquet
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.sets.exchange import as_tensors, open_files, write_folders, write_set
 
 ExportForm = Literal["parquet", "tensors", "folders"]
@@ -44,8 +44,7 @@ class _Normalised:
         if self.mean or self.std:
             return Normalisation(mean=self.mean, std=self.std)
         if self.recipe:
-            known = full_recipe(self.recipe).validation
-            return Normalisation(mean=known.mean, std=known.std)
+            return recipe(self.recipe).data
         if isinstance(made.get("mean"), list) and isinstance(made.get("std"), list):
             return Normalisation(mean=tuple(made["mean"]), std=tuple(made["std"]))
         raise InputError("tensors are normalised, and nothing says how; pass --mean and --std, or --recipe, whose values are taken")

@@ -15,9 +15,7 @@ from dwa_fast.commands.data import TeacherData, try_teacher, usable
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.pairing import described
 from dwa_fast.engine import backend
-from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import GridRunner, contact_sheet, run_grid
 from dwa_fast.experiments.schedule import default_jobs
@@ -55,32 +53,20 @@ class Study(TeacherData):
         finish(console, folder, replace(record, command=command_line(), seconds=time.perf_counter() - started))
 
     def _setup(self, console: Console) -> Setup:
-        channels = self.synthesis.channels
-        train, test = self.load("train", channels), usable(console, self.load("test", channels), False, used_late=True)
-        if (self.synthesis.mean, self.synthesis.std) != (self.validation.mean, self.validation.std):
-            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.validation))
-            raise InputError(f"sets would be made with {made}, and students trained with {trained}, by the same teacher")
-        for config, flags in (
-            (self.synthesis, ("--synthesis.mean", "--synthesis.std")),
-            (self.validation, ("--validation.mean", "--validation.std")),
-        ):
-            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, config, flags)
-        try_teacher(teacher, test, self.validation, backend.resolve_device(self.synthesis.device))
+        train, test = self.load("train"), usable(console, self.load("test"), False, used_late=True)
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
+        try_teacher(teacher, test, self.normalisation, backend.resolve_device(self.synthesis.device))
         return Setup(
             output=self.output,
-            recipe=self.recipe,
-            data=self.data_config,
+            recipe=self.full_recipe(architecture=teacher.info.architecture, synthesis=self.synthesis, validation=self.validation),
             folder=self.data,
             train_checksum=image_digest(train),
             test_checksum=image_digest(test),
             teacher=self.teacher,
             teacher_checksum=teacher.checksum,
-            architecture=teacher.info.architecture,
             weights_key=self.weights_key,
             outputs=tuple(teacher.outputs) if teacher.outputs else None,
             teacher_classes=teacher.info.classes,
-            synthesis=self.synthesis,
-            validation=self.validation,
             initial=self.initial,
             threads=self.threads,
         )

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,13 @@ class Incremental(DistilledSets):
     def run(self, console: Console) -> None:
         """Train and test a student for every set, order of the classes and step, and write the record."""
         started = time.perf_counter()
-        device = backend.resolve_device(self.device)
-        test = self.real(console, "test", self.config.channels)
-        sets = self.open_sets(console, self.config.channels, test.class_names)
-        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
+        recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
+        test = self.real(console, "test")
+        sets = self.open_sets(console, test.class_names)
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
         for images in sets.values():
-            check_set(images.folder, self.config, teacher)
-        try_teacher(teacher, test, self.config, device)
+            check_set(images.folder, self.normalisation, teacher)
+        try_teacher(teacher, test, self.normalisation, device)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
@@ -66,7 +66,7 @@ class Incremental(DistilledSets):
             "seed": self.seed,
             "tasks": self.protocol.tasks,
             "teacher": teacher_settings(teacher),
-            "validation": asdict(self.config),
+            "validation": recipe.settings("validation"),
         }
         resume_dir = study_folder(self.output, settings) / _STEPS
         with naming_bad_images(), console.bars() as track:
@@ -75,9 +75,8 @@ class Incremental(DistilledSets):
                 test,
                 teacher.module,
                 self.student,
+                recipe,
                 self.protocol,
-                self.config,
-                size=self.size,
                 device=device,
                 resume_dir=resume_dir,
                 seed=self.seed,
@@ -152,6 +151,7 @@ def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
 def _origin(images: FileSet, name: str) -> dict[str, Any]:
     """What a set is, and how it was made where it says so; else its method goes by its name."""
     settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
-    synthesis = {each.name: settings[each.name] for each in fields(SynthesisConfig) if each.name in settings}
+    names = ["mean", "std", *(each.name for each in fields(SynthesisConfig))]
+    synthesis = {field: settings[field] for field in names if field in settings}
     extra = {"synthesis": synthesis} if synthesis else {}
     return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **extra}

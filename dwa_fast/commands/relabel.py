@@ -34,17 +34,15 @@ class Relabel(DistilledData):
         """Say how much it will be, and write it."""
         device = backend.resolve_device(self.device)
         with naming_bad_images(), console.bars(shown=not self.dry_run) as track:
-            distilled, test = self.open_both(console, self.config.channels)
+            distilled, test = self.open_both(console)
             images, classes, epochs = len(distilled.labels), len(test.class_names), stored_epochs(self.config, self.pool)
             size = label_bytes(self.config, images, classes, self.pool) / 2**20
             console.print(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
             if self.dry_run:
                 return
-            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
-            check_set(self.images, self.config, teacher)
-            try_teacher(teacher, test, self.config, device)
-            progress = track("soft labels")
-            relabel(
-                distilled, teacher.module, self.config, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress
-            )
+            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
+            check_set(self.images, self.normalisation, teacher)
+            try_teacher(teacher, test, self.normalisation, device)
+            recipe, progress = self.full_recipe(validation=self.config), track("soft labels")
+            relabel(distilled, teacher.module, recipe, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)
         console.print(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")

@@ -42,21 +42,21 @@ class Synthesize(TeacherData):
         check_integer("ipc", self.ipc, 1)
         if set_folder(self.output) == self.output:  # else the output is `images` of a set, which stands for the set
             refuse_images(self.output)
-        train = self.load("train", self.config.channels)
-        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, self.config)
+        train = self.load("train")
+        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names)
         provenance: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}
         if teacher.outputs:
             provenance["teacher_outputs"] = teacher.outputs
         if workers.launched() and self.shard:
             raise InputError("--shard is for processes that do not communicate; torchrun divides the batches among its workers itself")
         divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
-        config = replace(self.config, device=workers.own_device(self.config.device))
+        recipe = self.full_recipe(synthesis=replace(self.config, device=workers.own_device(self.config.device)))
         with console.bars(shown=workers.rank() == 0) as track:
             bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
                 teacher.module,
                 train,
-                config,
+                recipe,
                 ipc=self.ipc,
                 output=self.output,
                 initial=self.initial,

@@ -199,7 +199,7 @@ def test_a_learned_slope_moves_in_the_ascent(precision: Any) -> None:
     module, images, labels = alive(Net(nn.PReLU(CHANNELS), skip=True)), torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 3])
     network, _ = prepare(module, images, execution)
     slope: Any = network.layers["norm"].slope
-    ascent = Ascent(network, small_config(rho=0.1, steps=1), execution)
+    ascent = Ascent(network, small_config(rho=0.1, steps=1).synthesis, execution)
     before = slope.detach().clone()
     ascent.adjust(images.to(execution.dtype), labels, generator(0, "ascent", 0))
     exact = copy.deepcopy(module).double()

@@ -18,7 +18,7 @@ from tests.nets import real_images, small_config, small_teacher
 
 def make(precision: str = "fp32", **changes: Any) -> tuple[Ascent, torch.Tensor, torch.Tensor]:
     images, labels = real_images()
-    config = small_config(precision=precision, **changes)
+    config = small_config(precision=precision, **changes).synthesis
     execution = resolve(config.backend, config.precision, config.device)
     network, _ = prepare(small_teacher(), images, execution)
     return Ascent(network, config, execution), images, labels

@@ -43,7 +43,7 @@ def test_lower_precision_ends_within_the_spread_of_seeds(precision: str) -> None
 
     def final(seed: int, precision: str) -> Tensor:
         config = small_config(iterations=100, batch_size=10, backend="fused", precision=precision, device=device)
-        weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var])
+        weights = torch.tensor([1.0, config.synthesis.lambda_mean, config.synthesis.lambda_var])
         return synthesize(small_teacher(), images, labels, config, seed=seed).losses[0, -10:].mean(0) * weights
 
     exact = torch.stack([final(seed, "fp32") for seed in range(4)])

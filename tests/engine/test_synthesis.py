@@ -69,7 +69,7 @@ def test_losses_fall_and_have_their_shape() -> None:
     result = synthesize(small_teacher(), images, labels, config)
     assert result.losses.shape == (2, 60, 3)
     assert result.images.shape == images.shape
-    total = result.losses @ torch.tensor([1.0, config.lambda_mean, config.lambda_var])
+    total = result.losses @ torch.tensor([1.0, config.synthesis.lambda_mean, config.synthesis.lambda_var])
     assert (total[:, -5:].mean(1) < 0.9 * total[:, :5].mean(1)).all()
 
 
@@ -113,7 +113,7 @@ def test_pixels_stay_between_black_and_white() -> None:
     images, labels = real_images()
     config = small_config(learning_rate=2.0)
     result = synthesize(small_teacher(), images, labels, config)
-    (low,), (high,) = config.bounds
+    (low,), (high,) = config.data.bounds
     assert result.images.min() == pytest.approx(low)
     assert result.images.max() == pytest.approx(high)
 

@@ -125,7 +125,7 @@ def test_a_gradient_of_the_teacher_itself_is_not_blamed_on_rho() -> None:
 @pytest.mark.parametrize(("ce", "mean", "says"), [(5.0, 6e6, True), (5.0, 4e4, False), (1e-3, 2e4, True), (1e-3, 50.0, False)])
 def test_matching_losses_that_dominate(ce: float, mean: float, says: bool) -> None:
     """Above 100 times the cross-entropy, or 100 where the images are learnt."""
-    config = small_config(lambda_mean=0.01, lambda_var=0.0)
+    config = small_config(lambda_mean=0.01, lambda_var=0.0).synthesis
     found = matching_dominates(torch.tensor([[9.0, 1e9, 0.0], [ce, mean, 7.0]]), config)
     assert (found is not None) == says
     if ce == 5.0 and found:
