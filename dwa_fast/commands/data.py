@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor
 
 from dwa_fast.commands.console import Console
-from dwa_fast.config import Normalisation
+from dwa_fast.config import Fraction, Normalisation, PositiveFraction, PositiveInt
 from dwa_fast.data.datasets import FileSet, ImageSet, Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
@@ -36,10 +36,10 @@ class Data:
     recipe: str  # Settings of a data set: digits, cifar10, cifar100, tiny, imagenet, folder (your own), or one with -released.
     data: Path | None = None  # Folder of the real images; digits need none.
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
-    size: int  # Height and width of the images, pixels.
+    size: PositiveInt  # Height and width of the images, pixels.
     normalisation: tyro.conf.OmitArgPrefixes[Normalisation]
-    held_out_share: float = 0.0  # Hold out this share of the training images in place of the test images, to choose settings without them.
-    test_crop: float = 1.0  # Share of the shorter side that the centre crop of test images keeps; 0.875: resized to 256, 224 cut out.
+    held_out_share: Fraction = 0.0  # Test on this share of the training images, held out, in place of the test images.
+    test_crop: PositiveFraction = 1.0  # Share of the shorter side that the centre crop of test images keeps; 0.875: 224 of 256 pixels.
 
     def full_recipe(self, **stages: Any) -> Recipe:
         """The recipe with the data as the flags have them, and with these stages."""
@@ -80,7 +80,7 @@ class DistilledData(TeacherData):
     """A distilled set, and the real data that it stands for."""
 
     images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
+    ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
 
     def open_both(self, console: Console) -> tuple[FileSet, ImageSet]:

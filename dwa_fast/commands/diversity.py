@@ -17,6 +17,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
+from dwa_fast.config import NonNegativeInt
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.subsets import by_class
@@ -43,7 +44,7 @@ class Diversity(DistilledSets):
 
     teacher: Path  # Checkpoint of the teacher, in whose eyes images are alike or not.
     output: Path  # Folder for record.json, the charts and the pictures.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     config: tyro.conf.OmitArgPrefixes[DiversityConfig]

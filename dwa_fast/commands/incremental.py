@@ -16,7 +16,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
-from dwa_fast.config import SynthesisConfig, ValidationConfig
+from dwa_fast.config import NonNegativeInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.manifest import read_manifest
@@ -42,7 +42,7 @@ class Incremental(DistilledSets):
     teacher: Path  # Checkpoint of the teacher, which gives the soft labels.
     output: Path  # Folder for record.json, the chart and the finished steps.
     student: str  # Architecture of the students, as for squeeze --architecture.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)

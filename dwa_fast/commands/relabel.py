@@ -9,7 +9,7 @@ import tyro
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import DistilledData, check_set, naming_bad_images, try_teacher
-from dwa_fast.config import ValidationConfig
+from dwa_fast.config import NonNegativeInt, PositiveInt, ValidationConfig
 from dwa_fast.engine import backend
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 
@@ -23,9 +23,9 @@ class Relabel(DistilledData):
 
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for the labels, for validate --soft-labels.
-    pool: int = 1  # Keep the labels of one epoch in so many, at least 1; students use them again and again. 1: of all.
+    pool: PositiveInt = 1  # Keep the labels of one epoch in so many; students use them again and again. 1: of all.
     dry_run: bool = False  # Only say how much the labels would take on the disk.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]

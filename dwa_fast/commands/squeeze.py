@@ -9,7 +9,7 @@ import tyro
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, naming_bad_images, usable
-from dwa_fast.config import SqueezeConfig
+from dwa_fast.config import NonNegativeInt, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
@@ -28,7 +28,7 @@ class Squeeze(Data):
     architecture: Architecture
     overwrite: bool = False  # Replace a checkpoint that is already there.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
 

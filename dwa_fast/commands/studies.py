@@ -10,6 +10,7 @@ from typing import Any
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData, naming_bad_images, say_skipped, usable
+from dwa_fast.config import PositiveInt
 from dwa_fast.data.datasets import FileSet, ImageSet, Split
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.pairing import PairedTeacher
@@ -25,7 +26,7 @@ class DistilledSets(TeacherData):
     """Some distilled sets, and the real data that they stand for."""
 
     sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
+    ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
 
     def real(self, console: Console, split: Split) -> ImageSet:

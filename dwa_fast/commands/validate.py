@@ -14,7 +14,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, DistilledData, check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.config import ValidationConfig
+from dwa_fast.config import NonNegativeInt, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import PairedTeacher
@@ -35,7 +35,7 @@ class Validate(DistilledData):
     teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed for those on disk and hard ones.
     soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed as training goes.
     student: Architecture
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dwa_fast.config import Progress, check_integer
+from dwa_fast.config import Config, PositiveInt, Progress
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.pairing import KnownClasses
@@ -25,15 +25,11 @@ _MARK = 16  # characters of the checksum of a set in the names of its folders
 
 
 @dataclass(frozen=True, kw_only=True)
-class IncrementalConfig:
+class IncrementalConfig(Config):
     """Settings of class-incremental learning."""
 
-    tasks: int = 5  # Tasks that the classes are split into, as evenly as possible, at least 1.
-    seeds: int = 3  # Random orders of the classes, each with its own students, at least 1.
-
-    def __post_init__(self) -> None:
-        check_integer("tasks", self.tasks, 1)
-        check_integer("seeds", self.seeds, 1)
+    tasks: PositiveInt = 5  # Tasks that the classes are split into, as evenly as possible.
+    seeds: PositiveInt = 3  # Random orders of the classes, each with its own students.
 
 
 def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[list[int]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dwa_fast.config import check_choice, check_integer
+from dwa_fast.config import Config, NonNegativeInt, PositiveInt, check_choice
 from dwa_fast.data.datasets import image_folder, load, normalise
 from dwa_fast.data.digest import image_digest
 from dwa_fast.engine.backend import resolve_device
@@ -31,29 +31,24 @@ Track = Callable[[str], StudyProgress]  # starts a progress bar with that title
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Config):
     """Settings of the demo."""
 
-    ipc: tuple[int, ...] = (1, 5)  # Images per class.
+    ipc: tuple[PositiveInt, ...] = (1, 5)  # Images per class.
     methods: tuple[str, ...] = (REAL, "sre2l", "real-start", "random-step", "dwa")  # real (plain real images), or methods of synthesize.
-    students: int = 5  # Students trained on each set, each with its own seed.
-    iterations: int | None = None  # Adam steps per batch; default: as in the digits recipe.
-    epochs: int | None = None  # Epochs of each student; default: as in the digits recipe.
-    seed: int = 0  # Seed of all random numbers.
+    students: PositiveInt = 5  # Students trained on each set, each with its own seed.
+    iterations: PositiveInt | None = None  # Adam steps per batch; default: as in the digits recipe.
+    epochs: PositiveInt | None = None  # Epochs of each student; default: as in the digits recipe.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    jobs: int | None = None  # Processes that run at the same time, each with one CPU thread; default: one per thread of PyTorch.
+    jobs: PositiveInt | None = None  # Processes that run at the same time, each with one CPU thread; default: one per thread of PyTorch.
 
     def __post_init__(self) -> None:
-        for ipc in self.ipc:
-            check_integer("ipc", ipc, 1)
+        super().__post_init__()
         for method in self.methods:
             check_choice("method", method, list(TITLES))
         if not self.ipc or not self.methods:
             raise InputError("the demo needs at least one ipc and one method")
-        check_integer("students", self.students, 1)
-        check_integer("seed", self.seed, 0)
-        if self.jobs is not None:
-            check_integer("jobs", self.jobs, 1)
 
 
 def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
