@@ -97,12 +97,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     known, _ = names.parse_known_args(list(arguments))
     defaults = commands(known.recipe, known.method)
     try:
-        return tyro.cli(
-            tyro.extras.subcommand_type_from_defaults(dict(defaults), _DESCRIPTIONS),
-            args=arguments,
-            prog="dwa-fast",
-            description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
-            registry=settings_registry(),
-        )
+        with settings_registry():  # the argument `registry` needs tyro 1.0.12
+            return tyro.cli(
+                tyro.extras.subcommand_type_from_defaults(dict(defaults), _DESCRIPTIONS),
+                args=arguments,
+                prog="dwa-fast",
+                description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
+            )
     except RefusedError as refused:
         raise refused.error from None
