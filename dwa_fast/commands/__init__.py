@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from dwa_fast import recipes
 from dwa_fast.commands.demo import Demo
 from dwa_fast.commands.diversity import Diversity
 from dwa_fast.commands.exchange import Export, Import
@@ -22,14 +23,13 @@ from dwa_fast.commands.validate import Validate
 from dwa_fast.config import Normalisation
 from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
-from dwa_fast.recipes import recipe
 
 
-def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
+def commands(recipe: str | None = None, method: str = "dwa") -> Mapping[str, Any]:
     """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
-    chosen = recipe(recipe_name or "digits", method=method)
+    chosen = recipes.recipe(recipe or "digits", method=method)
     missing: Any = tyro.MISSING
-    data: dict[str, Any] = {"recipe": chosen.name if recipe_name else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
+    data: dict[str, Any] = {"recipe": chosen.name if recipe else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
     data["normalisation"] = Normalisation(mean=chosen.data.mean, std=chosen.data.std)
     study = {**data, "teacher": missing, "output": missing, "synthesis": chosen.synthesis, "validation": chosen.validation}
     sets = {**data, "teacher": missing, "sets": missing, "output": missing}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -91,11 +90,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     from dwa_fast.commands import commands
     from dwa_fast.commands.flags import RefusedError, settings_registry
 
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    names.add_argument("--recipe")
-    names.add_argument("--method", default="dwa")
-    known, _ = names.parse_known_args(list(arguments))
-    defaults = commands(known.recipe, known.method)
+    defaults, _ = tyro.cli(commands, args=arguments, return_unknown_args=True, add_help=False)
     try:
         with settings_registry():  # the argument `registry` needs tyro 1.0.12
             return tyro.cli(
