@@ -100,4 +100,4 @@ def _parse(arguments: Sequence[str]) -> Any:
                 description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
             )
     except RefusedError as refused:
-        raise refused.error from None
+        raise refused.args[0] from None

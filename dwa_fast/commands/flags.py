@@ -1,4 +1,4 @@
-"""What tyro is told about settings: their ranges belong to the help, and a refused value is an InputError."""
+"""Rules for tyro: the help of a number ends with its range, and a value that is out of range is an InputError."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from dwa_fast.errors import InputError
 
 
 class RefusedError(Exception):
-    """Carries an InputError out of tyro, which would turn the error itself, a ValueError, into a usage message."""
-
-    def __init__(self, error: InputError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """Carries an InputError out of tyro, which turns every ValueError into a usage message of its own."""
 
 
 def settings_registry() -> ConstructorRegistry:
-    """Tyro's own rule for dataclasses, with the range of a number at the end of its help and every field checked."""
-    registry, inside = ConstructorRegistry(), list[StructTypeInfo]()
+    """tyro's rule for dataclasses, with ranges in the help and all fields checked."""
+    registry, inside = ConstructorRegistry(), list[StructTypeInfo]()  # inside: types that tyro's own rule is applied to
 
     @registry.struct_rule
     def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -45,8 +41,7 @@ def _with_range(field: StructFieldSpec) -> StructFieldSpec:
     allowed, text = range_of(field.type), field.helptext
     if allowed is None:
         return field
-    sentence = f"{allowed}."[0].upper() + f"{allowed}."[1:]
-    return replace(field, helptext=lambda: " ".join(filter(None, [text() if callable(text) else text, sentence])))
+    return replace(field, helptext=lambda: f"{(text() if callable(text) else text) or ''} {str(allowed).capitalize()}.".strip())
 
 
 def _checked(make: Callable[..., Any]) -> Callable[..., Any]:
