@@ -43,7 +43,7 @@ def real_images(count: int = 12) -> tuple[Tensor, Tensor]:
     return normalise(data.load(range(count)), DIGITS.data), data.labels[:count]
 
 
-def small_config(**changes: object) -> Recipe:
+def small_recipe(**changes: object) -> Recipe:
     """A quick synthesis of these images in batches of six."""
     return recipe("digits", **{"size": SIZE, "iterations": 24, "batch_size": 6, "jitter": 1, "steps": 3, **changes})
 

@@ -18,10 +18,10 @@ from dwa_fast.data.datasets import FileSet, MemorySet, image_folder, normalise
 from dwa_fast.data.initial import initial_images, read_tensor, sample
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
-from tests.nets import SIZE, small_config, small_set, small_teacher
+from tests.nets import SIZE, small_recipe, small_set, small_teacher
 
 SHORT: dict[str, Any] = {"iterations": 2, "batch_size": 4, "backend": "reference"}
-CONFIG = small_config(**SHORT)
+CONFIG = small_recipe(**SHORT)
 
 
 def write_files(folder: Path, classes: int = 10, count: int = 5) -> None:
@@ -222,12 +222,12 @@ def test_noise_start_needs_no_images(tmp_path: Path) -> None:
     """SRe2L looks at no real image: neither bad files nor classes that are too small matter to it."""
     write_files(tmp_path / "data", count=1)
     (tmp_path / "data" / "c3" / "0.png").write_bytes(b"")
-    config = small_config(**SHORT, initial="noise", ascent="none")
+    config = small_recipe(**SHORT, initial="noise", ascent="none")
     assert distil(files(tmp_path / "data"), tmp_path / "set", 2, config) == 20
     with pytest.raises(InputError, match="initial_tensors would not be used: a noise start without directed adjustment"):
         distil(files(tmp_path / "data"), tmp_path / "other", 2, config, initial_tensors=tmp_path)
     with pytest.raises(InputError, match=r"c3/0\.png is no image"):  # the adjustment follows the gradient of real images
-        distil(files(tmp_path / "data"), tmp_path / "other", 1, small_config(**SHORT, initial="noise"))
+        distil(files(tmp_path / "data"), tmp_path / "other", 1, small_recipe(**SHORT, initial="noise"))
 
 
 def test_unknown_order() -> None:

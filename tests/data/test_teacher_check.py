@@ -14,7 +14,7 @@ from dwa_fast import distill, synthesize
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import MemorySet, normalise
 from dwa_fast.data.teacher_check import check_teacher, judge
-from tests.nets import DIGITS, real_images, small_config, small_set, small_teacher
+from tests.nets import DIGITS, real_images, small_recipe, small_set, small_teacher
 
 GREY = Normalisation(mean=(0.3,), std=(0.3,))
 
@@ -124,7 +124,7 @@ def trained() -> nn.Module:
 
 
 def test_distill_and_synthesize_try_the_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module, config = trained(), small_config(iterations=1, steps=1, batch_size=60)
+    module, config = trained(), small_recipe(iterations=1, steps=1, batch_size=60)
     images, labels = real_images(60)
     data = small_set(6)
     pixels = normalise(data.load(range(60)), DIGITS.data)
@@ -141,5 +141,5 @@ def test_distill_and_synthesize_try_the_teacher(tmp_path: Path, caplog: pytest.L
         synthesize(module, images, labels, config)
         assert "output 1 is class 0" in caplog.text
         caplog.clear()
-        synthesize(module, images, labels, small_config(iterations=1, steps=1, batch_size=60, initial="noise", ascent="none"))
+        synthesize(module, images, labels, small_recipe(iterations=1, steps=1, batch_size=60, initial="noise", ascent="none"))
         assert "teacher" not in caplog.text

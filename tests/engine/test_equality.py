@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dwa_fast import recipe, synthesize
 from dwa_fast.models.architectures import build
 from dwa_fast.reference.loop import recover
-from tests.nets import assert_as_near, real_images, small_config, small_teacher
+from tests.nets import assert_as_near, real_images, small_recipe, small_teacher
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
@@ -42,7 +42,7 @@ def test_lower_precision_ends_within_the_spread_of_seeds(precision: str) -> None
     device = "cpu" if precision == "bf16" and not torch.cuda.is_available() else "auto"
 
     def final(seed: int, precision: str) -> Tensor:
-        config = small_config(iterations=100, batch_size=10, backend="fused", precision=precision, device=device)
+        config = small_recipe(iterations=100, batch_size=10, backend="fused", precision=precision, device=device)
         weights = torch.tensor([1.0, config.synthesis.lambda_mean, config.synthesis.lambda_var])
         return synthesize(small_teacher(), images, labels, config, seed=seed).losses[0, -10:].mean(0) * weights
 
@@ -58,7 +58,7 @@ def test_same_bits_every_time_and_in_flight_together(precision: str, device: tor
     images, labels = images.to(device), labels.to(device)
     runs = [
         synthesize(
-            small_teacher(), images, labels, small_config(backend="fused", precision=precision, device=device.type, concurrent_batches=n)
+            small_teacher(), images, labels, small_recipe(backend="fused", precision=precision, device=device.type, concurrent_batches=n)
         )
         for n in (1, 1, 2, 5)
     ]
@@ -72,7 +72,7 @@ def test_number_of_threads_does_not_change_the_bits() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(
-            synthesize(small_teacher(), images, labels, small_config(iterations=3, backend="fused", precision="fp32", device="cpu"))
+            synthesize(small_teacher(), images, labels, small_recipe(iterations=3, backend="fused", precision="fp32", device="cpu"))
         )
     assert distance(results[0].images, results[1].images) < 1e-6
 
@@ -83,6 +83,6 @@ def test_number_of_threads_does_not_change_the_bits() -> None:
 )
 def test_compiled_equals_the_loop(settings: dict[str, object]) -> None:
     images, labels = real_images(6)
-    config = small_config(iterations=8, backend="compiled", precision="fp32", device="cpu", learning_rate=0.01, **settings)
+    config = small_recipe(iterations=8, backend="compiled", precision="fp32", device="cpu", learning_rate=0.01, **settings)
     got = synthesize(small_teacher(), images, labels, config)
     assert_as_near(got, recover(small_teacher(), images, labels, config), recover(small_teacher(), images.double(), labels, config))

@@ -12,7 +12,7 @@ from dwa_fast.experiments.cells import Setup
 from dwa_fast.io.files import checksum
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.training.fit import fresh
-from tests.nets import SIZE, small_config
+from tests.nets import SIZE, small_recipe
 
 
 def with_validation(setup: Setup, **changes: Any) -> Setup:
@@ -30,7 +30,7 @@ def small_setup(output: Path) -> Setup:
         save_teacher(teacher, network, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE, accuracy=10.0))
     setup = Setup(
         output=output,
-        recipe=small_config(iterations=2, batch_size=10, backend="reference"),
+        recipe=small_recipe(iterations=2, batch_size=10, backend="reference"),
         folder=None,
         train_checksum="of the training images",
         test_checksum="of the held-out images",
