@@ -23,13 +23,13 @@ from dwa_fast import synthesize
 from dwa_fast.data.datasets import MemorySet, denormalise, load, normalise
 from dwa_fast.data.initial import sample
 from dwa_fast.engine.backend import precisions, resolve_device
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.sets.distill import work_list
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
 from dwa_fast.training.validate import validate
 
-RECIPE = full_recipe("digits")
+RECIPE = recipe("digits")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write everything there")
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
-    train, test = (load(RECIPE.data, None, split, channels=1) for split in ("train", "test"))
+    train, test = (load(RECIPE.data, None, split) for split in ("train", "test"))
     assert isinstance(train, MemorySet)
-    teacher = squeeze(train, RECIPE.architecture, RECIPE.squeeze, size=RECIPE.data.size, device=device)
+    teacher = squeeze(train, RECIPE, device=device)
     ways = [("reference", "fp32")] + [("fused", precision) for precision in precisions("fused", device)]
     rows = []
     for backend, precision in ways:
@@ -52,14 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             accuracies = []
             for seed in range(options.seeds):
                 distilled = distil(teacher, train, backend, precision, str(device), ipc, seed)
-                config = replace(RECIPE.validation, students=options.students)
-                size = RECIPE.data.size
-                result = validate(distilled, test, teacher, RECIPE.architecture, config, size=size, device=device, seed=seed)
+                chosen = replace(RECIPE, validation=replace(RECIPE.validation, students=options.students))
+                result = validate(distilled, test, teacher, RECIPE.architecture, chosen, device=device, seed=seed)
                 accuracies.append(statistics.fmean(result.accuracies))
             rows.append({"backend": backend, "precision": precision, "ipc": ipc, "accuracies": accuracies})
-    table = Table(
-        title=f"top-1 % of students of digits, {options.seeds} sets each; teacher {top1(teacher, test, RECIPE.squeeze, device):.1f}"
-    )
+    table = Table(title=f"top-1 % of students of digits, {options.seeds} sets each; teacher {top1(teacher, test, RECIPE.data, device):.1f}")
     for column in ("back-end", "precision", "ipc", "mean", "± std over seeds"):
         table.add_column(column)
     for row in rows:
@@ -74,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def distil(teacher: nn.Module, train: MemorySet, backend: str, precision: str, device: str, ipc: int, seed: int) -> MemorySet:
     """A DWA set in memory, rounded as PNG files are."""
-    config = replace(RECIPE.synthesis, backend=backend, precision=precision, device=device, batch_size=10)  # type: ignore[arg-type]
+    own = recipe("digits", backend=backend, precision=precision, device=device, batch_size=10)
     members = [sample(train, label, ipc, seed=seed) for label in range(10)]
     chosen = [members[label][item.index] for item in work_list(10, ipc, 10) for label in item.labels]
-    result = synthesize(teacher, normalise(train.load(chosen), config), train.labels[chosen], config, seed=seed)
-    levels = (denormalise(result.images, config).clamp(0, 1) * 255).round().to(torch.uint8)
+    result = synthesize(teacher, normalise(train.load(chosen), own.data), train.labels[chosen], own, seed=seed)
+    levels = (denormalise(result.images, own.data).clamp(0, 1) * 255).round().to(torch.uint8)
     return MemorySet(levels, train.labels[chosen], train.class_names)
 
 

@@ -189,7 +189,7 @@ def batches_in_flight(plan: Plan, rows: Rows) -> None:
     problem = _problem(plan, plan.workloads[0])
     for count in plan.flights:
         config = replace(problem.config, iterations=plan.iterations, concurrent_batches=count, backend="fused", precision=plan.precision)  # type: ignore[arg-type]
-        engine = Synthesizer(problem.teacher, problem.images, config, batch_sizes=[len(problem.images)])
+        engine = Synthesizer(problem.teacher, problem.images, config, problem.recipe.data, batch_sizes=[len(problem.images)])
         batches = [Batch(number, problem.images, problem.labels) for number in range(count)]
         run = functools.partial(engine.run, batches, seed=harness.SEED)
         run()  # records the steps

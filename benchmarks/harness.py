@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import Execution, precisions, resolve, tuned
 from dwa_fast.engine.refine import Refinement
@@ -25,7 +25,7 @@ from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.models.checkpoint import load_teacher
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import Recipe, recipe
 from dwa_fast.reference.loop import StatisticsHook, apply_view
 from dwa_fast.schedule import Schedule, make_schedule
 
@@ -69,56 +69,56 @@ class Problem:
     """One workload with weights and inputs that are random but not degenerate."""
 
     workload: Workload
-    config: SynthesisConfig
+    recipe: Recipe
     teacher: nn.Module
     images: Tensor  # [B, C, H, W] normalised, float32
     labels: Tensor  # [B]
     schedule: Schedule
     device: torch.device
 
-
-def recipe_of(workload: Workload) -> SynthesisConfig:
-    """The published settings."""
-    return full_recipe(workload.recipe).synthesis
+    @property
+    def config(self) -> SynthesisConfig:
+        """The settings of the synthesis."""
+        return self.recipe.synthesis
 
 
 def make_problem(workload: Workload, device: torch.device, batch: int | None, iterations: int, *, teacher: Path | None = None) -> Problem:
     """A workload with random pictures, and the weights of a checkpoint or random ones."""
     count = batch or (workload.batch if device.type == "cuda" else workload.cpu_batch)
-    config = replace(recipe_of(workload), iterations=iterations, batch_size=count, device=str(device))
+    chosen = recipe(workload.recipe, size=workload.size, iterations=iterations, batch_size=count, device=str(device))
     torch.manual_seed(SEED)
     if teacher is None:
-        module = _random_teacher(workload, config, device, min(count, 16))
+        module = _random_teacher(workload, chosen.data, device, min(count, 16))
     else:
-        facts = {"classes": workload.classes, "channels": config.channels, "size": workload.size}
+        facts = {"classes": workload.classes, "channels": chosen.data.channels, "size": workload.size}
         module = load_teacher(teacher, architecture=workload.architecture, **facts)[0].to(device).eval()
-    images = _pictures(count, workload, config, device)
+    images = _pictures(count, workload, chosen.data, device)
     labels = torch.arange(count, device=device) % workload.classes
-    schedule = make_schedule(config, workload.size, workload.size, seed=SEED, batch=0)
-    return Problem(workload, config, module, images, labels, schedule, device)
+    schedule = make_schedule(chosen.synthesis, workload.size, workload.size, seed=SEED, batch=0)
+    return Problem(workload, chosen, module, images, labels, schedule, device)
 
 
-def _random_teacher(workload: Workload, config: SynthesisConfig, device: torch.device, count: int) -> nn.Module:
+def _random_teacher(workload: Workload, normalisation: Normalisation, device: torch.device, count: int) -> nn.Module:
     """Random weights whose BatchNorm statistics come from such pictures, so that activations and losses are of the usual size."""
-    teacher = build(workload.architecture, classes=workload.classes, channels=config.channels, size=workload.size).to(device)
+    teacher = build(workload.architecture, classes=workload.classes, channels=normalisation.channels, size=workload.size).to(device)
     layers = list(batchnorm_layers(teacher).values())
     teacher.train()
     with torch.no_grad():
         for layer in layers:
             layer.momentum = None  # a plain average over the passes
         for _ in range(2):
-            teacher(_pictures(count, workload, config, device))
+            teacher(_pictures(count, workload, normalisation, device))
     for layer in layers:  # off the pictures' statistics, as a real teacher's are
         layer.running_mean += 0.2 * torch.randn_like(layer.running_mean) * layer.running_var.sqrt()
         layer.running_var *= torch.empty_like(layer.running_var).uniform_(0.7, 1.4)
     return teacher.eval()
 
 
-def _pictures(number: int, workload: Workload, config: SynthesisConfig, device: torch.device) -> Tensor:
+def _pictures(number: int, workload: Workload, normalisation: Normalisation, device: torch.device) -> Tensor:
     """Smooth coloured noise between black and white, normalised."""
-    low, high = (torch.tensor(bound)[:, None, None] for bound in config.bounds)
-    coarse = torch.rand(number, config.channels, 8, 8)
-    fine = torch.rand(number, config.channels, workload.size, workload.size)
+    low, high = (torch.tensor(bound)[:, None, None] for bound in normalisation.bounds)
+    coarse = torch.rand(number, normalisation.channels, 8, 8)
+    fine = torch.rand(number, normalisation.channels, workload.size, workload.size)
     smooth = F.interpolate(coarse, size=(workload.size, workload.size), mode="bilinear", align_corners=False)
     return (low + (high - low) * (0.8 * smooth + 0.2 * fine)).to(device)
 
@@ -148,7 +148,9 @@ class Published:
         self.problem, self.dtype = problem, dtype
         self.model = copy.deepcopy(problem.teacher).to(dtype).requires_grad_(not frozen)
         self.hooks = [StatisticsHook(layer) for layer in batchnorm_layers(self.model).values()]
-        self.low, self.high = (torch.tensor(bound, dtype=dtype, device=problem.device)[:, None, None] for bound in problem.config.bounds)
+        self.low, self.high = (
+            torch.tensor(bound, dtype=dtype, device=problem.device)[:, None, None] for bound in problem.recipe.data.bounds
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -194,7 +196,7 @@ class Ours:
         self.network, _ = prepare(problem.teacher, problem.images, execution)
         Arena(self.network, execution, moves=False)
         with execution.arithmetic():
-            self.refinement = Refinement(self.network, self.network, problem.images.shape, problem.config, execution)
+            self.refinement = Refinement(self.network, self.network, problem.images.shape, problem.config, problem.recipe.data, execution)
         self.reset()
 
     def reset(self) -> None:

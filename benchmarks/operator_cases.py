@@ -19,7 +19,7 @@ from dwa_fast.engine.fuse import trace
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.ops.activation import Activation, title
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.reference.ops import Operators
 from dwa_fast.schedule import HEIGHT, WIDTH, make_schedule
 
@@ -289,7 +289,8 @@ def _matching_loss_traffic(inputs: Inputs) -> int:
 
 def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inputs:
     """A batch in the middle of its course: images, Adam's state, and the schedule at the crop of median area."""
-    config = replace(full_recipe(subject.recipe).synthesis, iterations=101)
+    chosen = recipe(subject.recipe, iterations=101)
+    config = chosen.synthesis
     schedule = make_schedule(config, *subject.shape[2:], seed=harness.SEED, batch=0)
     area = schedule.rows[:, HEIGHT] * schedule.rows[:, WIDTH]
     step = int(area.argsort()[50])
@@ -307,8 +308,8 @@ def _pictures(subject: Images, dtype: torch.dtype, device: torch.device) -> Inpu
         "exp_avg": noise(1e-6),
         "exp_avg_sq": noise(1e-6).square(),
         "learning_rates": schedule.learning_rates.to(device),
-        "low": torch.tensor(config.bounds[0], device=device),
-        "high": torch.tensor(config.bounds[1], device=device),
+        "low": torch.tensor(chosen.data.bounds[0], device=device),
+        "high": torch.tensor(chosen.data.bounds[1], device=device),
     }
 
 

@@ -29,6 +29,7 @@ from dwa_fast.data.datasets import MemorySet, denormalise
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
+from dwa_fast.recipes import recipe
 
 _PEERS = ("published", "fused")
 _PEAK_RUNS = 2  # calls of one measurement of a peak
@@ -80,7 +81,7 @@ def make_plan(workload: harness.Workload, device: torch.device, precision: Preci
         warm_up=(1.0 if quick else 5.0) if cuda else 0.0,
         batch=batch,
         sample=(10 if quick else 50) if cuda else (1 if quick else 2),
-        steps=2 if quick else harness.recipe_of(workload).steps,
+        steps=2 if quick else recipe(workload.recipe).synthesis.steps,
         whole=(20 if quick else 100) if cuda else (2 if quick else 10),
         classes=min(workload.classes, batch if cuda else _CPU_CLASSES),
         iterations=tuple(count * (10 if cuda else 1) for count in ((1, 2, 4) if quick else (1, 2, 4, 8, 16))),
@@ -143,7 +144,7 @@ def time_flights(plan: Plan) -> curves.Curve:
 
     jobs = {}
     for flights in plan.flights:
-        run = Synthesizer(problem.teacher, problem.images, replace(config, concurrent_batches=flights))
+        run = Synthesizer(problem.teacher, problem.images, replace(config, concurrent_batches=flights), problem.recipe.data)
         batches = [Batch(number, problem.images, problem.labels) for number in range(flights)]
         jobs[_label("fused", plan), flights] = functools.partial(fly, run, batches)
     settings = {**plan.settings, "iterations": plan.whole}
@@ -227,13 +228,14 @@ def _sets(plan: Plan) -> tuple[Callable[[int], None], dict[str, object]]:
     """What distils a set of so many images per class into a folder that is removed afterwards, and its settings."""
     workload = replace(plan.workload, classes=plan.classes)
     problem = harness.make_problem(workload, plan.device, plan.classes * max(plan.ipcs), plan.whole)
-    pixels = (denormalise(problem.images, problem.config).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    pixels = (denormalise(problem.images, problem.recipe.data).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     data = MemorySet(pixels, problem.labels.cpu(), [str(label) for label in range(plan.classes)])
     config = replace(problem.config, batch_size=plan.classes, steps=plan.steps, backend="fused", precision=plan.precision)
+    chosen = replace(problem.recipe, synthesis=config)
 
     def make_set(ipc: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            distill(problem.teacher, data, config, ipc=ipc, output=Path(folder))
+            distill(problem.teacher, data, chosen, ipc=ipc, output=Path(folder))
 
     fixed = {"batch": plan.classes, "classes": plan.classes, "iterations": plan.whole, "steps": plan.steps}
     return make_set, {**plan.settings, **fixed}

@@ -95,7 +95,7 @@ def whole_batches(problem: harness.Problem, precision: str, iterations: int) -> 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         _write_images(root / "real", problem, per_class=2)
-        data = image_folder(root / "real", problem.workload.size, problem.config.channels)
+        data = image_folder(root / "real", problem.workload.size, problem.recipe.data.channels)
         config = replace(problem.config, iterations=iterations, batch_size=count, backend="fused", precision=precision)  # type: ignore[arg-type]
         moments: dict[int, float] = {}
 
@@ -103,17 +103,19 @@ def whole_batches(problem: harness.Problem, precision: str, iterations: int) -> 
             moments.setdefault(done, time.perf_counter())
 
         start = time.perf_counter()
-        distill(FirstClasses(problem.teacher, count).eval(), data, config, ipc=2, output=root / "ours", progress=note)
+        recipe = replace(problem.recipe, synthesis=config)
+        distill(FirstClasses(problem.teacher, count).eval(), data, recipe, ipc=2, output=root / "ours", progress=note)
         end = time.perf_counter()
         both = end - moments[0]
         second = end - moments[iterations]
         peer = harness.Published(problem)
         start_published = time.perf_counter()
-        peer.problem = replace(problem, images=normalise(data.load(list(range(0, 2 * count, 2))), problem.config).to(problem.device))
+        images = normalise(data.load(list(range(0, 2 * count, 2))), problem.recipe.data).to(problem.device)
+        peer.problem = replace(problem, images=images)
         published_ascent(peer)
         peer.reset()
         peer.advance(iterations)
-        pixels = denormalise(peer.images.detach(), problem.config)
+        pixels = denormalise(peer.images.detach(), problem.recipe.data)
         _save(pixels, root / "published", 0)
         published = time.perf_counter() - start_published
     return {
@@ -152,7 +154,7 @@ def whole_sets(
 
 
 def _write_images(folder: Path, problem: harness.Problem, per_class: int) -> None:
-    pixels = denormalise(problem.images, problem.config)
+    pixels = denormalise(problem.images, problem.recipe.data)
     for index in range(per_class):
         _save(pixels, folder, index)
 

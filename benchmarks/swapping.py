@@ -29,6 +29,7 @@ from dwa_fast.config import Precision
 from dwa_fast.engine.backend import precisions, resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
+from dwa_fast.recipes import recipe
 from dwa_fast.reference.loop import apply_view
 from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator, normal
@@ -139,7 +140,7 @@ class Loop:
             (loss_ce + config.lambda_mean * loss_bn).backward()
             self.optimizer.step()
             with torch.no_grad():
-                for channel, (low, high) in enumerate(zip(*config.bounds, strict=True)):
+                for channel, (low, high) in enumerate(zip(*self.recovery.normalisation.bounds, strict=True)):
                     self.inputs[:, channel].clamp_(low, high)
             self.seen_losses.append([loss_ce.item(), loss_bn.item()])
             self.step = (self.step + 1) % config.iterations
@@ -153,7 +154,7 @@ class Swapped:
     """What get_images does for one batch."""
 
     def __init__(self, problem: harness.Problem, recovery: Recovery) -> None:
-        run = Synthesizer(problem.teacher, problem.images[:1], recovery.config)
+        run = Synthesizer(problem.teacher, problem.images[:1], recovery.config, recovery.normalisation)
         self.replica, self.precision, self.r_var = run.replicas[0], run.execution.precision, recovery.r_var
         self.batch = Batch(0, problem.images, problem.labels)
 
@@ -219,7 +220,7 @@ def measure(problem: harness.Problem, code_base: str, options: argparse.Namespac
     begun = harness.in_turns(ascents, max(1, options.rounds // 2))
     harness.warm_up(iterations)
     samples = harness.in_turns(iterations, options.rounds)
-    whole = harness.recipe_of(problem.workload).iterations
+    whole = recipe(problem.workload.recipe).synthesis.iterations
     rows = []
     for name, way in ways.items():
         median, low, high = (seconds / options.iterations for seconds in harness.spread(samples[name]))

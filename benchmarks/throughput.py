@@ -26,6 +26,7 @@ import stages
 
 from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.errors import InputError
+from dwa_fast.recipes import recipe
 
 COMPARED = 3  # iterations whose losses are compared with those in float64
 _FACTOR = 2  # an error may be this many times what rounding does to PyTorch's own operators
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
     """All peers of one workload, checked and timed in one process."""
-    published_iterations = harness.recipe_of(workload).iterations
+    published_iterations = recipe(workload.recipe).synthesis.iterations
     whole = published_iterations if device.type == "cuda" else 2 * options.iterations  # iterations of the whole batch by wall clock
     horizon = max(COMPARED, options.iterations * (options.rounds + 2), whole)
     problem = harness.make_problem(workload, device, options.batch_size, horizon, teacher=options.teacher)

@@ -22,11 +22,12 @@ import harness
 import machine
 
 from dwa_fast import distill
-from dwa_fast.config import InitialConfig, SynthesisConfig
+from dwa_fast.config import InitialConfig
 from dwa_fast.data.datasets import FileSet, ImageSet, denormalise, image_folder, to_levels
 from dwa_fast.data.initial import initial_images
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
+from dwa_fast.recipes import Recipe
 from dwa_fast.sets.distill import work_list
 
 
@@ -48,15 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workload = replace(harness.WORKLOADS[options.workload], classes=options.classes)
     problem = harness.make_problem(workload, device, options.batch_size, options.iterations)
     config = replace(problem.config, backend="fused", precision=options.precision, concurrent_batches=options.in_flight)
+    recipe = replace(problem.recipe, synthesis=config)
     with tempfile.TemporaryDirectory() as name:
-        data = image_files(Path(name) / "data", workload, config, options.ipc)
-        batches = in_memory(data, config, options.ipc)
-        refined = bare(problem.teacher, batches, config)
-        distill(problem.teacher, data, config, ipc=options.ipc, output=Path(name) / "set", seed=harness.SEED)
-        same = holds(Path(name) / "set", refined, config, options.classes, options.ipc)
+        data = image_files(Path(name) / "data", workload, recipe, options.ipc)
+        batches = in_memory(data, recipe, options.ipc)
+        refined = bare(problem.teacher, batches, recipe)
+        distill(problem.teacher, data, recipe, ipc=options.ipc, output=Path(name) / "set", seed=harness.SEED)
+        same = holds(Path(name) / "set", refined, recipe, options.classes, options.ipc)
         jobs = {
-            "bare loop": lambda: machine.timed(lambda: bare(problem.teacher, batches, config), device),
-            "whole set": lambda: machine.timed(lambda: whole(problem.teacher, data, config, options.ipc, Path(name)), device),
+            "bare loop": lambda: machine.timed(lambda: bare(problem.teacher, batches, recipe), device),
+            "whole set": lambda: machine.timed(lambda: whole(problem.teacher, data, recipe, options.ipc, Path(name)), device),
         }
         samples = harness.in_turns(jobs, options.rounds)
     shares = [loop / set_ for loop, set_ in zip(samples["bare loop"], samples["whole set"], strict=True)]
@@ -73,48 +75,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if same else 1
 
 
-def image_files(folder: Path, workload: harness.Workload, config: SynthesisConfig, ipc: int) -> FileSet:
+def image_files(folder: Path, workload: harness.Workload, recipe: Recipe, ipc: int) -> FileSet:
     """JPEG files twice as large as the images of the set, as many as it starts from."""
     source = torch.Generator().manual_seed(harness.SEED)
     for label in range(workload.classes):
         for index in range(ipc):
-            coarse = torch.rand(1, config.channels, 8, 8, generator=source)
+            coarse = torch.rand(1, recipe.data.channels, 8, 8, generator=source)
             pixels = torch.nn.functional.interpolate(coarse, size=(2 * workload.size,) * 2, mode="bilinear")[0]
             path = folder / f"{label:04d}" / f"{index:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             levels = (pixels * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-            Image.fromarray(levels if config.channels == 3 else levels[:, :, 0]).save(path, quality=95)
-    return image_folder(folder, workload.size, config.channels)
+            Image.fromarray(levels if recipe.data.channels == 3 else levels[:, :, 0]).save(path, quality=95)
+    return image_folder(folder, workload.size, recipe.data.channels)
 
 
-def in_memory(data: ImageSet, config: SynthesisConfig, ipc: int) -> list[Batch]:
+def in_memory(data: ImageSet, recipe: Recipe, ipc: int) -> list[Batch]:
     """The batches of the set with their initial images."""
-    start = initial_images(data, config, InitialConfig(), ipc=ipc, seed=harness.SEED)
-    items = work_list(len(data.class_names), ipc, config.batch_size)
+    start = initial_images(data, recipe, InitialConfig(), ipc=ipc, seed=harness.SEED)
+    items = work_list(len(data.class_names), ipc, recipe.synthesis.batch_size)
     return [Batch(item.number, start.load(item.labels, item.index), torch.tensor(item.labels)) for item in items]
 
 
-def bare(teacher: nn.Module, batches: Sequence[Batch], config: SynthesisConfig) -> list[Tensor]:
+def bare(teacher: nn.Module, batches: Sequence[Batch], recipe: Recipe) -> list[Tensor]:
     """The engine alone: a teacher made ready, and every batch refined; nothing is read or written."""
-    run = Synthesizer(teacher, batches[0].images, config)
-    refined = []
-    for first in range(0, len(batches), config.concurrent_batches):
-        group = batches[first : first + config.concurrent_batches]
+    run = Synthesizer(teacher, batches[0].images, recipe.synthesis, recipe.data)
+    refined, count = [], recipe.synthesis.concurrent_batches
+    for first in range(0, len(batches), count):
+        group = batches[first : first + count]
         refined += [images for images, _ in run.run(group, seed=harness.SEED)]
     return refined
 
 
-def whole(teacher: nn.Module, data: ImageSet, config: SynthesisConfig, ipc: int, folder: Path) -> None:
+def whole(teacher: nn.Module, data: ImageSet, recipe: Recipe, ipc: int, folder: Path) -> None:
     """What the command does, from a teacher in memory to a complete folder."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        distill(teacher, data, config, ipc=ipc, output=Path(name), seed=harness.SEED)
+        distill(teacher, data, recipe, ipc=ipc, output=Path(name), seed=harness.SEED)
 
 
-def holds(folder: Path, refined: Sequence[Tensor], config: SynthesisConfig, classes: int, ipc: int) -> bool:
+def holds(folder: Path, refined: Sequence[Tensor], recipe: Recipe, classes: int, ipc: int) -> bool:
     """Whether the files hold these images, pixel for pixel."""
-    written = image_folder(folder, refined[0].shape[-1], config.channels)
-    images = torch.cat([denormalise(each, config) for each in refined])
-    order = [item.index + ipc * label for item in work_list(classes, ipc, config.batch_size) for label in item.labels]
+    written = image_folder(folder, refined[0].shape[-1], recipe.data.channels)
+    images = torch.cat([denormalise(each, recipe.data) for each in refined])
+    order = [item.index + ipc * label for item in work_list(classes, ipc, recipe.synthesis.batch_size) for label in item.labels]
     return bool((to_levels(images) == written.load(order)).all())
 
 

@@ -29,19 +29,16 @@ def page() -> str:
 
 
 def _fields(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Every stage's settings without the normalisation, which they share."""
-    stages = {stage: asdict(getattr(recipe, stage)) for stage in _STAGES}
-    return {stage: {name: value for name, value in values.items() if name not in ("mean", "std")} for stage, values in stages.items()}
+    """Every stage's settings."""
+    return {stage: asdict(getattr(recipe, stage)) for stage in _STAGES}
 
 
 def _data(recipes: Sequence[Recipe]) -> str:
     rows = [("recipe", "what", "pixels", "`test_crop`", "classes", "teacher", "mean", "std")]
     for recipe in recipes:
-        data, normalisation = recipe.data, recipe.synthesis
-        shown = [
-            _shown(value) for value in (data.size, data.test_crop, data.classes, recipe.architecture, normalisation.mean, normalisation.std)
-        ]
-        rows.append((recipe.name, recipe.summary, *shown))
+        data = recipe.data
+        shown = (data.size, data.test_crop, data.classes, recipe.architecture, data.mean, data.std)
+        rows.append((recipe.name, recipe.summary, *map(_shown, shown)))
     return _table(rows)
 
 

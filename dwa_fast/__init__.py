@@ -15,7 +15,7 @@ from dwa_fast.data.datasets import load as load_data
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.recipes import full_recipe, recipe
+from dwa_fast.recipes import Recipe, recipe
 from dwa_fast.sets.distill import distill
 from dwa_fast.sets.synthesize import SynthesisResult, synthesize
 from dwa_fast.training.relabel import relabel
@@ -28,6 +28,7 @@ __all__ = [
     "InitialConfig",
     "InputError",
     "MemorySet",
+    "Recipe",
     "SqueezeConfig",
     "StorageConfig",
     "SynthesisConfig",
@@ -39,7 +40,6 @@ __all__ = [
     "denormalise",
     "digits",
     "distill",
-    "full_recipe",
     "image_folder",
     "load_data",
     "load_teacher",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from dwa_fast.config import DataConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_choice
@@ -16,10 +16,14 @@ class Recipe:
     name: str
     summary: str
     data: DataConfig
-    architecture: str
+    architecture: str  # of the teacher
     synthesis: SynthesisConfig
     squeeze: SqueezeConfig
     validation: ValidationConfig
+
+    def settings(self, stage: Literal["synthesis", "squeeze", "validation"]) -> dict[str, Any]:
+        """The settings of a stage with mean and std, as manifests, checkpoints and records hold them."""
+        return {"mean": self.data.mean, "std": self.data.std, **asdict(getattr(self, stage))}
 
 
 def _sre2l(dwa: SynthesisConfig) -> SynthesisConfig:
@@ -36,37 +40,11 @@ METHODS: dict[str, Callable[[SynthesisConfig], SynthesisConfig]] = {
 }
 
 
-def _recipe(
-    name: str,
-    summary: str,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    data: DataConfig,
-    architecture: str,
-    synthesis: SynthesisConfig,
-    squeeze: SqueezeConfig,
-    validation: ValidationConfig,
-) -> Recipe:
-    """A recipe with the same normalisation in all stages."""
+def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
     return Recipe(
         name=name,
-        summary=summary,
-        data=data,
-        architecture=architecture,
-        synthesis=replace(synthesis, mean=mean, std=std),
-        squeeze=replace(squeeze, mean=mean, std=std),
-        validation=replace(validation, mean=mean, std=std),
-    )
-
-
-def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
-    return _recipe(
-        name,
-        f"CIFAR-{classes}, 32 pixels, ResNet-18 with a 3×3 stem",
-        mean=mean,
-        std=std,
-        data=DataConfig(layout=name, size=32, classes=classes),
+        summary=f"CIFAR-{classes}, 32 pixels, ResNet-18 with a 3×3 stem",
+        data=DataConfig(layout=name, mean=mean, std=std, size=32, classes=classes),
         architecture="resnet18-cifar",
         synthesis=SynthesisConfig(),
         squeeze=SqueezeConfig(),
@@ -75,11 +53,9 @@ def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float
 
 
 def _imagenet(name: str, summary: str, classes: int | None, test_crop: float) -> Recipe:
-    return _recipe(
-        name,
-        summary,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+    return Recipe(
+        name=name,
+        summary=summary,
         data=DataConfig(layout="folder", size=224, classes=classes, test_crop=test_crop),
         architecture="resnet18",
         synthesis=SynthesisConfig(iterations=2000, lambda_var=0.02, view="crop", jitter=32),
@@ -91,12 +67,10 @@ def _imagenet(name: str, summary: str, classes: int | None, test_crop: float) ->
 
 
 def _tiny() -> Recipe:
-    return _recipe(
-        "tiny",
-        "Tiny-ImageNet, 64 pixels, ResNet-18 with a 3×3 stem",
-        mean=(0.4802, 0.4481, 0.3975),
-        std=(0.2302, 0.2265, 0.2262),
-        data=DataConfig(layout="tiny", size=64, classes=200),
+    return Recipe(
+        name="tiny",
+        summary="Tiny-ImageNet, 64 pixels, ResNet-18 with a 3×3 stem",
+        data=DataConfig(layout="tiny", mean=(0.4802, 0.4481, 0.3975), std=(0.2302, 0.2265, 0.2262), size=64, classes=200),
         architecture="resnet18-cifar",
         synthesis=SynthesisConfig(iterations=2000, learning_rate=0.1, view="crop"),
         squeeze=SqueezeConfig(epochs=100),
@@ -116,12 +90,10 @@ def _tiny() -> Recipe:
 
 
 def _digits() -> Recipe:
-    return _recipe(
-        "digits",
-        "scikit-learn's handwritten digits, 16 pixels, a small ResNet: minutes on a CPU",
-        mean=(0.3053,),
-        std=(0.3185,),
-        data=DataConfig(layout="digits", size=16, classes=10),
+    return Recipe(
+        name="digits",
+        summary="scikit-learn's handwritten digits, 16 pixels, a small ResNet: minutes on a CPU",
+        data=DataConfig(layout="digits", mean=(0.3053,), std=(0.3185,), size=16, classes=10),
         architecture="small-resnet",
         synthesis=SynthesisConfig(iterations=500, jitter=2),
         squeeze=SqueezeConfig(epochs=12, learning_rate=0.05, padding=2, flip=0.0),
@@ -162,27 +134,24 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def full_recipe(name: str, *, method: str = "dwa") -> Recipe:
-    """All settings of a data set, with the synthesis of a method.
+_DATA, _OTHERS = [field.name for field in fields(DataConfig)], ["architecture", "squeeze", "validation"]
+
+
+def recipe(name: str, *, method: str = "dwa", **changes: Any) -> Recipe:
+    """All settings of a data set, with the synthesis of a method, and with single fields changed: `recipe("cifar100", iterations=200)`.
 
     Args:
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), real-start (no step),
             random-step, coupled (λ_mean = λ_var).
+        changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.
     Raises:
-        InputError: no such recipe or method.
+        InputError: no such recipe or method, or a value that cannot be used.
+        TypeError: no such field.
     """
     check_choice("recipe", name, list(RECIPES))
     check_choice("method", method, list(METHODS))
     chosen = RECIPES[name]
-    return replace(chosen, synthesis=METHODS[method](chosen.synthesis))
-
-
-def recipe(name: str, *, method: str = "dwa", **changes: Any) -> SynthesisConfig:
-    """The synthesis settings of a data set and method, with single fields changed: `recipe("cifar100", iterations=200)`.
-
-    Raises:
-        InputError: no such recipe or method, or a value that cannot be used.
-        TypeError: a field that `SynthesisConfig` does not have.
-    """
-    return replace(full_recipe(name, method=method).synthesis, **changes)
+    data, others = ({field: changes.pop(field) for field in own if field in changes} for own in (_DATA, _OTHERS))
+    synthesis = replace(METHODS[method](chosen.synthesis), **changes)
+    return replace(chosen, data=replace(chosen.data, **data), synthesis=synthesis, **others)

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast import SynthesisConfig
 from dwa_fast.data.datasets import MemorySet, digits, normalise
 from dwa_fast.engine.teacher import Network
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.models.batchnorm import batchnorm_layers
-from dwa_fast.recipes import recipe
+from dwa_fast.recipes import Recipe, recipe
 from dwa_fast.reference.loop import LoopResult, StatisticsHook
 from dwa_fast.sets.synthesize import SynthesisResult
 
 SIZE = 8
+DIGITS = recipe("digits", size=SIZE)
 
 
 def small_teacher(seed: int = 0) -> nn.Module:
@@ -36,7 +36,7 @@ def _small_teacher(seed: int) -> nn.Module:
             if isinstance(layer, nn.BatchNorm2d):
                 nn.init.uniform_(layer.weight, 0.5, 1.5)
                 nn.init.normal_(layer.bias, std=0.2)
-    images = normalise(digits("train", SIZE).load(range(200)), recipe("digits"))
+    images = normalise(digits("train", SIZE).load(range(200)), DIGITS.data)
     network.train()
     with torch.no_grad():
         for _ in range(20):
@@ -47,12 +47,12 @@ def _small_teacher(seed: int) -> nn.Module:
 def real_images(count: int = 12) -> tuple[Tensor, Tensor]:
     """The first real digits, [count, 1, SIZE, SIZE] normalised, and their labels."""
     data = digits("train", SIZE)
-    return normalise(data.load(range(count)), recipe("digits")), data.labels[:count]
+    return normalise(data.load(range(count)), DIGITS.data), data.labels[:count]
 
 
-def small_config(**changes: object) -> SynthesisConfig:
+def small_recipe(**changes: object) -> Recipe:
     """A quick synthesis of these images in batches of six."""
-    return recipe("digits", **{"iterations": 24, "batch_size": 6, "jitter": 1, "steps": 3, **changes})
+    return recipe("digits", **{"size": SIZE, "iterations": 24, "batch_size": 6, "jitter": 1, "steps": 3, **changes})
 
 
 def small_set(per_class: int = 6) -> MemorySet:

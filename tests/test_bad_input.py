@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwa_fast import InputError, recipe, synthesize
 from dwa_fast.config import DataConfig, SqueezeConfig, ValidationConfig
 from dwa_fast.models.architectures import build
-from tests.nets import real_images, small_config, small_teacher
+from tests.nets import real_images, small_recipe, small_teacher
 
 IMAGES, LABELS = real_images(4)
 
@@ -108,7 +108,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InputError,
         "teacher must be a classifier that gives [N, classes] logits, got a single BatchNorm1d",
     ),
-    "config type": ({"config": {"iterations": 3}}, TypeError, "config must be a SynthesisConfig, such as recipe('cifar100'), got dict"),
+    "recipe type": ({"recipe": {"iterations": 3}}, TypeError, "recipe must be a Recipe, such as recipe('cifar100'), got dict"),
     "seed": ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),
     "seed type": ({"seed": 0.5}, InputError, "seed must be an integer of at least 0, got 0.5"),
 }
@@ -116,7 +116,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("change", "kind", "message"), CASES.values(), ids=CASES.keys())
 def test_synthesize_refuses(change: dict[str, Any], kind: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"teacher": small_teacher(), "images": IMAGES, "labels": LABELS, "config": small_config(), **change}
+    arguments: dict[str, Any] = {"teacher": small_teacher(), "images": IMAGES, "labels": LABELS, "recipe": small_recipe(), **change}
     seed = arguments.pop("seed", 0)
     with pytest.raises(kind, match=re.escape(message)):
         synthesize(*arguments.values(), seed=seed)
@@ -181,19 +181,19 @@ EXECUTIONS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "message"), EXECUTIONS.values(), ids=EXECUTIONS.keys())
 def test_execution_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        synthesize(small_teacher(), IMAGES, LABELS, small_config(**change))
+        synthesize(small_teacher(), IMAGES, LABELS, small_recipe(**change))
 
 
 def test_fused_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dwa_fast.ops.cause", lambda: "the extension is not built")
     with pytest.raises(InputError, match="back-end 'fused' cannot run: the extension is not built"):
-        synthesize(small_teacher(), IMAGES, LABELS, small_config(backend="fused"))
-    assert synthesize(small_teacher(), IMAGES, LABELS, small_config(backend="auto")).images.shape == IMAGES.shape
+        synthesize(small_teacher(), IMAGES, LABELS, small_recipe(backend="fused"))
+    assert synthesize(small_teacher(), IMAGES, LABELS, small_recipe(backend="auto")).images.shape == IMAGES.shape
 
 
 def test_losses_that_are_not_finite_are_named() -> None:
     with pytest.raises(InputError, match=r"losses \(.*\) are not finite from iteration \d+ of 24 on"):
-        synthesize(small_teacher(), IMAGES, LABELS, small_config(lambda_var=1e38, first_layer_weight=1e38))
+        synthesize(small_teacher(), IMAGES, LABELS, small_recipe(lambda_var=1e38, first_layer_weight=1e38))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: E
 
     monkeypatch.setattr("dwa_fast.engine.synthesis.make_schedule", fail)
     with pytest.raises(InputError, match=rf"out of memory on cpu: a batch of 4 images {message}; lower the batch size"):
-        synthesize(small_teacher(), IMAGES, LABELS, small_config(device="cpu"))
+        synthesize(small_teacher(), IMAGES, LABELS, small_recipe(device="cpu"))
 
 
 def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,4 +219,4 @@ def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("dwa_fast.engine.synthesis.make_schedule", fail)
     with pytest.raises(RuntimeError, match="something else"):
-        synthesize(small_teacher(), IMAGES, LABELS, small_config())
+        synthesize(small_teacher(), IMAGES, LABELS, small_recipe())

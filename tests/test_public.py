@@ -11,12 +11,13 @@ import torch
 import dwa_fast
 from dwa_fast import (
     InputError,
+    SqueezeConfig,
     SynthesisResult,
     TeacherInfo,
+    ValidationConfig,
     denormalise,
     digits,
     distill,
-    full_recipe,
     image_folder,
     load_data,
     load_teacher,
@@ -33,6 +34,7 @@ from dwa_fast.data.datasets import to_levels
 from dwa_fast.sets.verify import problems
 
 SIZE = 16
+ONE_EPOCH = SqueezeConfig(epochs=1, learning_rate=0.05, padding=2, flip=0.0)
 
 
 def test_everything_that_is_exported_is_there() -> None:
@@ -41,29 +43,27 @@ def test_everything_that_is_exported_is_there() -> None:
 
 def test_from_data_to_accuracy_with_strings_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    chosen = full_recipe("digits")
-    real, test = load_data(chosen.data, None, "train", channels=1), digits("test", SIZE)
-    teacher = squeeze(real, "small-resnet", replace(chosen.squeeze, epochs=1), size=SIZE, device="cpu", checkpoint_file="state.pt")
+    chosen = recipe("digits", iterations=3, squeeze=ONE_EPOCH, validation=ValidationConfig(epochs=2, students=1, padding=2))
+    real, test = load_data(chosen.data, None, "train"), digits("test", SIZE)
+    teacher = squeeze(real, chosen, device="cpu", checkpoint_file="state.pt")
     save_teacher("teacher.pt", teacher, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE))
     teacher, info = load_teacher("teacher.pt")
     assert info.classes == 10
-    config = recipe("digits", iterations=3)
-    assert distill(teacher, real, config, ipc=1, output="set", try_teacher=False) == 10
+    assert distill(teacher, real, chosen, ipc=1, output="set", try_teacher=False) == 10
     distilled, skipped = open_distilled("set", SIZE, 1, real.class_names)
     assert (len(distilled.labels), skipped) == (10, {})
     assert image_folder("set", SIZE, 1).class_names == [f"new{label:03d}" for label in range(10)]
-    short = replace(chosen.validation, epochs=2, students=1)
-    relabel(distilled, teacher, short, output="labels", device="cpu")
-    result = validate(distilled, test, None, "small-resnet", short, size=SIZE, device="cpu", resume_dir="students", soft_labels="labels")
+    relabel(distilled, teacher, chosen, output="labels", device="cpu")
+    result = validate(distilled, test, None, "small-resnet", chosen, device="cpu", resume_dir="students", soft_labels="labels")
     assert len(result.accuracies) == 1
 
 
 def synthesized(seed: int = 0) -> SynthesisResult:
-    real, config = digits("train", SIZE), recipe("digits", iterations=3, batch_size=5)
+    real, chosen = digits("train", SIZE), recipe("digits", iterations=3, batch_size=5, squeeze=ONE_EPOCH)
     torch.manual_seed(0)
-    teacher = dwa_fast.squeeze(real, "small-resnet", replace(full_recipe("digits").squeeze, epochs=1), size=SIZE, device="cpu")
+    teacher = squeeze(real, chosen, device="cpu")
     rows = [int((real.labels == label).nonzero()[index]) for index in range(2) for label in range(10)]
-    return synthesize(teacher, normalise(real.load(rows), config), real.labels[rows], config, seed=seed)
+    return synthesize(teacher, normalise(real.load(rows), chosen.data), real.labels[rows], chosen, seed=seed)
 
 
 def test_save_writes_the_set_that_the_command_writes(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_save_writes_the_set_that_the_command_writes(tmp_path: Path) -> None:
     result.save(str(tmp_path / "set"))
     assert list(problems(tmp_path / "set")) == []
     saved, _ = open_distilled(tmp_path / "set", SIZE, 1, [str(label) for label in range(10)])
-    wanted = to_levels(denormalise(result.images, result.config))
+    wanted = to_levels(denormalise(result.images, result.recipe.data))
     for label in range(10):
         ours = saved.load((saved.labels == label).nonzero().flatten().tolist())
         assert torch.equal(ours, wanted[result.labels == label])

@@ -13,12 +13,12 @@ from dwa_fast.schedule import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, make_
 
 
 def test_learning_rate_is_half_a_cosine() -> None:
-    rates = make_schedule(recipe("cifar100", iterations=4), 32, 32, seed=0, batch=0).learning_rates
+    rates = make_schedule(recipe("cifar100", iterations=4).synthesis, 32, 32, seed=0, batch=0).learning_rates
     assert rates.tolist() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4)], rel=1e-6)
 
 
 def test_cifar_rolls_and_nothing_else() -> None:
-    rows = make_schedule(recipe("cifar100"), 32, 32, seed=0, batch=0).rows
+    rows = make_schedule(recipe("cifar100").synthesis, 32, 32, seed=0, batch=0).rows
     assert rows[:, :DOWN].unique(dim=0).tolist() == [[0, 0, 32, 32, 0]]
     for column in (DOWN, RIGHT):
         assert rows[:, column].unique().tolist() == [0, 1, 2, 3, 4]
@@ -27,7 +27,7 @@ def test_cifar_rolls_and_nothing_else() -> None:
 
 def test_crops_lie_inside_and_have_the_published_distribution() -> None:
     height, width = 60, 80
-    rows = make_schedule(recipe("imagenet"), height, width, seed=0, batch=0).rows
+    rows = make_schedule(recipe("imagenet").synthesis, height, width, seed=0, batch=0).rows
     assert (rows[:, TOP] >= 0).all()
     assert (rows[:, TOP] + rows[:, HEIGHT] <= height).all()
     assert (rows[:, LEFT] >= 0).all()
@@ -44,7 +44,7 @@ def test_crops_lie_inside_and_have_the_published_distribution() -> None:
 
 def smallest_shares(**changes: Any) -> list[float]:
     """The smallest share of the area that was drawn in each of ten stretches of the iterations."""
-    rows = make_schedule(recipe("imagenet", **changes), 200, 200, seed=0, batch=0).rows.double()
+    rows = make_schedule(recipe("imagenet", **changes).synthesis, 200, 200, seed=0, batch=0).rows.double()
     share = rows[:, HEIGHT] * rows[:, WIDTH] / 200**2
     return share.view(10, -1).min(1).values.tolist()
 
@@ -67,19 +67,19 @@ def test_a_curriculum_lets_crops_shrink(changes: dict[str, Any], bounds: list[fl
 
 
 def test_without_a_curriculum_the_schedule_is_that_of_milestone_0() -> None:
-    configs = recipe("imagenet"), recipe("imagenet", curriculum="linear", milestone=0.0)
+    configs = recipe("imagenet").synthesis, recipe("imagenet", curriculum="linear", milestone=0.0).synthesis
     plain, over = (make_schedule(config, 64, 64, seed=0, batch=0).rows for config in configs)
     assert torch.equal(plain, over)
 
 
 def test_impossible_crops_fall_back_to_the_centre() -> None:
-    rows = make_schedule(recipe("imagenet", crop_scale=(1.0, 1.0), iterations=3), 10, 40, seed=0, batch=0).rows
+    rows = make_schedule(recipe("imagenet", crop_scale=(1.0, 1.0), iterations=3).synthesis, 10, 40, seed=0, batch=0).rows
     assert rows[0, TOP:FLIP].tolist() == [0, 13, 10, 13]  # as wide as ratio 4/3 allows, centred
     assert rows[:, TOP:FLIP].unique(dim=0).shape[0] == 1
 
 
 def test_streams_differ_by_seed_and_batch_and_repeat() -> None:
-    config = recipe("imagenet", iterations=20)
+    config = recipe("imagenet", iterations=20).synthesis
 
     def rows(seed: int, batch: int) -> torch.Tensor:
         return make_schedule(config, 64, 64, seed=seed, batch=batch).rows

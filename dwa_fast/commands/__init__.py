@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from dwa_fast import recipes
 from dwa_fast.commands.demo import Demo
 from dwa_fast.commands.diversity import Diversity
 from dwa_fast.commands.exchange import Export, Import
@@ -19,31 +20,32 @@ from dwa_fast.commands.report import Report
 from dwa_fast.commands.squeeze import Squeeze
 from dwa_fast.commands.synthesize import Synthesize
 from dwa_fast.commands.validate import Validate
+from dwa_fast.config import Normalisation
 from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
-from dwa_fast.recipes import full_recipe
 
 
-def commands(recipe_name: str | None, method: str) -> Mapping[str, Any]:
+def commands(recipe: str | None = None, method: str = "dwa") -> Mapping[str, Any]:
     """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
-    recipe = full_recipe(recipe_name or "digits", method=method)
+    chosen = recipes.recipe(recipe or "digits", method=method)
     missing: Any = tyro.MISSING
-    data: dict[str, Any] = {"recipe": recipe.name if recipe_name else missing, "size": recipe.data.size, "test_crop": recipe.data.test_crop}
-    study = {**data, "teacher": missing, "output": missing, "synthesis": recipe.synthesis, "validation": recipe.validation}
+    data: dict[str, Any] = {"recipe": chosen.name if recipe else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
+    data["normalisation"] = Normalisation(mean=chosen.data.mean, std=chosen.data.std)
+    study = {**data, "teacher": missing, "output": missing, "synthesis": chosen.synthesis, "validation": chosen.validation}
     sets = {**data, "teacher": missing, "sets": missing, "output": missing}
     return {
         "info": Info(),
         "demo": Demo(output=missing, config=DemoConfig()),
-        "squeeze": Squeeze(**data, output=missing, architecture=recipe.architecture, config=recipe.squeeze),
-        "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=recipe.synthesis),
+        "squeeze": Squeeze(**data, output=missing, architecture=chosen.architecture, config=chosen.squeeze),
+        "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=chosen.synthesis),
         "verify": Verify(images=missing),
-        "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=recipe.validation),
-        "validate": Validate(**data, images=missing, student=recipe.architecture, config=recipe.validation),
-        "compare": Compare(**study, student=recipe.architecture),
-        "ablate": Ablate(**study, student=recipe.architecture, study=missing),
+        "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=chosen.validation),
+        "validate": Validate(**data, images=missing, student=chosen.architecture, config=chosen.validation),
+        "compare": Compare(**study, student=chosen.architecture),
+        "ablate": Ablate(**study, student=chosen.architecture, study=missing),
         "cross": Cross(**study, student=missing),
         "diversity": Diversity(**sets, config=DiversityConfig()),
-        "incremental": Incremental(**sets, student=recipe.architecture, config=replace(recipe.validation, students=1)),
+        "incremental": Incremental(**sets, student=chosen.architecture, config=replace(chosen.validation, students=1)),
         "report": Report(folders=missing),
         "export": Export(images=missing, to=missing, output=missing),
         "import": Import(files=missing, output=missing),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -90,32 +88,16 @@ def _parse(arguments: Sequence[str]) -> Any:
     import tyro
 
     from dwa_fast.commands import commands
+    from dwa_fast.commands.flags import RefusedError, settings_registry
 
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    names.add_argument("--recipe")
-    names.add_argument("--method", default="dwa")
-    known, _ = names.parse_known_args(list(arguments))
-    defaults = commands(known.recipe, known.method)
-    output = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding, write_through=True)
-    output.isatty = sys.stdout.isatty  # type: ignore[method-assign]  # colours where the terminal has them
+    defaults, _ = tyro.cli(commands, args=arguments, return_unknown_args=True, add_help=False)
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with settings_registry():  # the argument `registry` needs tyro 1.0.12
             return tyro.cli(
                 tyro.extras.subcommand_type_from_defaults(dict(defaults), _DESCRIPTIONS),
                 args=arguments,
                 prog="dwa-fast",
                 description="Distil a data set into a few images per class, fast: directed weight adjustment over SRe2L.",
             )
-    except SystemExit as stop:  # --help, wrong flags, or a value that a configuration refused
-        refused = _input_error(stop)
-        if refused:
-            raise refused from None
-        (sys.stderr if stop.code else sys.stdout).write(output.buffer.getvalue().decode(output.encoding))
-        raise
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError that led to this exception, if one did."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
+    except RefusedError as refused:
+        raise refused.args[0] from None

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from torch import Tensor
 
 from dwa_fast.commands.console import Console
-from dwa_fast.config import DataConfig, Normalisation
+from dwa_fast.config import Fraction, Normalisation, PositiveFraction, PositiveInt
 from dwa_fast.data.datasets import FileSet, ImageSet, Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
@@ -22,7 +22,7 @@ from dwa_fast.data.teacher_check import check_teacher
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.architectures import ARCHITECTURES
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import Recipe, recipe
 
 log = logging.getLogger("dwa_fast")
 
@@ -36,19 +36,19 @@ class Data:
     recipe: str  # Settings of a data set: digits, cifar10, cifar100, tiny, imagenet, folder (your own), or one with -released.
     data: Path | None = None  # Folder of the real images; digits need none.
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
-    size: int  # Height and width of the images, pixels.
-    held_out_share: float = 0.0  # Hold out this share of the training images in place of the test images, to choose settings without them.
-    test_crop: float = 1.0  # Share of the shorter side that the centre crop of test images keeps; 0.875: resized to 256, 224 cut out.
+    size: PositiveInt  # Height and width of the images, pixels.
+    normalisation: tyro.conf.OmitArgPrefixes[Normalisation]
+    held_out_share: Fraction = 0.0  # Test on this share of the training images, held out, in place of the test images.
+    test_crop: PositiveFraction = 1.0  # Share of the shorter side that the centre crop of test images keeps; 0.875: 224 of 256 pixels.
 
-    def load(self, split: Split, channels: int) -> ImageSet:
-        """The images of a split, as the recipe says."""
-        return load(self.data_config, self.data, split, channels=channels, download=self.download)
+    def full_recipe(self, **stages: Any) -> Recipe:
+        """The recipe with the data as the flags have them, and with these stages."""
+        data = {name: getattr(self, name) for name in ("size", "held_out_share", "test_crop")}
+        return replace(recipe(self.recipe, **asdict(self.normalisation), **data), **stages)
 
-    @property
-    def data_config(self) -> DataConfig:
-        """The data of the recipe, at the requested size."""
-        config = full_recipe(self.recipe).data
-        return replace(config, size=self.size, held_out_share=self.held_out_share, test_crop=self.test_crop)
+    def load(self, split: Split) -> ImageSet:
+        """The images of a split."""
+        return load(self.full_recipe().data, self.data, split, download=self.download)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,7 @@ class TeacherData(Data):
     weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
     classes: Path | None = None  # The teacher's classes, one name a line in the order of its outputs, where they are not those of the data.
 
-    def open_teacher(
-        self,
-        path: Path,
-        architecture: str | None,
-        class_names: Sequence[str],
-        normalisation: Normalisation,
-        flags: Sequence[str] = ("--mean", "--std"),
-    ) -> PairedTeacher:
+    def open_teacher(self, path: Path, architecture: str | None, class_names: Sequence[str]) -> PairedTeacher:
         """The teacher of a command, with the classes of its data as outputs.
 
         A checkpoint that does not say what it holds is taken for the recipe's architecture. Raises InputError as `pairing.open_teacher`.
@@ -73,13 +66,12 @@ class TeacherData(Data):
         return open_teacher(
             path,
             class_names,
-            normalisation,
+            self.normalisation,
             size=self.size,
             architecture=architecture,
-            default_architecture=full_recipe(self.recipe).architecture,
+            default_architecture=recipe(self.recipe).architecture,
             classes=self.classes,
             weights_key=self.weights_key,
-            flags=flags,
         )
 
 
@@ -88,14 +80,14 @@ class DistilledData(TeacherData):
     """A distilled set, and the real data that it stands for."""
 
     images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
+    ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
 
-    def open_both(self, console: Console, channels: int) -> tuple[FileSet, ImageSet]:
+    def open_both(self, console: Console) -> tuple[FileSet, ImageSet]:
         """The distilled images, and the held-out real ones."""
-        test = usable(console, self.load("test", channels), self.skip_bad_images, used_late=True)
+        test = usable(console, self.load("test"), self.skip_bad_images, used_late=True)
         distilled, skipped = open_distilled(
-            self.images, self.size, channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
+            self.images, self.size, self.normalisation.channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
         )
         say_skipped(console, skipped)
         return distilled, test

@@ -17,14 +17,14 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
-from dwa_fast.config import Normalisation
+from dwa_fast.config import NonNegativeInt
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis, analyse_sets
 from dwa_fast.io.pictures import contact_sheet
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.report.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
 
 _BARS = 20  # most classes that are shown as bars with their names; more become curves
@@ -44,32 +44,27 @@ class Diversity(DistilledSets):
 
     teacher: Path  # Checkpoint of the teacher, in whose eyes images are alike or not.
     output: Path  # Folder for record.json, the charts and the pictures.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    mean: tuple[float, ...] | None = None  # Mean of each channel with which the teacher was trained; default: the recipe's.
-    std: tuple[float, ...] | None = None  # Standard deviation of each channel; likewise.
     config: tyro.conf.OmitArgPrefixes[DiversityConfig]
-
-    def _normalisation(self) -> Normalisation:
-        recipe = full_recipe(self.recipe).validation
-        return Normalisation(mean=self.mean or recipe.mean, std=self.std or recipe.std)
 
     def run(self, console: Console) -> None:
         """Look, and write the record."""
         started = time.perf_counter()
-        normalisation, device = self._normalisation(), backend.resolve_device(self.device)
-        train = self.real(console, "train", normalisation.channels)
-        sets = self.open_sets(console, normalisation.channels, train.class_names)
-        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, normalisation)
+        normalisation, device = self.normalisation, backend.resolve_device(self.device)
+        train = self.real(console, "train")
+        sets = self.open_sets(console, train.class_names)
+        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names)
         for images in sets.values():
             check_set(images.folder, normalisation, teacher)
         try_teacher(teacher, train, normalisation, device)
+        usual = recipe(self.recipe).data
         settings = {
             "recipe": self.recipe,
             "size": self.size,
             "images": image_digest(train),
-            **({"mean": normalisation.mean, "std": normalisation.std} if self.mean or self.std else {}),
+            **({} if (normalisation.mean, normalisation.std) == (usual.mean, usual.std) else asdict(normalisation)),
             "seed": self.seed,
             **asdict(self.config),
             "teacher": teacher_settings(teacher),

@@ -12,14 +12,14 @@ import tyro
 from torch import Tensor
 
 from dwa_fast.commands.console import Console
-from dwa_fast.config import Normalisation, check_integer
+from dwa_fast.config import Fraction, NonNegativeInt, Normalisation, Positive, PositiveInt
 from dwa_fast.data.datasets import to_levels
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.data.tensors import IMAGES_FILE, LABELS_FILE, as_pixels, read_tensors, write_tensors
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.io.parquet import read_parquet, write_parquet
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.sets.exchange import as_tensors, open_files, write_folders, write_set
 
 ExportForm = Literal["parquet", "tensors", "folders"]
@@ -32,8 +32,8 @@ class _Normalised:
     """With which mean and std tensors are normalised."""
 
     recipe: str | None = None  # Take mean and std of this recipe, where they are not given.
-    mean: tuple[float, ...] = ()  # Mean of each channel with which tensors are normalised, of pixels in [0, 1].
-    std: tuple[float, ...] = ()  # Standard deviation of each channel, likewise.
+    mean: tuple[Fraction, ...] = ()  # Mean of each channel with which tensors are normalised, of pixels in [0, 1].
+    std: tuple[Positive, ...] = ()  # Standard deviation of each channel, likewise.
 
     def normalisation(self, made: dict[str, Any]) -> Normalisation:
         """As the flags say, else as the recipe, else as the set was made.
@@ -44,8 +44,7 @@ class _Normalised:
         if self.mean or self.std:
             return Normalisation(mean=self.mean, std=self.std)
         if self.recipe:
-            known = full_recipe(self.recipe).validation
-            return Normalisation(mean=known.mean, std=known.std)
+            return recipe(self.recipe).data
         if isinstance(made.get("mean"), list) and isinstance(made.get("std"), list):
             return Normalisation(mean=tuple(made["mean"]), std=tuple(made["std"]))
         raise InputError("tensors are normalised, and nothing says how; pass --mean and --std, or --recipe, whose values are taken")
@@ -62,14 +61,12 @@ class Export(_Normalised):
     images: tyro.conf.Positional[Path]  # The distilled set, ours or another program's.
     to: ExportForm  # parquet, tensors or folders.
     output: Path  # File to write (parquet), or folder.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
+    ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
     label_column: str = "label"  # Name of the column of labels in Parquet; some programs want class_id.
     overwrite: bool = False  # Replace files that are there already.
 
     def run(self, console: Console) -> None:
         """Write it."""
-        if self.ipc is not None:
-            check_integer("ipc", self.ipc, 1)
         if self.label_column in ("", "image"):
             raise InputError(f"the column of labels needs a name, and not that of the images; got {self.label_column!r}")
         refuse_images(self.output)
@@ -119,7 +116,7 @@ class Import(_Normalised):
     files: tyro.conf.Positional[tuple[Path, ...]]  # Parquet files of one data set, or one or two PyTorch files.
     output: Path  # Folder for the set.
     classes: Path | None = None  # Text file with the names of the classes, one a line in the order of their numbers.
-    experiment: int | None = None  # Which one of several in a file of DC or DM, from 0.
+    experiment: NonNegativeInt | None = None  # Which one of several in a file of DC or DM, from 0.
     clip: bool = False  # Cut values of tensors that are no pixels: these methods do not clamp their images.
     image_column: str | None = None  # Column of the images in Parquet; default: image or img.
     label_column: str | None = None  # Column of the labels in Parquet; default: label, class_id or labels.
@@ -129,8 +126,6 @@ class Import(_Normalised):
         if not self.files:
             raise InputError("there is nothing to import; name Parquet files or PyTorch files")
         refuse_images(self.output)
-        if self.experiment is not None:
-            check_integer("experiment", self.experiment, 0)
         if all(path.suffix == ".parquet" for path in self.files):
             images, labels, names, settings = self._parquet()
         elif any(path.suffix == ".parquet" for path in self.files):

@@ -13,11 +13,9 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData, try_teacher, usable
 from dwa_fast.commands.finish import finish
-from dwa_fast.config import InitialConfig, SynthesisConfig, ValidationConfig, check_integer
+from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.pairing import described
 from dwa_fast.engine import backend
-from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import GridRunner, contact_sheet, run_grid
 from dwa_fast.experiments.schedule import default_jobs
@@ -32,21 +30,17 @@ class Study(TeacherData):
 
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for sets and cells, which all studies in it share, and for a folder of each study with its record.
-    ipc: tuple[int, ...] = (10,)  # Images per class; a smaller set is the beginning of a larger one.
-    seeds: int = 3  # Sets of each kind, synthesised from seeds 0, 1, …; the spread of a result is over them.
+    ipc: tuple[PositiveInt, ...] = (10,)  # Images per class; a smaller set is the beginning of a larger one.
+    seeds: PositiveInt = 3  # Sets of each kind, synthesised from seeds 0, 1, …; the spread of a result is over them.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    jobs: int | None = None  # Sets and cells computed at the same time, in processes; default: as the CPU has room for, 1 on a GPU.
-    threads: int = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
+    jobs: PositiveInt | None = None  # Sets and cells computed at the same time, in processes; default: as the CPU has room for, 1 on a GPU.
+    threads: PositiveInt = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
     validation: ValidationConfig  # Training of the students.
 
     def _carry_out(self, console: Console, name: str, study: Callable[[GridRunner, Setup, Path], Record]) -> None:
         """Compute what is wanting, and finish the record in a folder of that name."""
-        check_integer("seeds", self.seeds, 1)
-        check_integer("threads", self.threads, 1)
-        if self.jobs is not None:
-            check_integer("jobs", self.jobs, 1)
         setup, started = self._setup(console), time.perf_counter()
         folder = output_folder(self.output / name)
         with console.bars() as track:
@@ -55,32 +49,20 @@ class Study(TeacherData):
         finish(console, folder, replace(record, command=command_line(), seconds=time.perf_counter() - started))
 
     def _setup(self, console: Console) -> Setup:
-        channels = self.synthesis.channels
-        train, test = self.load("train", channels), usable(console, self.load("test", channels), False, used_late=True)
-        if (self.synthesis.mean, self.synthesis.std) != (self.validation.mean, self.validation.std):
-            made, trained = (described(config.mean, config.std) for config in (self.synthesis, self.validation))
-            raise InputError(f"sets would be made with {made}, and students trained with {trained}, by the same teacher")
-        for config, flags in (
-            (self.synthesis, ("--synthesis.mean", "--synthesis.std")),
-            (self.validation, ("--validation.mean", "--validation.std")),
-        ):
-            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, config, flags)
-        try_teacher(teacher, test, self.validation, backend.resolve_device(self.synthesis.device))
+        train, test = self.load("train"), usable(console, self.load("test"), False, used_late=True)
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
+        try_teacher(teacher, test, self.normalisation, backend.resolve_device(self.synthesis.device))
         return Setup(
             output=self.output,
-            recipe=self.recipe,
-            data=self.data_config,
+            recipe=self.full_recipe(architecture=teacher.info.architecture, synthesis=self.synthesis, validation=self.validation),
             folder=self.data,
             train_checksum=image_digest(train),
             test_checksum=image_digest(test),
             teacher=self.teacher,
             teacher_checksum=teacher.checksum,
-            architecture=teacher.info.architecture,
             weights_key=self.weights_key,
             outputs=tuple(teacher.outputs) if teacher.outputs else None,
             teacher_classes=teacher.info.classes,
-            synthesis=self.synthesis,
-            validation=self.validation,
             initial=self.initial,
             threads=self.threads,
         )
@@ -113,9 +95,9 @@ class Ablate(Study):
 
     study: tyro.conf.Positional[AblationName]  # Which one: adjustment, lambda-var, k-rho, matching-weights or initial.
     student: str  # Architecture of the students, as for squeeze --architecture.
-    lambda_vars: tuple[float, ...] = (0.01, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17, 0.19, 0.21, 0.23)  # Values of lambda-var.
-    steps: tuple[int, ...] = (4, 8, 12, 16, 20)  # K in k-rho.
-    rhos: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02, 0.025)  # ρ in k-rho, each above 0.
+    lambda_vars: tuple[NonNegative, ...] = (0.01, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17, 0.19, 0.21, 0.23)  # Values of lambda-var.
+    steps: tuple[PositiveInt, ...] = (4, 8, 12, 16, 20)  # K in k-rho.
+    rhos: tuple[Positive, ...] = (0.005, 0.01, 0.015, 0.02, 0.025)  # ρ in k-rho.
 
     def run(self, console: Console) -> None:
         """Compute, and show the table."""

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
-from dwa_fast.config import SynthesisConfig, ValidationConfig
+from dwa_fast.config import NonNegativeInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.manifest import read_manifest
@@ -42,7 +42,7 @@ class Incremental(DistilledSets):
     teacher: Path  # Checkpoint of the teacher, which gives the soft labels.
     output: Path  # Folder for record.json, the chart and the finished steps.
     student: str  # Architecture of the students, as for squeeze --architecture.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
@@ -51,13 +51,13 @@ class Incremental(DistilledSets):
     def run(self, console: Console) -> None:
         """Train and test a student for every set, order of the classes and step, and write the record."""
         started = time.perf_counter()
-        device = backend.resolve_device(self.device)
-        test = self.real(console, "test", self.config.channels)
-        sets = self.open_sets(console, self.config.channels, test.class_names)
-        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
+        recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
+        test = self.real(console, "test")
+        sets = self.open_sets(console, test.class_names)
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
         for images in sets.values():
-            check_set(images.folder, self.config, teacher)
-        try_teacher(teacher, test, self.config, device)
+            check_set(images.folder, self.normalisation, teacher)
+        try_teacher(teacher, test, self.normalisation, device)
         settings = {
             "recipe": self.recipe,
             "size": self.size,
@@ -66,7 +66,7 @@ class Incremental(DistilledSets):
             "seed": self.seed,
             "tasks": self.protocol.tasks,
             "teacher": teacher_settings(teacher),
-            "validation": asdict(self.config),
+            "validation": recipe.settings("validation"),
         }
         resume_dir = study_folder(self.output, settings) / _STEPS
         with naming_bad_images(), console.bars() as track:
@@ -75,9 +75,8 @@ class Incremental(DistilledSets):
                 test,
                 teacher.module,
                 self.student,
+                recipe,
                 self.protocol,
-                self.config,
-                size=self.size,
                 device=device,
                 resume_dir=resume_dir,
                 seed=self.seed,
@@ -152,6 +151,7 @@ def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
 def _origin(images: FileSet, name: str) -> dict[str, Any]:
     """What a set is, and how it was made where it says so; else its method goes by its name."""
     settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
-    synthesis = {each.name: settings[each.name] for each in fields(SynthesisConfig) if each.name in settings}
+    names = ["mean", "std", *(each.name for each in fields(SynthesisConfig))]
+    synthesis = {field: settings[field] for field in names if field in settings}
     extra = {"synthesis": synthesis} if synthesis else {}
     return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **extra}

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.config import check_integer
+from dwa_fast.config import NonNegativeInt
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
 from dwa_fast.report.page import write_report
@@ -25,13 +25,12 @@ class Report:
     folders: tyro.conf.Positional[tuple[Path, ...]]  # Folders to search for record.json and manifest.json.
     output: Path = Path("report.html")  # The page; the Markdown is called the same with .md.
     title: str = "Runs and distilled sets"  # Heading of the page.
-    sets: int = 24  # Kinds of distilled sets shown, at most; sets that differ in their seed alone are one kind, of which one is shown.
+    sets: NonNegativeInt = 24  # Most kinds of distilled sets shown; of sets that differ in their seed alone, one is shown.
 
     def run(self, console: Console) -> None:
         """Write it, and name what was left out."""
         if not self.folders:
             raise InputError("report needs at least one folder to search")
-        check_integer("sets", self.sets, 0)
         refuse_images(self.output)
         document = write_report(self.folders, self.output, self.title, most_sets=self.sets)
         for sentence in document.left_out:

@@ -9,7 +9,7 @@ import tyro
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, naming_bad_images, usable
-from dwa_fast.config import SqueezeConfig
+from dwa_fast.config import NonNegativeInt, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
@@ -28,7 +28,7 @@ class Squeeze(Data):
     architecture: Architecture
     overwrite: bool = False  # Replace a checkpoint that is already there.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
 
@@ -41,28 +41,20 @@ class Squeeze(Data):
         device = backend.resolve_device(self.device)
         checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
-            train = usable(console, self.load("train", self.config.channels), self.skip_bad_images)
+            train = usable(console, self.load("train"), self.skip_bad_images)
             test = self._held_out(console)
-            module = squeeze(
-                train,
-                self.architecture,
-                self.config,
-                size=self.size,
-                device=device,
-                seed=self.seed,
-                progress=track("teacher"),
-                checkpoint_file=checkpoint_file,
-            )
-        accuracy = None if test is None else top1(module, test, self.config, device)
+            recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)
+            module = squeeze(train, recipe, device=device, seed=self.seed, progress=track("teacher"), checkpoint_file=checkpoint_file)
+        accuracy = None if test is None else top1(module, test, recipe.data, device)
         info = TeacherInfo(
             architecture=self.architecture,
             classes=len(train.class_names),
-            channels=self.config.channels,
+            channels=recipe.data.channels,
             size=self.size,
             accuracy=accuracy,
             class_names=train.class_names,
-            mean=self.config.mean,
-            std=self.config.std,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
         )
         save_teacher(self.output, module, info)
         checkpoint_file.unlink(missing_ok=True)
@@ -71,7 +63,7 @@ class Squeeze(Data):
     def _held_out(self, console: Console) -> ImageSet | None:
         """The held-out images; None, with a message, where there are none."""
         try:
-            test = self.load("test", self.config.channels)
+            test = self.load("test")
         except InputError as error:
             console.print(f"not tested: {error}")
             return None

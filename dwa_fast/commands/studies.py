@@ -10,6 +10,7 @@ from typing import Any
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData, naming_bad_images, say_skipped, usable
+from dwa_fast.config import PositiveInt
 from dwa_fast.data.datasets import FileSet, ImageSet, Split
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.pairing import PairedTeacher
@@ -25,15 +26,15 @@ class DistilledSets(TeacherData):
     """Some distilled sets, and the real data that they stand for."""
 
     sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
-    ipc: int | None = None  # Take the first images of each class only; default: all.
+    ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
     skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
 
-    def real(self, console: Console, split: Split, channels: int) -> ImageSet:
+    def real(self, console: Console, split: Split) -> ImageSet:
         """The real images of a split."""
         with naming_bad_images():
-            return usable(console, self.load(split, channels), self.skip_bad_images, used_late=split == "test")
+            return usable(console, self.load(split), self.skip_bad_images, used_late=split == "test")
 
-    def open_sets(self, console: Console, channels: int, class_names: Sequence[str]) -> dict[str, FileSet]:
+    def open_sets(self, console: Console, class_names: Sequence[str]) -> dict[str, FileSet]:
         """The distilled sets by name, from `name=DIR`, or `DIR` alone, which names itself.
 
         Args:
@@ -50,7 +51,7 @@ class DistilledSets(TeacherData):
             if name in found:
                 raise InputError(f"two sets are called {name!r}; name them, as in --sets one=DIR two=DIR")
             found[name], skipped = open_distilled(
-                folder, self.size, channels, class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
+                folder, self.size, self.normalisation.channels, class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
             )
             say_skipped(console, skipped)
         if not found:

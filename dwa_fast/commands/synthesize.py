@@ -10,7 +10,7 @@ import tyro
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData
-from dwa_fast.config import InitialConfig, StorageConfig, SynthesisConfig, check_integer
+from dwa_fast.config import InitialConfig, NonNegativeInt, PositiveInt, StorageConfig, SynthesisConfig
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.engine import backend
@@ -27,11 +27,11 @@ class Synthesize(TeacherData):
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for the images and their manifest.
     method: str = "dwa"  # dwa, sre2l, cda, real-start, random-step, coupled.
-    ipc: int = 10  # Images per class, at least 1.
-    seed: int = 0  # Seed of all random numbers.
+    ipc: PositiveInt = 10  # Images per class.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
-    threads: int | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was started, or all.
+    threads: PositiveInt | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was started, or all.
     shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
     config: tyro.conf.OmitArgPrefixes[SynthesisConfig]
     storage: tyro.conf.OmitArgPrefixes[StorageConfig] = field(default_factory=StorageConfig)
@@ -39,24 +39,23 @@ class Synthesize(TeacherData):
     def run(self, console: Console) -> None:
         """Distil into the folder."""
         backend.resolve(self.config.backend, self.config.precision, self.config.device)
-        check_integer("ipc", self.ipc, 1)
         if set_folder(self.output) == self.output:  # else the output is `images` of a set, which stands for the set
             refuse_images(self.output)
-        train = self.load("train", self.config.channels)
-        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names, self.config)
+        train = self.load("train")
+        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names)
         provenance: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}
         if teacher.outputs:
             provenance["teacher_outputs"] = teacher.outputs
         if workers.launched() and self.shard:
             raise InputError("--shard is for processes that do not communicate; torchrun divides the batches among its workers itself")
         divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
-        config = replace(self.config, device=workers.own_device(self.config.device))
+        recipe = self.full_recipe(synthesis=replace(self.config, device=workers.own_device(self.config.device)))
         with console.bars(shown=workers.rank() == 0) as track:
             bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
                 teacher.module,
                 train,
-                config,
+                recipe,
                 ipc=self.ipc,
                 output=self.output,
                 initial=self.initial,

@@ -14,7 +14,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, DistilledData, check_set, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.config import ValidationConfig
+from dwa_fast.config import NonNegativeInt, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import PairedTeacher
@@ -35,7 +35,7 @@ class Validate(DistilledData):
     teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed for those on disk and hard ones.
     soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed as training goes.
     student: Architecture
-    seed: int = 0  # Seed of all random numbers.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
     output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.
@@ -47,17 +47,16 @@ class Validate(DistilledData):
         if self.output:
             refuse_images(self.output)
             output_folder(self.output)
-        device = backend.resolve_device(self.device)
+        recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
         with naming_bad_images(), console.bars() as track:
-            distilled, test = self.open_both(console, self.config.channels)
+            distilled, test = self.open_both(console)
             teacher = self._teacher(test, device)
             result = validate(
                 distilled,
                 test,
                 teacher.module if teacher else None,
                 self.student,
-                self.config,
-                size=self.size,
+                recipe,
                 device=device,
                 seed=self.seed,
                 progress=track(f"{self.config.students} students"),
@@ -71,11 +70,11 @@ class Validate(DistilledData):
 
     def _teacher(self, test: ImageSet, device: torch.device) -> PairedTeacher | None:
         if self.teacher is None:
-            check_set(self.images, self.config, None)
+            check_set(self.images, self.normalisation, None)
             return None
-        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names, self.config)
-        check_set(self.images, self.config, teacher)
-        try_teacher(teacher, test, self.config, device)
+        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
+        check_set(self.images, self.normalisation, teacher)
+        try_teacher(teacher, test, self.normalisation, device)
         return teacher
 
     def _record(self, result: ValidationResult, ipc: int | str, teacher: TeacherInfo | None) -> Record:
@@ -98,9 +97,13 @@ class Validate(DistilledData):
             title=title,
             command=command_line(),
             settings={
-                **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items() if name != "config"},
+                **{
+                    name: str(value) if isinstance(value, Path) else value
+                    for name, value in asdict(self).items()
+                    if name not in ("config", "normalisation")
+                },
                 "teacher": {"file": str(self.teacher), "architecture": teacher.architecture} if teacher else {},
-                "validation": asdict(self.config),
+                "validation": self.full_recipe(validation=self.config).settings("validation"),
                 "synthesis": made,
             },
             tables=[Table(title=title, columns=["student", "top-1 %"], rows=[*rows, ["mean", mean_and_spread(result.mean, result.std)]])],

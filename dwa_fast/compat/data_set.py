@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dwa_fast.config import SynthesisConfig, View, check_choice, check_integer, check_real
+from dwa_fast.config import Normalisation, SynthesisConfig, View, check_choice, check_integer, check_real
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import RECIPES
 
@@ -33,7 +33,8 @@ class DataSet:
     """Pixels, view and number of classes of a data set."""
 
     title: str  # with where it is known from
-    config: SynthesisConfig  # whose normalisation, view and jitter hold
+    config: SynthesisConfig  # whose view and jitter hold
+    normalisation: Normalisation
     size: int  # pixels
     classes: int | None
 
@@ -55,13 +56,13 @@ def data_set(given: Mapping[str, Any], teacher: nn.Module, recipe: str | None, *
     described = None not in (shared["input_size"], shared["mean_norm"], shared["std_norm"])
     if recipe is not None:
         check_choice("recipe", recipe, list(RECIPES))
-        data_set = DataSet(f"recipe {recipe}", RECIPES[recipe].synthesis, RECIPES[recipe].data.size, None)
+        data_set = _of_recipe(f"recipe {recipe}", recipe, None)
     elif name in _DATASETS:
-        own = RECIPES[_DATASETS[name]]
-        data_set = DataSet(name, own.synthesis, own.data.size, own.data.classes)
+        data_set = _of_recipe(name, _DATASETS[name], RECIPES[_DATASETS[name]].data.classes)
     elif described:
         jitter = 32 if shared["input_size"] >= 128 else 4
-        data_set = DataSet(name or "as args describe it", replace(RECIPES["imagenet"].synthesis, jitter=jitter), shared["input_size"], None)
+        imagenet = _of_recipe(name or "as args describe it", "imagenet", None)
+        data_set = replace(imagenet, config=replace(imagenet.config, jitter=jitter), size=shared["input_size"])
     elif name is not None:
         raise InputError(
             f"unknown args.dataset {name!r}; known: {', '.join(_DATASETS)}; for others pass recipe=…, such as recipe='folder' "
@@ -69,15 +70,21 @@ def data_set(given: Mapping[str, Any], teacher: nn.Module, recipe: str | None, *
         )
     else:
         data_set = _guess(shared, given, teacher, sre2l)
-    config, crops = data_set.config, shared["apply_data_augmentation"]
-    mean, std = (tuple(shared[name] or own) for name, own in (("mean_norm", config.mean), ("std_norm", config.std)))
+    config, own, crops = data_set.config, data_set.normalisation, shared["apply_data_augmentation"]
+    mean, std = tuple(shared["mean_norm"] or own.mean), tuple(shared["std_norm"] or own.std)
     view: View = config.view if crops is None else "crop" if crops else "roll"
     return replace(
         data_set,
-        config=replace(config, mean=mean, std=std, view=view),
+        config=replace(config, view=view),
+        normalisation=Normalisation(mean=mean, std=std),
         size=shared["input_size"] or data_set.size,
         classes=shared["ncls"] or data_set.classes,
     )
+
+
+def _of_recipe(title: str, recipe: str, classes: int | None) -> DataSet:
+    own = RECIPES[recipe]
+    return DataSet(title, own.synthesis, own.data, own.data.size, classes)
 
 
 def _check_description(shared: Mapping[str, Any]) -> None:
@@ -103,11 +110,9 @@ def _guess(shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Modu
         )
     name = _CLASSES[classes]
     if name == "imagenet-21k":  # CDA's teachers for it were trained on pixels in [0, 1]
-        data_set = DataSet(name, replace(RECIPES["imagenet"].synthesis, mean=(0.0,) * 3, std=(1.0,) * 3), 224, classes)
+        data_set = replace(_of_recipe(name, "imagenet", classes), normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3))
     else:
-        data_set = DataSet(name, RECIPES[name].synthesis, RECIPES[name].data.size, classes)
-    if name == "cifar100" and sre2l:
-        data_set = replace(data_set, config=RECIPES["cifar10"].synthesis)
+        data_set = _of_recipe(name, "cifar10" if name == "cifar100" and sre2l else name, classes)
     against = _contradiction(data_set, shared, given, teacher)
     if against:
         raise InputError(
@@ -119,7 +124,8 @@ def _guess(shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Modu
 
 def _contradiction(data_set: DataSet, shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Module) -> str | None:
     """What speaks against a guess."""
-    expected = {"input_size": data_set.size, "mean_norm": data_set.config.mean, "std_norm": data_set.config.std, "ncls": data_set.classes}
+    mean, std = data_set.normalisation.mean, data_set.normalisation.std
+    expected = {"input_size": data_set.size, "mean_norm": mean, "std_norm": std, "ncls": data_set.classes}
     for name, value in expected.items():
         got = shared[name]
         if got is not None and (tuple(got) if isinstance(value, tuple) else got) != value:

@@ -12,7 +12,7 @@ from torch import nn
 from dwa_fast.compat.data_set import DESCRIBING, DataSet, check_flag, data_set
 from dwa_fast.compat.fields import fields_of, log_once
 from dwa_fast.compat.known import ELSEWHERE, NEUTRAL
-from dwa_fast.config import BackendName, Precision, SynthesisConfig, check_choice, check_integer, check_real
+from dwa_fast.config import BackendName, Normalisation, Precision, SynthesisConfig, check_choice, check_integer, check_real
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import RECIPES
 
@@ -47,6 +47,7 @@ class Recovery:
 
     code_base: CodeBase
     config: SynthesisConfig
+    normalisation: Normalisation
     size: int  # height and width of the images, pixels
     classes: int | None  # of the data set; None: as many as the teacher knows
     init_path: Path | None  # where the real images are that the refinement starts from; None: noise
@@ -86,7 +87,7 @@ def read_namespace(
     _refuse_unknown(given)
     code_base = _code_base(given)
     data = data_set(given, teacher, recipe, sre2l=code_base == "sre2l")
-    fields = {**_DEFAULTS, **_own_defaults(code_base, data.config), **given}
+    fields = {**_DEFAULTS, **_own_defaults(code_base, data), **given}
     _check(fields, code_base)
     _check_view(given, code_base, data)
     config = replace(
@@ -115,6 +116,7 @@ def read_namespace(
     return Recovery(
         code_base=code_base,
         config=config,
+        normalisation=data.normalisation,
         size=data.size,
         classes=data.classes,
         init_path=_path(fields, "init_path") if code_base == "dwa" else None,
@@ -163,11 +165,11 @@ def _code_base(given: Mapping[str, Any]) -> CodeBase:
     return "cda" if curriculum else "sre2l"
 
 
-def _own_defaults(code_base: CodeBase, facts: SynthesisConfig) -> dict[str, Any]:
+def _own_defaults(code_base: CodeBase, data: DataSet) -> dict[str, Any]:
     """Defaults that the code bases' parsers set differently for different data sets."""
-    own = {"jitter": facts.jitter, "r_bn": 0.05, "rho": 0.0}
+    own = {"jitter": data.config.jitter, "r_bn": 0.05, "rho": 0.0}
     if code_base == "dwa":
-        tiny, imagenet = (facts.mean == RECIPES[name].synthesis.mean for name in ("tiny", "imagenet"))
+        tiny, imagenet = (data.normalisation.mean == RECIPES[name].data.mean for name in ("tiny", "imagenet"))
         own |= {"r_bn": 0.01 if imagenet else 0.05, "rho": 0.015 if tiny else 0.05}
     return own
 
@@ -210,7 +212,7 @@ def _check_view(given: Mapping[str, Any], code_base: CodeBase, data: DataSet) ->
 
 def _summary(code_base: CodeBase, config: SynthesisConfig, data: DataSet) -> str:
     """One line on what was understood."""
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (config.mean, config.std))
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (data.normalisation.mean, data.normalisation.std))
     crop = f"crop of {config.crop_scale[0]:g} to {config.crop_scale[1]:g} of the area, flip and " if config.view == "crop" else ""
     parts = [
         f"get_images: {_TITLES[code_base]}'s loop",

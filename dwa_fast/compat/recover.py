@@ -97,10 +97,10 @@ def _recover(recovery: Recovery, teacher: nn.Module, index: int, seed: int, disp
     check_integer("seed", seed, 0)
     if recovery.output:
         output_folder(recovery.output)  # before hours are spent
-    shape = recovery.config.channels, recovery.size, recovery.size
+    shape = recovery.normalisation.channels, recovery.size, recovery.size
     size, expected = recovery.config.batch_size, recovery.classes or recovery.config.batch_size
     sizes = sorted({min(size, expected), expected % size or size})
-    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), recovery.config, batch_sizes=sizes)
+    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), recovery.config, recovery.normalisation, batch_sizes=sizes)
     classes = recovery.classes or run.classes
     if run.classes != classes:
         raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
@@ -110,12 +110,13 @@ def _recover(recovery: Recovery, teacher: nn.Module, index: int, seed: int, disp
     for batch in _batches(recovery, classes, index):
         if recovery.init_path and recovery.config.sees_images and teacher not in _tried:
             _tried.add(teacher)
-            check_predictions(run.logits, [(denormalise(batch.images, recovery.config), batch.labels)], recovery.config)
+            check_predictions(run.logits, [(denormalise(batch.images, recovery.normalisation), batch.labels)], recovery.normalisation)
         with memory_errors(run.execution, [batch]):
             images, terms = _refine(run.replicas[0], batch, seed, recovery, display)
         losses.append(terms.float().cpu())
         if recovery.output:
-            _store(recovery.output, denormalise(images, recovery.config), batch.labels, index, classes)
+            _store(recovery.output, denormalise(images, recovery.normalisation), batch.labels, index, classes)
+    run.close()
     return torch.stack(losses)
 
 
@@ -164,7 +165,7 @@ def _batches(recovery: Recovery, classes: int, index: int) -> Iterator[Batch]:
 
 def _initial_images(recovery: Recovery, classes: int, index: int) -> Callable[[Tensor], Tensor]:
     """What gives image `index` of some classes, [n, C, S, S], normalised."""
-    shape, folder = (recovery.config.channels, recovery.size, recovery.size), recovery.init_path
+    shape, folder = (recovery.normalisation.channels, recovery.size, recovery.size), recovery.init_path
     if folder is None:
         return lambda labels: normal(generator(0, "unseen"), (1, *shape)).expand(len(labels), -1, -1, -1)
     if recovery.config.view == "roll" or tensor_file(folder, index).exists():  # as DWA's CIFAR script has them
@@ -173,10 +174,10 @@ def _initial_images(recovery: Recovery, classes: int, index: int) -> Callable[[T
     folders = _class_folders(folder, recovery.sorted_path, classes)
 
     def read(label: int) -> Tensor:
-        return decode(_nth_file(folders[label], index), recovery.size, recovery.config.channels, keep_aspect=False)
+        return decode(_nth_file(folders[label], index), recovery.size, recovery.normalisation.channels, keep_aspect=False)
 
     def load(labels: Tensor) -> Tensor:
-        return normalise(torch.stack(list(READERS.map(read, labels.tolist()))), recovery.config)
+        return normalise(torch.stack(list(READERS.map(read, labels.tolist()))), recovery.normalisation)
 
     return load
 

@@ -179,14 +179,13 @@ def load(
     folder: str | Path | None,
     split: Split,
     *,
-    channels: int = 3,
     download: bool = False,
 ) -> ImageSet:
     """The real images of a split.
 
     Args:
+        config: of a recipe, such as `recipe("cifar100").data`.
         folder: root of the data; None for digits.
-        channels: 1 (grey) or 3, for image folders.
         download: whether CIFAR may be downloaded into the folder.
     Raises:
         InputError: the data do not exist, do not have the layout of `config`, have another number of classes, different classes in both
@@ -195,7 +194,7 @@ def load(
     folder = None if folder is None else Path(folder)
     check_choice("split", split, Split)
     share = config.held_out_share
-    data = _open(config, folder, "train" if share else split, channels, download)
+    data = _open(config, folder, "train" if share else split, download)
     if config.classes is not None and len(data.class_names) != config.classes:
         raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
     if share:
@@ -219,7 +218,8 @@ def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | 
     return data.select((chosen if split == "test" else ~chosen).nonzero().flatten().tolist())
 
 
-def _open(config: DataConfig, folder: Path | None, split: Split, channels: int, download: bool) -> MemorySet | FileSet:
+def _open(config: DataConfig, folder: Path | None, split: Split, download: bool) -> MemorySet | FileSet:
+    channels = config.channels
     if config.layout == "digits":
         return digits(split, config.size)
     if folder is None:

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, SynthesisConfig
+from dwa_fast.config import InitialConfig, InitialOrder, Normalisation
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError
 from dwa_fast.io.files import checksum
 from dwa_fast.io.torch_files import read_archive
+from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
@@ -48,7 +49,7 @@ class InitialImages(Protocol):
 
 def initial_images(
     data: ImageSet,
-    synthesis: SynthesisConfig,
+    recipe: Recipe,
     config: InitialConfig,
     *,
     ipc: int,
@@ -59,13 +60,13 @@ def initial_images(
     Raises:
         InputError: a class has fewer than ipc images, a tensor file is missing, or the configuration does not use initial images.
     """
-    if not synthesis.sees_images:
+    if not recipe.synthesis.sees_images:
         if config.initial_tensors:
             raise InputError("initial_tensors would not be used: a noise start without directed adjustment sees no images")
         return NoImages(data)
     if config.initial_tensors:
         return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
-    return RealImages(data, synthesis, config, ipc=ipc, seed=seed)
+    return RealImages(data, recipe.data, config, ipc=ipc, seed=seed)
 
 
 class RealImages:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwa_fast.config import SqueezeConfig, ValidationConfig
+from dwa_fast.config import Normalisation, SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views
 from dwa_fast.data.datasets import ImageSet, normalise, to_unit
 from dwa_fast.seeding import generator
@@ -129,8 +129,14 @@ class ImageCache:
 class TrainingLoader:
     """Loads, augments, normalises and mixes the images of each batch plan."""
 
-    def __init__(self, images: ImageCache, sampler: BatchSampler, config: SqueezeConfig | ValidationConfig) -> None:
-        self._images, self._sampler, self._config = images, sampler, config
+    def __init__(
+        self,
+        images: ImageCache,
+        sampler: BatchSampler,
+        normalisation: Normalisation,
+        padding: int,  # of pad-crop, pixels
+    ) -> None:
+        self._images, self._sampler, self._normalisation, self._padding = images, sampler, normalisation, padding
         self._labels = images.data.labels.to(images.device)
 
     @property
@@ -147,7 +153,7 @@ class TrainingLoader:
         """The batches of one epoch, counted from 0."""
         plans = self._sampler.epoch(number)
         for plan, pixels in zip(plans, self._images.batches(plan.indices for plan in plans), strict=True):
-            images = normalise(apply_views(to_unit(pixels), plan.views, self._config.padding), self._config)
+            images = normalise(apply_views(to_unit(pixels), plan.views, self._padding), self._normalisation)
             yield TrainingBatch(apply_mix(images, plan.mix), self._labels[plan.indices.to(pixels.device)], plan)
 
 

@@ -74,7 +74,6 @@ def open_teacher(
     default_architecture: str | None = None,
     classes: Path | None = None,
     weights_key: str | None = None,
-    flags: Sequence[str] = ("--mean", "--std"),
 ) -> PairedTeacher:
     """Load the teacher of a checkpoint for images of these classes.
 
@@ -86,7 +85,6 @@ def open_teacher(
         architecture: network of the checkpoint. default_architecture: used if neither this nor the checkpoint names it.
         classes: file for `read_classes`, if the checkpoint does not name its classes or names them differently.
         weights_key: as in `load_teacher`.
-        flags: command-line flags of mean and std, for the error message.
     Raises:
         InputError: the checkpoint cannot be read, or its classes, normalisation or size are not those of the data.
     """
@@ -94,7 +92,7 @@ def open_teacher(
     count = len(listed) if listed else len(class_names)
     shape = {"channels": normalisation.channels, "size": size}
     module, info = _load(path, count, architecture, default_architecture, shape, weights_key)
-    _check_images(path, info, normalisation, size, flags)
+    _check_images(path, info, normalisation, size)
     names = listed or (list(info.class_names) if info.class_names else None)
     if info.classes != (len(names) if names else len(class_names)):
         if classes:
@@ -122,7 +120,7 @@ def _load(
         raise first from None
 
 
-def _check_images(path: Path, info: TeacherInfo, normalisation: Normalisation, size: int, flags: Sequence[str]) -> None:
+def _check_images(path: Path, info: TeacherInfo, normalisation: Normalisation, size: int) -> None:
     """Raise InputError if the checkpoint records another image size or normalisation."""
     found: list[str] = []
     ways: list[str] = []
@@ -134,7 +132,7 @@ def _check_images(path: Path, info: TeacherInfo, normalisation: Normalisation, s
     elif info.mean is not None and info.std is not None and (info.mean, info.std) != (tuple(normalisation.mean), tuple(normalisation.std)):
         found.append(f"{described(info.mean, info.std)}, not {described(normalisation.mean, normalisation.std)}")
     if info.mean is not None and info.std is not None and len(found) > len(ways):
-        ways.append(as_flags(info.mean, info.std, flags))
+        ways.append(as_flags(info.mean, info.std))
     if found:
         way = f"; pass {' '.join(ways)}" if ways else "; give --mean and --std as many values"
         raise InputError(f"teacher {path} was trained on images of {' and '.join(found)}{way}")
@@ -145,9 +143,9 @@ def described(mean: Sequence[float], std: Sequence[float]) -> str:
     return f"mean {_plain(mean)} and std {_plain(std)}"
 
 
-def as_flags(mean: Sequence[float], std: Sequence[float], flags: Sequence[str] = ("--mean", "--std")) -> str:
+def as_flags(mean: Sequence[float], std: Sequence[float]) -> str:
     """A normalisation as command-line flags."""
-    return f"{flags[0]} {_plain(mean)} {flags[1]} {_plain(std)}"
+    return f"--mean {_plain(mean)} --std {_plain(std)}"
 
 
 def _plain(values: Sequence[float]) -> str:

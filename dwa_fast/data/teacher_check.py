@@ -189,7 +189,7 @@ def _better_normalisation(
 def _usual(pixels: Tensor, normalisation: Normalisation) -> list[Normalisation]:
     """Normalisations that a teacher may have been trained with: those of the recipes, [−1, 1], [0, 1], and the images' own mean and std."""
     channels = pixels.shape[1]
-    found = [recipe.squeeze for recipe in RECIPES.values() if recipe.squeeze.channels == channels]
+    found = [recipe.data for recipe in RECIPES.values() if recipe.data.channels == channels]
     pairs = [(each.mean, each.std) for each in found]
     pairs += [((0.5,) * channels, (0.5,) * channels), ((0.0,) * channels, (1.0,) * channels)]
     own = pixels.transpose(0, 1).flatten(1)

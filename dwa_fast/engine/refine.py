@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.teacher import Network
@@ -27,6 +27,7 @@ class Refinement:
         matcher: Network,  # gives the matching terms: the same network, or θ
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
+        normalisation: Normalisation,
         execution: Execution,
         graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
@@ -41,7 +42,7 @@ class Refinement:
         self.learning_rates = torch.zeros(config.iterations, dtype=torch.float32, device=device)
         self.losses = torch.zeros(config.iterations, 3, dtype=dtype, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in config.bounds)
+        self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in normalisation.bounds)
         self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         records = not (classifier.unrecorded or matcher.unrecorded)
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)

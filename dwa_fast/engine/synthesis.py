@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.refine import Refinement, matching_dominates, noise
@@ -36,8 +36,8 @@ class Batch:
 class Replica:
     """A copy of the teacher with its own weights, buffers and CUDA stream. It works on one batch at a time."""
 
-    def __init__(self, network: Network, config: SynthesisConfig, execution: Execution) -> None:
-        self.config, self.execution = config, execution
+    def __init__(self, network: Network, config: SynthesisConfig, normalisation: Normalisation, execution: Execution) -> None:
+        self.config, self.normalisation, self.execution = config, normalisation, execution
         self._network = self._matcher = network
         if config.matching_weights == "original" and config.adjusts:
             self._matcher = copy.deepcopy(network)
@@ -61,7 +61,8 @@ class Replica:
             view = self._network.operators.view(images, schedule.rows, first, execution.dtype)
             shape = images.shape
             if shape not in self._refinements:
-                self._refinements[shape] = Refinement(self._network, self._matcher, shape, config, execution, self._graph_memory)
+                networks, settings = (self._network, self._matcher), (config, self.normalisation)
+                self._refinements[shape] = Refinement(*networks, shape, *settings, execution, self._graph_memory)
             self._refinement = self._refinements[shape]
             self._norms = self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
             start = noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
@@ -155,19 +156,28 @@ def _take_stream(device: torch.device) -> torch.cuda.Stream:
 class Synthesizer:
     """A teacher prepared once, for any number of batches. As a context manager it is closed at the end."""
 
-    def __init__(self, teacher: nn.Module, images: Tensor, config: SynthesisConfig, *, batch_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        images: Tensor,
+        config: SynthesisConfig,
+        normalisation: Normalisation,
+        *,
+        batch_sizes: Sequence[int] = (),
+    ) -> None:
         """Check and copy the teacher.
 
         Args:
             images: [N, C, H, W], examples of the images to come, normalised.
+            normalisation: of the images.
             batch_sizes: the numbers of images of the batches that will run.
         """
-        self.config = config
+        self.config, self.normalisation = config, normalisation
         self.execution = resolve(config.backend, config.precision, config.device, teacher)
         network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes)
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
         with check_precision(network, images, self.execution), self.execution.arithmetic():
-            self.replicas = [Replica(each, config, self.execution) for each in copies]
+            self.replicas = [Replica(each, config, normalisation, self.execution) for each in copies]
         self._warned = False  # whether the dominating matching losses have been logged
 
     def logits(
@@ -222,10 +232,8 @@ class Synthesizer:
         return results
 
 
-def check_arguments(images: Tensor, labels: Tensor, config: SynthesisConfig) -> None:
+def check_arguments(images: Tensor, labels: Tensor, channels: int) -> None:
     """Check what can be checked without the teacher; raises as `synthesize` does."""
-    if not isinstance(config, SynthesisConfig):
-        raise TypeError(f"config must be a SynthesisConfig, such as recipe('cifar100'), got {type(config).__name__}")
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -233,7 +241,6 @@ def check_arguments(images: Tensor, labels: Tensor, config: SynthesisConfig) -> 
         raise TypeError(f"images must be normalised floating point, got {images.dtype}")
     if labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    channels = config.channels
     if images.dim() != 4 or images.shape[1] != channels or images.numel() == 0:
         raise InputError(f"images must be [N, {channels}, H, W] and not empty, got shape {tuple(images.shape)}")
     if labels.shape != images.shape[:1]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, Progress, check_choice, check_integer
+from dwa_fast.config import Config, Normalisation, PositiveInt, Progress, Range
 from dwa_fast.data.datasets import ImageSet, to_unit
 from dwa_fast.data.subsets import by_class, draw
 from dwa_fast.errors import InputError
@@ -111,22 +111,13 @@ class NearestNeighbours:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiversityConfig:
+class DiversityConfig(Config):
     """What the sets are compared with, and how much is plotted."""
 
-    space: Space = (
-        "features"  # Space of the nearest neighbours: inputs of the teacher's last linear layer, or pixels (averaged to at most 32×32).
-    )
-    real_images: int | None = None  # Compare with this many random real images of each class, at least 2; default: all.
-    shown_classes: int = 10  # Classes in the t-SNE and in the pictures, chosen at random where there are more, at least 1.
-    tsne_images: int = 100  # Images of each class and set in the t-SNE, at most; at least 1.
-
-    def __post_init__(self) -> None:
-        check_choice("space", self.space, Space)
-        if self.real_images is not None:
-            check_integer("real_images", self.real_images, 2)
-        check_integer("shown_classes", self.shown_classes, 1)
-        check_integer("tsne_images", self.tsne_images, 1)
+    space: Space = "features"  # Of nearest neighbours: inputs of the teacher's last linear layer, or pixels (averaged to 32×32 at most).
+    real_images: Annotated[int, Range(at_least=2)] | None = None  # Compare with this many random real images of each class; default: all.
+    shown_classes: PositiveInt = 10  # Classes in the t-SNE and in the pictures, chosen at random where there are more.
+    tsne_images: PositiveInt = 100  # Most images of each class and set in the t-SNE.
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dwa_fast.config import Progress, ValidationConfig, check_integer
+from dwa_fast.config import Config, PositiveInt, Progress
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.errors import InputError
+from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive, generator
 from dwa_fast.training.fit import check_set, check_teacher
 from dwa_fast.training.validate import validate
@@ -24,15 +25,11 @@ _MARK = 16  # characters of the checksum of a set in the names of its folders
 
 
 @dataclass(frozen=True, kw_only=True)
-class IncrementalConfig:
+class IncrementalConfig(Config):
     """Settings of class-incremental learning."""
 
-    tasks: int = 5  # Tasks that the classes are split into, as evenly as possible, at least 1.
-    seeds: int = 3  # Random orders of the classes, each with its own students, at least 1.
-
-    def __post_init__(self) -> None:
-        check_integer("tasks", self.tasks, 1)
-        check_integer("seeds", self.seeds, 1)
+    tasks: PositiveInt = 5  # Tasks that the classes are split into, as evenly as possible.
+    seeds: PositiveInt = 3  # Random orders of the classes, each with its own students.
 
 
 def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[list[int]]:
@@ -51,10 +48,9 @@ def learn(
     test: ImageSet,
     teacher: nn.Module,
     student: str,
+    recipe: Recipe,
     config: IncrementalConfig,
-    validation: ValidationConfig,
     *,
-    size: int,
     device: torch.device,
     resume_dir: Path,
     seed: int = 0,
@@ -66,8 +62,7 @@ def learn(
 
     Args:
         sets: distilled images by name, all with the classes of the held-out ones.
-        validation: the training of each task, of `validation.students` students.
-        size: height and width of the images, pixels.
+        recipe: size, mean, std, and the training of each task, of `recipe.validation.students` students.
         resume_dir: holds a folder of finished work for each task; the same call resumes from it.
         progress: called with the number of trained tasks and the total.
     Raises:
@@ -78,8 +73,8 @@ def learn(
         check_set(images, f"images of set {name!r}")
         if images.class_names != test.class_names:
             raise InputError(f"set {name!r} has other classes than the held-out images")
-    if validation.labels == "soft":
-        check_teacher(teacher, test, validation, device)
+    if recipe.validation.labels == "soft":
+        check_teacher(teacher, test, recipe.data, device)
     orders = [class_order(len(test.class_names), config.tasks, seed=seed, index=index) for index in range(config.seeds)]
     marks = {name: image_digest(images)[:_MARK] for name, images in sets.items()}
     places = [(index, name, task) for index in range(config.seeds) for name in sets for task in range(config.tasks)]
@@ -91,8 +86,7 @@ def learn(
             some_classes(test, known),
             KnownClasses(teacher, known),
             student,
-            validation,
-            size=size,
+            recipe,
             device=device,
             seed=derive(seed, "incremental", index, task),
             resume_dir=resume_dir / f"{marks[name]}-order{index}-task{task}",

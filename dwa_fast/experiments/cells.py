@@ -8,14 +8,14 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dwa_fast.config import DataConfig, InitialConfig, Progress, StorageConfig, SynthesisConfig, ValidationConfig
+from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig
 from dwa_fast.data.datasets import ImageSet, denormalise, image_folder, load, to_levels
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.initial import initial_images
@@ -26,7 +26,7 @@ from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.io.files import checksum, output_folder, write_json
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import load_teacher
-from dwa_fast.recipes import METHODS, full_recipe
+from dwa_fast.recipes import METHODS, Recipe, recipe
 from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.sets.distill import distill, work_list
 from dwa_fast.sets.store import ImageStore
@@ -43,19 +43,15 @@ class Setup:
     """Settings that all cells of a study share, as plain values that can be pickled."""
 
     output: Path  # holds the sets and cells of any number of studies
-    recipe: str  # its name
-    data: DataConfig
+    recipe: Recipe  # with the teacher's architecture and DWA's synthesis, from which that of every set is derived; students use its device
     folder: Path | None  # of the real images
     train_checksum: str  # of the real images that sets are made from, as image_digest
     test_checksum: str  # of the held-out ones
     teacher: Path
     teacher_checksum: str  # as checkpoint.teacher_checksum
-    architecture: str  # of the teacher
     weights_key: str | None = None  # which weights of the checkpoint, as load_teacher
     outputs: tuple[int, ...] | None = None  # of the teacher, that are the classes; None: all, in their order
     teacher_classes: int | None = None  # number of its outputs; None: the number of classes
-    synthesis: SynthesisConfig  # DWA's settings, from which those of every set are derived; students use its device too
-    validation: ValidationConfig
     initial: InitialConfig = field(default_factory=InitialConfig)
     threads: int = 1  # CPU threads of each set or cell; on a CPU the last bits depend on it
 
@@ -93,21 +89,21 @@ class SharedInputs:
 
     @functools.cached_property
     def train(self) -> ImageSet:
-        return load(self._setup.data, self._setup.folder, "train", channels=self._setup.synthesis.channels)
+        return load(self._setup.recipe.data, self._setup.folder, "train")
 
     @functools.cached_property
     def test(self) -> ImageSet:
-        return load(self._setup.data, self._setup.folder, "test", channels=self._setup.synthesis.channels)
+        return load(self._setup.recipe.data, self._setup.folder, "test")
 
     @functools.cached_property
     def teacher(self) -> nn.Module:
         setup = self._setup
         module, _ = load_teacher(
             setup.teacher,
-            architecture=setup.architecture,
+            architecture=setup.recipe.architecture,
             classes=setup.teacher_classes or len(self.test.class_names),
-            channels=setup.synthesis.channels,
-            size=setup.data.size,
+            channels=setup.recipe.data.channels,
+            size=setup.recipe.data.size,
             weights_key=setup.weights_key,
         )
         return module if setup.outputs is None else KnownClasses(module, setup.outputs).eval()
@@ -119,12 +115,12 @@ def inputs(setup: Setup) -> SharedInputs:
     return SharedInputs(setup)
 
 
-def nearest_method(recipe: str, synthesis: SynthesisConfig) -> tuple[str, dict[str, Any]]:
+def nearest_method(setup: Setup, synthesis: SynthesisConfig) -> tuple[str, dict[str, Any]]:
     """The method of the recipe with the fewest settings that differ from these, and those settings."""
-    own = _result_settings(synthesis)
+    own = _result_settings(replace(setup.recipe, synthesis=synthesis))
 
     def changes(method: str) -> dict[str, Any]:
-        published = _result_settings(full_recipe(recipe, method=method).synthesis)
+        published = _result_settings(recipe(setup.recipe.name, method=method))
         return {name: value for name, value in own.items() if value != published[name]}
 
     name = min(METHODS, key=lambda method: len(changes(method)))
@@ -161,12 +157,12 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
         _copy_real(setup, source, ipc, folder)
         return
     initial = setup.initial if source.synthesis.sees_images else None
-    provenance = {"recipe": setup.recipe, "method": nearest_method(setup.recipe, source.synthesis)[0], "teacher": setup.teacher_checksum}
+    provenance = {"recipe": setup.recipe.name, "method": nearest_method(setup, source.synthesis)[0], "teacher": setup.teacher_checksum}
     provenance |= _outputs(setup)
     distill(
         shared.teacher,
         shared.train,
-        source.synthesis,
+        replace(setup.recipe, synthesis=source.synthesis),
         ipc=ipc,
         output=folder,
         initial=initial,
@@ -179,9 +175,10 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
 
 
 def _copy_real(setup: Setup, source: DistilledSource, ipc: int, folder: Path) -> None:
-    data, config = inputs(setup).train, replace(setup.synthesis, initial="real")
-    start = initial_images(data, config, setup.initial, ipc=ipc, seed=source.seed)
-    settings = {"recipe": setup.recipe, "method": REAL, "seed": source.seed, "image_shape": list(data.image_shape), **start.settings}
+    data, normalisation = inputs(setup).train, setup.recipe.data
+    real = replace(setup.recipe, synthesis=replace(setup.recipe.synthesis, initial="real"))
+    start = initial_images(data, real, setup.initial, ipc=ipc, seed=source.seed)
+    settings = {"recipe": setup.recipe.name, "method": REAL, "seed": source.seed, "image_shape": list(data.image_shape), **start.settings}
     items = work_list(len(data.class_names), ipc, _REAL_BATCH)
     store = ImageStore(folder, settings, data.class_names, StorageConfig(losses_every=0))
     start.skipped.update(store.skipped)
@@ -189,7 +186,8 @@ def _copy_real(setup: Setup, source: DistilledSource, ipc: int, folder: Path) ->
     if missing:
         store.begin()
     for item in missing:
-        store.write(item, to_levels(denormalise(start.load(item.labels, item.index), config)), skipped=dict(start.skipped))
+        levels = to_levels(denormalise(start.load(item.labels, item.index), normalisation))
+        store.write(item, levels, skipped=dict(start.skipped))
     store.finish(items)
 
 
@@ -205,10 +203,10 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
     Raises:
         InputError: the set has other classes than the held-out images, or too few images.
     """
-    shared, channels = inputs(setup), setup.synthesis.channels
+    shared, data = inputs(setup), setup.recipe.data
     folder, names = set_folder(setup, cell.source), shared.test.class_names
-    distilled, _ = open_distilled(folder, setup.data.size, channels, names, per_class=cell.ipc)
-    device = resolve_device(setup.synthesis.device)
+    distilled, _ = open_distilled(folder, data.size, data.channels, names, per_class=cell.ipc)
+    device = resolve_device(setup.recipe.synthesis.device)
     started = time.perf_counter()
     with torch_threads(setup.threads if device.type == "cpu" else None):
         result = validate(
@@ -216,8 +214,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
             shared.test,
             shared.teacher,
             cell.student,
-            setup.validation,
-            size=setup.data.size,
+            setup.recipe,
             device=device,
             seed=cell.source.seed,
             progress=progress,
@@ -236,8 +233,8 @@ def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
         return None
     if not isinstance(found, list) or not all(isinstance(each, float) and 0 <= each <= 100 for each in found):
         return None
-    whole = len(found) >= setup.validation.students
-    return found[: setup.validation.students] if whole else None
+    whole = len(found) >= setup.recipe.validation.students
+    return found[: setup.recipe.validation.students] if whole else None
 
 
 def _result_file(setup: Setup, cell: Cell) -> Path:
@@ -246,23 +243,23 @@ def _result_file(setup: Setup, cell: Cell) -> Path:
 
 def _set_settings(setup: Setup, source: DistilledSource) -> dict[str, Any]:
     """Every setting that affects a set."""
-    base = {"recipe": setup.recipe, "images": setup.train_checksum, "size": setup.data.size, "seed": source.seed}
+    base = {"recipe": setup.recipe.name, "images": setup.train_checksum, "size": setup.recipe.data.size, "seed": source.seed}
     if source.synthesis is None:
         return {**base, "method": REAL, "initial": _initial_settings(setup)}
     config = source.synthesis
     with torch.device("meta"):  # no values: only the kinds of its layers count
-        layers = build(setup.architecture, classes=2, channels=config.channels, size=setup.data.size)
+        layers = build(setup.recipe.architecture, classes=2, channels=setup.recipe.data.channels, size=setup.recipe.data.size)
     computed = resolve(config.backend, config.precision, config.device, layers).describe()
     threads = setup.threads if computed["device"] == "cpu" else None
     initial = _initial_settings(setup) if config.sees_images else {}
     base |= {**computed, "teacher": setup.teacher_checksum, **_outputs(setup)}
-    return {**base, "threads": threads, "initial": initial, "synthesis": _result_settings(config)}
+    return {**base, "threads": threads, "initial": initial, "synthesis": _result_settings(replace(setup.recipe, synthesis=config))}
 
 
 def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
     """Every setting that affects the accuracy of a student."""
-    device = resolve_device(setup.synthesis.device).type
-    trained = {name: value for name, value in asdict(setup.validation).items() if name not in NO_EFFECT}
+    device = resolve_device(setup.recipe.synthesis.device).type
+    trained = {name: value for name, value in setup.recipe.settings("validation").items() if name not in NO_EFFECT}
     return {
         "set": _contents(cell.source.folder, cell.ipc) if isinstance(cell.source, ExternalSet) else _set_settings(setup, cell.source),
         "ipc": cell.ipc,
@@ -271,8 +268,8 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
         "teacher": setup.teacher_checksum,
         **_outputs(setup),
         "held_out": setup.test_checksum,
-        "recipe": setup.recipe,
-        "size": setup.data.size,
+        "recipe": setup.recipe.name,
+        "size": setup.recipe.data.size,
         "device": device,
         "threads": setup.threads if device == "cpu" else None,
         "validation": trained,
@@ -297,13 +294,13 @@ def _initial_settings(setup: Setup) -> dict[str, Any]:
     return {"order": setup.initial.initial_order, "tensors": checksum(tensors / "tensor_0.pt") if tensors else None}
 
 
-def _result_settings(synthesis: SynthesisConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(synthesis).items() if name not in EXECUTION_SETTINGS}
+def _result_settings(recipe: Recipe) -> dict[str, Any]:
+    return {name: value for name, value in recipe.settings("synthesis").items() if name not in EXECUTION_SETTINGS}
 
 
 def _slug(setup: Setup, source: DistilledSource) -> str:
     """Method, differing settings and seed, in characters that every file system takes."""
-    name, changes = (REAL, {}) if source.synthesis is None else nearest_method(setup.recipe, source.synthesis)
+    name, changes = (REAL, {}) if source.synthesis is None else nearest_method(setup, source.synthesis)
     text = "-".join([name, *(f"{key}{value}" for key, value in changes.items())])
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', text)[:_SLUG_LENGTH]}-seed{source.seed}"
 

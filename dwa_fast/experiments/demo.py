@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dwa_fast.config import check_choice, check_integer
+from dwa_fast.config import Config, NonNegativeInt, PositiveInt, check_choice
 from dwa_fast.data.datasets import image_folder, load, normalise
 from dwa_fast.data.digest import image_digest
 from dwa_fast.engine.backend import resolve_device
@@ -20,7 +20,7 @@ from dwa_fast.experiments.schedule import StudyProgress, default_jobs
 from dwa_fast.experiments.studies import TITLES, by_method
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.report.records import Record, Table, mean_and_spread
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
@@ -31,29 +31,24 @@ Track = Callable[[str], StudyProgress]  # starts a progress bar with that title
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Config):
     """Settings of the demo."""
 
-    ipc: tuple[int, ...] = (1, 5)  # Images per class.
+    ipc: tuple[PositiveInt, ...] = (1, 5)  # Images per class.
     methods: tuple[str, ...] = (REAL, "sre2l", "real-start", "random-step", "dwa")  # real (plain real images), or methods of synthesize.
-    students: int = 5  # Students trained on each set, each with its own seed.
-    iterations: int | None = None  # Adam steps per batch; default: as in the digits recipe.
-    epochs: int | None = None  # Epochs of each student; default: as in the digits recipe.
-    seed: int = 0  # Seed of all random numbers.
+    students: PositiveInt = 5  # Students trained on each set, each with its own seed.
+    iterations: PositiveInt | None = None  # Adam steps per batch; default: as in the digits recipe.
+    epochs: PositiveInt | None = None  # Epochs of each student; default: as in the digits recipe.
+    seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    jobs: int | None = None  # Processes that run at the same time, each with one CPU thread; default: one per thread of PyTorch.
+    jobs: PositiveInt | None = None  # Processes that run at the same time, each with one CPU thread; default: one per thread of PyTorch.
 
     def __post_init__(self) -> None:
-        for ipc in self.ipc:
-            check_integer("ipc", ipc, 1)
+        super().__post_init__()
         for method in self.methods:
             check_choice("method", method, list(TITLES))
         if not self.ipc or not self.methods:
             raise InputError("the demo needs at least one ipc and one method")
-        check_integer("students", self.students, 1)
-        check_integer("seed", self.seed, 0)
-        if self.jobs is not None:
-            check_integer("jobs", self.jobs, 1)
 
 
 def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
@@ -65,7 +60,7 @@ def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
     output_folder(output)
     accuracy = _teacher(output / "teacher.pt", config, track)
     setup = _setup(output, config)
-    grid = Grid(variants=by_method(setup, config.methods), ipc=config.ipc, students=(setup.architecture,), seeds=(config.seed,))
+    grid = Grid(variants=by_method(setup, config.methods), ipc=config.ipc, students=(setup.recipe.architecture,), seeds=(config.seed,))
     outcomes = run_grid(setup, grid, jobs=config.jobs or default_jobs(setup), progress_bar=track("sets and students"))
     shown = [TITLES[method] for method in _ON_SHEET]
     variants = [variant for variant in grid.variants if variant.name in shown] or grid.variants
@@ -90,46 +85,40 @@ def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
 
 def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
     """Train the teacher unless its file exists; returns its top-1 on the held-out digits, percent."""
-    recipe, device = full_recipe("digits"), resolve_device(config.device)
-    train, test = (load(recipe.data, None, split, channels=1) for split in ("train", "test"))
+    digits, device = recipe("digits"), resolve_device(config.device)
+    train, test = (load(digits.data, None, split) for split in ("train", "test"))
     if not path.exists():
-        size = recipe.data.size
-        module = squeeze(train, recipe.architecture, recipe.squeeze, size=size, device=device, seed=config.seed, progress=track("teacher"))
-        accuracy = top1(module, test, recipe.squeeze, device)
+        module = squeeze(train, digits, device=device, seed=config.seed, progress=track("teacher"))
         info = TeacherInfo(
-            architecture=recipe.architecture,
+            architecture=digits.architecture,
             classes=10,
             channels=1,
-            size=size,
-            accuracy=accuracy,
+            size=digits.data.size,
+            accuracy=top1(module, test, digits.data, device),
             class_names=train.class_names,
-            mean=recipe.squeeze.mean,
-            std=recipe.squeeze.std,
+            mean=digits.data.mean,
+            std=digits.data.std,
         )
         save_teacher(path, module, info)
     module, info = load_teacher(path)
-    return info.accuracy if info.accuracy is not None else top1(module.to(device), test, recipe.squeeze, device)
+    return info.accuracy if info.accuracy is not None else top1(module.to(device), test, digits.data, device)
 
 
 def _setup(output: Path, config: DemoConfig) -> Setup:
-    recipe = full_recipe("digits")
-    synthesis, validation = replace(recipe.synthesis, device=config.device), replace(recipe.validation, students=config.students)
+    digits = recipe("digits", device=config.device)
+    synthesis, validation = digits.synthesis, replace(digits.validation, students=config.students)
     if config.iterations is not None:
         synthesis = replace(synthesis, iterations=config.iterations)
     if config.epochs is not None:
         validation = replace(validation, epochs=config.epochs)
     return Setup(
         output=output,
-        recipe=recipe.name,
-        data=recipe.data,
+        recipe=replace(digits, synthesis=synthesis, validation=validation),
         folder=None,
-        train_checksum=image_digest(load(recipe.data, None, "train", channels=1)),
-        test_checksum=image_digest(load(recipe.data, None, "test", channels=1)),
+        train_checksum=image_digest(load(digits.data, None, "train")),
+        test_checksum=image_digest(load(digits.data, None, "test")),
         teacher=output / "teacher.pt",
         teacher_checksum=checksum(output / "teacher.pt"),
-        architecture=recipe.architecture,
-        synthesis=synthesis,
-        validation=validation,
     )
 
 
@@ -137,9 +126,9 @@ def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[floa
     """D^c of every class; empty for ipc 1."""
     if ipc == 1:
         return []
-    device = resolve_device(setup.synthesis.device)
-    made = image_folder(set_folder(setup, variant.source(seed)), setup.data.size, setup.synthesis.channels, per_class=ipc, by_number=True)
-    images = normalise(made.load(range(len(made.labels))).to(device), setup.synthesis)
+    data, device = setup.recipe.data, resolve_device(setup.recipe.synthesis.device)
+    made = image_folder(set_folder(setup, variant.source(seed)), data.size, data.channels, per_class=ipc, by_number=True)
+    images = normalise(made.load(range(len(made.labels))).to(device), data)
     return list(class_diversity(inputs(setup).teacher.to(device), images, made.labels.to(device)).values())
 
 
@@ -147,8 +136,11 @@ def _table(setup: Setup, grid: Grid, outcomes: Outcomes, diversity: dict[tuple[s
     rows = []
     for ipc in grid.ipc:
         for variant in grid.variants:
-            outcome, found = outcomes[variant.name, ipc, setup.architecture], diversity[variant.name, ipc]
+            outcome, found = outcomes[variant.name, ipc, setup.recipe.architecture], diversity[variant.name, ipc]
             reached = mean_and_spread(outcome.mean, outcome.std)
             rows.append([variant.name, str(ipc), reached, f"{statistics.fmean(found):.0f}" if found else "–"])
-    title, columns = f"students of the distilled digits, {setup.validation.students} of each", ["set", "ipc", "top-1 %", "diversity D^c"]
+    title, columns = (
+        f"students of the distilled digits, {setup.recipe.validation.students} of each",
+        ["set", "ipc", "top-1 %", "diversity D^c"],
+    )
     return Table(title=title, columns=columns, rows=rows, note=note(setup, grid))

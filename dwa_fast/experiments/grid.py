@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def run_grid(setup: Setup, grid: Grid, *, jobs: int, progress_bar: StudyProgress
 
 def note(setup: Setup, grid: Grid) -> str:
     """How the numbers of a table are computed, for its note."""
-    count = setup.validation.students
+    count = setup.recipe.validation.students
     students = "one student" if count == 1 else f"{count} students"
     if len(grid.seeds) == 1:
         return f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."
@@ -133,33 +133,33 @@ def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, An
         outcome = outcomes[variant.name, ipc, student]
         method, changes = variant.name if variant.external else REAL, dict[str, Any]()
         if variant.synthesis is not None:
-            method, changes = nearest_method(setup.recipe, variant.synthesis)
+            method, changes = nearest_method(setup, variant.synthesis)
         flat = [accuracy for each in outcome.accuracies for accuracy in each]
-        row = {"recipe": setup.recipe, "method": method, "student": student, "ipc": ipc, "mean": outcome.mean, "std": outcome.std}
-        synthesis = asdict(variant.synthesis) if variant.synthesis else {}
+        row = {"recipe": setup.recipe.name, "method": method, "student": student, "ipc": ipc, "mean": outcome.mean, "std": outcome.std}
+        synthesis = replace(setup.recipe, synthesis=variant.synthesis).settings("synthesis") if variant.synthesis else {}
         rows.append({**changes, **row, "accuracies": flat, "sets": len(outcome.accuracies), "synthesis": synthesis})
     return rows
 
 
 def study_settings(setup: Setup, grid: Grid) -> dict[str, Any]:
     """The settings of a study, for its record."""
-    tensors = setup.initial.initial_tensors
+    recipe, tensors = setup.recipe, setup.initial.initial_tensors
     return {
-        "recipe": setup.recipe,
-        "teacher": {"architecture": setup.architecture, "checksum": setup.teacher_checksum},
-        "data": asdict(setup.data),
+        "recipe": recipe.name,
+        "teacher": {"architecture": recipe.architecture, "checksum": setup.teacher_checksum},
+        "data": {name: value for name, value in asdict(recipe.data).items() if name not in ("mean", "std")},
         "ipc": list(grid.ipc),
         "synthesis seeds": list(grid.seeds),
         "students": list(grid.students),
-        "synthesis": asdict(setup.synthesis),
+        "synthesis": recipe.settings("synthesis"),
         "initial": {**asdict(setup.initial), "initial_tensors": None if tensors is None else str(tensors)},
-        "validation": asdict(setup.validation),
+        "validation": recipe.settings("validation"),
     }
 
 
 def environment(setup: Setup) -> dict[str, Any]:
     """Versions, device and threads, on which the numbers may depend."""
-    return {**records.environment(resolve_device(setup.synthesis.device)), "threads": setup.threads}
+    return {**records.environment(resolve_device(setup.recipe.synthesis.device)), "threads": setup.threads}
 
 
 def by_ipc(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: str) -> tuple[Table, Chart]:
@@ -204,7 +204,7 @@ def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: 
     folders = {variant: set_folder(setup, variant.source(seed)) for variant in variants}
     names = read_manifest(folders[variants[0]])["class_names"][:_SHEET_CLASSES]
     for variant, made in folders.items():
-        images = image_folder(made, setup.data.size, setup.synthesis.channels, per_class=shown, by_number=True)
+        images = image_folder(made, setup.recipe.data.size, setup.recipe.data.channels, per_class=shown, by_number=True)
         panels[f"{variant.name}, ipc {shown}"] = images.load(range(len(names) * shown))
     pictures.contact_sheet(folder / "contact-sheet.png", panels, names)
     return [Picture(title="the first images of each class", file="contact-sheet.png")]

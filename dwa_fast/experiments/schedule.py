@@ -39,7 +39,7 @@ class _Task:
 
 def default_jobs(setup: Setup) -> int:
     """As many processes as fill PyTorch's CPU threads; one on a GPU."""
-    if resolve_device(setup.synthesis.device).type != "cpu":
+    if resolve_device(setup.recipe.synthesis.device).type != "cpu":
         return 1
     return max(1, torch.get_num_threads() // setup.threads)
 

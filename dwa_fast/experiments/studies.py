@@ -50,14 +50,14 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
     """
     for method in methods:
         check_choice("method", method, list(TITLES))
-    derived = {name: method(setup.synthesis) for name, method in METHODS.items()}
+    derived = {name: method(setup.recipe.synthesis) for name, method in METHODS.items()}
     return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
 
 
 def compare(run: GridRunner, setup: Setup, *, methods: Sequence[str], ipc: Sequence[int], student: str, seeds: Sequence[int]) -> Record:
     """Methods × ipc."""
     grid = Grid(variants=by_method(setup, methods), ipc=ipc, students=(student,), seeds=seeds)
-    return _categories(run, setup, grid, "compare", f"Methods on {setup.recipe}")
+    return _categories(run, setup, grid, "compare", f"Methods on {setup.recipe.name}")
 
 
 def cross(
@@ -77,7 +77,7 @@ def cross(
         raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")
     grid = Grid(variants=[*by_method(setup, methods), *found], ipc=ipc, students=students, seeds=seeds)
     outcomes = run(grid)
-    title = f"Students of several architectures on {setup.recipe}"
+    title = f"Students of several architectures on {setup.recipe.name}"
     pairs = [by_student(f"{title}, ipc {each}", setup, grid, outcomes, each) for each in ipc]
     tables, charts = [table for table, _ in pairs], [chart for _, chart in pairs]
     return _record(setup, grid, outcomes, "cross", title, tables=tables, charts=charts)
@@ -105,7 +105,7 @@ def ablate(
     if study == "k-rho":
         return _k_rho(run, setup, grid, steps, rhos)
     variants, title = _CATEGORIES[study]
-    return _categories(run, setup, grid(variants(setup.synthesis)), "ablation", f"{title} on {setup.recipe}")
+    return _categories(run, setup, grid(variants(setup.recipe.synthesis)), "ablation", f"{title} on {setup.recipe.name}")
 
 
 def _adjustment(dwa: SynthesisConfig) -> list[Variant]:
@@ -134,7 +134,7 @@ _CATEGORIES: dict[str, tuple[Callable[[SynthesisConfig], list[Variant]], str]] =
 
 def _lambda_var(run: GridRunner, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], values: Sequence[float]) -> Record:
     """λ_var alone, λ_mean as the recipe has it, against both at that value."""
-    dwa = setup.synthesis
+    dwa = setup.recipe.synthesis
     kinds: dict[str, Callable[[float], SynthesisConfig]] = {
         f"λ_var alone, λ_mean = {dwa.lambda_mean:g}": lambda value: replace(dwa, lambda_var=value),
         "λ_mean = λ_var": lambda value: replace(dwa, lambda_mean=value, lambda_var=value),
@@ -143,7 +143,7 @@ def _lambda_var(run: GridRunner, setup: Setup, grid_of: Callable[[Sequence[Varia
     grid = grid_of([Variant(name=f"{kind}, {value:g}", synthesis=make(value)) for kind, make in kinds.items() for value in values])
     outcomes, (student,) = run(grid), grid.students
     tables, charts = [], []
-    title = f"λ_var on {setup.recipe}"
+    title = f"λ_var on {setup.recipe.name}"
     for ipc in grid.ipc:
         rows = {kind: [outcomes[f"{kind}, {value:g}", ipc, student] for value in values] for kind in kinds}
         lines = [[f"{value:g}", *(str(found[place]) for found in rows.values())] for place, value in enumerate(values)]
@@ -162,10 +162,10 @@ def _k_rho(
     def name(k: int, rho: float) -> str:
         return f"K = {k}, ρ = {rho:g}"
 
-    grid = grid_of([Variant(name=name(k, rho), synthesis=replace(setup.synthesis, steps=k, rho=rho)) for rho in rhos for k in steps])
+    grid = grid_of([Variant(name=name(k, rho), synthesis=replace(setup.recipe.synthesis, steps=k, rho=rho)) for rho in rhos for k in steps])
     outcomes, (student,) = run(grid), grid.students
     tables, maps = [], []
-    title = f"K and ρ on {setup.recipe}"
+    title = f"K and ρ on {setup.recipe.name}"
     for ipc in grid.ipc:
         found = [[outcomes[name(k, rho), ipc, student] for k in steps] for rho in rhos]
         rows = [[f"{rho:g}", *map(str, row)] for rho, row in zip(rhos, found, strict=True)]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.models.batchnorm import batchnorm_layers, given
+from dwa_fast.recipes import Recipe
 from dwa_fast.schedule import Schedule, make_schedule
 from dwa_fast.seeding import generator, normal
 
@@ -70,13 +71,13 @@ def recover(
     teacher: nn.Module,
     images: Tensor,  # [N, C, H, W], normalised
     labels: Tensor,  # [N] int64
-    config: SynthesisConfig,
+    recipe: Recipe,
     *,
     seed: int = 0,
     quirks: Quirks | None = None,
 ) -> LoopResult:
     """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed."""
-    quirks = quirks or Quirks()
+    config, quirks = recipe.synthesis, quirks or Quirks()
     model = copy.deepcopy(teacher).to(images.device, images.dtype).eval()
     original = copy.deepcopy(model).requires_grad_(False)
     source = original if config.matching_weights == "original" else model
@@ -102,6 +103,7 @@ def recover(
             batch,
             labels[start:stop],
             config,
+            recipe.data,
             schedule,
             leak if quirks.leak_image_gradient else None,
         )
@@ -165,12 +167,13 @@ def _refine(
     images: Tensor,
     labels: Tensor,
     config: SynthesisConfig,
+    normalisation: Normalisation,
     schedule: Schedule,
     leak: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     images = images.requires_grad_(True)
     optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
-    low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in config.bounds)
+    low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in normalisation.bounds)
     losses = []
     for step in range(config.iterations):
         optimizer.param_groups[0]["lr"] = float(schedule.learning_rates[step])

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
-from dwa_fast.config import SynthesisConfig, ValidationConfig
-from dwa_fast.recipes import METHODS, RECIPES, full_recipe
+from dwa_fast.recipes import METHODS, RECIPES, recipe
 from dwa_fast.report.records import Record, Table, mean_and_spread
 
 _Key = tuple[str, str, int]  # recipe, student, images per class
@@ -126,19 +124,19 @@ def _differences(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> Iterat
     if cell["recipe"] not in RECIPES or cell["method"] not in METHODS:
         yield "recipe"
         return
-    recipe, own = full_recipe(cell["recipe"]), full_recipe(cell["recipe"], method=cell["method"])
+    dwa, own = recipe(cell["recipe"]), recipe(cell["recipe"], method=cell["method"])
     if _part(settings, "teacher").get("architecture") != cell["student"]:
         yield "teacher"
     data = {**settings, **_part(settings, "data")}
-    if data.get("size") != recipe.data.size:
+    if data.get("size") != dwa.data.size:
         yield "size"
-    if data.get("test_crop", 1.0) != recipe.data.test_crop:  # older records do not have it
+    if data.get("test_crop", 1.0) != dwa.data.test_crop:  # older records do not have it
         yield "test_crop"
-    yield from _changed(_part(settings, "validation"), recipe.validation, "validation")
+    yield from _changed(_part(settings, "validation"), dwa.settings("validation"), "validation")
     # A study of several methods records the settings that it derives them from, those of DWA, and in each cell what is not its method's.
     stated = _part(cell if "synthesis" in cell else settings, "synthesis")
-    yield from min((list(_changed(stated, each, "synthesis")) for each in (own.synthesis, recipe.synthesis)), key=len)
-    yield from (name for name in _plain(own.synthesis) if name in cell and name not in _OWN)
+    yield from min((list(_changed(stated, each, "synthesis")) for each in (own.settings("synthesis"), dwa.settings("synthesis"))), key=len)
+    yield from (name for name in _plain(own.settings("synthesis")) if name in cell and name not in _OWN)
 
 
 def _part(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -146,14 +144,14 @@ def _part(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _changed(stated: Mapping[str, Any], wanted: SynthesisConfig | ValidationConfig, name: str) -> Iterator[str]:
+def _changed(stated: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> Iterator[str]:
     if not stated:
         yield name
         return
     yield from (field for field, value in _plain(wanted).items() if stated.get(field) != value)
 
 
-def _plain(config: SynthesisConfig | ValidationConfig) -> dict[str, Any]:
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as a record holds them, without those that may differ."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    content: dict[str, Any] = json.loads(json.dumps(settings))
     return {name: value for name, value in content.items() if name not in _FREE}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dwa_fast.data.set_layout import has_link, prefix
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.pictures import mosaic
-from dwa_fast.recipes import METHODS, RECIPES, full_recipe
+from dwa_fast.recipes import METHODS, RECIPES, recipe
 from dwa_fast.report.contents import Facts, Image, Section
 from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.report.search import DistilledSet
@@ -67,12 +66,12 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
 
 def _changes(settings: Mapping[str, Any]) -> list[str]:
     """The settings of a set that are not those of its recipe and method, for its title."""
-    recipe, method = str(settings.get("recipe")), str(settings.get("method"))
-    if recipe not in RECIPES or method not in METHODS:
+    name, method = str(settings.get("recipe")), str(settings.get("method"))
+    if name not in RECIPES or method not in METHODS:
         return []
-    own = json.loads(json.dumps(asdict(full_recipe(recipe, method=method).synthesis)))
-    compared = [name for name in own if name not in EXECUTION_SETTINGS]
-    changed = [f"{name} {shown(settings[name])}" for name in compared if settings.get(name, own[name]) != own[name]]
+    own = json.loads(json.dumps(recipe(name, method=method).settings("synthesis")))
+    compared = [field for field in own if field not in EXECUTION_SETTINGS]
+    changed = [f"{field} {shown(settings[field])}" for field in compared if settings.get(field, own[field]) != own[field]]
     return changed if len(changed) <= _CHANGES else [*changed[:_CHANGES], "…"]
 
 

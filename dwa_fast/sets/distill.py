@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig, check_integer
+from dwa_fast.config import InitialConfig, Progress, StorageConfig, check_integer
 from dwa_fast.data.datasets import ImageSet, denormalise, to_levels
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
@@ -21,6 +20,7 @@ from dwa_fast.data.teacher_check import check_teacher
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import SelectedOutput
+from dwa_fast.recipes import Recipe
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
@@ -43,7 +43,7 @@ def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
 def distill(
     teacher: nn.Module,
     data: ImageSet,
-    config: SynthesisConfig,
+    recipe: Recipe,
     *,
     ipc: int,
     output: str | Path,
@@ -62,6 +62,7 @@ def distill(
 
     Args:
         teacher: as for `synthesize`; with as many classes as the data.
+        recipe: settings of the synthesis, mean and std.
         ipc: images per class, at least 1.
         initial: which initial images; default: a seeded sample of the real ones.
         provenance: what else the images depend on (teacher's checksum, recipe); written into the manifest.
@@ -79,18 +80,19 @@ def distill(
         InputError: as `synthesize`; or a class has fewer than ipc images, one of the initial images cannot be decoded, the folder holds a
             set of other settings or cannot be written.
     """
-    output, workers = Path(output), workers or Shard()
+    config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     check_integer("ipc", ipc, 1)
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
-    images = initial_images(data, config, initial or InitialConfig(), ipc=ipc, seed=seed)
+    images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed)
     batches = work_list(classes, ipc, config.batch_size)
     network = teacher if logits is None else SelectedOutput(teacher, logits)
-    synthesizer = Synthesizer(network, probe_image(data), config, batch_sizes=sorted({len(batch.labels) for batch in batches}))
+    sizes = sorted({len(batch.labels) for batch in batches})
+    synthesizer = Synthesizer(network, probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
-    settings = {**asdict(config), **synthesizer.execution.describe(), **images.settings, "seed": seed}
+    settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":
@@ -100,12 +102,12 @@ def distill(
     preview = Preview(store, data.image_shape, ipc) if store.storage.preview else None
     share = workers.share(batches)
     missing = store.unfinished(share)
-    with torch_threads(store.settings.get("threads")), tracked(store.storage.track, store.folder, store.settings) as trackers:
+    with synthesizer, torch_threads(store.settings.get("threads")), tracked(store.storage.track, store.folder, store.settings) as trackers:
         if missing:
             store.begin()
             images.check(_last_indices(missing))
             if try_teacher and rank() == 0:
-                check_teacher(synthesizer.logits, data, config)
+                check_teacher(synthesizer.logits, data, recipe.data)
         observers: list[Observer] = [*trackers, *([observer] if observer else [])]
         builder = SetBuilder(synthesizer, images, store, workers.take(missing), seed=seed, preview=preview, observers=observers)
         made = builder.run(missing, len(share), progress)
@@ -164,7 +166,7 @@ class SetBuilder:
 
                 results = self.synthesizer.run([batch for _, batch in group], seed=self.seed, progress=tick)
                 for (item, _), (refined, losses) in zip(group, results, strict=True):
-                    writer.submit(partial(self._write, item, to_levels(denormalise(refined, config)), losses.cpu()))
+                    writer.submit(partial(self._write, item, to_levels(denormalise(refined, self.synthesizer.normalisation)), losses.cpu()))
                     made += len(item.labels)
         return made
 

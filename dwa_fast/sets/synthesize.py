@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress, SynthesisConfig
+from dwa_fast.config import Progress
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
 from dwa_fast.models.wrappers import SelectedOutput
+from dwa_fast.recipes import Recipe
 from dwa_fast.sets.exchange import write_set
 
 _TRIED = 1000  # images at most that the teacher is tried with before the first batch
@@ -27,7 +28,7 @@ class SynthesisResult:
     images: Tensor  # [N, C, H, W] float32 (float64 in that precision), normalised, in the order of the input, on its device
     losses: Tensor  # [batches, T, 3] float32 on the CPU: cross-entropy, R_mean, R_var of each iteration
     labels: Tensor  # [N] as given
-    config: SynthesisConfig
+    recipe: Recipe
     seed: int
 
     def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> None:
@@ -41,17 +42,18 @@ class SynthesisResult:
         """
         labels = [int(label) for label in self.labels]
         names = [str(label) for label in range(max(labels) + 1)] if class_names is None else list(class_names)
-        levels = to_levels(denormalise(self.images, self.config))
+        levels = to_levels(denormalise(self.images, self.recipe.data))
         # Teacher and initial images are not known here: only the pixels tell a result from another one of the same settings.
         pixels = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
-        write_set(Path(folder), lambda row: levels[row], labels, names, {**asdict(self.config), "seed": self.seed, "pixels": pixels})
+        settings = {**self.recipe.settings("synthesis"), "seed": self.seed, "pixels": pixels}
+        write_set(Path(folder), lambda row: levels[row], labels, names, settings)
 
 
 def synthesize(
     teacher: nn.Module,
     images: Tensor,
     labels: Tensor,
-    config: SynthesisConfig,
+    recipe: Recipe,
     *,
     seed: int = 0,
     output: str | int | None = None,
@@ -59,15 +61,15 @@ def synthesize(
 ) -> SynthesisResult:
     """Refine images so that a student learns from few of them what the teacher knows (DWA, arXiv 2409.17612).
 
-    The images are cut into batches of `config.batch_size` in the given order. Each batch moves the teacher's weights from θ to its
+    The images are cut into batches of `synthesis.batch_size` in the given order. Each batch moves the teacher's weights from θ to its
     own θ̃ (Eq. 11) and minimises CE + λ_mean·R_mean + λ_var·R_var over its pixels (Eq. 15). Same seed, same device, same bits: on a CPU
     with the same `torch.get_num_threads()`. Several threads may call it at once.
 
     Args:
         teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed.
-        images: [N, C, H, W], floating, normalised with `config.mean` and `config.std`: initial images, and what the ascent sees.
+        images: [N, C, H, W], floating, normalised with mean and std of `recipe.data`: initial images, and what the ascent sees.
         labels: [N], integers in 0 … classes − 1.
-        config: settings, for example `recipe("cifar100")`.
+        recipe: settings, for example `recipe("cifar100")`.
         seed: at least 0; the seed of all random numbers.
         output: which of several outputs of the teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
             place in a tuple (0). None: it gives logits and nothing else.
@@ -78,15 +80,18 @@ def synthesize(
         TypeError: an argument is of the wrong type.
         InputError: (a ValueError) an argument cannot be used; the message says what was given and what is expected.
     """
-    check_arguments(images, labels, config)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
+    config, normalisation = recipe.synthesis, recipe.data
+    check_arguments(images, labels, normalisation.channels)
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
     chosen = teacher if output is None else SelectedOutput(teacher, output)
-    run = Synthesizer(chosen, images, config, batch_sizes=[len(images[part]) for part in parts])
+    run = Synthesizer(chosen, images, config, normalisation, batch_sizes=[len(images[part]) for part in parts])
     check_label_range(labels, run.classes)
     if config.sees_images:
         some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
-        tried = ((denormalise(images[part.to(images.device)], config), labels[part.to(labels.device)].cpu()) for part in some)
-        check_predictions(run.logits, tried, config)
+        tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
+        check_predictions(run.logits, tried, normalisation)
     batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
     total = len(batches) * config.iterations
     finished, losses = [], []
@@ -100,4 +105,5 @@ def synthesize(
         for refined, terms in run.run(group, seed=seed, progress=tick):
             finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())
-    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels, config, seed)
+    run.close()
+    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels, recipe, seed)

@@ -16,6 +16,7 @@ from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
+from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
 from dwa_fast.training.state import TrainingState
 
@@ -169,15 +170,15 @@ def check_batches(make: Callable[[], nn.Module], data: ImageSet, batch_size: int
         ) from error
 
 
-def check_label_teacher(teacher: nn.Module, data: ImageSet, config: ValidationConfig, device: torch.device) -> None:
+def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, device: torch.device) -> None:
     """Check that a teacher can label the batches of a set.
 
     Raises:
         InputError: as `check_teacher`, and for a teacher in train mode as `check_batches`.
     """
-    check_teacher(teacher, data, config, device)
-    if config.teacher_mode == "train":
-        check_batches(lambda: copy.deepcopy(teacher).to(device), data, config.batch_size, device, "teacher")
+    check_teacher(teacher, data, recipe.data, device)
+    if recipe.validation.teacher_mode == "train":
+        check_batches(lambda: copy.deepcopy(teacher).to(device), data, recipe.validation.batch_size, device, "teacher")
 
 
 def teacher_labels(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> SoftLabelFn:

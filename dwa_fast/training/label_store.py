@@ -21,6 +21,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
+from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import generator
 from dwa_fast.threads import with_recorded_threads
 
@@ -65,10 +66,10 @@ def epoch_bytes(config: ValidationConfig, images: int, classes: int) -> int:
     return _ARCHIVE + sum(_ENTRY + dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)
 
 
-def view_settings(config: ValidationConfig) -> dict[str, Any]:
+def view_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that batch plans depend on, as JSON values."""
-    settings: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in _PLAN_SETTINGS}))
-    return settings
+    settings: dict[str, Any] = json.loads(json.dumps(recipe.settings("validation")))
+    return {name: settings[name] for name in _PLAN_SETTINGS}
 
 
 class LabelStore:

@@ -15,6 +15,7 @@ from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
+from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_label_teacher, check_set, repeatable, seeded_layers, teacher_labels
@@ -40,7 +41,7 @@ def label_bytes(config: ValidationConfig, images: int, classes: int, pool: int =
 def relabel(
     distilled: ImageSet,
     teacher: nn.Module,
-    config: ValidationConfig,
+    recipe: Recipe,
     *,
     output: str | Path,
     device: str | torch.device,
@@ -48,11 +49,11 @@ def relabel(
     pool: int = 1,
     progress: Progress | None = None,
 ) -> LabelStore:
-    """Write the soft labels of the first student that `validate` would train with this configuration and seed.
+    """Write the soft labels of the first student that `validate` would train with this recipe and seed.
 
     Args:
         teacher: copied, never changed.
-        config: augmentation, mixing, batch size, epochs and teacher mode; other fields are ignored.
+        recipe: mean and std; of the validation augmentation, mixing, batch size, epochs and teacher mode. Other fields are ignored.
         output: folder of the labels. The same call resumes an interrupted run and gives the same bits.
         pool: store the labels of one epoch in `pool`; students reuse them.
         progress: called with the finished batches and the total.
@@ -60,12 +61,12 @@ def relabel(
         InputError: the folder holds labels of other settings, the disk has too little space, or the teacher gives no finite logits of the
             set's classes.
     """
-    output, device = Path(output), torch.device(device)
+    config, output, device = recipe.validation, Path(output), torch.device(device)
     check_set(distilled, "distilled images")
-    check_label_teacher(teacher, distilled, config, device)
+    check_label_teacher(teacher, distilled, recipe, device)
     classes = len(distilled.class_names)
     settings = {
-        **view_settings(config),
+        **view_settings(recipe),
         "teacher_mode": config.teacher_mode,
         "images": image_digest(distilled),
         "teacher": weight_digest(teacher),
@@ -79,7 +80,8 @@ def relabel(
     if needed > free:
         raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; --pool keeps fewer")
     own = derive(seed, "student", 0)
-    loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), RandomSampler(distilled, config, seed=own), config)
+    sampler = RandomSampler(distilled, config, seed=own)
+    loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), sampler, recipe.data, config.padding)
     soft_labels, done = teacher_labels(teacher, config.teacher_mode, device), (store.epochs - len(missing)) * loader.steps
     for epoch in missing:
         plans = []

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress, SqueezeConfig
+from dwa_fast.config import Progress
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.recipes import Recipe
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
 from dwa_fast.training.state import TrainingState
@@ -21,10 +21,8 @@ from dwa_fast.training.state import TrainingState
 
 def squeeze(
     data: ImageSet,
-    architecture: str,
-    config: SqueezeConfig,
+    recipe: Recipe,
     *,
-    size: int,
     device: str | torch.device,
     seed: int = 0,
     progress: Progress | None = None,
@@ -33,26 +31,26 @@ def squeeze(
     """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
 
     Args:
-        architecture: a name of `architectures.ARCHITECTURES`.
-        size: height and width of the images, pixels.
+        recipe: architecture, size, mean, std and settings of the training.
         progress: called with the finished steps and the total.
         checkpoint_file: written between epochs. The same call resumes from it and gives the same bits. Remove it once the teacher is saved.
     Raises:
         InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
             is too small for the architecture, or the training diverges.
     """
-    device = torch.device(device)
+    config, device = recipe.squeeze, torch.device(device)
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
-    model = fresh(architecture, classes=len(data.class_names), channels=config.channels, size=size, seed=seed, device=device)
+    shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
+    model = fresh(recipe.architecture, **shape, seed=seed, device=device)
     check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
     )
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
-    loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, config)
-    settings = {**asdict(config), "architecture": architecture, "size": size, "seed": seed, "precision": precision, "device": device.type}
-    settings[THREADS] = threads_of(device)
+    loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)
+    settings = {**recipe.settings("squeeze"), "architecture": recipe.architecture, "size": recipe.data.size, "seed": seed}
+    settings |= {"precision": precision, "device": device.type, THREADS: threads_of(device)}
     del settings["memory_limit"]  # decides where the images are held, not their values
 
     def loss(batch: TrainingBatch) -> Tensor:

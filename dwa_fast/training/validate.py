@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
+from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import (
@@ -66,16 +67,15 @@ def validate(
     test: ImageSet,
     teacher: nn.Module | None,
     student: str,
-    config: ValidationConfig,
+    recipe: Recipe,
     *,
-    size: int,
     device: str | torch.device,
     seed: int = 0,
     progress: Progress | None = None,
     resume_dir: str | Path | None = None,
     soft_labels: str | Path | None = None,
 ) -> ValidationResult:
-    """Train `config.students` students and test each.
+    """Train `recipe.validation.students` students and test each.
 
     Soft labels are the teacher's probabilities for the augmented batch that the student gets, computed during training or read from disk.
 
@@ -83,7 +83,7 @@ def validate(
         distilled: training images. test: held-out real images.
         teacher: gives the soft labels; copied, never changed. Not needed for stored labels or hard labels.
         student: a name of `architectures.ARCHITECTURES`.
-        size: height and width of the images, pixels.
+        recipe: size, mean, std and settings of the training.
         progress: called with the finished steps and the total, over all students.
         resume_dir: folder for the accuracies of finished students and the checkpoint of the running one. The same call resumes from it and
             gives the same bits; a call with more students trains the missing ones.
@@ -94,23 +94,24 @@ def validate(
             teacher, the teacher gives no finite logits of these classes, a batch of one image is too small for the student, or a training
             diverges. Finished students stay in the folder.
     """
-    device = torch.device(device)
+    config, device = recipe.validation, torch.device(device)
     check_set(distilled, "distilled images")
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):
         raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
     _compare_names(distilled.class_names, test.class_names)
-    trainer = _StudentTrainer(distilled, teacher, _stored(soft_labels, config, distilled, teacher), config, device)
+    trainer = _StudentTrainer(distilled, teacher, _stored(soft_labels, recipe, distilled, teacher), recipe, device)
     if trainer.live_teacher is not None:
-        check_label_teacher(trainer.live_teacher, distilled, config, device)
+        check_label_teacher(trainer.live_teacher, distilled, recipe, device)
 
     def make(own_seed: int) -> nn.Module:
-        return fresh(student, classes=len(test.class_names), channels=config.channels, size=size, seed=own_seed, device=device)
+        shape = {"classes": len(test.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
+        return fresh(student, **shape, seed=own_seed, device=device)
 
     check_batches(lambda: make(seed), distilled, config.batch_size, device, "student")
     folder = None
     if resume_dir:
-        own = {"student": student, "size": size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
+        own = {"student": student, "size": recipe.data.size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
         folder = FinishedStudents(Path(resume_dir), {**trainer.settings, **own, "held_out": image_digest(test)})
     finished = folder.accuracies if folder else {}
     seeds = [derive(seed, "student", index) for index in range(config.students)]
@@ -119,7 +120,7 @@ def validate(
             continue
         model = make(each)
         trainer.train(model, each, folder.state(index) if folder else None, _share(progress, index, config.students))
-        finished[index] = top1(model, test, config, device)
+        finished[index] = top1(model, test, recipe.data, device)
         if folder:
             folder.add(index, finished[index])
     return ValidationResult([finished[index] for index in range(config.students)], seeds)
@@ -145,13 +146,14 @@ def _share(progress: Progress | None, index: int, students: int) -> Progress | N
     return (lambda done, total: progress(index * total + done, students * total)) if progress else None
 
 
-def _stored(folder: str | Path | None, config: ValidationConfig, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
+def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
     """Open the stored soft labels; None if the labels come from the teacher or are hard.
 
     Raises:
         InputError: labels are missing, or are of other images, another augmentation or another teacher; or there is neither a teacher nor a
             folder for soft labels.
     """
+    config = recipe.validation
     if folder is None:
         if teacher is None and config.labels == "soft":
             raise InputError("soft labels come from a teacher or from the disk; name a teacher, or the folder that dwa-fast relabel wrote")
@@ -160,7 +162,7 @@ def _stored(folder: str | Path | None, config: ValidationConfig, distilled: Imag
         raise InputError("stored soft labels are not used by students with hard labels; leave one of the two out")
     folder = Path(folder)
     store = LabelStore(folder)
-    wanted = {**view_settings(config), "images": image_digest(distilled), "classes": len(distilled.class_names)}
+    wanted = {**view_settings(recipe), "images": image_digest(distilled), "classes": len(distilled.class_names)}
     if teacher is not None:
         wanted |= {"teacher": weight_digest(teacher), "teacher_mode": config.teacher_mode}
     own = {name: value for name, value in store.settings.items() if name in wanted}
@@ -186,13 +188,18 @@ class _StudentTrainer:
     distilled: ImageSet
     teacher: nn.Module | None
     labels: LabelStore | None
-    config: ValidationConfig
+    recipe: Recipe
     device: torch.device
+
+    @property
+    def config(self) -> ValidationConfig:
+        """The settings of the training."""
+        return self.recipe.validation
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything the accuracies depend on besides the student and the test images."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in NO_EFFECT}
+        settings = {name: value for name, value in self.recipe.settings("validation").items() if name not in NO_EFFECT}
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}
@@ -248,7 +255,7 @@ class _StudentTrainer:
         fit(
             student,
             _optimizer(student, config),
-            TrainingLoader(self._images, self._sampler(seed), config),
+            TrainingLoader(self._images, self._sampler(seed), self.recipe.data, config.padding),
             loss,
             epochs=config.epochs,
             learning_rate=config.learning_rate,

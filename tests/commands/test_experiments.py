@@ -126,7 +126,7 @@ def test_cross_takes_sets_from_elsewhere(tmp_path: Path, common: list[str]) -> N
         (["compare", "--threads", "0"], "threads must be an integer of at least 1, got 0"),
         (["compare", "--student", "vit"], "unknown student 'vit'; known: "),
         (["compare", "--ipc", "9999", "--jobs", "1"], "ipc 9999 needs as many initial ones"),
-        (["ablate", "lambda-var", "--lambda-vars", "-1"], "lambda_var must be a finite number of at least 0, got -1.0"),
+        (["ablate", "lambda-var", "--lambda-vars", "-1"], "lambda_vars must be a finite number of at least 0, got -1.0"),
         (["ablate", "k-rho", "--steps", "0"], "steps must be an integer of at least 1, got 0"),
         (["cross", "--student", "small-resnet", "--methods"], "a study needs at least one method or set, got none"),
         (["cross", "--student", "small-resnet", "--sets", "nowhere"], "nowhere is not a folder"),

@@ -70,6 +70,7 @@ class Draws:
     """The random numbers of a run of ours, for the loop: start images, views."""
 
     config: SynthesisConfig
+    normalisation: Normalisation
     size: int
     start: Tensor | None  # [classes, C, S, S]; None: noise
     seed: int = 0
@@ -77,7 +78,7 @@ class Draws:
     def inputs(self, batch: int, labels: Tensor) -> Tensor:
         if self.start is not None:
             return self.start[labels]
-        return normal(generator(self.seed, "noise", batch), (len(labels), self.config.channels, self.size, self.size))
+        return normal(generator(self.seed, "noise", batch), (len(labels), self.normalisation.channels, self.size, self.size))
 
     def view(self, batch: int) -> Callable[[Tensor, int], Tensor]:
         schedule = make_schedule(self.config, self.size, self.size, seed=self.seed, batch=batch)
@@ -133,11 +134,11 @@ def recover(
             loss = loss_ce + args.r_bn * loss_bn + priors(args, inputs_jit)
             loss.backward()
             optimizer.step()
-            clip(inputs, draws.config)
+            clip(inputs, draws.normalisation)
             losses.append(torch.stack([loss_ce, loss_bn]).detach())
         finished.append(inputs.detach())
         if args.store_best_images:
-            save_images(args, denormalise(inputs.detach(), draws.config), targets, ipc_id)
+            save_images(args, denormalise(inputs.detach(), draws.normalisation), targets, ipc_id)
         if tidy:
             model_teacher.zero_grad()
             with torch.no_grad():

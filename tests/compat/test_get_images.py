@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from dwa_fast import InputError
 from dwa_fast.compat import fields, get_images, namespace, recover
-from dwa_fast.config import DataConfig
-from dwa_fast.recipes import RECIPES, full_recipe
+from dwa_fast.recipes import RECIPES, recipe
 from tests.compat.loops import colour_teacher
 
 CLASSES, SIZE = 4, 16
-POCKET = replace(full_recipe("imagenet"), name="pocket", data=DataConfig(size=SIZE))
+POCKET = replace(recipe("imagenet", size=SIZE), name="pocket")
 FIELDS = {"iteration": 2, "batch_size": 3, "lr": 0.1, "jitter": 2, "r_bn": 0.01, "first_bn_multiplier": 10.0}
 
 
@@ -157,7 +156,7 @@ def start_of(folder: Path, index: int, **fields: Any) -> Tensor:
     asked = namespace.read_namespace(args, teacher(), recipe="pocket", backend="reference", precision="auto", device="cpu")
     batches = list(recover._batches(asked, CLASSES, index))
     assert [batch.number for batch in batches] == [2 * index, 2 * index + 1]
-    mean, std = (torch.tensor(value)[:, None, None] for value in (asked.config.mean, asked.config.std))
+    mean, std = (torch.tensor(value)[:, None, None] for value in (asked.normalisation.mean, asked.normalisation.std))
     return torch.cat([batch.images for batch in batches]) * std + mean
 
 
@@ -256,7 +255,7 @@ def test_the_verifier_of_torchvision_counts_what_it_recognises(
     torch.save(network.state_dict(), cache / Path(torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url).name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = pictures(tmp_path / "init", {name: [100] for name in "abcd"})
-    big = replace(POCKET, data=DataConfig(size=32))
+    big = replace(POCKET, data=replace(POCKET.data, size=32))
     monkeypatch.setitem(RECIPES, "pocket", big)
     args = Namespace(**{**FIELDS, "batch_size": 4}, init_path=str(folder), rho=0.1, verifier=True, verifier_arch="squeezenet1_1")
     get_images(args, colour_teacher(CLASSES, 32, (8, 8, 8)), 0, recipe="pocket", backend="reference")

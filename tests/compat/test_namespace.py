@@ -18,7 +18,7 @@ from torch import nn
 from dwa_fast import InputError, SynthesisConfig, recipe
 from dwa_fast.compat.fields import fields_of, log_once
 from dwa_fast.compat.namespace import Recovery, read_namespace
-from dwa_fast.recipes import RECIPES
+from dwa_fast.recipes import RECIPES, Recipe
 
 EVERYWHERE = {"exp_name": "x", "syn_data_path": "syn", "arch_name": "resnet18", "verifier": False, "ipc_start": 0, "ipc_end": 50}
 SRE2L_PARSER = {**EVERYWHERE, "store_best_images": True, "batch_size": 100, "lr": 0.25, "r_bn": 0.01, "first_bn_multiplier": 10.0}
@@ -34,7 +34,7 @@ def read(classes: int = 1000, name: str | None = None, **fields: Any) -> Recover
 
 
 # The released commands, and the recipe that each of them is.
-COMMANDS: dict[str, tuple[int, dict[str, Any], SynthesisConfig]] = {
+COMMANDS: dict[str, tuple[int, dict[str, Any], Recipe]] = {
     "DWA, CIFAR-100": (
         100,
         {**DWA_PARSER, "dataset": "cifar100", "iteration": 1000, "jitter": 4, "steps": 12, "r_var": 11.0},
@@ -68,12 +68,11 @@ COMMANDS: dict[str, tuple[int, dict[str, Any], SynthesisConfig]] = {
 }
 
 
-@pytest.mark.parametrize(("classes", "fields", "expected"), COMMANDS.values(), ids=COMMANDS.keys())
-def test_released_commands_are_the_recipes(
-    classes: int, fields: dict[str, Any], expected: SynthesisConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    found = read(classes, **fields)
+@pytest.mark.parametrize(("classes", "fields", "whole"), COMMANDS.values(), ids=COMMANDS.keys())
+def test_released_commands_are_the_recipes(classes: int, fields: dict[str, Any], whole: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    found, expected = read(classes, **fields), whole.synthesis
     assert changes(expected, found.config) <= {"steps", "milestone", "lambda_var"}
+    assert (found.normalisation.mean, found.normalisation.std) == (whole.data.mean, whole.data.std)
     assert found.config.lambda_var == pytest.approx(expected.lambda_var)
     assert found.config.milestone == expected.milestone or found.config.curriculum == "none"
     assert found.config.steps == expected.steps or not found.config.adjusts
@@ -89,13 +88,13 @@ def changes(one: SynthesisConfig, other: SynthesisConfig) -> set[str]:
 DEFAULTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "SRe2L": (1000, {}, {"lambda_mean": 0.05, "lambda_var": 0.05, "jitter": 32, "view": "crop", "initial": "noise"}),
     "SRe2L, Tiny-ImageNet": (200, {}, {"jitter": 4, "view": "crop"}),
-    "SRe2L, CIFAR-100": (100, {}, {"jitter": 4, "view": "roll", "mean": RECIPES["cifar10"].synthesis.mean}),
+    "SRe2L, CIFAR-100": (100, {}, {"jitter": 4, "view": "roll", "mean": RECIPES["cifar10"].data.mean}),
     "CDA": (1000, {"easy2hard_mode": "linear"}, {"curriculum": "linear", "milestone": 0.0, "lambda_var": 0.05, "tv_l2": 0.0}),
     "CDA, ImageNet-21K": (10450, {"easy2hard_mode": "cosine"}, {"mean": (0.0,) * 3, "std": (1.0,) * 3, "jitter": 32}),
     "DWA, CIFAR-100": (
         100,
         {"init_path": "x", "dataset": "cifar100", "steps": 1},
-        {"rho": 0.05, "steps": 1, "lambda_var": 0.05, "mean": RECIPES["cifar100"].synthesis.mean, "initial": "real"},
+        {"rho": 0.05, "steps": 1, "lambda_var": 0.05, "mean": RECIPES["cifar100"].data.mean, "initial": "real"},
     ),
     "DWA, Tiny-ImageNet": (200, {"init_path": "x", "dataset": "tiny", "steps": 1}, {"rho": 0.015, "lambda_var": 0.05}),
     "DWA, ImageNet": (1000, {"init_path": "x", "steps": 1}, {"rho": 0.05, "lambda_var": 0.01, "jitter": 32, "ascent": "directed"}),
@@ -106,7 +105,8 @@ DEFAULTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 def test_missing_fields_have_the_defaults_of_their_code_base(classes: int, fields: dict[str, Any], expected: dict[str, Any]) -> None:
     found = read(classes, **fields)
     common = {"iterations": 1000, "batch_size": 100, "learning_rate": 0.1, "first_layer_weight": 10.0, "l2_scale": 0.0}
-    assert {name: vars(found.config)[name] for name in {**common, **expected}} == {**common, **expected}
+    settings = vars(found.config) | vars(found.normalisation)
+    assert {name: settings[name] for name in {**common, **expected}} == {**common, **expected}
     assert (found.output, found.verifier, found.verifier_arch) == (None, False, "mobilenet_v2")
 
 
@@ -278,10 +278,10 @@ def test_the_namespace_of_cvdd_describes_its_pixels() -> None:
     """Ten classes, of ImageNet's pixels: those fields count, and the view that its flag asks for."""
     found = read(10, **CVDD)
     expected = recipe("imagenet", method="sre2l", iterations=4000)
-    assert changes(expected, found.config) <= {"steps", "milestone"}
-    assert (found.size, found.classes) == (224, 10)
+    assert changes(expected.synthesis, found.config) <= {"steps", "milestone"}
+    assert (found.size, found.classes, found.normalisation.mean) == (224, 10, expected.data.mean)
     small = read(10, **{**CVDD, "dataset_name": "cifar10", "std_norm": [0.2470, 0.2435, 0.2616], "input_size": 32, "jitter": 4})
-    assert (small.size, small.config.view, small.config.std) == (32, "crop", (0.2470, 0.2435, 0.2616))
+    assert (small.size, small.config.view, small.normalisation.std) == (32, "crop", (0.2470, 0.2435, 0.2616))
     assert read(10, **{**CVDD, "apply_data_augmentation": False}).config.view == "roll"
 
 
@@ -293,7 +293,7 @@ def test_the_namespace_of_guard_says_itself_whether_there_is_a_curriculum() -> N
 
 def test_the_namespace_of_scdd() -> None:
     found = read(100, **SCDD)
-    assert (found.size, found.config.view, found.config.mean) == (32, "roll", RECIPES["cifar10"].synthesis.mean)
+    assert (found.size, found.config.view, found.normalisation.mean) == (32, "roll", RECIPES["cifar10"].data.mean)
 
 
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
@@ -387,7 +387,7 @@ def test_fields_that_are_ignored_are_as_if_they_were_not_there() -> None:
 
 def test_fields_describe_the_pixels_of_a_recipe_too() -> None:
     found = read(10, "folder", input_size=128, mean_norm=np.full(3, 0.5), std_norm=torch.full((3,), 0.2).double(), seed=3)
-    assert (found.size, found.config.mean, found.config.std, found.config.view, found.seed) == (
+    assert (found.size, found.normalisation.mean, found.normalisation.std, found.config.view, found.seed) == (
         128,
         (0.5,) * 3,
         pytest.approx((0.2,) * 3),

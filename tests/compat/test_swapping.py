@@ -18,8 +18,7 @@ from dwa_fast import SynthesisConfig
 from dwa_fast.compat import BNFeatureHook, Perterb, get_images
 from dwa_fast.compat.namespace import read_namespace
 from dwa_fast.compat.recover import Recovery
-from dwa_fast.config import DataConfig
-from dwa_fast.recipes import RECIPES, full_recipe
+from dwa_fast.recipes import RECIPES, recipe
 from tests.compat.loops import Draws, Parts, Run, colour_teacher, recover
 
 SWAPPED = Parts(BNFeatureHook, Perterb)
@@ -27,7 +26,7 @@ COMMON = {"iteration": 4, "batch_size": 6, "lr": 0.02, "first_bn_multiplier": 10
 SRE2L = {**COMMON, "r_bn": 0.01, "jitter": 4}
 DWA = {**COMMON, "r_bn": 0.01, "r_var": 11.0, "jitter": 4, "rho": 0.1, "steps": 3}
 
-POCKET = replace(full_recipe("tiny"), name="pocket", data=DataConfig(size=20))  # crops of small images
+POCKET = replace(recipe("tiny", size=20), name="pocket")  # crops of small images
 CODE_BASES: dict[str, tuple[str | None, dict[str, Any]]] = {  # recipe, fields
     "DWA, CIFAR": (None, {**DWA, "dataset": "cifar10"}),
     "DWA, crops": ("pocket", DWA),
@@ -60,7 +59,7 @@ class Case:
         return read_namespace(self.args("x"), self.teacher, recipe=self.recipe, backend="auto", precision="fp32", device="cpu")
 
     def loop(self, output: str, dtype: torch.dtype, parts: Parts, *, tidy: bool) -> Run:
-        draws = Draws(self.asked().config, self.size, self.start)
+        draws = Draws(self.asked().config, self.asked().normalisation, self.size, self.start)
         network = copy.deepcopy(self.teacher).to(dtype)
         return recover(self.args(output), network, 2, CLASSES, draws, parts, tidy=tidy, dtype=dtype)
 
@@ -128,8 +127,6 @@ def test_as_published_is_not_tidy(tmp_path: Path) -> None:
 def test_the_configuration_is_what_the_namespace_says(tmp_path: Path) -> None:
     found = Case("DWA, CIFAR", tmp_path).asked().config
     expected = SynthesisConfig(
-        mean=found.mean,
-        std=found.std,
         iterations=4,
         batch_size=6,
         learning_rate=0.02,

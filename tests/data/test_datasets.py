@@ -14,10 +14,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from dwa_fast import InputError, recipe
+from dwa_fast import InputError
 from dwa_fast.config import DataConfig
 from dwa_fast.data.datasets import denormalise, digits, image_folder, load, normalise, to_levels
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 
 FOLDER = DataConfig(layout="folder", size=8)
 
@@ -34,21 +34,21 @@ def test_digits_are_split_by_class_without_overlap() -> None:
     assert train.pixels.shape == (1347, 1, 16, 16)
     both = torch.cat([train.pixels, test.pixels]).flatten(1)
     assert len(both.unique(dim=0)) > 1790  # a digit that stood in both halves would be missing here
-    images = normalise(train.load(range(1347)), recipe("digits"))
+    images = normalise(train.load(range(1347)), recipe("digits").data)
     assert abs(float(images.mean())) < 0.01
     assert abs(float(images.std()) - 1) < 0.01
 
 
 def test_normalise_and_back() -> None:
     pixels = torch.rand(2, 3, 4, 4)
-    images = normalise(pixels, recipe("cifar10"))
+    images = normalise(pixels, recipe("cifar10").data)
     assert torch.allclose(images[:, 1], (pixels[:, 1] - 0.4822) / 0.1994)
-    assert torch.allclose(denormalise(images, recipe("cifar10")), pixels, atol=1e-6)
+    assert torch.allclose(denormalise(images, recipe("cifar10").data), pixels, atol=1e-6)
 
 
 def test_every_level_is_normalised_as_its_fraction_of_255() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    config = recipe("digits")
+    config = recipe("digits").data
     assert torch.equal(normalise(levels, config), normalise(levels.float() / 255, config))
     assert torch.equal(to_levels(denormalise(normalise(levels, config), config)), levels)
     with pytest.raises(InputError, match=r"pixels must be uint8, or floating point in \[0, 1\], got torch.int64"):
@@ -94,7 +94,7 @@ def test_image_folder_is_sorted_resized_and_cropped(tmp_path: Path) -> None:
     assert pixels.shape == (2, 3, 8, 8)
     assert pixels[0].unique().tolist() == [128]
     assert pixels[1].flatten(1).float().mean(1).tolist() == pytest.approx([255, 0, 51], abs=2)
-    assert load(FOLDER, tmp_path, "train", channels=1).load([0]).shape == (1, 1, 8, 8)
+    assert load(replace(FOLDER, mean=(0.5,), std=(0.5,)), tmp_path, "train").load([0]).shape == (1, 1, 8, 8)
 
 
 def test_train_and_val_folders(tmp_path: Path) -> None:
@@ -316,9 +316,9 @@ def test_test_images_are_cut_as_torchvision_does(tmp_path: Path) -> None:
         path = tmp_path / split / "cat" / "0.png"
         path.parent.mkdir(parents=True)
         Image.fromarray(gradient).save(path)
-    config = full_recipe("imagenet").data
+    config = recipe("imagenet").data
     assert (config.test_crop, config.test_resize) == (0.875, 256)
-    assert full_recipe("folder").data.test_resize == 224
+    assert recipe("folder").data.test_resize == 224
     one = replace(config, classes=None)
     test, train = (load(one, tmp_path, split).load([0])[0].float() for split in ("test", "train"))  # type: ignore[arg-type]
     wanted = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))

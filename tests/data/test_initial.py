@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from dwa_fast.data.datasets import FileSet, MemorySet, image_folder, normalise
 from dwa_fast.data.initial import initial_images, read_tensor, sample
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
-from tests.nets import SIZE, small_config, small_set, small_teacher
+from tests.nets import SIZE, small_recipe, small_set, small_teacher
 
-CONFIG = small_config(iterations=2, batch_size=4)
+SHORT: dict[str, Any] = {"iterations": 2, "batch_size": 4, "backend": "reference"}
+CONFIG = small_recipe(**SHORT)
 
 
 def write_files(folder: Path, classes: int = 10, count: int = 5) -> None:
@@ -38,7 +38,7 @@ def files(folder: Path) -> FileSet:
 
 def levels(images: Tensor) -> list[int]:
     """The grey level of each square."""
-    return (images[:, 0, 0, 0] * CONFIG.std[0] + CONFIG.mean[0]).mul(255).round().int().tolist()
+    return (images[:, 0, 0, 0] * CONFIG.data.std[0] + CONFIG.data.mean[0]).mul(255).round().int().tolist()
 
 
 def chosen(data: FileSet, ipc: int, *, seed: int = 0, **settings: Any) -> tuple[list[list[int]], dict[str, str]]:
@@ -53,7 +53,7 @@ def test_sampled_images_are_the_seeded_sample() -> None:
     start = initial_images(data, CONFIG, InitialConfig(), ipc=3, seed=1)
     for index in (2, 0):
         wanted = data.load([sample(data, label, 3, seed=1)[index] for label in (7, 2)])
-        assert torch.equal(start.load([7, 2], index), normalise(wanted, CONFIG))
+        assert torch.equal(start.load([7, 2], index), normalise(wanted, CONFIG.data))
 
 
 def test_sorted_images_are_the_first_of_each_class(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_sorted_images_are_the_first_of_each_class(tmp_path: Path) -> None:
     assert chosen(files(tmp_path), 2, initial_order="sorted", seed=9)[0] == [[0, 20, 40], [1, 21, 41]]
     data = small_set()
     start = initial_images(data, CONFIG, InitialConfig(initial_order="sorted"), ipc=2, seed=0)
-    assert torch.equal(start.load([0, 9], 1), normalise(data.load([1, 55]), CONFIG))
+    assert torch.equal(start.load([0, 9], 1), normalise(data.load([1, 55]), CONFIG.data))
 
 
 @pytest.mark.parametrize("order", ["sampled", "sorted"])
@@ -127,7 +127,7 @@ def test_file_that_cannot_be_opened_is_never_skipped(tmp_path: Path, monkeypatch
 
 
 def distil(data: FileSet | MemorySet, output: Path, ipc: int = 2, config: Any = CONFIG, **settings: Any) -> int:
-    return distill(small_teacher(), data, replace(config, backend="reference"), ipc=ipc, output=output, initial=InitialConfig(**settings))
+    return distill(small_teacher(), data, config, ipc=ipc, output=output, initial=InitialConfig(**settings))
 
 
 @pytest.mark.parametrize("label", [0, 3])
@@ -222,12 +222,12 @@ def test_noise_start_needs_no_images(tmp_path: Path) -> None:
     """SRe2L looks at no real image: neither bad files nor classes that are too small matter to it."""
     write_files(tmp_path / "data", count=1)
     (tmp_path / "data" / "c3" / "0.png").write_bytes(b"")
-    config = replace(CONFIG, initial="noise", ascent="none")
+    config = small_recipe(**SHORT, initial="noise", ascent="none")
     assert distil(files(tmp_path / "data"), tmp_path / "set", 2, config) == 20
     with pytest.raises(InputError, match="initial_tensors would not be used: a noise start without directed adjustment"):
         distil(files(tmp_path / "data"), tmp_path / "other", 2, config, initial_tensors=tmp_path)
     with pytest.raises(InputError, match=r"c3/0\.png is no image"):  # the adjustment follows the gradient of real images
-        distil(files(tmp_path / "data"), tmp_path / "other", 1, replace(config, ascent="directed"))
+        distil(files(tmp_path / "data"), tmp_path / "other", 1, small_recipe(**SHORT, initial="noise"))
 
 
 def test_unknown_order() -> None:

@@ -18,12 +18,12 @@ from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views
 from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_sizes, batches
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.seeding import generator
-from tests.nets import small_set
+from tests.nets import DIGITS, small_set
 
 CPU = torch.device("cpu")
-CONFIG = replace(full_recipe("digits").validation, batch_size=7, padding=1, flip=0.5)
+CONFIG = replace(recipe("digits").validation, batch_size=7, padding=1, flip=0.5)
 
 
 def source() -> np.random.Generator:
@@ -127,9 +127,11 @@ def test_images_beyond_the_memory_limit_are_read_from_disk(tmp_path: Path, caplo
         read = ImageCache(data, CPU, 1e-9)
     assert "more than the memory limit of 1e-09 GiB; read from disk during training" in caplog.text
     sampler = RandomSampler(data, CONFIG, seed=0)
-    for one, two in zip(TrainingLoader(held, sampler, CONFIG).epoch(1), TrainingLoader(read, sampler, CONFIG).epoch(1), strict=True):
+    for one, two in zip(
+        TrainingLoader(held, sampler, DIGITS.data, 1).epoch(1), TrainingLoader(read, sampler, DIGITS.data, 1).epoch(1), strict=True
+    ):
         assert torch.equal(one.images, two.images)
         assert torch.equal(one.labels, data.labels[two.plan.indices])
     (tmp_path / "0" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"0\.png is no image that can be read: it is empty"):
-        list(TrainingLoader(read, sampler, CONFIG).epoch(0))
+        list(TrainingLoader(read, sampler, DIGITS.data, 1).epoch(0))

@@ -68,15 +68,9 @@ def test_another_normalisation_or_size_is_refused_with_the_flags_to_pass(tmp_pat
         open_teacher(tmp_path / "t.pt", NAMES, Normalisation(mean=(0.5,), std=(0.25,)), size=8)
     with pytest.raises(InputError, match=r"was trained on images of 8 × 8 pixels, not 16 × 16; pass --size 8$"):
         open_teacher(tmp_path / "t.pt", NAMES, NORMAL, size=16)
-    both = r"8 × 8 pixels, not 9 × 9 and mean .*; pass --size 8 --synthesis\.mean 0\.3 --synthesis\.std 0\.25$"
+    both = r"8 × 8 pixels, not 9 × 9 and mean .*; pass --size 8 --mean 0\.3 --std 0\.25$"
     with pytest.raises(InputError, match=both):
-        open_teacher(
-            tmp_path / "t.pt",
-            NAMES,
-            Normalisation(mean=(0.5,), std=(0.5,)),
-            size=9,
-            flags=("--synthesis.mean", "--synthesis.std"),
-        )
+        open_teacher(tmp_path / "t.pt", NAMES, Normalisation(mean=(0.5,), std=(0.5,)), size=9)
     with pytest.raises(InputError, match=r"1 channels, not 3; pass --mean 0\.3 --std 0\.25"):
         open_teacher(tmp_path / "t.pt", NAMES, Normalisation(), size=8)
 

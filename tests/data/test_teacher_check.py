@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dwa_fast import distill, recipe, synthesize
+from dwa_fast import distill, synthesize
 from dwa_fast.config import Normalisation
 from dwa_fast.data.datasets import MemorySet, normalise
 from dwa_fast.data.teacher_check import check_teacher, judge
-from tests.nets import real_images, small_config, small_set, small_teacher
+from tests.nets import DIGITS, real_images, small_recipe, small_set, small_teacher
 
 GREY = Normalisation(mean=(0.3,), std=(0.3,))
 
@@ -115,7 +114,7 @@ def trained() -> nn.Module:
     from dwa_fast.data.datasets import digits
 
     module, data = small_teacher(), digits("train", 8)
-    images, labels = normalise(data.load(range(200)), recipe("digits")), data.labels[:200]
+    images, labels = normalise(data.load(range(200)), DIGITS.data), data.labels[:200]
     optimizer = torch.optim.Adam(module.parameters(), 0.01)
     for _ in range(30):
         optimizer.zero_grad()
@@ -125,10 +124,10 @@ def trained() -> nn.Module:
 
 
 def test_distill_and_synthesize_try_the_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module, config = trained(), small_config(iterations=1, steps=1, batch_size=60, backend="reference")
+    module, config = trained(), small_recipe(iterations=1, steps=1, batch_size=60, backend="reference")
     images, labels = real_images(60)
     data = small_set(6)
-    pixels = normalise(data.load(range(60)), config)
+    pixels = normalise(data.load(range(60)), DIGITS.data)
     right = 100 * float((module(pixels).argmax(1) == data.labels).float().mean())
     assert right > 80
     with caplog.at_level(logging.INFO, "dwa_fast"):
@@ -142,5 +141,5 @@ def test_distill_and_synthesize_try_the_teacher(tmp_path: Path, caplog: pytest.L
         synthesize(module, images, labels, config)
         assert "output 1 is class 0" in caplog.text
         caplog.clear()
-        synthesize(module, images, labels, replace(config, initial="noise", ascent="none"))
+        synthesize(module, images, labels, small_recipe(iterations=1, steps=1, batch_size=60, initial="noise", ascent="none"))
         assert "teacher" not in caplog.text

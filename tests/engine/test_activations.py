@@ -15,7 +15,7 @@ from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import Network, prepare
 from dwa_fast.seeding import generator
-from tests.nets import alive, distance, expected_gradient, image_gradient, small_config
+from tests.nets import alive, distance, expected_gradient, image_gradient, small_recipe
 
 CHANNELS = 5
 Act = Callable[[Tensor], Tensor]
@@ -199,7 +199,7 @@ def test_a_learned_slope_moves_in_the_ascent(precision: Any) -> None:
     module, images, labels = alive(Net(nn.PReLU(CHANNELS), skip=True)), torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 3])
     network, _ = prepare(module, images, execution)
     slope: Any = network.layers["norm"].slope
-    ascent = Ascent(network, small_config(rho=0.1, steps=1), execution)
+    ascent = Ascent(network, small_recipe(rho=0.1, steps=1).synthesis, execution)
     before = slope.detach().clone()
     ascent.adjust(images.to(execution.dtype), labels, generator(0, "ascent", 0))
     exact = copy.deepcopy(module).double()

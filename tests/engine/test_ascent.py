@@ -13,12 +13,12 @@ from dwa_fast.engine.ascent import Ascent, check_norms
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.seeding import generator
-from tests.nets import real_images, small_config, small_teacher
+from tests.nets import real_images, small_recipe, small_teacher
 
 
 def make(precision: str = "fp32", **changes: Any) -> tuple[Ascent, torch.Tensor, torch.Tensor]:
     images, labels = real_images()
-    config = small_config(precision=precision, **changes)
+    config = small_recipe(precision=precision, **changes).synthesis
     execution = resolve(config.backend, config.precision, config.device)
     network, _ = prepare(small_teacher(), images, execution)
     return Ascent(network, config, execution), images, labels

@@ -17,7 +17,7 @@ from dwa_fast import ops
 from dwa_fast.engine import backend
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.synthesis import Synthesizer
-from tests.nets import small_config
+from tests.nets import DIGITS, small_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +52,9 @@ def test_depthwise_convolutions_run_in_fp32_on_a_cpu(monkeypatch: pytest.MonkeyP
 def test_synthesis_asks_for_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_fast_bf16", lambda: True)
     teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 3)).eval()
-    config = small_config(iterations=1, device="cpu")
-    assert Synthesizer(teacher, torch.randn(2, 1, 8, 8), config).execution.precision == "fp32"
-    assert Synthesizer(teacher[:2].append(nn.Flatten()), torch.randn(2, 1, 8, 8), config).execution.precision == "bf16"
+    config = small_recipe(iterations=1, device="cpu").synthesis
+    assert Synthesizer(teacher, torch.randn(2, 1, 8, 8), config, DIGITS.data).execution.precision == "fp32"
+    assert Synthesizer(teacher[:2].append(nn.Flatten()), torch.randn(2, 1, 8, 8), config, DIGITS.data).execution.precision == "bf16"
 
 
 def test_auto_falls_back_aloud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

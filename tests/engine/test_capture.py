@@ -18,7 +18,7 @@ from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, OpTape, compile_step
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.reference.ops import Operators
-from tests.nets import real_images, small_config, small_teacher
+from tests.nets import real_images, small_recipe, small_teacher
 
 
 def test_repeats_a_training_step_bit_for_bit() -> None:
@@ -132,11 +132,11 @@ def test_cached_code_is_that_of_the_same_vector_width(monkeypatch: pytest.Monkey
 def test_memory_is_freed_without_the_garbage_collector() -> None:
     """A graph of CUDA that is destroyed at any later time would take the workspace of another one with it."""
     images, labels = real_images()
-    config = small_config(backend="fused", precision="fp32", iterations=2)
+    config = small_recipe(backend="fused", precision="fp32", iterations=2)
     gc.collect()
     gc.disable()
     try:
-        engine = Synthesizer(small_teacher(), images, config)
+        engine = Synthesizer(small_teacher(), images, config.synthesis, config.data)
         engine.run([Batch(0, images, labels)], seed=0)
         alive = weakref.ref(engine.replicas[0]._refinement), weakref.ref(engine.replicas[0]._ascent)
         del engine
@@ -171,8 +171,8 @@ def test_ascents_of_all_batches_are_queued_before_one_is_waited_for(monkeypatch:
     adjust = Ascent.adjust
     monkeypatch.setattr(Ascent, "adjust", lambda *arguments: [order.append("ascent"), adjust(*arguments)][1])
     monkeypatch.setattr(synthesis, "check_norms", lambda *_: order.append("check"))
-    config = small_config(backend="reference", concurrent_batches=2, iterations=2)
-    engine = Synthesizer(small_teacher(), images, config)
+    config = small_recipe(backend="reference", concurrent_batches=2, iterations=2)
+    engine = Synthesizer(small_teacher(), images, config.synthesis, config.data)
     engine.run([Batch(0, images[:6], labels[:6]), Batch(1, images[6:], labels[6:])], seed=0)
     assert order == ["ascent", "ascent", "check", "check"]
 
@@ -181,12 +181,12 @@ def test_ascents_of_all_batches_are_queued_before_one_is_waited_for(monkeypatch:
 def test_forty_engines_in_one_process() -> None:
     """One lives on while others come and go: same images as before, though PyTorch has only 32 streams to hand out."""
     images, labels = (each.to("cuda") for each in real_images())
-    config = small_config(backend="fused", precision="bf16", iterations=20, device="cuda")
+    config = small_recipe(backend="fused", precision="bf16", iterations=20, device="cuda")
     batch = Batch(0, images, labels)
-    with Synthesizer(small_teacher(), images, config) as first:
+    with Synthesizer(small_teacher(), images, config.synthesis, config.data) as first:
         expected = first.run([batch], seed=0)[0][0].clone()
         for number in range(40):
-            with Synthesizer(small_teacher(), images, config) as other:
+            with Synthesizer(small_teacher(), images, config.synthesis, config.data) as other:
                 assert torch.equal(other.run([batch], seed=0)[0][0], expected), number
             assert torch.equal(first.run([batch], seed=0)[0][0], expected), number
 
@@ -196,7 +196,7 @@ def test_forty_engines_in_one_process() -> None:
 def test_second_gpu() -> None:
     images, labels = real_images()
     results = [
-        synthesize(small_teacher(), images, labels, small_config(backend="fused", precision="fp32", iterations=5, device=f"cuda:{number}"))
+        synthesize(small_teacher(), images, labels, small_recipe(backend="fused", precision="fp32", iterations=5, device=f"cuda:{number}"))
         for number in (0, 1)
     ]
     assert torch.equal(results[0].images, results[1].images)

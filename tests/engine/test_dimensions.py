@@ -19,7 +19,7 @@ from dwa_fast.models.architectures import TokenBatchNorm, build
 from dwa_fast.models.batchnorm import planes
 from dwa_fast.reference.loop import recover
 from dwa_fast.reference.ops import Operators
-from tests.nets import SIZE, alive, assert_as_near, distance, expected_gradient, image_gradient, real_images, small_config
+from tests.nets import SIZE, alive, assert_as_near, distance, expected_gradient, image_gradient, real_images, small_recipe
 
 
 class Vectors(nn.Module):
@@ -111,7 +111,7 @@ def test_whole_run_equals_the_loop(name: str, backend: str, device: torch.device
     images, labels = (each.to(device) for each in real_images(12))
     precision = "fp64" if backend == "reference" else "fp32"
     images = images.double() if precision == "fp64" else images
-    config = small_config(iterations=8, rho=0.3, learning_rate=0.01, backend=backend, precision=precision, device=device.type)
+    config = small_recipe(iterations=8, rho=0.3, learning_rate=0.01, backend=backend, precision=precision, device=device.type)
     got = synthesize(teacher(name), images, labels, config)
     exact = recover(teacher(name), images.double(), labels, config)
     if precision == "fp64":
@@ -126,7 +126,7 @@ def test_whole_run_equals_the_loop(name: str, backend: str, device: torch.device
 def test_lower_precision_is_near(name: str, device: torch.device) -> None:
     images, labels = (each.to(device) for each in real_images(12))
     exact, lower = (
-        synthesize(teacher(name), images, labels, small_config(iterations=4, backend="fused", precision=precision, device=device.type))
+        synthesize(teacher(name), images, labels, small_recipe(iterations=4, backend="fused", precision=precision, device=device.type))
         for precision in ("fp32", "bf16")
     )
     assert distance(lower.losses[:, 0], exact.losses[:, 0]) < 0.05

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 from dwa_fast import recipe, synthesize
 from dwa_fast.models.architectures import build
 from dwa_fast.reference.loop import recover
-from tests.nets import alive, assert_as_near, real_images, small_config, small_teacher
+from tests.nets import alive, assert_as_near, real_images, small_recipe, small_teacher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -61,8 +60,8 @@ def test_lower_precision_ends_within_the_spread_of_seeds(precision: str) -> None
     device = "cpu" if precision == "bf16" and not torch.cuda.is_available() else "auto"
 
     def final(seed: int, precision: str) -> Tensor:
-        config = small_config(iterations=50, batch_size=10, backend="fused", precision=precision, device=device)
-        weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var])
+        config = small_recipe(iterations=50, batch_size=10, backend="fused", precision=precision, device=device)
+        weights = torch.tensor([1.0, config.synthesis.lambda_mean, config.synthesis.lambda_var])
         return synthesize(small_teacher(), images, labels, config, seed=seed).losses[0, -10:].mean(0) * weights
 
     exact = torch.stack([final(seed, "fp32") for seed in range(4)])
@@ -75,8 +74,11 @@ def test_lower_precision_ends_within_the_spread_of_seeds(precision: str) -> None
 def test_same_bits_every_time_and_in_flight_together(precision: str, device: torch.device) -> None:
     images, labels = real_images(18)
     images, labels = images.to(device), labels.to(device)
-    config = small_config(iterations=8, backend="fused", precision=precision, device=device.type)
-    runs = [synthesize(small_teacher(), images, labels, replace(config, concurrent_batches=n)) for n in (1, 1, 2, 5)]
+    fused = {"backend": "fused", "device": device.type}
+    runs = [
+        synthesize(small_teacher(), images, labels, small_recipe(iterations=8, precision=precision, concurrent_batches=n, **fused))
+        for n in (1, 1, 2, 5)
+    ]
     assert all(torch.equal(run.images, runs[0].images) for run in runs[1:])
     assert all(torch.equal(run.losses, runs[0].losses) for run in runs[1:])
 
@@ -87,7 +89,7 @@ def test_number_of_threads_does_not_change_the_bits() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(
-            synthesize(small_teacher(), images, labels, small_config(iterations=3, backend="fused", precision="fp32", device="cpu"))
+            synthesize(small_teacher(), images, labels, small_recipe(iterations=3, backend="fused", precision="fp32", device="cpu"))
         )
     assert distance(results[0].images, results[1].images) < 1e-6
 
@@ -111,6 +113,6 @@ def one_block() -> nn.Module:
 )
 def test_compiled_equals_the_loop(make: Callable[[], nn.Module], settings: dict[str, object]) -> None:
     images, labels = real_images(6)
-    config = small_config(iterations=8, backend="compiled", precision="fp32", device="cpu", learning_rate=0.01, **settings)
+    config = small_recipe(iterations=8, backend="compiled", precision="fp32", device="cpu", learning_rate=0.01, **settings)
     got = synthesize(make(), images, labels, config)
     assert_as_near(got, recover(make(), images, labels, config), recover(make(), images.double(), labels, config))

@@ -290,7 +290,7 @@ def test_shared_layer_is_refused() -> None:
 def test_tied_weights_are_adjusted_once() -> None:
     from dwa_fast.engine.ascent import Ascent
     from dwa_fast.seeding import generator
-    from tests.nets import small_config
+    from tests.nets import small_recipe
 
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -305,7 +305,7 @@ def test_tied_weights_are_adjusted_once() -> None:
 
     execution = resolve("fused", "fp32", "cpu")
     network, _ = prepare(alive(Tied()), torch.randn(2, 1, 8, 8), execution)
-    adjust = Ascent(network, small_config(rho=0.1, steps=1), execution)
+    adjust = Ascent(network, small_recipe(rho=0.1, steps=1).synthesis, execution)
     adjust.adjust(torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4]), generator(0, "ascent", 0))
     inner: Any = network.module
     assert inner.one.weight.data_ptr() == inner.two.weight.data_ptr()

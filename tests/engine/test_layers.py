@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from dwa_fast.config import SynthesisConfig
+from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import trace_step
@@ -110,7 +110,7 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     network, _ = prepare(teacher, images, execution)
     Arena(network, execution, moves=False)
     with execution.arithmetic():
-        refinement = Refinement(network, network, images.shape, config, execution)
+        refinement = Refinement(network, network, images.shape, config, Normalisation(), execution)
     nodes = trace_step(refinement._iterate).graph.nodes
     backward = [node for node in nodes if node.target is torch.ops.aten.convolution_backward.default]
     assert len(backward) >= 19  # all but the first layer's, which has its own way
@@ -248,7 +248,7 @@ def test_shared_weights_that_change_are_followed() -> None:
 RUN = """
 import torch
 from torch import nn
-from dwa_fast import SynthesisConfig, synthesize
+from dwa_fast import recipe, synthesize
 
 class Block(nn.Module):
     def __init__(self, c, o):
@@ -261,7 +261,7 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), Block(6, 8), Block(8, 12),
                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)).eval()
 x = torch.rand(120, 3, 64, 64)
-config = SynthesisConfig(iterations=1, batch_size=120, steps=3, backend="fused", precision="fp32", device="cpu")
+config = recipe("cifar10", iterations=1, batch_size=120, steps=3, backend="fused", precision="fp32", device="cpu")
 print(torch.isfinite(synthesize(net, x, torch.arange(120) % 10, config).losses).all().item())
 """
 

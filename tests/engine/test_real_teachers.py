@@ -16,10 +16,10 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 from dwa_fast import InputError, recipe, synthesize
-from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import prepare
+from dwa_fast.recipes import Recipe
 from dwa_fast.reference.loop import recover
 from dwa_fast.seeding import generator
 from tests.nets import alive, distance, expected_gradient, image_gradient, small_teacher
@@ -278,7 +278,7 @@ def test_bf16_is_near(name: str) -> None:
     assert distance(lower.losses[:, 0], exact.losses[:, 0]) < 0.03
 
 
-def config(backend: str = "fused", precision: str = "fp32", **changes: Any) -> SynthesisConfig:
+def config(backend: str = "fused", precision: str = "fp32", **changes: Any) -> Recipe:
     return recipe("cifar10", **{"iterations": 2, "steps": 1, "rho": 0.1, "device": "cpu", **changes}, backend=backend, precision=precision)
 
 
@@ -294,7 +294,7 @@ def test_ascent_of_a_part_without_gradients(backend: str) -> None:
     module, images, labels = teacher("no_grad inside"), torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 3])
     execution = resolve(backend, "fp32", "cpu")  # type: ignore[arg-type]
     network, _ = prepare(module, images, execution)
-    ascent = Ascent(network, config(backend), execution)
+    ascent = Ascent(network, config(backend).synthesis, execution)
     ascent.adjust(images.to(memory_format=torch.channels_last), labels, generator(0, "ascent", 0))
     exact = double(module)
     F.cross_entropy(exact(images.double()), labels).backward()

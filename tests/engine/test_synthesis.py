@@ -13,7 +13,7 @@ from torch import Tensor
 from dwa_fast import synthesize
 from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.reference.loop import recover
-from tests.nets import assert_as_near, real_images, small_config, small_teacher
+from tests.nets import assert_as_near, real_images, small_recipe, small_teacher
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "DWA": {},
@@ -38,7 +38,7 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 def test_equals_reference_loop(settings: dict[str, Any], device: torch.device) -> None:
     """In double precision the two agree to rounding over 24 iterations and two batches."""
     images, labels = real_images()
-    config = small_config(precision="fp64", device=device.type, **settings)
+    config = small_recipe(precision="fp64", device=device.type, **settings)
     got = synthesize(small_teacher(), images.double().to(device), labels.to(device), config, seed=3)
     wanted = recover(small_teacher(), images.double().to(device), labels.to(device), config, seed=3)
     assert distance(got.losses, wanted.losses) < 1e-6
@@ -51,7 +51,7 @@ def test_equals_reference_loop(settings: dict[str, Any], device: torch.device) -
 def test_equals_reference_loop_in_single_precision(backend: str, settings: dict[str, Any], device: torch.device) -> None:
     images, labels = real_images()
     images, labels = images.to(device), labels.to(device)
-    config = small_config(backend=backend, precision="fp32", device=device.type, learning_rate=0.01, **settings)
+    config = small_recipe(backend=backend, precision="fp32", device=device.type, learning_rate=0.01, **settings)
     got = synthesize(small_teacher(), images, labels, config)
     assert_as_near(got, recover(small_teacher(), images, labels, config), recover(small_teacher(), images.double(), labels, config))
 
@@ -59,23 +59,23 @@ def test_equals_reference_loop_in_single_precision(backend: str, settings: dict[
 @pytest.mark.parametrize(("prior", "measure"), [("tv_l2", total_variation), ("l2_scale", mean_norm)])
 def test_a_prior_lowers_what_it_measures(prior: str, measure: Callable[[Tensor], Tensor]) -> None:
     images, labels = real_images()
-    without, little, much = (synthesize(small_teacher(), images, labels, small_config(**{prior: w})).images for w in (0.0, 0.02, 1.0))
+    without, little, much = (synthesize(small_teacher(), images, labels, small_recipe(**{prior: w})).images for w in (0.0, 0.02, 1.0))
     assert measure(without) > measure(little) > measure(much)
 
 
 def test_losses_fall_and_have_their_shape() -> None:
     images, labels = real_images()
-    config = small_config(iterations=60)
+    config = small_recipe(iterations=60)
     result = synthesize(small_teacher(), images, labels, config)
     assert result.losses.shape == (2, 60, 3)
     assert result.images.shape == images.shape
-    total = result.losses @ torch.tensor([1.0, config.lambda_mean, config.lambda_var])
+    total = result.losses @ torch.tensor([1.0, config.synthesis.lambda_mean, config.synthesis.lambda_var])
     assert (total[:, -5:].mean(1) < 0.9 * total[:, :5].mean(1)).all()
 
 
 def test_same_seed_same_bits_other_seed_other_images() -> None:
     images, labels = real_images()
-    first, again, other = (synthesize(small_teacher(), images, labels, small_config(), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (synthesize(small_teacher(), images, labels, small_recipe(), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.losses, again.losses)
     assert distance(other.images, first.images) > 1e-3
@@ -84,8 +84,8 @@ def test_same_seed_same_bits_other_seed_other_images() -> None:
 def test_batches_do_not_depend_on_each_other() -> None:
     """θ is restored: the first batch gives the same bits whether another one follows or not, and no drift reaches the second."""
     images, labels = real_images()
-    both = synthesize(small_teacher(), images, labels, small_config(rho=0.5))
-    alone = synthesize(small_teacher(), images[:6], labels[:6], small_config(rho=0.5))
+    both = synthesize(small_teacher(), images, labels, small_recipe(rho=0.5))
+    alone = synthesize(small_teacher(), images[:6], labels[:6], small_recipe(rho=0.5))
     assert torch.equal(both.images[:6], alone.images)
 
 
@@ -94,7 +94,7 @@ def test_teacher_and_images_stay_as_they_were(matching_weights: str) -> None:
     images, labels = real_images()
     teacher, before_images = small_teacher(), images.clone()
     before = copy.deepcopy(teacher.state_dict())
-    synthesize(teacher, images, labels, small_config(matching_weights=matching_weights))
+    synthesize(teacher, images, labels, small_recipe(matching_weights=matching_weights))
     assert torch.equal(images, before_images)
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -103,7 +103,7 @@ def test_teacher_and_images_stay_as_they_were(matching_weights: str) -> None:
 
 def test_matching_weights_make_a_difference() -> None:
     images, labels = real_images()
-    results = [synthesize(small_teacher(), images, labels, small_config(rho=0.5, matching_weights=w)) for w in ("adjusted", "original")]
+    results = [synthesize(small_teacher(), images, labels, small_recipe(rho=0.5, matching_weights=w)) for w in ("adjusted", "original")]
     assert distance(results[0].images, results[1].images) > 1e-3
     assert results[0].losses[0, 0, 0] == results[1].losses[0, 0, 0]  # cross-entropy is on θ̃ in both
     assert results[0].losses[0, 0, 1] != results[1].losses[0, 0, 1]
@@ -111,9 +111,9 @@ def test_matching_weights_make_a_difference() -> None:
 
 def test_pixels_stay_between_black_and_white() -> None:
     images, labels = real_images()
-    config = small_config(learning_rate=2.0)
+    config = small_recipe(learning_rate=2.0)
     result = synthesize(small_teacher(), images, labels, config)
-    (low,), (high,) = config.bounds
+    (low,), (high,) = config.data.bounds
     assert result.images.min() == pytest.approx(low)
     assert result.images.max() == pytest.approx(high)
 
@@ -121,8 +121,8 @@ def test_pixels_stay_between_black_and_white() -> None:
 def test_teacher_in_train_mode_is_used_in_eval_mode(caplog: pytest.LogCaptureFixture) -> None:
     images, labels = real_images()
     teacher = small_teacher()
-    expected = synthesize(teacher, images, labels, small_config())
-    got = synthesize(teacher.train(), images, labels, small_config())
+    expected = synthesize(teacher, images, labels, small_recipe())
+    got = synthesize(teacher.train(), images, labels, small_recipe())
     assert torch.equal(got.images, expected.images)
     assert teacher.training
     assert "a copy of it in eval mode is used" in caplog.text
@@ -131,5 +131,5 @@ def test_teacher_in_train_mode_is_used_in_eval_mode(caplog: pytest.LogCaptureFix
 def test_progress_counts_every_iteration() -> None:
     images, labels = real_images()
     seen: list[tuple[int, int]] = []
-    synthesize(small_teacher(), images, labels, small_config(), progress=lambda done, total: seen.append((done, total)))
+    synthesize(small_teacher(), images, labels, small_recipe(), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 48) for done in range(1, 49)]

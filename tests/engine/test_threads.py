@@ -13,7 +13,7 @@ from dwa_fast import synthesize
 from dwa_fast.engine.backend import resolve
 from dwa_fast.sets.synthesize import SynthesisResult
 from dwa_fast.threads import torch_threads
-from tests.nets import real_images, small_config, small_teacher
+from tests.nets import real_images, small_recipe, small_teacher
 
 _THREADS = 3
 
@@ -31,7 +31,7 @@ def test_threads_at_once_give_the_bits_of_one_after_the_other(backend: str) -> N
     start = threading.Barrier(_THREADS)
 
     def result(number: int) -> SynthesisResult:
-        config = small_config(backend=backend, precision="fp32", device="cpu", batch_size=4 + number, iterations=8, steps=1)
+        config = small_recipe(backend=backend, precision="fp32", device="cpu", batch_size=4 + number, iterations=8, steps=1)
         with torch_threads(1):
             return synthesize(teachers[number], images, labels, config, seed=number)
 

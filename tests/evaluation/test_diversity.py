@@ -22,8 +22,7 @@ from dwa_fast.evaluation.diversity import (
     analyse_sets,
     class_diversity,
 )
-from dwa_fast.recipes import recipe
-from tests.nets import SIZE, small_set, small_teacher
+from tests.nets import DIGITS, SIZE, small_set, small_teacher
 
 CPU = torch.device("cpu")
 FEW = DiversityConfig(tsne_images=5)
@@ -111,7 +110,7 @@ def test_before_any_image_there_is_no_neighbour() -> None:
 
 
 def analyse(config: DiversityConfig = FEW, seed: int = 0, **sets: ImageSet) -> Analysis:
-    return analyse_sets(small_teacher(), sets, digits("train", SIZE), config, recipe("digits"), device=CPU, seed=seed)
+    return analyse_sets(small_teacher(), sets, digits("train", SIZE), config, DIGITS.data, device=CPU, seed=seed)
 
 
 def copies() -> MemorySet:
@@ -163,7 +162,7 @@ def test_same_seed_same_analysis() -> None:
 def test_progress_counts_every_image() -> None:
     calls: list[tuple[int, int]] = []
     data = draw(digits("train", SIZE), 10, "test", seed=0)
-    analyse_sets(small_teacher(), {"few": small_set(4)}, data, FEW, recipe("digits"), device=CPU, progress=lambda *step: calls.append(step))
+    analyse_sets(small_teacher(), {"few": small_set(4)}, data, FEW, DIGITS.data, device=CPU, progress=lambda *step: calls.append(step))
     assert calls[-1] == (40 + 40 + 100, 180)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 

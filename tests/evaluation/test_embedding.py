@@ -9,8 +9,7 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.data.datasets import digits, normalise
 from dwa_fast.evaluation.embedding import embed, stream, tsne
-from dwa_fast.recipes import recipe
-from tests.nets import SIZE, real_images, small_teacher
+from tests.nets import DIGITS, SIZE, real_images, small_teacher
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def test_what_is_not_finite_is_refused() -> None:
     teacher, data = small_teacher(), digits("test", SIZE)
     teacher.get_buffer("stem.1.running_mean")[1] = float("nan")
     with pytest.raises(InputError, match=r"not finite: running_mean of layer 'stem\.1' \(1 NaN of 8\)"):
-        next(stream(teacher, data, recipe("digits"), torch.device("cpu")))
+        next(stream(teacher, data, DIGITS.data, torch.device("cpu")))
     with pytest.raises(InputError, match="teacher gives logits that are not finite for 4 of 4 images"):
         embed(teacher, real_images(4)[0])
     network = nn.Sequential(nn.Conv2d(1, 2, 8, bias=False), nn.Flatten(), nn.ReLU(), nn.Linear(2, 3))
@@ -59,10 +58,10 @@ def test_what_is_not_finite_is_refused() -> None:
 
 def test_stream_gives_every_image_once() -> None:
     data, teacher = digits("test", SIZE), small_teacher()
-    parts = list(stream(teacher, data, recipe("digits"), torch.device("cpu")))
+    parts = list(stream(teacher, data, DIGITS.data, torch.device("cpu")))
     assert [index for indices, _, _ in parts for index in indices] == list(range(450))
     assert torch.equal(torch.cat([pixels for _, pixels, _ in parts]), data.load(range(450)))
-    whole = embed(teacher, normalise(data.load(range(450)), recipe("digits"))).logits
+    whole = embed(teacher, normalise(data.load(range(450)), DIGITS.data)).logits
     assert torch.allclose(torch.cat([seen.logits for _, _, seen in parts]), whole, atol=1e-5)
 
 

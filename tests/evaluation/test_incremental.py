@@ -14,10 +14,9 @@ from dwa_fast import InputError
 from dwa_fast.data.datasets import MemorySet, digits
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
-from dwa_fast.recipes import full_recipe
-from tests.nets import SIZE, real_images, small_set, small_teacher
+from tests.nets import DIGITS, SIZE, real_images, small_set, small_teacher
 
-QUICK = replace(full_recipe("digits").validation, epochs=2, padding=1, students=1)
+QUICK = replace(DIGITS, validation=replace(DIGITS.validation, epochs=2, padding=1, students=1))
 SHORT = IncrementalConfig(tasks=2, seeds=2)
 
 
@@ -27,9 +26,8 @@ def run(resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, **se
         digits("test", SIZE),
         small_teacher(),
         "small-resnet",
-        config,
         QUICK,
-        size=SIZE,
+        config,
         device=torch.device("cpu"),
         resume_dir=resume_dir,
         seed=seed,
@@ -58,15 +56,14 @@ def test_teacher_knows_the_classes_seen_so_far_in_their_order() -> None:
 def test_real_images_are_learned_at_every_step(tmp_path: Path) -> None:
     """A set that is the real images: new students know all classes seen so far, as they could not with wrong labels."""
     config = IncrementalConfig(tasks=3, seeds=1)
-    hard = replace(QUICK, labels="hard", mixing="none", epochs=6, batch_size=32)
+    hard = replace(QUICK.validation, labels="hard", mixing="none", epochs=6, batch_size=32)
     (steps,) = learn(
         {"real": small_set(60)},
         digits("test", SIZE),
         small_teacher(),
         "small-resnet",
+        replace(QUICK, validation=hard),
         config,
-        hard,
-        size=SIZE,
         device=torch.device("cpu"),
         resume_dir=tmp_path,
     )["real"]

@@ -30,12 +30,12 @@ from dwa_fast.experiments.cells import (
     set_is_complete,
 )
 from dwa_fast.recipes import recipe
-from tests.experiments.setups import small_setup, small_validation
+from tests.experiments.setups import small_setup, with_validation
 from tests.nets import SIZE
 
 
 def dwa(setup: Setup, seed: int = 0, **changes: Any) -> DistilledSource:
-    return DistilledSource(replace(setup.synthesis, **changes), seed)
+    return DistilledSource(replace(setup.recipe.synthesis, **changes), seed)
 
 
 def test_larger_set_begins_with_the_smaller_one(tmp_path: Path) -> None:
@@ -77,19 +77,19 @@ def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
         set_folder(replace(setup, train_checksum="other"), dwa(setup)),
         set_folder(replace(setup, train_checksum="other"), DistilledSource(None, 0)),
         set_folder(replace(setup, initial=InitialConfig(initial_order="sorted")), dwa(setup)),
-        set_folder(replace(setup, data=replace(setup.data, size=16)), dwa(setup)),
+        set_folder(replace(setup, recipe=replace(setup.recipe, data=replace(setup.recipe.data, size=16))), dwa(setup)),
     ]
     assert len(set(places)) == len(places)
     assert set_folder(setup, dwa(setup, concurrent_batches=2)) == places[0]
-    assert set_folder(replace(setup, validation=small_validation(epochs=9), test_checksum="other"), dwa(setup)) == places[0]
+    assert set_folder(replace(with_validation(setup, epochs=9), test_checksum="other"), dwa(setup)) == places[0]
 
 
 def test_names_say_what_a_set_is(tmp_path: Path) -> None:
-    setup = small_setup(tmp_path, synthesis=recipe("digits"))
+    setup = replace(small_setup(tmp_path), recipe=recipe("digits"))
     assert set_folder(setup, dwa(setup)).name.startswith("dwa-seed0-")
     assert set_folder(setup, dwa(setup, seed=3, rho=0.02, steps=4)).name.startswith("dwa-rho0.02-steps4-seed3-")
     assert set_folder(setup, DistilledSource(None, 2)).name.startswith("real-seed2-")
-    assert set_folder(setup, DistilledSource(recipe("digits", method="sre2l"), 0)).name.startswith("sre2l-seed0-")
+    assert set_folder(setup, DistilledSource(recipe("digits", method="sre2l").synthesis, 0)).name.startswith("sre2l-seed0-")
     odd = dwa(setup, crop_scale=(0.5, 0.9))
     assert set_folder(setup, odd).name.startswith("dwa-crop_scale_0.5__0.9_-seed0-")
 
@@ -107,8 +107,8 @@ def test_names_say_what_a_set_is(tmp_path: Path) -> None:
         ("random-step", {}, ("random-step", {})),
     ],
 )
-def test_nearest_method(method: str, changes: dict[str, Any], wanted: tuple[str, dict[str, Any]]) -> None:
-    assert nearest_method("digits", recipe("digits", method=method, **changes)) == wanted
+def test_nearest_method(tmp_path: Path, method: str, changes: dict[str, Any], wanted: tuple[str, dict[str, Any]]) -> None:
+    assert nearest_method(small_setup(tmp_path), recipe("digits", method=method, **changes).synthesis) == wanted
 
 
 def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:
     assert found is not None
     assert len(found) == 2
     assert all(0 <= each <= 100 for each in found)
-    assert accuracies(replace(setup, validation=small_validation(students=1)), cell) == found[:1]
-    more = replace(setup, validation=small_validation(students=3))
+    assert accuracies(with_validation(setup, students=1), cell) == found[:1]
+    more = with_validation(setup, students=3)
     assert accuracies(more, cell) is None
     measure(more, cell)
     assert (accuracies(more, cell) or [])[:2] == found
@@ -150,10 +150,10 @@ def test_what_changes_a_student_changes_its_place(tmp_path: Path) -> None:
         cell_folder(replace(setup, teacher_checksum="other"), cell),
         cell_folder(replace(setup, train_checksum="other"), cell),
         cell_folder(replace(setup, test_checksum="other"), cell),
-        cell_folder(replace(setup, validation=small_validation(epochs=9)), cell),
+        cell_folder(with_validation(setup, epochs=9), cell),
     ]
     assert len(set(places)) == len(places)
-    assert cell_folder(replace(setup, validation=small_validation(students=9)), cell) == places[0]
+    assert cell_folder(with_validation(setup, students=9), cell) == places[0]
 
 
 def test_found_set_is_known_by_its_images(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from dwa_fast import InputError
 from dwa_fast.experiments.cells import Cell, DistilledSource, ExternalSet
 from dwa_fast.experiments.grid import Grid, Outcome, Variant, best, by_ipc, by_student, cell_rows, contact_sheet, note, run_grid
-from tests.experiments.setups import small_setup, small_validation
+from tests.experiments.setups import small_setup, with_validation
 
 REAL = Variant(name="real")
 
@@ -56,7 +56,7 @@ def test_spread_is_over_sets_where_there_are_several() -> None:
 
 
 def test_note_says_what_the_spread_is(tmp_path: Path) -> None:
-    setup, single = small_setup(tmp_path), small_setup(tmp_path, validation=small_validation(students=1))
+    setup, single = small_setup(tmp_path), with_validation(small_setup(tmp_path), students=1)
     assert note(setup, grid()) == "Mean ± standard deviation over 2 synthesis seeds, of the mean of 2 students each."
     assert note(single, grid()) == "Mean ± standard deviation over 2 synthesis seeds, of the mean of one student each."
     assert note(setup, grid(seeds=[4])) == "Mean ± standard deviation over 2 students of one set."
@@ -67,7 +67,7 @@ def test_note_says_what_the_spread_is(tmp_path: Path) -> None:
 
 def test_numbers_behind_the_tables(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
-    changed = Variant(name="DWA", synthesis=setup.synthesis)
+    changed = Variant(name="DWA", synthesis=setup.recipe.synthesis)
     asked = grid(variants=[REAL, changed], ipc=(1, 5))
     outcomes = {
         (name, ipc, "small-resnet"): Outcome([[50.0 + ipc, 52.0 + ipc], [60.0, 62.0]]) for name in ("real", "DWA") for ipc in (1, 5)
@@ -86,7 +86,8 @@ def test_numbers_behind_the_tables(tmp_path: Path) -> None:
 def test_no_setting_takes_the_place_of_a_result(tmp_path: Path) -> None:
     """A normalisation has a mean and a std as well."""
     setup = small_setup(tmp_path)
-    changed = Variant(name="DWA", synthesis=replace(setup.synthesis, mean=(0.25,), std=(0.75,)))
+    setup = replace(setup, recipe=replace(setup.recipe, data=replace(setup.recipe.data, mean=(0.25,), std=(0.75,))))
+    changed = Variant(name="DWA", synthesis=setup.recipe.synthesis)
     (row,) = cell_rows(setup, grid(variants=[changed], ipc=(1,)), {("DWA", 1, "small-resnet"): Outcome([[50.0, 52.0]])})
     assert (row["mean"], row["std"]) == (51.0, pytest.approx(2**0.5))
     assert row["synthesis"]["mean"] == (0.25,)
@@ -94,7 +95,7 @@ def test_no_setting_takes_the_place_of_a_result(tmp_path: Path) -> None:
 
 def test_layouts_hold_every_number_in_its_place(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
-    asked = grid(variants=[REAL, Variant(name="b", synthesis=setup.synthesis)], ipc=(1, 5), students=("small-resnet", "convnet128"))
+    asked = grid(variants=[REAL, Variant(name="b", synthesis=setup.recipe.synthesis)], ipc=(1, 5), students=("small-resnet", "convnet128"))
     outcomes = {
         (variant.name, ipc, student): Outcome([[10.0 * place], [10.0 * place + 2]])
         for place, (variant, ipc, student) in enumerate(asked.places)
@@ -118,7 +119,7 @@ def test_best_says_how_much_is_as_good() -> None:
 
 def test_run_and_contact_sheet(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
-    asked = grid(variants=[REAL, Variant(name="DWA", synthesis=setup.synthesis)], ipc=(1, 2))
+    asked = grid(variants=[REAL, Variant(name="DWA", synthesis=setup.recipe.synthesis)], ipc=(1, 2))
     outcomes = run_grid(setup, asked, jobs=1)
     assert outcomes.keys() == {(name, ipc, "small-resnet") for name in ("real", "DWA") for ipc in (1, 2)}
     assert all(len(outcome.accuracies) == 2 and len(outcome.accuracies[0]) == 2 for outcome in outcomes.values())

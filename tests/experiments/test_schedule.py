@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Notes:
 
 def cells(setup: Setup) -> dict[Cell, str]:
     """Real images and DWA at two ipc."""
-    sources = {"real": DistilledSource(None, 0), "DWA": DistilledSource(setup.synthesis, 0)}
+    sources = {"real": DistilledSource(None, 0), "DWA": DistilledSource(setup.recipe.synthesis, 0)}
     return {Cell(source, ipc, "small-resnet"): f"{name}, ipc {ipc}" for name, source in sources.items() for ipc in (1, 2)}
 
 
@@ -97,5 +98,5 @@ def test_death_of_a_process(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_jobs_fill_the_cpu(tmp_path: Path) -> None:
     assert default_jobs(small_setup(tmp_path)) == 2
-    assert default_jobs(small_setup(tmp_path, threads=2)) == 1
-    assert default_jobs(small_setup(tmp_path, threads=8)) == 1
+    assert default_jobs(replace(small_setup(tmp_path), threads=2)) == 1
+    assert default_jobs(replace(small_setup(tmp_path), threads=8)) == 1

@@ -22,7 +22,7 @@ def run(grid: Grid) -> Outcomes:
     """A number for each place that tells λ_mean, λ_var, K and ρ apart."""
     outcomes = {}
     for variant, ipc, student in grid.places:
-        config = variant.synthesis or recipe("digits")
+        config = variant.synthesis or recipe("digits").synthesis
         value = 1000 * config.lambda_mean + 100 * config.lambda_var + config.steps + 1000 * config.rho + ipc / 10
         outcomes[variant.name, ipc, student] = Outcome([[value], [value + 2]])
     return outcomes

@@ -14,7 +14,7 @@ from dwa_fast import InputError, synthesize
 from dwa_fast.engine.ascent import check_norms
 from dwa_fast.engine.refine import _finite, matching_dominates
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
-from tests.nets import real_images, small_config, small_teacher
+from tests.nets import real_images, small_recipe, small_teacher
 
 
 def faulty(name: str, value: float, place: int = 0) -> nn.Module:
@@ -38,7 +38,7 @@ FAULTS: dict[str, tuple[str, float, str]] = {
 def test_synthesis_names_the_tensor(name: str, value: float, message: str, backend: str) -> None:
     images, labels = real_images(6)
     with pytest.raises(InputError, match=re.escape(f"of the teacher are not finite: {message}; train it again")):
-        synthesize(faulty(name, value), images, labels, small_config(backend=backend))
+        synthesize(faulty(name, value), images, labels, small_recipe(backend=backend))
 
 
 def test_long_lists_are_cut() -> None:
@@ -125,7 +125,7 @@ def test_a_gradient_of_the_teacher_itself_is_not_blamed_on_rho() -> None:
 @pytest.mark.parametrize(("ce", "mean", "says"), [(5.0, 6e6, True), (5.0, 4e4, False), (1e-3, 2e4, True), (1e-3, 50.0, False)])
 def test_matching_losses_that_dominate(ce: float, mean: float, says: bool) -> None:
     """Above 100 times the cross-entropy, or 100 where the images are learnt."""
-    config = small_config(lambda_mean=0.01, lambda_var=0.0)
+    config = small_recipe(lambda_mean=0.01, lambda_var=0.0).synthesis
     found = matching_dominates(torch.tensor([[9.0, 1e9, 0.0], [ce, mean, 7.0]]), config)
     assert (found is not None) == says
     if ce == 5.0 and found:
@@ -139,5 +139,5 @@ def test_a_run_says_once_that_they_dominate(caplog: pytest.LogCaptureFixture) ->
     images, labels = real_images(12)  # two batches
     for weight, count in ((1e-3, 0), (1e3, 1)):
         caplog.clear()
-        synthesize(small_teacher(), images, labels, small_config(iterations=2, lambda_mean=weight, lambda_var=weight, backend="reference"))
+        synthesize(small_teacher(), images, labels, small_recipe(iterations=2, lambda_mean=weight, lambda_var=weight, backend="reference"))
         assert sum("matching losses dominate: " in record.message for record in caplog.records) == count

@@ -7,13 +7,13 @@ import torch
 
 from dwa_fast.reference import graph_ops, ops
 from dwa_fast.schedule import make_schedule
-from tests.nets import small_config
+from tests.nets import small_recipe
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 9, 14), (1, 1, 16, 16)])
 @pytest.mark.parametrize("view", ["roll", "crop"])
 def test_view_and_its_gradient(view: str, shape: tuple[int, ...]) -> None:
-    rows = make_schedule(small_config(view=view, jitter=5, iterations=40), shape[2], shape[3], seed=0, batch=0).rows
+    rows = make_schedule(small_recipe(view=view, jitter=5, iterations=40).synthesis, shape[2], shape[3], seed=0, batch=0).rows
     images = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(shape, dtype=torch.float64)
     for step in range(len(rows)):
@@ -50,7 +50,7 @@ def test_adam_clip() -> None:
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**14])
 @pytest.mark.parametrize("view", ["roll", "crop"])
 def test_view_adam_clip(view: str, loss_scale: float) -> None:
-    schedule = make_schedule(small_config(view=view, jitter=5, iterations=10), 9, 14, seed=0, batch=0)
+    schedule = make_schedule(small_recipe(view=view, jitter=5, iterations=10).synthesis, 9, 14, seed=0, batch=0)
     states = [[torch.zeros(2, 3, 9, 14, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
     low, high = -torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     for step in range(10):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dwa_fast.reference.loop import LoopResult, Quirks, recover
-from tests.nets import real_images, small_config, small_teacher
+from tests.nets import real_images, small_recipe, small_teacher
 
 
 def run(quirks: Quirks | None = None, count: int = 12, **settings: Any) -> LoopResult:
     images, labels = real_images(count)
-    config = small_config(**{"rho": 0.5, **settings})
+    config = small_recipe(**{"rho": 0.5, **settings})
     return recover(small_teacher(), images.double(), labels, config, quirks=quirks)
 
 
@@ -61,6 +61,6 @@ def test_quirks_exclude_the_fast_path() -> None:
     from dwa_fast import synthesize
 
     images, labels = real_images()
-    fast = synthesize(small_teacher(), images.double(), labels, small_config(rho=0.5, precision="fp64"))
+    fast = synthesize(small_teacher(), images.double(), labels, small_recipe(rho=0.5, precision="fp64"))
     assert torch.allclose(fast.images, run().images, atol=1e-6)
     assert not torch.allclose(fast.images, run(Quirks.published()).images, atol=1e-2)

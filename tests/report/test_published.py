@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.report.published import beside_published, published
 from dwa_fast.report.records import Record
 
@@ -32,17 +32,17 @@ def test_numbers_of_the_paper(place: tuple[str, str, str, int], number: float | 
     assert published(*place) == number
 
 
-def study(recipe: str = "cifar100", method: str = "dwa", student: str = "resnet18-cifar", **cell: Any) -> Record:
+def study(name: str = "cifar100", method: str = "dwa", student: str = "resnet18-cifar", **cell: Any) -> Record:
     """A record of one cell, with the recipe's settings."""
-    whole = full_recipe(recipe)
+    whole = recipe(name)
     settings = {
-        "recipe": recipe,
+        "recipe": name,
         "teacher": {"architecture": student},
         "data": asdict(whole.data),
-        "synthesis": asdict(whole.synthesis),
-        "validation": asdict(whole.validation),
+        "synthesis": whole.settings("synthesis"),
+        "validation": whole.settings("validation"),
     }
-    cells = [{"recipe": recipe, "method": method, "student": student, "ipc": 10, "mean": 40.04, "std": 0.5, **cell}]
+    cells = [{"recipe": name, "method": method, "student": student, "ipc": 10, "mean": 40.04, "std": 0.5, **cell}]
     return Record(kind="compare", title="t", settings=json.loads(json.dumps(settings)), data={"cells": cells})
 
 
@@ -57,7 +57,7 @@ def test_the_published_setting_is_compared(method: str, ipc: int, difference: st
 
 def test_settings_of_the_method_itself_are_compared_too() -> None:
     record = study(method="sre2l")
-    record.settings["synthesis"].update(json.loads(json.dumps(asdict(full_recipe("cifar100", method="sre2l").synthesis))))
+    record.settings["synthesis"].update(json.loads(json.dumps(recipe("cifar100", method="sre2l").settings("synthesis"))))
     table = beside_published(record)
     assert table
     assert len(table.rows) == 1

@@ -18,7 +18,7 @@ from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import WorkItem, work_list
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import TorchrunWorker
-from tests.nets import small_config, small_set, small_teacher
+from tests.nets import small_recipe, small_set, small_teacher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, **more: Any) -> int:
     """A small set; more are settings of the synthesis, and what distill itself takes."""
     hooks = {name: more.pop(name) for name in ("progress", "observer", "workers") if name in more}
-    config = small_config(**{"iterations": 4, "batch_size": 4, "backend": "reference", **more})  # files are the same for every back-end
+    config = small_recipe(**{"iterations": 4, "batch_size": 4, "backend": "reference", **more})  # files are the same for every back-end
     return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed, threads=threads, **hooks)
 
 
@@ -134,7 +134,7 @@ def test_teacher_of_other_classes(tmp_path: Path) -> None:
     teacher: Any = small_teacher()
     teacher.fc = torch.nn.Linear(16, 7)
     with pytest.raises(InputError, match="teacher knows 7 classes, the data have 10"):
-        distill(teacher, small_set(), small_config(), ipc=1, output=tmp_path)
+        distill(teacher, small_set(), small_recipe(), ipc=1, output=tmp_path)
 
 
 def test_sample_is_seeded_without_replacement_and_nested() -> None:

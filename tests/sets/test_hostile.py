@@ -31,7 +31,7 @@ from dwa_fast.io.torch_files import read_archive
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.models.checkpoint import load_teacher
 from tests.hostile import POSTSCRIPT, Harmful, ghostscript
-from tests.nets import SIZE, small_config, small_set, small_teacher
+from tests.nets import SIZE, small_recipe, small_set, small_teacher
 
 
 def test_the_canary_sings(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_class_names_that_are_paths(tmp_path: Path, outside: Path) -> None:
     source = small_set(1)
     names = ["../outside", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "con", "C:", str(outside / "x")]
     data = MemorySet(source.pixels, source.labels, names)
-    distill(small_teacher(), data, small_config(iterations=1, steps=1, backend="reference"), ipc=1, output=tmp_path / "set")
+    distill(small_teacher(), data, small_recipe(iterations=1, steps=1, backend="reference"), ipc=1, output=tmp_path / "set")
     assert read_manifest(tmp_path / "set")["class_names"] == names
     assert {path.name for path in tmp_path.iterdir()} == {"outside", "set"}
     assert {path.name for path in (tmp_path / "set" / "images").iterdir() if path.is_dir()} == {f"new{label:03d}" for label in range(10)}

@@ -15,7 +15,7 @@ from dwa_fast.sets.distill import work_list
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
 from tests.hostile import POSTSCRIPT, ghostscript
-from tests.nets import small_config, small_set, small_teacher
+from tests.nets import small_recipe, small_set, small_teacher
 
 
 def make(folder: Path, ipc: int = 1) -> None:
@@ -69,7 +69,7 @@ def test_manifests(tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("threads", [10**9, "../x"])
 def test_threads_in_a_changed_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     def run() -> int:
-        config = small_config(iterations=1, steps=1, device="cpu", backend="reference")
+        config = small_recipe(iterations=1, steps=1, device="cpu", backend="reference")
         return distill(small_teacher(), small_set(1), config, ipc=1, output=tmp_path)
 
     run()

@@ -21,7 +21,7 @@ from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
 from dwa_fast.io.files import checksum
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
-from dwa_fast.recipes import full_recipe
+from dwa_fast.recipes import recipe
 from dwa_fast.report.records import read_record
 from dwa_fast.seeding import derive
 from dwa_fast.sets.store import ImageStore, WorkItem
@@ -31,10 +31,10 @@ from dwa_fast.training.label_store import LabelStore, StoredSampler, epoch_bytes
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 from dwa_fast.training.validate import ValidationResult, validate
 from tests.hostile import Harmful
-from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
+from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
-QUICK = replace(full_recipe("digits").validation, epochs=4, batch_size=20, padding=1, flip=0.5, students=1)  # three steps an epoch
+QUICK = replace(DIGITS.validation, epochs=4, batch_size=20, padding=1, flip=0.5, students=1)  # three steps an epoch
 CUTMIX = replace(QUICK, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0)
 PLAIN = replace(QUICK, augmentation="none", flip=0.0, mixing="none")
 
@@ -52,11 +52,11 @@ class Halved(nn.Module):
 
 
 def store(folder: Path, config: ValidationConfig = QUICK, teacher: nn.Module | None = None, **more: Any) -> LabelStore:
-    return relabel(small_set(), teacher or small_teacher(), config, output=folder, device=CPU, **more)
+    return relabel(small_set(), teacher or small_teacher(), replace(DIGITS, validation=config), output=folder, device=CPU, **more)
 
 
 def students(config: ValidationConfig, teacher: nn.Module | None, **more: Any) -> ValidationResult:
-    return validate(small_set(), small_set(8), teacher, "small-resnet", config, size=SIZE, device=CPU, **more)
+    return validate(small_set(), small_set(8), teacher, "small-resnet", replace(DIGITS, validation=config), device=CPU, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -68,8 +68,8 @@ def test_stored_lessons_are_those_of_training(tmp_path: Path, config: Validation
     """Images bit for bit, logits as the teacher gives them for exactly these images, rounded to half precision."""
     data, teacher, found = small_set(), small_teacher(), store(tmp_path, config)
     pixels, own = ImageCache(data, CPU, 1.0), derive(0, "student", 0)
-    online = TrainingLoader(pixels, RandomSampler(data, config, seed=own), config)
-    stored = TrainingLoader(pixels, StoredSampler(found, config, len(data.labels), 10, seed=own), config)
+    online = TrainingLoader(pixels, RandomSampler(data, config, seed=own), DIGITS.data, config.padding)
+    stored = TrainingLoader(pixels, StoredSampler(found, config, len(data.labels), 10, seed=own), DIGITS.data, config.padding)
     teacher.train(config.teacher_mode == "train")
     for epoch in range(config.epochs):
         for one, two in zip(online.epoch(epoch), stored.epoch(epoch), strict=True):
@@ -180,7 +180,7 @@ def test_labels_of_other_settings_are_refused(tmp_path: Path, changes: dict[str,
 def test_labels_of_other_images_and_teachers_are_refused(tmp_path: Path) -> None:
     store(tmp_path, replace(QUICK, epochs=1))
     with pytest.raises(InputError, match=r"holds soft labels of other settings \(images was '[0-9a-f]+', is '[0-9a-f]+'\)"):
-        validate(small_set(5), small_set(), None, "small-resnet", QUICK, size=SIZE, device=CPU, soft_labels=tmp_path)
+        validate(small_set(5), small_set(), None, "small-resnet", replace(DIGITS, validation=QUICK), device=CPU, soft_labels=tmp_path)
     with pytest.raises(InputError, match=r"other settings \(teacher was '[0-9a-f]+', is '[0-9a-f]+'\)"):
         students(QUICK, small_teacher(1), soft_labels=tmp_path)
     assert students(replace(QUICK, epochs=1), small_teacher(), soft_labels=tmp_path).accuracies
@@ -260,9 +260,9 @@ def test_size_on_disk_is_told_beforehand(tmp_path: Path, config: ValidationConfi
     expected = label_bytes(config, len(small_set().labels), 10)
     assert expected == 4 * epoch_bytes(config, 60, 10)
     assert abs(written - expected) < 4 * 1000
-    imagenet = label_bytes(full_recipe("imagenet").validation, 50_000, 1000)
+    imagenet = label_bytes(recipe("imagenet").validation, 50_000, 1000)
     assert 30e9 < imagenet < 31e9  # logits alone: 50,000 images × 300 epochs × 1,000 classes × 2 bytes
-    assert label_bytes(full_recipe("imagenet").validation, 50_000, 1000, pool=10) == imagenet / 10
+    assert label_bytes(recipe("imagenet").validation, 50_000, 1000, pool=10) == imagenet / 10
 
 
 def test_too_small_a_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,13 @@ from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import MemorySet, digits
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.models.checkpoint import load_teacher
-from dwa_fast.recipes import full_recipe
 from dwa_fast.training import fit, state
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
-from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
+from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
-CONFIG = replace(full_recipe("digits").squeeze, epochs=3, padding=1)
+CONFIG = replace(DIGITS.squeeze, epochs=3, padding=1)
 QUICK = replace(CONFIG, batch_size=8)  # eight steps for an epoch of small_set
 
 
@@ -33,10 +32,10 @@ def test_squeeze_learns_and_repeats() -> None:
     train, test = digits("train", SIZE), digits("test", SIZE)
     ticks: list[tuple[int, int]] = []
     teachers = [
-        squeeze(train, "small-resnet", CONFIG, size=SIZE, device=CPU, seed=1, progress=lambda done, total: ticks.append((done, total)))
+        squeeze(train, replace(DIGITS, squeeze=CONFIG), device=CPU, seed=1, progress=lambda done, total: ticks.append((done, total)))
         for _ in range(2)
     ]
-    assert top1(teachers[0], test, CONFIG, CPU) > 85
+    assert top1(teachers[0], test, DIGITS.data, CPU) > 85
     assert not teachers[0].training
     assert ticks[: len(ticks) // 2] == [(step, 33) for step in range(1, 34)]
     for one, two in zip(teachers[0].parameters(), teachers[1].parameters(), strict=True):
@@ -46,7 +45,8 @@ def test_squeeze_learns_and_repeats() -> None:
 def teacher(
     config: SqueezeConfig, checkpoint_file: Path | None = None, progress: Progress | None = None, architecture: str = "small-resnet"
 ) -> nn.Module:
-    return squeeze(small_set(), architecture, config, size=SIZE, device=CPU, seed=1, checkpoint_file=checkpoint_file, progress=progress)
+    recipe = replace(DIGITS, squeeze=config, architecture=architecture)
+    return squeeze(small_set(), recipe, device=CPU, seed=1, checkpoint_file=checkpoint_file, progress=progress)
 
 
 def test_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_bf16_learns() -> None:
     """On the images that it has seen, after a few steps; weights stay in fp32."""
     config = replace(CONFIG, epochs=8, batch_size=20, augmentation="none")
     exact, rounded = teacher(config), teacher(replace(config, precision="bf16"))
-    assert top1(rounded, small_set(), config, CPU) > 85
+    assert top1(rounded, small_set(), DIGITS.data, CPU) > 85
     assert all(p.dtype == torch.float32 for p in rounded.parameters())
     assert not torch.equal(exact.get_parameter("fc.weight"), rounded.get_parameter("fc.weight"))
 
@@ -190,10 +190,10 @@ def test_batches_of_one_value_per_channel_are_refused_beforehand(monkeypatch: py
 def test_no_accuracy_of_what_is_not_finite() -> None:
     """NaN would count as class 0."""
     network, data = small_teacher(), small_set()
-    whole = top1(network, data, CONFIG, CPU)
+    whole = top1(network, data, DIGITS.data, CPU)
     network.get_parameter("fc.weight")[3, 2] = float("nan")
     with pytest.raises(InputError, match="network gives logits that are not finite for 60 of 60 images"):
-        top1(network, data, CONFIG, CPU)
+        top1(network, data, DIGITS.data, CPU)
     assert 0 < whole <= 100
 
 
@@ -209,7 +209,7 @@ SETS: dict[str, tuple[list[int], int, str]] = {
 def test_labels_are_checked(labels: list[int], classes: int, message: str) -> None:
     data = MemorySet(small_set().pixels[: len(labels)], torch.tensor(labels, dtype=torch.int64), [str(number) for number in range(classes)])
     with pytest.raises(InputError, match=message.format("held-out images")):
-        top1(small_teacher(), data, CONFIG, CPU)
+        top1(small_teacher(), data, DIGITS.data, CPU)
     if classes == 10:
         with pytest.raises(InputError, match=message.format("training images")):
-            squeeze(data, "small-resnet", CONFIG, size=SIZE, device=CPU)
+            squeeze(data, replace(DIGITS, squeeze=CONFIG), device=CPU)

@@ -18,15 +18,13 @@ from dwa_fast.data.datasets import MemorySet, digits
 from dwa_fast.data.loader import BatchPlan, TrainingBatch
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.models.architectures import ARCHITECTURES
-from dwa_fast.recipes import full_recipe
 from dwa_fast.threads import torch_threads
 from dwa_fast.training import fit, state
 from dwa_fast.training.validate import ValidationResult, _optimizer, hard_loss, soft_loss, validate
-from tests.nets import SIZE, small_set, small_teacher, stop_at, tight
+from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
-RECIPE = full_recipe("digits")
-QUICK = replace(RECIPE.validation, epochs=4, batch_size=20, padding=1, students=2)  # three steps for an epoch of small_set
+QUICK = replace(DIGITS.validation, epochs=4, batch_size=20, padding=1, students=2)  # three steps for an epoch of small_set
 
 
 def held_out() -> MemorySet:
@@ -37,7 +35,7 @@ def held_out() -> MemorySet:
 def students(
     config: ValidationConfig = QUICK, teacher: nn.Module | None = None, student: str = "small-resnet", **more: Any
 ) -> ValidationResult:
-    return validate(small_set(), held_out(), teacher or small_teacher(), student, config, size=SIZE, device=CPU, **more)
+    return validate(small_set(), held_out(), teacher or small_teacher(), student, replace(DIGITS, validation=config), device=CPU, **more)
 
 
 @pytest.fixture
@@ -52,10 +50,9 @@ def dropping(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_validate_trains_students_that_beat_chance_and_repeats() -> None:
-    config = replace(RECIPE.validation, epochs=30, padding=1, students=2, mixing="none", labels="hard", learning_rate=5e-3)
-    arguments: dict[str, Any] = {"size": SIZE, "device": CPU}
-    teacher = small_teacher()
-    results = [validate(small_set(), digits("test", SIZE), teacher, "small-resnet", config, **arguments) for _ in range(2)]
+    config = replace(DIGITS.validation, epochs=30, padding=1, students=2, mixing="none", labels="hard", learning_rate=5e-3)
+    recipe, teacher = replace(DIGITS, validation=config), small_teacher()
+    results = [validate(small_set(), digits("test", SIZE), teacher, "small-resnet", recipe, device=CPU) for _ in range(2)]
     assert results[0] == results[1]
     assert len(set(results[0].seeds)) == 2
     assert results[0].mean > 50
@@ -251,10 +248,10 @@ def test_batches_of_one_value_per_channel_are_refused_beforehand(monkeypatch: py
 def test_sets_of_other_classes_are_refused() -> None:
     few = some_classes(small_set(), range(7))
     with pytest.raises(InputError, match="distilled images have 7 classes, the held-out images 10"):
-        validate(few, held_out(), small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)
+        validate(few, held_out(), small_teacher(), "small-resnet", replace(DIGITS, validation=QUICK), device=CPU)
     empty = MemorySet(held_out().pixels[:0], held_out().labels[:0], held_out().class_names)
     with pytest.raises(InputError, match="there are no held-out images; wanted at least one"):
-        validate(small_set(), empty, small_teacher(), "small-resnet", QUICK, size=SIZE, device=CPU)
+        validate(small_set(), empty, small_teacher(), "small-resnet", replace(DIGITS, validation=QUICK), device=CPU)
 
 
 def test_a_teacher_that_fails_on_the_way_is_named() -> None:
@@ -273,10 +270,10 @@ def test_classes_in_another_order_are_refused_and_other_names_said(caplog: pytes
     config, test = replace(QUICK, labels="hard", epochs=1, students=1), held_out()
     swapped = replace(test, class_names=[test.class_names[1], test.class_names[0], *test.class_names[2:]])
     with pytest.raises(InputError, match=r"class 0 of the distilled images is '0', .* is '1': the classes are the same in another order"):
-        validate(small_set(), swapped, None, "small-resnet", config, size=SIZE, device=CPU)
+        validate(small_set(), swapped, None, "small-resnet", replace(DIGITS, validation=config), device=CPU)
     named = replace(test, class_names=[f"digit {name}" for name in test.class_names])
-    validate(small_set(), named, None, "small-resnet", config, size=SIZE, device=CPU)
+    validate(small_set(), named, None, "small-resnet", replace(DIGITS, validation=config), device=CPU)
     assert "that of the held-out images is 'digit 0'; classes are taken to be the same by their numbers" in caplog.text
     caplog.clear()
-    validate(small_set(), test, None, "small-resnet", config, size=SIZE, device=CPU)
+    validate(small_set(), test, None, "small-resnet", replace(DIGITS, validation=config), device=CPU)
     assert "classes" not in caplog.text

@@ -1,0 +1,57 @@
+"""Rules for tyro: the help of a number ends with its range, and a value that is out of range is an InputError."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from dwa_fast.config import check_fields, range_of
+from dwa_fast.errors import InputError
+
+
+class RefusedError(Exception):
+    """Carries an InputError out of tyro, which turns every ValueError into a usage message of its own."""
+
+
+def settings_registry() -> ConstructorRegistry:
+    """tyro's rule for dataclasses, with ranges in the help and all fields checked."""
+    registry, inside = ConstructorRegistry(), list[StructTypeInfo]()  # inside: types that tyro's own rule is applied to
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not is_dataclass(info.type) or info in inside:
+            return None
+        inside.append(info)
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            inside.pop()
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return replace(spec, instantiate=_checked(spec.instantiate), fields=tuple(map(_with_range, spec.fields)))
+
+    return registry
+
+
+def _with_range(field: StructFieldSpec) -> StructFieldSpec:
+    allowed, text = range_of(field.type), field.helptext
+    if allowed is None:
+        return field
+    return replace(field, helptext=lambda: f"{(text() if callable(text) else text) or ''} {str(allowed).capitalize()}.".strip())
+
+
+def _checked(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)  # its docstring heads the group of flags
+    def checked(**values: Any) -> Any:
+        try:
+            settings = make(**values)
+            check_fields(settings)
+        except InputError as error:
+            raise RefusedError(error) from None
+        return settings
+
+    return checked
