@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
-from dwa_fast.engine.backend import Execution, precisions, resolve, tuned
+from dwa_fast.engine.backend import Execution, graph_operators, precisions, resolve
 from dwa_fast.engine.refine import Refinement
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
@@ -246,7 +246,7 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        return Ours(problem, Tuned(name, tuned(name), problem.device, precision, records=name == "eager+graph"))
+        return Ours(problem, Tuned(name, graph_operators(name), problem.device, precision, records=name == "eager+graph"))
     execution = resolve(name, precision, str(problem.device))  # type: ignore[arg-type]
     return Ours(problem, execution if name == "fused" else Tuned.of(execution))
 

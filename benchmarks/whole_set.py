@@ -28,7 +28,7 @@ from dwa_fast.data.initial import initial_images
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.recipes import Recipe
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def image_files(folder: Path, workload: harness.Workload, recipe: Recipe, ipc: i
 def in_memory(data: ImageSet, recipe: Recipe, ipc: int) -> list[Batch]:
     """The batches of the set with their initial images."""
     start = initial_images(data, recipe, InitialConfig(), ipc=ipc, seed=harness.SEED)
-    items = work_list(len(data.class_names), ipc, recipe.synthesis.batch_size)
+    items = batch_specs(len(data.class_names), ipc, recipe.synthesis.batch_size)
     return [Batch(item.number, start.load(item.labels, item.index), torch.tensor(item.labels)) for item in items]
 
 
@@ -116,7 +116,7 @@ def holds(folder: Path, refined: Sequence[Tensor], recipe: Recipe, classes: int,
     """Whether the files hold these images, pixel for pixel."""
     written = image_folder(folder, refined[0].shape[-1], recipe.data.channels)
     images = torch.cat([denormalise(each, recipe.data) for each in refined])
-    order = [item.index + ipc * label for item in work_list(classes, ipc, recipe.synthesis.batch_size) for label in item.labels]
+    order = [item.index + ipc * label for item in batch_specs(classes, ipc, recipe.synthesis.batch_size) for label in item.labels]
     return bool((to_levels(images) == written.load(order)).all())
 
 

@@ -85,11 +85,11 @@ class DistilledData(TeacherData):
 
     def open_both(self, console: Console) -> tuple[FileSet, ImageSet]:
         """The distilled images, and the held-out real ones."""
-        test = usable(console, self.load("test"), self.skip_bad_images, used_late=True)
+        test = readable_images(console, self.load("test"), self.skip_bad_images, used_late=True)
         distilled, skipped = open_distilled(
             self.images, self.size, self.normalisation.channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
         )
-        say_skipped(console, skipped)
+        report_skipped(console, skipped)
         return distilled, test
 
 
@@ -105,7 +105,7 @@ def try_teacher(teacher: PairedTeacher, data: ImageSet, normalisation: Normalisa
     module.cpu()
 
 
-def check_set(folder: Path, normalisation: Normalisation, teacher: PairedTeacher | None) -> None:
+def compare_normalisation(folder: Path, normalisation: Normalisation, teacher: PairedTeacher | None) -> None:
     """Compare the normalisation with that of the teacher that a set of ours was made with, as far as that is known.
 
     Raises:
@@ -125,7 +125,7 @@ def check_set(folder: Path, normalisation: Normalisation, teacher: PairedTeacher
 _SHOWN = 5  # skipped files that are named
 
 
-def usable(console: Console, data: ImageSet, skip_bad_images: bool, *, used_late: bool = False) -> ImageSet:
+def readable_images(console: Console, data: ImageSet, skip_bad_images: bool, *, used_late: bool = False) -> ImageSet:
     """The images, on request without those that cannot be decoded, which are counted and named; every file is read once for it.
 
     Args:
@@ -141,14 +141,14 @@ def usable(console: Console, data: ImageSet, skip_bad_images: bool, *, used_late
         index, cause = next(iter(faults.items()))
         raise BadImageError(data.folder / data.files[index], cause + (f" ({len(faults)} such files in all)" if len(faults) > 1 else ""))
     good = data.select([index for index in range(len(data.files)) if index not in faults])
-    say_skipped(console, {data.name(index): cause for index, cause in faults.items()})
+    report_skipped(console, {data.name(index): cause for index, cause in faults.items()})
     missing = set(data.labels.tolist()) - set(good.labels.tolist())
     if missing:
         raise InputError(f"no image of class {data.class_names[min(missing)]!r} in {data.folder} can be read")
     return good
 
 
-def say_skipped(console: Console, skipped: Mapping[str, str]) -> None:
+def report_skipped(console: Console, skipped: Mapping[str, str]) -> None:
     """Say how many images were left out, and which."""
     if skipped:
         console.print(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''} that cannot be read:")

@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
+from dwa_fast.commands.data import compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt
@@ -57,7 +57,7 @@ class Diversity(DistilledSets):
         sets = self.open_sets(console, train.class_names)
         teacher = self.open_teacher(self.teacher, self.architecture, train.class_names)
         for images in sets.values():
-            check_set(images.folder, normalisation, teacher)
+            compare_normalisation(images.folder, normalisation, teacher)
         try_teacher(teacher, train, normalisation, device)
         usual = recipe(self.recipe).data
         settings = {

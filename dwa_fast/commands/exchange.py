@@ -165,7 +165,7 @@ class Import(_Normalised):
             raise InputError(f"{self.classes} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if len(names) != len(found) or len(set(names)) != len(names):
             got = f"{len(names)} names, {len(set(names))} of them different"
-            raise InputError(f"{self.classes} holds {got}; wanted one for each of {len(found)} classes, in the order of their numbers")
+            raise InputError(f"{self.classes} holds {got}; expected one for each of {len(found)} classes, in the order of their numbers")
         return names
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import TeacherData, try_teacher, usable
+from dwa_fast.commands.data import TeacherData, readable_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
 from dwa_fast.engine import backend
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import GridRunner, contact_sheet, run_grid
-from dwa_fast.experiments.schedule import default_jobs
+from dwa_fast.experiments.jobs import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
 from dwa_fast.io.files import output_folder
 from dwa_fast.report.records import Record, command_line
@@ -49,7 +49,7 @@ class Study(TeacherData):
         finish(console, folder, replace(record, command=command_line(), seconds=time.perf_counter() - started))
 
     def _setup(self, console: Console) -> Setup:
-        train, test = self.load("train"), usable(console, self.load("test"), False, used_late=True)
+        train, test = self.load("train"), readable_images(console, self.load("test"), False, used_late=True)
         teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
         try_teacher(teacher, test, self.normalisation, backend.resolve_device(self.synthesis.device))
         return Setup(

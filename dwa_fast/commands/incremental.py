@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import check_set, naming_bad_images, try_teacher
+from dwa_fast.commands.data import compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt, SynthesisConfig, ValidationConfig
@@ -56,7 +56,7 @@ class Incremental(DistilledSets):
         sets = self.open_sets(console, test.class_names)
         teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
         for images in sets.values():
-            check_set(images.folder, self.normalisation, teacher)
+            compare_normalisation(images.folder, self.normalisation, teacher)
         try_teacher(teacher, test, self.normalisation, device)
         settings = {
             "recipe": self.recipe,

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import DistilledData, check_set, naming_bad_images, try_teacher
+from dwa_fast.commands.data import DistilledData, compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.config import NonNegativeInt, PositiveInt, ValidationConfig
 from dwa_fast.engine import backend
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
@@ -41,7 +41,7 @@ class Relabel(DistilledData):
             if self.dry_run:
                 return
             teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
-            check_set(self.images, self.normalisation, teacher)
+            compare_normalisation(self.images, self.normalisation, teacher)
             try_teacher(teacher, test, self.normalisation, device)
             recipe, progress = self.full_recipe(validation=self.config), track("soft labels")
             relabel(distilled, teacher.module, recipe, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)

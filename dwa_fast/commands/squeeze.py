@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, Data, naming_bad_images, usable
+from dwa_fast.commands.data import Architecture, Data, naming_bad_images, readable_images
 from dwa_fast.config import NonNegativeInt, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.set_layout import refuse_images
@@ -41,7 +41,7 @@ class Squeeze(Data):
         device = backend.resolve_device(self.device)
         checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
-            train = usable(console, self.load("train"), self.skip_bad_images)
+            train = readable_images(console, self.load("train"), self.skip_bad_images)
             test = self._held_out(console)
             recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)
             module = squeeze(train, recipe, device=device, seed=self.seed, progress=track("teacher"), checkpoint_file=checkpoint_file)
@@ -67,4 +67,4 @@ class Squeeze(Data):
         except InputError as error:
             console.print(f"not tested: {error}")
             return None
-        return usable(console, test, self.skip_bad_images, used_late=True)
+        return readable_images(console, test, self.skip_bad_images, used_late=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import TeacherData, naming_bad_images, say_skipped, usable
+from dwa_fast.commands.data import TeacherData, naming_bad_images, readable_images, report_skipped
 from dwa_fast.config import PositiveInt
 from dwa_fast.data.datasets import FileSet, ImageSet, Split
 from dwa_fast.data.distilled import open_distilled
@@ -32,7 +32,7 @@ class DistilledSets(TeacherData):
     def real(self, console: Console, split: Split) -> ImageSet:
         """The real images of a split."""
         with naming_bad_images():
-            return usable(console, self.load(split), self.skip_bad_images, used_late=split == "test")
+            return readable_images(console, self.load(split), self.skip_bad_images, used_late=split == "test")
 
     def open_sets(self, console: Console, class_names: Sequence[str]) -> dict[str, FileSet]:
         """The distilled sets by name, from `name=DIR`, or `DIR` alone, which names itself.
@@ -53,7 +53,7 @@ class DistilledSets(TeacherData):
             found[name], skipped = open_distilled(
                 folder, self.size, self.normalisation.channels, class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
             )
-            say_skipped(console, skipped)
+            report_skipped(console, skipped)
         if not found:
             raise InputError("there is no set to analyse; name some with --sets")
         return found

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, DistilledData, check_set, naming_bad_images, try_teacher
+from dwa_fast.commands.data import Architecture, DistilledData, compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import NonNegativeInt, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
@@ -70,10 +70,10 @@ class Validate(DistilledData):
 
     def _teacher(self, test: ImageSet, device: torch.device) -> PairedTeacher | None:
         if self.teacher is None:
-            check_set(self.images, self.normalisation, None)
+            compare_normalisation(self.images, self.normalisation, None)
             return None
         teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
-        check_set(self.images, self.normalisation, teacher)
+        compare_normalisation(self.images, self.normalisation, teacher)
         try_teacher(teacher, test, self.normalisation, device)
         return teacher
 

@@ -187,7 +187,7 @@ def _class_folders(folder: Path, names: list[str] | None, classes: int) -> list[
         raise InputError(f"args.init_path must be a folder with a sub-folder of images per class, got {folder}")
     names = names or sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if len(names) < classes:
-        raise InputError(f"args.init_path {folder} has {len(names)} class folders, wanted {classes}")
+        raise InputError(f"args.init_path {folder} has {len(names)} class folders, expected {classes}")
     return [folder / name for name in names]
 
 

@@ -196,7 +196,7 @@ def load(
     share = config.held_out_share
     data = _open(config, folder, "train" if share else split, download)
     if config.classes is not None and len(data.class_names) != config.classes:
-        raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, wanted {config.classes}")
+        raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, expected {config.classes}")
     if share:
         data = _part(data, share, split)
     return replace(data, resize=config.test_resize) if split == "test" and isinstance(data, FileSet) else data
@@ -278,7 +278,7 @@ def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: in
         members = sorted(_images(folder, name), key=natural) if by_number else list(_images(folder, name))
         if len(members) < (per_class or 1):
             wanted = f"at least {per_class}" if per_class else "some"
-            raise InputError(f"class folder {folder / name} has {len(members)} images, wanted {wanted}")
+            raise InputError(f"class folder {folder / name} has {len(members)} images, expected {wanted}")
         members = members[:per_class]
         files += members
         labels += [label] * len(members)
@@ -298,10 +298,10 @@ def class_folders(folder: Path) -> list[str]:
         InputError: `folder` is not a folder, cannot be read, or has no sub-folders.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; wanted one with a sub-folder of images per class")
+        raise InputError(f"{folder} is not a folder; expected one with a sub-folder of images per class")
     names = [entry.name for entry in sorted_scandir(str(folder)) if os.path.isdir(entry) and not entry.name.startswith(".")]
     if not names:
-        raise InputError(f"{folder} has no class folders; wanted one sub-folder of images per class")
+        raise InputError(f"{folder} has no class folders; expected one sub-folder of images per class")
     return names
 
 
@@ -416,7 +416,7 @@ def _tiny_test(folder: Path, size: int, channels: int) -> FileSet:
     except (OSError, ValueError) as error:
         raise InputError(f"{table} cannot be read: {error}") from error
     if not rows:
-        raise InputError(f"{table} is empty; wanted a file name, a tab and a class in each line")
+        raise InputError(f"{table} is empty; expected a file name, a tab and a class in each line")
     for row in rows:
         if len(row) < 2 or row[0] in ("", "..") or "/" in row[0]:
             raise InputError(f"{table} must hold a file name, a tab and a class in each line, got {row[:2]}")

@@ -83,7 +83,7 @@ def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
     if shape is None or shape == [channels, size, size]:
         return
     if not (isinstance(shape, list) and len(shape) == 3):
-        raise InputError(f"{folder / MANIFEST} has image_shape {shape!r}; wanted channels, height and width")
+        raise InputError(f"{folder / MANIFEST} has image_shape {shape!r}; expected channels, height and width")
     if shape[0] != channels:
         raise InputError(f"{folder} holds images of {shape[0]} channel{'s' if shape[0] != 1 else ''}, got a mean and std of {channels}")
     raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size}; pass --size {shape[1]}")
@@ -163,6 +163,6 @@ def _first(data: FileSet, per_class: int | None) -> FileSet:
     for label, name in enumerate(data.class_names):
         if count[label] < (per_class or 1):
             raise InputError(
-                f"class {name!r} of {data.folder} has {count[label]} images that can be read, wanted at least {per_class or 1}"
+                f"class {name!r} of {data.folder} has {count[label]} images that can be read, expected at least {per_class or 1}"
             )
     return data.select(chosen)

@@ -60,7 +60,7 @@ def read_classes(path: Path) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice or not names:
         got = f"names {shown(twice)} more than once" if twice else "names no class"
-        raise InputError(f"list of classes {path} {got}; wanted one class name a line, in the order of the teacher's outputs")
+        raise InputError(f"list of classes {path} {got}; expected one class name a line, in the order of the teacher's outputs")
     return names
 
 

@@ -70,6 +70,6 @@ def draw(data: ImageSet, per_class: int, purpose: str, *, seed: int) -> Subset:
     chosen = []
     for label, own in enumerate(by_class(data)):
         if len(own) < per_class:
-            raise InputError(f"class {data.class_names[label]!r} has {len(own)} real images, wanted at least {per_class} to compare with")
+            raise InputError(f"class {data.class_names[label]!r} has {len(own)} real images, expected at least {per_class} to compare with")
         chosen.append(own[generator(seed, purpose, label).permutation(len(own))[:per_class]])
     return part(data, torch.cat(chosen))

@@ -56,7 +56,7 @@ def read_tensors(paths: Sequence[Path], experiment: int | None = None) -> tuple[
         pair = content[0]
     if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
         raise InputError(
-            f"{_WHAT} {paths[0]} holds {_described(content[0])}; wanted images and labels: two files of a tensor each, "
+            f"{_WHAT} {paths[0]} holds {_described(content[0])}; expected images and labels: two files of a tensor each, "
             "a list of both, or a dictionary with such lists under 'data'"
         )
     return _checked(paths[0], pair[0].detach(), pair[1].detach())
@@ -120,17 +120,17 @@ def _checked(path: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         if part.is_nested or part.layout != torch.strided or part.device.type != "cpu":
             raise InputError(f"{place} holds no plain tensors with values")
     if images.dim() != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3] or images.numel() == 0:
-        raise InputError(f"{place} holds images of shape {tuple(images.shape)}; wanted [N, C, S, S] with 1 or 3 channels")
+        raise InputError(f"{place} holds images of shape {tuple(images.shape)}; expected [N, C, S, S] with 1 or 3 channels")
     if not images.is_floating_point() or not bool(images.isfinite().all()):
         kind = "NaN or infinite values" if images.is_floating_point() else str(images.dtype)
-        raise InputError(f"{place} holds images of {kind}; wanted finite floating point, normalised")
+        raise InputError(f"{place} holds images of {kind}; expected finite floating point, normalised")
     soft = labels.shape[1] if labels.dim() == 2 and labels.numel() else None
     if soft and not bool(labels.isfinite().all()):
         raise InputError(f"{place} holds soft labels that are not finite")
     if soft:
         labels = labels.argmax(1)
     if labels.dim() != 1 or len(labels) != len(images):
-        raise InputError(f"{place}: {len(images)} images, but labels of shape {tuple(labels.shape)}; wanted one for each")
+        raise InputError(f"{place}: {len(images)} images, but labels of shape {tuple(labels.shape)}; expected one for each")
     numbers = labels.to(torch.int64)
     if labels.dtype == torch.bool or labels.is_complex() or not torch.equal(numbers.to(labels.dtype), labels) or int(numbers.min()) < 0:
         raise InputError(f"{place} holds labels that are no numbers of classes, from 0")

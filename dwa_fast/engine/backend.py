@@ -214,7 +214,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def tuned(name: str) -> Operators:
+def graph_operators(name: str) -> Operators:
     """Plain operators that read schedule and counter as tensors: for TorchInductor, and for CUDA graphs."""
     return Operators(name, **{each: getattr(graph_ops, each) for each in OPERATORS if hasattr(graph_ops, each)})
 
@@ -234,7 +234,7 @@ def operators_for(device: torch.device, dtype: torch.dtype) -> Operators:
 def _operators(backend: str, device: torch.device) -> Operators:
     if backend == "fused":
         return _fused(device)
-    return tuned(backend) if backend == "compiled" else Operators(backend)
+    return graph_operators(backend) if backend == "compiled" else Operators(backend)
 
 
 def _fused(device: torch.device) -> Operators:

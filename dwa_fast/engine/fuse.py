@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Argument
 
-from dwa_fast.engine.activations import Match, changed_in_place, match
+from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
 from dwa_fast.engine.layers import replace_convolutions, replace_pools, replace_stems
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes

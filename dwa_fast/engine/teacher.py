@@ -21,7 +21,7 @@ from dwa_fast.engine.layers import replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
 from dwa_fast.models.finite import check_finite_weights
-from dwa_fast.models.wrappers import copied, described, unwrapped
+from dwa_fast.models.wrappers import copied, describe_output, unwrapped
 from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
@@ -227,7 +227,7 @@ def _alike(logits: Tensor, others: Tensor) -> bool:
 
 def _check_logits(logits: Any) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise InputError(f"teacher must give [N, classes] logits, got {described(logits)}")
+        raise InputError(f"teacher must give [N, classes] logits, got {describe_output(logits)}")
     if not torch.isfinite(logits).all():
         raise InputError("teacher gives logits that are not finite, though its weights are; its activations overflow")
 

@@ -28,7 +28,7 @@ from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, Recipe, recipe
 from dwa_fast.report.published import EXECUTION_SETTINGS
-from dwa_fast.sets.distill import distill, work_list
+from dwa_fast.sets.distill import batch_specs, distill
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.threads import torch_threads
 from dwa_fast.training.validate import NO_EFFECT, validate
@@ -179,7 +179,7 @@ def _copy_real(setup: Setup, source: DistilledSource, ipc: int, folder: Path) ->
     real = replace(setup.recipe, synthesis=replace(setup.recipe.synthesis, initial="real"))
     start = initial_images(data, real, setup.initial, ipc=ipc, seed=source.seed)
     settings = {"recipe": setup.recipe.name, "method": REAL, "seed": source.seed, "image_shape": list(data.image_shape), **start.settings}
-    items = work_list(len(data.class_names), ipc, _REAL_BATCH)
+    items = batch_specs(len(data.class_names), ipc, _REAL_BATCH)
     store = ImageStore(folder, settings, data.class_names, StorageConfig(losses_every=0))
     start.skipped.update(store.skipped)
     missing = store.unfinished(items)

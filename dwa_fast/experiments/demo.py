@@ -16,7 +16,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import class_diversity
 from dwa_fast.experiments.cells import REAL, Setup, inputs, set_folder
 from dwa_fast.experiments.grid import Grid, Outcomes, Variant, best, cell_rows, contact_sheet, environment, note, run_grid, study_settings
-from dwa_fast.experiments.schedule import StudyProgress, default_jobs
+from dwa_fast.experiments.jobs import StudyProgress, default_jobs
 from dwa_fast.experiments.studies import TITLES, by_method
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher

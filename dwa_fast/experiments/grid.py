@@ -15,7 +15,7 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Cell, DistilledSource, ExternalSet, Setup, nearest_method, set_folder
-from dwa_fast.experiments.schedule import StudyProgress, run_cells
+from dwa_fast.experiments.jobs import StudyProgress, run_cells
 from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
 from dwa_fast.report import records

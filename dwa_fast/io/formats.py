@@ -26,9 +26,9 @@ _STARTS = {
     b"(\xb5/\xfd": _COMPRESSED.format("zstd"),
     b"Rar!": _COMPRESSED.format("rar"),
     b"version https://git-lfs": "it is a pointer of Git LFS instead of the file; git lfs pull fetches the file",
-    b"\x93NUMPY": "it is a NumPy array; wanted a state dict of PyTorch tensors",
-    b"\x89HDF": "it is an HDF5 file, as Keras writes them; wanted a state dict of PyTorch tensors",
-    b"GGUF": "it is a GGUF file of quantised weights; wanted a state dict of PyTorch tensors",
+    b"\x93NUMPY": "it is a NumPy array; expected a state dict of PyTorch tensors",
+    b"\x89HDF": "it is an HDF5 file, as Keras writes them; expected a state dict of PyTorch tensors",
+    b"GGUF": "it is a GGUF file of quantised weights; expected a state dict of PyTorch tensors",
 }
 
 
@@ -108,7 +108,7 @@ def _foreign_zip(path: Path) -> str | None:
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         return "it is an exported program (.pt2); load it with torch.export.load and save its state_dict"
     if names and all(name.endswith(".npy") for name in names):
-        return "it holds NumPy arrays (.npz); wanted a state dict of PyTorch tensors"
+        return "it holds NumPy arrays (.npz); expected a state dict of PyTorch tensors"
     if pickled is None:
         return "it is a zip archive without weights of torch.save; unpack it and pass the file inside"
     if protocol not in _SAFE_PROTOCOLS:

@@ -114,7 +114,7 @@ def _checked(images: list[Any], labels: list[Any], names: list[str] | None, colu
     for row, label in enumerate(labels):
         if type(label) is not int or not 0 <= label < limit:
             wanted = f"one of the {limit} classes, by its number from 0" if names is not None else "a number of at least 0"
-            raise InputError(f"column {column!r} of row {row} holds {label!r}; wanted {wanted}")
+            raise InputError(f"column {column!r} of row {row} holds {label!r}; expected {wanted}")
     return ParquetImages(images, labels, names)
 
 
@@ -132,9 +132,9 @@ def _check_types(path: Path, arrow: Any, schema: Any, image_column: str, label_c
     image, label = schema.field(image_column).type, schema.field(label_column).type
     is_struct = arrow.types.is_struct(image) and image.get_field_index("bytes") >= 0
     if not (is_struct or arrow.types.is_binary(image) or arrow.types.is_large_binary(image)):
-        raise InputError(f"column {image_column!r} of {path} holds {image}; wanted encoded images, alone or as field 'bytes' of a struct")
+        raise InputError(f"column {image_column!r} of {path} holds {image}; expected encoded images, alone or as field 'bytes' of a struct")
     if not (arrow.types.is_integer(label) or arrow.types.is_string(label)):
-        raise InputError(f"column {label_column!r} of {path} holds {label}; wanted numbers or names of classes")
+        raise InputError(f"column {label_column!r} of {path} holds {label}; expected numbers or names of classes")
 
 
 def _class_names(metadata: Any, column: str) -> list[str] | None:

@@ -199,11 +199,13 @@ def _check_values(path: Path, weights: Mapping[str, Tensor], expected: Mapping[s
     for name, value in weights.items():
         shape = tuple(value.shape)
         if value.layout is not torch.strided or value.is_quantized or type(value) not in (Tensor, torch.nn.Parameter):
-            raise InputError(f"checkpoint {path} holds {name} as a {type(value).__name__} of layout {value.layout}; wanted a plain tensor")
+            raise InputError(
+                f"checkpoint {path} holds {name} as a {type(value).__name__} of layout {value.layout}; expected a plain tensor"
+            )
         if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise InputError(f"checkpoint {path} says that {name} has shape {shape}, but does not hold as many values")
         if name in expected and expected[name].is_floating_point() and not value.is_floating_point():
-            raise InputError(f"checkpoint {path} holds {name} as {value.dtype}; wanted floating-point values")
+            raise InputError(f"checkpoint {path} holds {name} as {value.dtype}; expected floating-point values")
 
 
 def _misfit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
@@ -217,7 +219,7 @@ def _check_shapes(path: Path, architecture: str, weights: Mapping[str, Tensor], 
     if name is not None:
         raise InputError(
             f"checkpoint {path} does not fit a {architecture} with {shape['classes']} classes: {name} has shape "
-            f"{tuple(weights[name].shape)}, wanted {tuple(expected[name].shape)}{_advice(path, architecture, weights, **shape)}"
+            f"{tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}{_advice(path, architecture, weights, **shape)}"
         )
 
 
@@ -259,7 +261,7 @@ def _nothing_fits(
     objects = any(isinstance(value, StandIn) for value in content.values())
     if not most[0] and (objects or all(value.dim() < 2 for value in nearest.values())):
         under = "" if weights_key is None else f" under {weights_key!r}"
-        return f"checkpoint {path} holds no weights{under}; wanted a state dict, bare or at a key; it holds {_contents(content)}"
+        return f"checkpoint {path} holds no weights{under}; expected a state dict, bare or at a key; it holds {_contents(content)}"
     _check_values(path, nearest, {})
     missing = [name for name in expected if name in required - nearest.keys()]
     unknown = [name for name in nearest if name not in expected and not _is_counter(name)]

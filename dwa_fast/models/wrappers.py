@@ -41,10 +41,10 @@ class SelectedOutput(nn.Module):
                 return getattr(given, self.output)
             return given[self.output]
         except (AttributeError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f"teacher has no output {self.output!r}; it gives {described(given)}") from error
+            raise InputError(f"teacher has no output {self.output!r}; it gives {describe_output(given)}") from error
 
 
-def described(given: Any) -> str:
+def describe_output(given: Any) -> str:
     """Describes an output that is no tensor of logits, with advice how to select the logits, for error messages."""
     if isinstance(given, Tensor):
         flat = (
@@ -93,7 +93,7 @@ def copied(teacher: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
         if tensor.is_meta:
             raise InputError(f"teacher has no values: {name} is on the meta device; load its weights first")
         if tensor.layout is not torch.strided:
-            raise InputError(f"teacher holds {name} as a sparse tensor ({tensor.layout}); wanted a dense one, as its to_dense() gives")
+            raise InputError(f"teacher holds {name} as a sparse tensor ({tensor.layout}); expected a dense one, as its to_dense() gives")
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(layer, "original_name", "")):
             raise InputError(

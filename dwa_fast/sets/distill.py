@@ -24,20 +24,20 @@ from dwa_fast.recipes import Recipe
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, Workers, default_threads, rank
 from dwa_fast.threads import recorded_threads, torch_threads
 
-Observer = Callable[[WorkItem, Rows], None]  # called with a batch that is on the disk, and its recorded losses
+Observer = Callable[[BatchSpec, Rows], None]  # called with a batch that is on the disk, and its recorded losses
 
 _WAITING = 4  # batches that may wait to be written, for each of config.concurrent_batches
 
 
-def work_list(classes: int, ipc: int, batch_size: int) -> list[WorkItem]:
+def batch_specs(classes: int, ipc: int, batch_size: int) -> list[BatchSpec]:
     """All batches, image index by image index; the list of a larger ipc starts with that of a smaller one."""
     chunks = [list(range(start, min(start + batch_size, classes))) for start in range(0, classes, batch_size)]
-    return [WorkItem(index * len(chunks) + number, index, labels) for index in range(ipc) for number, labels in enumerate(chunks)]
+    return [BatchSpec(index * len(chunks) + number, index, labels) for index in range(ipc) for number, labels in enumerate(chunks)]
 
 
 def distill(
@@ -86,7 +86,7 @@ def distill(
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
     images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed)
-    batches = work_list(classes, ipc, config.batch_size)
+    batches = batch_specs(classes, ipc, config.batch_size)
     network = teacher if logits is None else SelectedOutput(teacher, logits)
     sizes = sorted({len(batch.labels) for batch in batches})
     synthesizer = Synthesizer(network, probe_image(data), config, recipe.data, batch_sizes=sizes)
@@ -132,7 +132,7 @@ class SetBuilder:
         synthesizer: Synthesizer,
         images: InitialImages,
         store: ImageStore,
-        batches: Iterator[WorkItem],
+        batches: Iterator[BatchSpec],
         *,
         seed: int,
         preview: Preview | None,
@@ -141,7 +141,7 @@ class SetBuilder:
         self.synthesizer, self.initial_images, self.store, self.batches = synthesizer, images, store, batches
         self.seed, self.preview, self.observers = seed, preview, observers
 
-    def run(self, missing: Sequence[WorkItem], total: int, progress: Progress | None) -> int:
+    def run(self, missing: Sequence[BatchSpec], total: int, progress: Progress | None) -> int:
         """Make the batches; returns the number of images.
 
         Args:
@@ -170,14 +170,14 @@ class SetBuilder:
                     made += len(item.labels)
         return made
 
-    def _load(self) -> list[tuple[WorkItem, Batch]]:
+    def _load(self) -> list[tuple[BatchSpec, Batch]]:
         """The next concurrent batches with their initial images; empty when there are no more."""
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
         return [(item, Batch(item.number, self.initial_images.load(item.labels, item.index), torch.tensor(item.labels))) for item in group]
 
     def _write(
         self,
-        batch: WorkItem,
+        batch: BatchSpec,
         levels: Tensor,  # [n, C, H, W] uint8 on the CPU
         losses: Tensor,  # [T, 3] on the CPU
     ) -> None:
@@ -188,7 +188,7 @@ class SetBuilder:
             observer(batch, rows)
 
 
-def _last_indices(batches: Iterable[WorkItem]) -> dict[int, int]:
+def _last_indices(batches: Iterable[BatchSpec]) -> dict[int, int]:
     """For each class of these batches, the last of its images in them."""
     last: dict[int, int] = {}
     for batch in batches:

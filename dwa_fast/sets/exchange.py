@@ -21,7 +21,7 @@ from dwa_fast.data.set_layout import image_root, is_set
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.files import atomic_write, output_folder
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 
 _NUMBERS = re.compile(r"new(\d+)/class\d+_id(\d+)")  # in the names of a set of ours
 _NUMBERED = re.compile(r"\D*(\d+)")  # new007, 00007, 7: class folders of other programs
@@ -76,7 +76,7 @@ def open_files(folder: Path, ipc: int | None = None) -> SetFiles:
             counts[label] += 1
     if min(counts, default=0) < (ipc or 1):
         label = counts.index(min(counts))
-        raise InputError(f"class {found.class_names[label]!r} of {folder} has {counts[label]} images, wanted at least {ipc or 1}")
+        raise InputError(f"class {found.class_names[label]!r} of {folder} has {counts[label]} images, expected at least {ipc or 1}")
     files, labels = ([values[index] for index in chosen] for values in (found.files, found.labels))
     return SetFiles(found.root, files, labels, found.class_names, found.checksums, found.settings)  # type: ignore[arg-type]
 
@@ -198,13 +198,13 @@ def write_set(
     return made
 
 
-def _batches(labels: Sequence[int], classes: int) -> Iterator[WorkItem]:
+def _batches(labels: Sequence[int], classes: int) -> Iterator[BatchSpec]:
     """Batches of image `index` of each class that has so many, at most a hundred at a time."""
     counts = torch.tensor(labels).bincount(minlength=classes)
     number = 0
     for index in range(int(counts.max())):
         for part in (counts > index).nonzero().flatten().split(_BATCH):
-            yield WorkItem(number, index, part.tolist())
+            yield BatchSpec(number, index, part.tolist())
             number += 1
 
 

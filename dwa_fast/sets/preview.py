@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dwa_fast.io.files import atomic_write
 from dwa_fast.io.pictures import mosaic
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 
 PREVIEW = "preview.png"
 _CLASSES, _IMAGES = 10, 10  # at most: the first ones
@@ -27,7 +27,7 @@ class Preview:
         self._rows, self._columns = min(len(store.class_names), _CLASSES), min(ipc, _IMAGES)
         self._shape = shape
 
-    def shows(self, item: WorkItem) -> bool:
+    def shows(self, item: BatchSpec) -> bool:
         """Whether an image of this batch is on the sheet."""
         return item.index < self._columns and min(item.labels) < self._rows
 

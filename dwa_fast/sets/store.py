@@ -35,7 +35,7 @@ log = logging.getLogger("dwa_fast")
 
 
 @dataclass(frozen=True)
-class WorkItem:
+class BatchSpec:
     """One batch: image `index` of each of these classes."""
 
     number: int  # picks the random streams
@@ -80,7 +80,7 @@ class ImageStore:
         """Folder of the class folders."""
         return self.folder / prefix({"format": self._format})
 
-    def unfinished(self, batches: Iterable[WorkItem]) -> list[WorkItem]:
+    def unfinished(self, batches: Iterable[BatchSpec]) -> list[BatchSpec]:
         """Those batches whose losses or any of whose images are missing or damaged."""
         unknown = [batch for batch in batches if batch.number not in self._whole]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -101,7 +101,7 @@ class ImageStore:
 
     def write(
         self,
-        batch: WorkItem,
+        batch: BatchSpec,
         levels: Tensor | Sequence[bytes],  # [n, C, H, W] uint8 on the CPU, in the order of batch.labels; or files, of the set's format
         losses: Tensor | None = None,  # [T, 3] on the CPU
         skipped: Mapping[str, str] | None = None,  # real images that could not be used so far, and why
@@ -130,7 +130,7 @@ class ImageStore:
         self._whole.add(batch.number)
         return rows
 
-    def finish(self, batches: Iterable[WorkItem]) -> list[WorkItem]:
+    def finish(self, batches: Iterable[BatchSpec]) -> list[BatchSpec]:
         """Complete the set if all these batches are there, whoever wrote them.
 
         Returns:
@@ -160,7 +160,7 @@ class ImageStore:
         """Path of an image, below the folder of the class folders."""
         return image_name(label, index, len(self.class_names), "jpg" if self.storage.image_format == "jpeg" else "png")
 
-    def _is_whole(self, batch: WorkItem) -> bool:
+    def _is_whole(self, batch: BatchSpec) -> bool:
         names = [self.name(label, batch.index) for label in batch.labels]
         logged = batch.number in self._losses or self.storage.losses_every == 0
         return logged and all(name in self._images and _has_checksum(self.root / name, self._images[name]) for name in names)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from dwa_fast.config import Tracker
 from dwa_fast.errors import InputError
 from dwa_fast.sets.loss_log import Rows
-from dwa_fast.sets.store import WorkItem
+from dwa_fast.sets.store import BatchSpec
 
 
 class _Sink(Protocol):
@@ -54,7 +54,7 @@ class Tracking:
     def __init__(self, sink: _Sink, iterations: int) -> None:
         self._sink, self._iterations = sink, iterations
 
-    def __call__(self, item: WorkItem, rows: Rows) -> None:
+    def __call__(self, item: BatchSpec, rows: Rows) -> None:
         """Send the recorded losses of a batch."""
         for iteration, ce, mean, var in rows:
             step = item.number * self._iterations + int(iteration)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from dwa_fast.errors import InputError
-from dwa_fast.sets.store import WorkItem
+from dwa_fast.sets.store import BatchSpec
 
 log = logging.getLogger("dwa_fast")
 
@@ -19,10 +19,10 @@ log = logging.getLogger("dwa_fast")
 class Workers(Protocol):
     """How the batches of a set are divided among processes. Each process finds the missing batches itself."""
 
-    def share(self, batches: Sequence[WorkItem]) -> list[WorkItem]:
+    def share(self, batches: Sequence[BatchSpec]) -> list[BatchSpec]:
         """Those batches that this process may have to make."""
 
-    def take(self, missing: Sequence[WorkItem]) -> Iterator[WorkItem]:
+    def take(self, missing: Sequence[BatchSpec]) -> Iterator[BatchSpec]:
         """One after the other, the batches that this process makes, of those missing in its share."""
 
     def others_done(self) -> bool | None:
@@ -45,11 +45,11 @@ class Shard:
             raise InputError(f"a shard must be i/n with 1 ≤ i ≤ n, got {text!r}")
         return cls(int(number), int(count))
 
-    def share(self, batches: Sequence[WorkItem]) -> list[WorkItem]:
+    def share(self, batches: Sequence[BatchSpec]) -> list[BatchSpec]:
         """Every n-th batch."""
         return [batch for batch in batches if batch.number % self.count == self.number - 1]
 
-    def take(self, missing: Sequence[WorkItem]) -> Iterator[WorkItem]:
+    def take(self, missing: Sequence[BatchSpec]) -> Iterator[BatchSpec]:
         """All of them."""
         return iter(missing)
 
@@ -72,11 +72,11 @@ class TorchrunWorker:
     ) -> None:
         self._store, self._workers, self._restart = store, workers, restart
 
-    def share(self, batches: Sequence[WorkItem]) -> list[WorkItem]:
+    def share(self, batches: Sequence[BatchSpec]) -> list[BatchSpec]:
         """All of them."""
         return list(batches)
 
-    def take(self, missing: Sequence[WorkItem]) -> Iterator[WorkItem]:
+    def take(self, missing: Sequence[BatchSpec]) -> Iterator[BatchSpec]:
         """The next number of the counter, until there is none; raises InputError where the store cannot be reached."""
         batches = {batch.number: batch for batch in missing}
         while (number := self._count("handed-out") - 1) <= max(batches, default=-1):

@@ -25,7 +25,7 @@ SoftLabelFn = Callable[[TrainingBatch], Tensor]  # batch → teacher logits, [B,
 _EVALUATION_BATCH = 500
 
 
-def fresh(architecture: str, *, classes: int, channels: int, size: int, seed: int, device: torch.device) -> nn.Module:
+def new_network(architecture: str, *, classes: int, channels: int, size: int, seed: int, device: torch.device) -> nn.Module:
     """A network whose random weights depend on the seed alone. The global generator of torch is not advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
@@ -123,13 +123,13 @@ def check_set(data: ImageSet, what: str) -> None:
         InputError: the set is empty, or a label is not the number of a class.
     """
     if len(data.labels) == 0:
-        raise InputError(f"there are no {what}; wanted at least one")
+        raise InputError(f"there are no {what}; expected at least one")
     low, high, last = int(data.labels.min()), int(data.labels.max()), len(data.class_names) - 1
     if low < 0 or high > last:
         raise InputError(f"labels of the {what} must lie in 0 … {last}, the classes of the set, got {low if low < 0 else high}")
 
 
-def check_teacher(teacher: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
+def check_logits_of(teacher: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
     """Run a teacher on the first two images of a set and check its logits.
 
     Raises:
@@ -174,9 +174,9 @@ def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, devi
     """Check that a teacher can label the batches of a set.
 
     Raises:
-        InputError: as `check_teacher`, and for a teacher in train mode as `check_batches`.
+        InputError: as `check_logits_of`, and for a teacher in train mode as `check_batches`.
     """
-    check_teacher(teacher, data, recipe.data, device)
+    check_logits_of(teacher, data, recipe.data, device)
     if recipe.validation.teacher_mode == "train":
         check_batches(lambda: copy.deepcopy(teacher).to(device), data, recipe.validation.batch_size, device, "teacher")
 

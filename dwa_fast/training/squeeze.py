@@ -15,7 +15,7 @@ from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
 from dwa_fast.recipes import Recipe
 from dwa_fast.threads import THREADS, threads_of
-from dwa_fast.training.fit import check_batches, check_set, fit, fresh, predict, remedy, resolve_precision
+from dwa_fast.training.fit import check_batches, check_set, fit, new_network, predict, remedy, resolve_precision
 from dwa_fast.training.state import TrainingState
 
 
@@ -42,7 +42,7 @@ def squeeze(
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
-    model = fresh(recipe.architecture, **shape, seed=seed, device=device)
+    model = new_network(recipe.architecture, **shape, seed=seed, device=device)
     check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False

@@ -29,7 +29,7 @@ from dwa_fast.training.fit import (
     check_label_teacher,
     check_set,
     fit,
-    fresh,
+    new_network,
     predict,
     remedy,
     resolve_precision,
@@ -106,7 +106,7 @@ def validate(
 
     def make(own_seed: int) -> nn.Module:
         shape = {"classes": len(test.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
-        return fresh(student, **shape, seed=own_seed, device=device)
+        return new_network(student, **shape, seed=own_seed, device=device)
 
     check_batches(lambda: make(seed), distilled, config.batch_size, device, "student")
     folder = None
@@ -137,7 +137,7 @@ def _compare_names(own: Sequence[str], wanted: Sequence[str]) -> None:
         return
     difference = f"class {number} of the distilled images is {own[number]!r}, that of the held-out images is {wanted[number]!r}"
     if sorted(own) == sorted(wanted):
-        raise InputError(f"{difference}: the classes are the same in another order; wanted one order, by which labels are numbers")
+        raise InputError(f"{difference}: the classes are the same in another order; expected one order, by which labels are numbers")
     log.warning("%s; classes are taken to be the same by their numbers", difference)
 
 

@@ -19,7 +19,7 @@ from dwa_fast.data.subsets import draw
 from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis
 from dwa_fast.io.files import checksum
 from dwa_fast.report.records import RECORD, read_record
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 from tests.nets import SIZE
 
 IPC = 3
@@ -35,7 +35,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = draw(data, IPC, "test", seed=0).load(range(10 * IPC)).view(10, IPC, 1, SIZE, SIZE)
     for name, images in (("one", pixels), ("two", 255 - pixels)):
         store = ImageStore(folder / name, {"method": f"{name}'s", "iterations": 7}, data.class_names, StorageConfig(losses_every=0))
-        items = [WorkItem(index, index, list(range(10))) for index in range(IPC)]
+        items = [BatchSpec(index, index, list(range(10))) for index in range(IPC)]
         for item in items:
             store.write(item, images[:, item.index])
         store.finish(items)
@@ -139,7 +139,7 @@ def test_many_classes_become_curves_in_the_order_of_the_first_set() -> None:
         (["--sets", "{}/nowhere"], "nowhere is not a folder"),
         (["--sets", "a={}/one/images/new000"], "new000 has no class folders"),
         (["--sets", "a={}/few"], "few has 2 classes, the held-out images have 10"),
-        (["--ipc", "4"], "has 3 images, wanted at least 4"),
+        (["--ipc", "4"], "has 3 images, expected at least 4"),
         (["--teacher", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
     ],
 )

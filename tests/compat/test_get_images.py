@@ -381,7 +381,7 @@ def test_refuses(fields: dict[str, Any], rest: tuple[Any, ...], kind: type[Excep
 
 def test_refuses_what_it_cannot_start_from(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "three", {name: [100] for name in "abc"})
-    with pytest.raises(InputError, match="has 3 class folders, wanted 4"):
+    with pytest.raises(InputError, match="has 3 class folders, expected 4"):
         run(None, 0, init_path=str(folder), rho=0.1)
     pictures(folder, {"d": [1, 2]})
     with pytest.raises(InputError, match=re.escape("a has 1 images, and image 1 (counted from 0) is needed")):
@@ -390,7 +390,7 @@ def test_refuses_what_it_cannot_start_from(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"c/0\.png is no image that can be read: it is empty"):
         run(None, 0, init_path=str(folder), rho=0.1)
     torch.save(torch.zeros(3, 3, SIZE, SIZE), tmp_path / "tensor_0.pt")
-    with pytest.raises(InputError, match=re.escape("holds a tensor of shape (3, 3, 16, 16); wanted one of shape (4, 3, 16, 16)")):
+    with pytest.raises(InputError, match=re.escape("holds a tensor of shape (3, 3, 16, 16); expected one of shape (4, 3, 16, 16)")):
         run(None, 0, init_path=str(tmp_path), rho=0.1)
 
 

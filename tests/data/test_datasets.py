@@ -164,25 +164,25 @@ def test_first_images_of_each_class(tmp_path: Path) -> None:
         write_image(tmp_path / "a" / f"{index}.png", index * 100)
     data = image_folder(tmp_path, 8, 1, per_class=2)
     assert data.files == ["a/0.png", "a/1.png"]
-    with pytest.raises(InputError, match="has 3 images, wanted at least 4"):
+    with pytest.raises(InputError, match="has 3 images, expected at least 4"):
         image_folder(tmp_path, 8, 1, per_class=4)
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a folder; wanted one with a sub-folder of images per class"):
+    with pytest.raises(InputError, match="is not a folder; expected one with a sub-folder of images per class"):
         load(FOLDER, tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="has no class folders"):
         load(FOLDER, tmp_path, "train")
     write_image(tmp_path / "full" / "a.png")
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(InputError, match=r"class folder .*hollow has 0 images, wanted some"):
+    with pytest.raises(InputError, match=r"class folder .*hollow has 0 images, expected some"):
         load(FOLDER, tmp_path, "train")
     with pytest.raises(InputError, match="has no 'val' or 'test' folder with the held-out images"):
         load(FOLDER, tmp_path, "test")
     with pytest.raises(InputError, match="lie in a folder; name it with --data"):
         load(FOLDER, None, "train")
     (tmp_path / "hollow").rmdir()
-    with pytest.raises(InputError, match="has 1 classes, wanted 1000"):
+    with pytest.raises(InputError, match="has 1 classes, expected 1000"):
         load(DataConfig(layout="folder", size=8, classes=1000), tmp_path, "train")
     with pytest.raises(InputError, match="cifar10 images are 32 pixels wide, got size 16"):
         load(DataConfig(layout="cifar10", size=16), tmp_path, "train")
@@ -302,7 +302,7 @@ def test_cifar_as_class_folders(tmp_path: Path, layout: Any) -> None:
         classes(tmp_path / split, "airplane", "dog")
     config = DataConfig(layout=layout, size=32, classes=2)
     assert load(config, tmp_path, "test").class_names == ["airplane", "dog"]
-    with pytest.raises(InputError, match="has 2 classes, wanted 10"):
+    with pytest.raises(InputError, match="has 2 classes, expected 10"):
         load(replace(config, classes=10), tmp_path, "train")
 
 

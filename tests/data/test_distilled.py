@@ -12,7 +12,7 @@ from PIL import Image
 from dwa_fast import InputError
 from dwa_fast.config import StorageConfig
 from dwa_fast.data.distilled import open_distilled
-from dwa_fast.sets.store import MANIFEST, ImageStore, WorkItem
+from dwa_fast.sets.store import MANIFEST, BatchSpec, ImageStore
 
 WNIDS = ["n01440764", "n01443537", "n02102040"]
 
@@ -92,7 +92,7 @@ def test_bad_images_are_named_or_skipped(tmp_path: Path) -> None:
     assert list(skipped) == [FORMATS["RDED"](1, 0)]
     assert data.files[2:4] == [FORMATS["RDED"](1, 1), FORMATS["RDED"](1, 2)]  # the next one takes its place
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(InputError, match=r"class 'n01443537' of .* has 2 images that can be read, wanted at least 3"):
+    with pytest.raises(InputError, match=r"class 'n01443537' of .* has 2 images that can be read, expected at least 3"):
         open_distilled(tmp_path, 8, 3, WNIDS, per_class=3, skip_bad_images=True)
 
 
@@ -100,7 +100,7 @@ def own_set(folder: Path, names: list[str], size: int = 8) -> None:
     """A set of ours, one image per class, whose level says which."""
     settings = {"image_shape": [3, size, size]}
     store = ImageStore(folder, settings, names, StorageConfig(losses_every=0))
-    item = WorkItem(0, 0, list(range(len(names))))
+    item = BatchSpec(0, 0, list(range(len(names))))
     store.write(item, torch.stack([torch.full((3, size, size), 20 * label, dtype=torch.uint8) for label in item.labels]))
     store.finish([item])
 

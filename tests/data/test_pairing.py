@@ -135,7 +135,7 @@ def test_bad_lists_of_classes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read: it is no text"):
         read_classes(path)
     path.write_text("# nothing\n\n")
-    with pytest.raises(InputError, match="names no class; wanted one class name a line"):
+    with pytest.raises(InputError, match="names no class; expected one class name a line"):
         read_classes(path)
     path.write_text("a\nb\na\n")
     with pytest.raises(InputError, match="names a more than once"):

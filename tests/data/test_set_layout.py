@@ -18,7 +18,7 @@ from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.set_layout import FLAT_FORMAT, IMAGES, MANIFEST, image_root, is_set, refuse_images, set_folder
 from dwa_fast.report.search import search
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.preview import Preview
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
@@ -30,7 +30,7 @@ CLASSES = ["ant", "bee", "cow"]
 
 def make(folder: Path, ipc: int = 2, *, finish: bool = True) -> int:
     """A set as a run would write it, with losses and a preview; returns how many batches had to be made."""
-    items = work_list(len(CLASSES), ipc, 2)
+    items = batch_specs(len(CLASSES), ipc, 2)
     store = ImageStore(folder, {"seed": 0, "image_shape": [3, 4, 4]}, CLASSES, StorageConfig(preview=True))
     missing = store.unfinished(items)
     if missing:

@@ -63,5 +63,5 @@ def test_draw_is_seeded_and_without_replacement() -> None:
     assert len(first.indices.unique()) == 200
     assert torch.equal(first.labels, torch.arange(10).repeat_interleave(20))
     assert torch.equal(first.labels, data.labels[first.indices])
-    with pytest.raises(InputError, match="class 'bee' has 1 real images, wanted at least 2 to compare with"):
+    with pytest.raises(InputError, match="class 'bee' has 1 real images, expected at least 2 to compare with"):
         draw(small(), 2, "test", seed=0)

@@ -114,7 +114,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     ),
     "other classes": (
         lambda path: torch.save(build("convnet128", classes=9, channels=1, size=8).state_dict(), path),
-        r"with 7 classes: classifier.weight has shape \(9, 128\), wanted \(7, 128\); all of it fits a convnet128 with 9 classes",
+        r"with 7 classes: classifier.weight has shape \(9, 128\), expected \(7, 128\); all of it fits a convnet128 with 9 classes",
     ),
 }
 
@@ -170,7 +170,7 @@ def test_a_sparse_tensor_is_named() -> None:
     buffered.register_buffer("graph", torch.eye(3).to_sparse())
     sparse.extra = nn.Parameter(torch.eye(3).to_sparse())
     for module, name, layout in ((buffered, "graph", "torch.sparse_coo"), (sparse, "extra", "torch.sparse_coo")):
-        with pytest.raises(InputError, match=f"teacher holds {name} as a sparse tensor \\({layout}\\); wanted a dense one"):
+        with pytest.raises(InputError, match=f"teacher holds {name} as a sparse tensor \\({layout}\\); expected a dense one"):
             prepare(module, torch.zeros(1, 1, 8, 8), EXECUTION)
 
 

@@ -171,8 +171,8 @@ def test_progress_counts_every_image() -> None:
     ("config", "per_class", "message"),
     [
         ({}, 1, "set 'few' has a class with 1 image; diversity needs at least 2 of each class"),
-        ({"real_images": 200}, 2, "class '0' has 133 real images, wanted at least 200 to compare with"),
-        ({"real_images": 4}, 6, "class '0' has 4 real images, wanted at least 6 to compare with"),
+        ({"real_images": 200}, 2, "class '0' has 133 real images, expected at least 200 to compare with"),
+        ({"real_images": 4}, 6, "class '0' has 4 real images, expected at least 6 to compare with"),
         ({"real_images": 1}, 6, "real_images must be an integer of at least 2, got 1"),
         ({"shown_classes": 0}, 6, "shown_classes must be an integer of at least 1, got 0"),
         ({"tsne_images": 0}, 6, "tsne_images must be an integer of at least 1, got 0"),

@@ -89,15 +89,15 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: 
     trained: list[int] = []
     module = importlib.import_module("dwa_fast.training.validate")
 
-    fresh = module.fresh
+    new_network = module.new_network
 
     def counting(*arguments: Any, **named: Any) -> Any:
         if len(trained) == 2:
             raise StoppedError
         trained.append(1)
-        return fresh(*arguments, **named)
+        return new_network(*arguments, **named)
 
-    monkeypatch.setattr(module, "fresh", counting)
+    monkeypatch.setattr(module, "new_network", counting)
     with pytest.raises(StoppedError):
         run(tmp_path / "stopped")
     trained.clear()
@@ -118,7 +118,7 @@ def test_more_orders_go_on(tmp_path: Path) -> None:
     [
         ({"tasks": 0}, "tasks must be an integer of at least 1, got 0"),
         ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
-        ({"tasks": 11}, "10 classes cannot be split into 11 tasks; wanted at most one task per class"),
+        ({"tasks": 11}, "10 classes cannot be split into 11 tasks; expected at most one task per class"),
     ],
 )
 def test_wrong_input(tmp_path: Path, config: dict[str, int], message: str) -> None:

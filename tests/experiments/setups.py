@@ -11,7 +11,7 @@ import torch
 from dwa_fast.experiments.cells import Setup
 from dwa_fast.io.files import checksum
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
-from dwa_fast.training.fit import fresh
+from dwa_fast.training.fit import new_network
 from tests.nets import SIZE, small_recipe
 
 
@@ -26,7 +26,7 @@ def small_setup(output: Path) -> Setup:
     output.mkdir(parents=True, exist_ok=True)
     teacher = output / "teacher.pt"
     if not teacher.exists():
-        network = fresh("small-resnet", classes=10, channels=1, size=SIZE, seed=0, device=torch.device("cpu"))
+        network = new_network("small-resnet", classes=10, channels=1, size=SIZE, seed=0, device=torch.device("cpu"))
         save_teacher(teacher, network, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE, accuracy=10.0))
     setup = Setup(
         output=output,

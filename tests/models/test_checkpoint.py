@@ -340,11 +340,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "integers": (
         lambda p: torch.save(changed(fc__weight=torch.zeros(10, 64, dtype=torch.int8)), p),
-        "fc.weight as torch.int8; wanted floating",
+        "fc.weight as torch.int8; expected floating",
     ),
     "complex": (
         lambda p: torch.save(changed(fc__weight=torch.zeros(10, 64) * 1j), p),
-        "fc.weight as torch.complex64; wanted floating-point",
+        "fc.weight as torch.complex64; expected floating-point",
     ),
     "sparse": (
         lambda p: torch.save(changed(fc__weight=torch.zeros(10, 64).to_sparse()), p),
@@ -358,11 +358,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "classes": (
         lambda p: torch.save({"model": SmallResNet(12, 1).state_dict()}, p),
-        "small-resnet with 10 classes: fc.weight has shape (12, 64), wanted (10, 64); all of it fits a small-resnet with 12 classes",
+        "small-resnet with 10 classes: fc.weight has shape (12, 64), expected (10, 64); all of it fits a small-resnet with 12 classes",
     ),
     "channels": (
         lambda p: torch.save(SmallResNet(10, 3).state_dict(), p),
-        "stem.0.weight has shape (16, 3, 3, 3), wanted (16, 1, 3, 3); all of it fits a small-resnet with 3 channels",
+        "stem.0.weight has shape (16, 3, 3, 3), expected (16, 1, 3, 3); all of it fits a small-resnet with 3 channels",
     ),
     "architecture": (
         lambda p: torch.save(under("module.", build("convnet128", classes=10, channels=1, size=SIZE).state_dict()), p),
@@ -380,8 +380,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "holds an object of class tests.models.test_checkpoint.Averaged, whose code is not run",
     ),
     "old module": (lambda p: torch.save(network(), p, _use_new_zipfile_serialization=False), "it holds more than tensors (a module), "),
-    "nothing": (lambda p: torch.save({}, p), "holds no weights; wanted a state dict, bare or at a key; it holds nothing"),
-    "arrays": (lambda p: torch.save({"model": {n: v.numpy() for n, v in changed().items()}}, p), "holds no weights; wanted a state dict"),
+    "nothing": (lambda p: torch.save({}, p), "holds no weights; expected a state dict, bare or at a key; it holds nothing"),
+    "arrays": (lambda p: torch.save({"model": {n: v.numpy() for n, v in changed().items()}}, p), "holds no weights; expected a state dict"),
     "pieces": (
         lambda p: torch.save({"model": {"fc.weight": DTensor()}}, p),
         "its weights are pieces of distributed tensors (tests.models.test_check",
@@ -407,7 +407,7 @@ def test_refused(tmp_path: Path, write: Callable[[Path], Any], message: str) -> 
 def test_stem_of_another_resnet_names_it(tmp_path: Path) -> None:
     torch.save(build("resnet18", classes=10, channels=3, size=32).state_dict(), tmp_path / "t.pt")
     message = (
-        "conv1.weight has shape (64, 3, 7, 7), wanted (64, 3, 3, 3); all of it fits a resnet18 with 10 classes: --architecture resnet18"
+        "conv1.weight has shape (64, 3, 7, 7), expected (64, 3, 3, 3); all of it fits a resnet18 with 10 classes: --architecture resnet18"
     )
     with pytest.raises(InputError, match=re.escape(message)):
         load(tmp_path / "t.pt", architecture="resnet18-cifar", channels=3, size=32)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dwa_fast.config import StorageConfig
 from dwa_fast.report.records import RECORD, Chart, HeatMap, Picture, Record, Scatter, Series, Table, write_record
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 
 EVIL = '<script>alert("x")</script> & `a` | [b](http://evil.example) <img src=x onerror=y> $\\frac{1}{2}$ \x1b[31m "quoted" \'it\''
 
@@ -51,7 +51,7 @@ def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = T
     """A set of images of 8 pixels; those of class c and index i have the level 10 c + i."""
     settings = {"recipe": "digits", "method": "dwa", "image_shape": [1, 8, 8], "seed": 0, **changes}
     store = ImageStore(folder, settings, [f"class {label}" for label in range(classes)], StorageConfig(losses_every=0))
-    items = [WorkItem(index, index, list(range(classes))) for index in range(ipc)]
+    items = [BatchSpec(index, index, list(range(classes))) for index in range(ipc)]
     for item in items:
         store.write(item, torch.stack([torch.full((1, 8, 8), (10 * label + item.index) % 256, dtype=torch.uint8) for label in item.labels]))
     if complete:

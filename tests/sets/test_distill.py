@@ -15,7 +15,7 @@ from dwa_fast import InputError, distill
 from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.io.files import atomic_write, checksum
-from dwa_fast.sets.distill import WorkItem, work_list
+from dwa_fast.sets.distill import BatchSpec, batch_specs
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import TorchrunWorker
 from tests.nets import small_recipe, small_set, small_teacher
@@ -34,9 +34,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_work_list_begins_with_the_smaller_one() -> None:
-    assert work_list(5, 2, 3) == [WorkItem(0, 0, [0, 1, 2]), WorkItem(1, 0, [3, 4]), WorkItem(2, 1, [0, 1, 2]), WorkItem(3, 1, [3, 4])]
-    assert work_list(5, 4, 3)[:4] == work_list(5, 2, 3)
+def test_batch_specs_begin_with_the_smaller_one() -> None:
+    assert batch_specs(5, 2, 3) == [
+        BatchSpec(0, 0, [0, 1, 2]),
+        BatchSpec(1, 0, [3, 4]),
+        BatchSpec(2, 1, [0, 1, 2]),
+        BatchSpec(3, 1, [3, 4]),
+    ]
+    assert batch_specs(5, 4, 3)[:4] == batch_specs(5, 2, 3)
 
 
 def test_names_are_the_published_ones() -> None:
@@ -179,7 +184,7 @@ def test_the_next_batches_are_computed_while_one_is_written(tmp_path: Path, monk
     run(tmp_path / "whole")
     write, later = ImageStore.write, threading.Event()
 
-    def slowly(store: ImageStore, item: WorkItem, *rest: Any) -> Any:
+    def slowly(store: ImageStore, item: BatchSpec, *rest: Any) -> Any:
         if item.number == 0:
             assert later.wait(60)  # for what happens only after this batch
         return write(store, item, *rest)
@@ -197,7 +202,7 @@ def test_failed_write_ends_the_run_and_keeps_the_rest(tmp_path: Path, monkeypatc
     run(tmp_path / "whole")
     write = ImageStore.write
 
-    def fail(store: ImageStore, item: WorkItem, *rest: Any) -> Any:
+    def fail(store: ImageStore, item: BatchSpec, *rest: Any) -> Any:
         if item.number == 2:
             raise InputError("cannot write x.png: No space left on device")
         return write(store, item, *rest)
@@ -220,7 +225,7 @@ def test_last_worker_reports_batches_that_are_missing(tmp_path: Path) -> None:
     """Another worker has taken batch 0, and claims to have finished."""
     store = HashStore()
     other = TorchrunWorker(store, 2)
-    next(other.take(work_list(10, 2, 4)))
+    next(other.take(batch_specs(10, 2, 4)))
     other.others_done()
     with pytest.raises(InputError, match="files of 1 batches were damaged or removed meanwhile; the same command makes them again"):
         run(tmp_path, workers=TorchrunWorker(store, 2))
@@ -231,7 +236,7 @@ def test_worker_that_is_not_the_last_leaves_the_set_to_the_others(tmp_path: Path
     run(tmp_path / "whole")
     store = HashStore()
     other = TorchrunWorker(store, 2)
-    batch = next(other.take(work_list(10, 2, 4)))
+    batch = next(other.take(batch_specs(10, 2, 4)))
     assert run(tmp_path / "set", workers=TorchrunWorker(store, 2)) == 16
     assert not read_manifest(tmp_path / "set")["complete"]
     assert batch.number == 0

@@ -20,7 +20,7 @@ from dwa_fast.config import Normalisation, StorageConfig
 from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.tensors import as_pixels, read_tensors
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.exchange import as_tensors, open_files, write_set
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
@@ -35,7 +35,7 @@ def make(folder: Path, *, channels: int = 3, size: int = 8, ipc: int = 2, image_
     """A set of three classes; its levels, [3, ipc, C, S, S]."""
     levels = torch.randint(0, 256, (3, ipc, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     settings = {"mean": list(CIFAR.mean[:channels]), "std": list(CIFAR.std[:channels]), "image_shape": [channels, size, size]}
-    items = work_list(3, ipc, 2)
+    items = batch_specs(3, ipc, 2)
     store = ImageStore(folder, settings, CLASSES, StorageConfig(image_format=image_format, losses_every=0))
     store.begin()
     for item in items:
@@ -139,7 +139,7 @@ def test_the_first_images_are_those_of_the_lowest_numbers(tmp_path: Path) -> Non
 
 
 def test_a_set_beyond_a_thousand_images_keeps_its_order(tmp_path: Path) -> None:
-    items = work_list(1, 1002, 1)
+    items = batch_specs(1, 1002, 1)
     store = ImageStore(tmp_path, {}, ["a"], StorageConfig(losses_every=0))
     for item in [*items[:2], *items[99:102], *items[998:]]:
         store.write(item, torch.full((1, 1, 2, 2), item.index % 256, dtype=torch.uint8))
@@ -237,17 +237,20 @@ def test_pixels_that_are_not_normalised_are_not_taken_for_normalised_ones(tmp_pa
 
 X, Y = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
 BAD_TENSORS: dict[str, tuple[Any, str]] = {
-    "images alone": (X, r"holds a tensor of shape \(2, 3, 4, 4\) and no labels; wanted images and labels: two files"),
-    "state dict": ({"conv.weight": X, "fc.bias": Y}, "holds a dictionary with the keys 'conv.weight', 'fc.bias'; wanted images and labels"),
+    "images alone": (X, r"holds a tensor of shape \(2, 3, 4, 4\) and no labels; expected images and labels: two files"),
+    "state dict": (
+        {"conv.weight": X, "fc.bias": Y},
+        "holds a dictionary with the keys 'conv.weight', 'fc.bias'; expected images and labels",
+    ),
     "list": ([X, X, Y], "holds a list of 3; wanted"),
     "number": (3, "holds int; wanted"),
     "empty data": ({"data": []}, "holds 0 experiments"),
-    "rank": ([X[0], Y], r"holds images of shape \(3, 4, 4\); wanted \[N, C, S, S\] with 1 or 3 channels"),
+    "rank": ([X[0], Y], r"holds images of shape \(3, 4, 4\); expected \[N, C, S, S\] with 1 or 3 channels"),
     "channels last": ([X.permute(0, 2, 3, 1), Y], r"holds images of shape \(2, 4, 4, 3\); wanted"),
     "oblong": ([X[..., :3], Y], r"holds images of shape \(2, 3, 4, 3\); wanted"),
-    "bytes": ([X.byte(), Y], "holds images of torch.uint8; wanted finite floating point, normalised"),
+    "bytes": ([X.byte(), Y], "holds images of torch.uint8; expected finite floating point, normalised"),
     "NaN": ([X * float("nan"), Y], "holds images of NaN or infinite values; wanted"),
-    "too few labels": ([X, Y[:1]], r"2 images, but labels of shape \(1,\); wanted one for each"),
+    "too few labels": ([X, Y[:1]], r"2 images, but labels of shape \(1,\); expected one for each"),
     "negative": ([X, Y - 1], "holds labels that are no numbers of classes, from 0"),
     "fractions": ([X, Y + 0.5], "holds labels that are no numbers of classes, from 0"),
     "NaN labels": ([X, torch.full((2, 3), float("nan"))], "holds soft labels that are not finite"),
@@ -311,8 +314,8 @@ BAD_PARQUET: dict[str, tuple[dict[str, Any], str]] = {
         "row 0 holds no encoded image; paths of files elsewhere",
     ),
     "text": ({"image": ["a.png"], "label": [0]}, "column 'image' of"),
-    "floats": ({"image": GOOD, "label": [0.5]}, "holds double; wanted numbers or names of classes"),
-    "negative": ({"image": GOOD, "label": [-1]}, "column 'label' of row 0 holds -1; wanted a number of at least 0"),
+    "floats": ({"image": GOOD, "label": [0.5]}, "holds double; expected numbers or names of classes"),
+    "negative": ({"image": GOOD, "label": [-1]}, "column 'label' of row 0 holds -1; expected a number of at least 0"),
     "nothing": ({"image": [*GOOD, *GOOD], "label": [0, None]}, "column 'label' of row 1 holds None; wanted"),
     "gap": ({"image": [*GOOD, *GOOD], "label": [0, 2]}, "class '1' (number 1 of 3) has no image"),
     "no rows": ({"image": GOOD[:0] or np.array([], dtype="S1"), "label": np.array([], dtype=np.int64)}, "the files hold no rows"),
@@ -432,7 +435,7 @@ BAD_IMPORTS: dict[str, tuple[list[str], str]] = {
     "channels": (["good.pt", "--mean", "0.5", "--std", "0.5"], "the images have 3 channels, mean and std 1"),
     "names": (
         ["good.pt", "--clip", *FLAGS, "--classes", "names.txt"],
-        "holds 2 names, 1 of them different; wanted one for each of 2 classes",
+        "holds 2 names, 1 of them different; expected one for each of 2 classes",
     ),
     "no names": (["good.pt", "--clip", *FLAGS, "--classes", "none.txt"], "none.txt cannot be read: No such file or directory"),
     "experiment": (["good.pt", *FLAGS, "--experiment", "-1"], "experiment must be an integer of at least 0, got -1"),

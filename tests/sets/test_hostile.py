@@ -180,7 +180,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "class outside": (b"x.JPEG\t../n01\n", "names class '../n01', which has no folder in"),
     "escape": (b"x.JPEG\t\x1b[31m\n", r"names class '\x1b[31m', which has no folder in"),
     "bytes": (b"\xff\xfe\tn01\n", "cannot be read: 'utf-8' codec can't decode"),
-    "empty": (b"\n", "is empty; wanted a file name, a tab and a class in each line"),
+    "empty": (b"\n", "is empty; expected a file name, a tab and a class in each line"),
 }
 
 

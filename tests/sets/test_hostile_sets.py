@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dwa_fast import InputError, distill
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.verify import problems
 from tests.hostile import POSTSCRIPT, ghostscript
@@ -20,7 +20,7 @@ from tests.nets import small_recipe, small_set, small_teacher
 
 def make(folder: Path, ipc: int = 1) -> None:
     """A set of three classes as a run would write it."""
-    batches = work_list(3, ipc, 2)
+    batches = batch_specs(3, ipc, 2)
     store = ImageStore(folder, {"seed": 0}, ["a", "b", "c"])
     for batch in store.unfinished(batches):
         store.write(batch, torch.full((len(batch.labels), 1, 4, 4), batch.number, dtype=torch.uint8), torch.ones(1, 3))

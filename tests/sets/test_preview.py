@@ -12,9 +12,9 @@ from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig
 from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import IMAGES
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
 from tests.processes import Bench
 
@@ -30,7 +30,7 @@ def test_rows_are_classes_and_columns_their_images(tmp_path: Path) -> None:
     preview.draw()
     assert sheet(tmp_path).shape == (4 + 2 + 4, 6 + 2 + 6 + 2 + 6, 3)
     assert set(np.unique(sheet(tmp_path))) == {128, 255}  # grey tiles, white gaps
-    store.write(WorkItem(1, 1, [0, 1]), torch.stack([torch.full((3, 4, 6), level, dtype=torch.uint8) for level in (10, 20)]))
+    store.write(BatchSpec(1, 1, [0, 1]), torch.stack([torch.full((3, 4, 6), level, dtype=torch.uint8) for level in (10, 20)]))
     preview.draw()
     assert (sheet(tmp_path)[:4, 8:14] == 10).all()
     assert (sheet(tmp_path)[6:, 8:14] == 20).all()
@@ -43,7 +43,7 @@ def test_rows_are_classes_and_columns_their_images(tmp_path: Path) -> None:
 def test_only_the_first_classes_and_images_are_shown(tmp_path: Path) -> None:
     store = ImageStore(tmp_path, {}, [str(label) for label in range(30)])
     preview = Preview(store, (1, 2, 2), ipc=50)
-    assert [preview.shows(item) for item in work_list(30, 11, 15)] == [True, False] * 10 + [False, False]
+    assert [preview.shows(item) for item in batch_specs(30, 11, 15)] == [True, False] * 10 + [False, False]
     preview.draw()
     assert sheet(tmp_path).shape == (38, 38, 3)
 

@@ -20,20 +20,20 @@ from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.set_layout import IMAGES
 from dwa_fast.io.files import is_left_over
 from dwa_fast.sets import store as store_module
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.loss_log import read_losses, subsample, to_jsonl
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
 
 CLASSES = ["a", "b", "c"]
-ITEMS = work_list(3, 4, 2)
+ITEMS = batch_specs(3, 4, 2)
 
 
 def store_in(folder: Path, **settings: Any) -> ImageStore:
     return ImageStore(folder, {"seed": 0, **settings}, CLASSES)
 
 
-def fill(store: ImageStore, items: list[WorkItem]) -> None:
+def fill(store: ImageStore, items: list[BatchSpec]) -> None:
     """What a run would write: everything depends on the item alone."""
     for item in items:
         source = torch.Generator().manual_seed(item.number)
@@ -41,7 +41,7 @@ def fill(store: ImageStore, items: list[WorkItem]) -> None:
         store.write(item, levels, torch.rand(25, 3, generator=source))
 
 
-def make(folder: Path, items: list[WorkItem] = ITEMS) -> list[int]:
+def make(folder: Path, items: list[BatchSpec] = ITEMS) -> list[int]:
     """A whole run; returns the numbers of the batches that it had to make."""
     store = store_in(folder)
     missing = store.unfinished(items)
@@ -222,8 +222,8 @@ def test_jpeg_on_request(tmp_path: Path) -> None:
     storage = StorageConfig(image_format="jpeg", jpeg_quality=100, losses_every=0)
     store = ImageStore(tmp_path, {}, CLASSES, storage)
     levels = torch.arange(0, 256, 4, dtype=torch.uint8).view(1, 1, 8, 8).expand(2, 3, 8, 8)
-    store.write(WorkItem(0, 0, [0, 2]), levels)
-    assert store.finish([WorkItem(0, 0, [0, 2])]) == []
+    store.write(BatchSpec(0, 0, [0, 2]), levels)
+    assert store.finish([BatchSpec(0, 0, [0, 2])]) == []
     assert list(problems(tmp_path)) == []
     with Image.open(tmp_path / IMAGES / "new002" / "class002_id000.jpg") as image:
         assert np.abs(np.asarray(image).astype(int) - levels[0].permute(1, 2, 0).numpy()).max() <= 3

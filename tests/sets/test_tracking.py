@@ -11,7 +11,7 @@ import pytest
 
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
-from dwa_fast.sets.store import WorkItem
+from dwa_fast.sets.store import BatchSpec
 from dwa_fast.sets.tracking import tracked
 
 SETTINGS = {"iterations": 100, "rho": 0.015}
@@ -39,7 +39,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module("torch.utils.tensorboard", monkeypatch, SummaryWriter=lambda folder: folders.append(folder) or recorder)  # type: ignore[func-returns-value]
     with tracked("tensorboard", tmp_path, SETTINGS) as observers:
         for observer in observers:
-            observer(WorkItem(3, 0, [0]), ROWS)
+            observer(BatchSpec(3, 0, [0]), ROWS)
     assert folders == [str(tmp_path)]
     assert recorder.calls == [
         *(("add_scalar", "loss/ce", 0.5, 301), ("add_scalar", "loss/mean", 1.5, 301), ("add_scalar", "loss/var", 2.5, 301)),
@@ -53,7 +53,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     module("wandb", monkeypatch, init=lambda **named: begun.append(named) or recorder)  # type: ignore[func-returns-value]
     with tracked("wandb", tmp_path / "set", SETTINGS) as observers:
         for observer in observers:
-            observer(WorkItem(0, 0, [0]), ROWS[:1])
+            observer(BatchSpec(0, 0, [0]), ROWS[:1])
     assert begun == [{"project": "dwa-fast", "name": "set", "config": SETTINGS}]
     assert recorder.calls == [
         ("define_metric", "loss/*", ("step_metric", "iteration")),

@@ -15,10 +15,10 @@ from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import IMAGES
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
 
-ITEMS = [WorkItem(0, 0, [0, 1]), WorkItem(1, 1, [0, 1])]
+ITEMS = [BatchSpec(0, 0, [0, 1]), BatchSpec(1, 1, [0, 1])]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_unfinished_set(folder: Path) -> None:
     store = ImageStore(folder, {"image_shape": [3, 4, 6]}, ["a", "b"])
     store.begin()
-    store.write(WorkItem(2, 2, [0, 1]), torch.zeros(2, 3, 4, 6, dtype=torch.uint8), torch.rand(3, 3))
+    store.write(BatchSpec(2, 2, [0, 1]), torch.zeros(2, 3, 4, 6, dtype=torch.uint8), torch.rand(3, 3))
     assert list(problems(folder)) == ["the set is not complete; run the command that started it again to resume"]
 
 

@@ -17,13 +17,13 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dwa_fast import InputError
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.sets import workers
-from dwa_fast.sets.distill import work_list
+from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.workers import Shard, TorchrunWorker, default_threads, own_device, rank
 from tests.processes import Bench, Process, agent_store, contents, launcher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
-BATCHES = work_list(4, 5, 2)
+BATCHES = batch_specs(4, 5, 2)
 
 
 def made(process: Process) -> int:

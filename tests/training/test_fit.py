@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast.training.fit import cosine, fresh, predict, resolve_precision
+from dwa_fast.training.fit import cosine, new_network, predict, resolve_precision
 from tests.nets import real_images, small_teacher
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def test_fresh_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     before = torch.rand(1)
     torch.manual_seed(1)
-    first, again, other = (fresh("small-resnet", classes=10, channels=1, size=8, seed=seed, device=CPU) for seed in (5, 5, 6))
+    first, again, other = (new_network("small-resnet", classes=10, channels=1, size=8, seed=seed, device=CPU) for seed in (5, 5, 6))
     assert torch.equal(torch.rand(1), before)
     assert torch.equal(first.get_parameter("fc.weight"), again.get_parameter("fc.weight"))
     assert not torch.equal(first.get_parameter("fc.weight"), other.get_parameter("fc.weight"))

@@ -24,7 +24,7 @@ from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.recipes import recipe
 from dwa_fast.report.records import read_record
 from dwa_fast.seeding import derive
-from dwa_fast.sets.store import ImageStore, WorkItem
+from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.training import state
 from dwa_fast.training.fit import predict
 from dwa_fast.training.label_store import LabelStore, StoredSampler, epoch_bytes
@@ -275,7 +275,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Relabel, then validate without the teacher; the size alone, without writing anything."""
     data = small_set(1)
     images = ImageStore(tmp_path / "set", {}, data.class_names, StorageConfig(losses_every=0))
-    images.write(WorkItem(0, 0, list(range(10))), data.pixels)
+    images.write(BatchSpec(0, 0, list(range(10))), data.pixels)
     save_teacher(
         tmp_path / "t.pt",
         build("small-resnet", classes=10, channels=1),

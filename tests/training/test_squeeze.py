@@ -198,7 +198,7 @@ def test_no_accuracy_of_what_is_not_finite() -> None:
 
 
 SETS: dict[str, tuple[list[int], int, str]] = {
-    "none": ([], 10, "there are no {}; wanted at least one"),
+    "none": ([], 10, "there are no {}; expected at least one"),
     "too large": ([0, 1, 10], 10, "labels of the {} must lie in 0 … 9, the classes of the set, got 10"),
     "negative": ([0, -100, 1], 10, "labels of the {} must lie in 0 … 9, the classes of the set, got -100"),
     "other classes": ([0, 1, 2], 3, "network gives logits of 10 classes, the data have 3"),

@@ -165,7 +165,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     students(replace(config, memory_limit=0.0), resume_dir=tmp_path)
     (tmp_path / "students.json").write_text(json.dumps({"format": 1, "settings": {}, "accuracies": {"0": 101}}))
     with pytest.raises(
-        InputError, match=r"students\.json cannot be read: wanted format 1 and accuracies in percent; remove it to train all students again"
+        InputError,
+        match=r"students\.json cannot be read: expected format 1 and accuracies in percent; remove it to train all students again",
     ):
         students(config, resume_dir=tmp_path)
 
@@ -250,7 +251,7 @@ def test_sets_of_other_classes_are_refused() -> None:
     with pytest.raises(InputError, match="distilled images have 7 classes, the held-out images 10"):
         validate(few, held_out(), small_teacher(), "small-resnet", replace(DIGITS, validation=QUICK), device=CPU)
     empty = MemorySet(held_out().pixels[:0], held_out().labels[:0], held_out().class_names)
-    with pytest.raises(InputError, match="there are no held-out images; wanted at least one"):
+    with pytest.raises(InputError, match="there are no held-out images; expected at least one"):
         validate(small_set(), empty, small_teacher(), "small-resnet", replace(DIGITS, validation=QUICK), device=CPU)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dwa_fast import InputError
-from dwa_fast.experiments import schedule
+from dwa_fast.experiments import jobs
 from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, measure
-from dwa_fast.experiments.schedule import default_jobs, run_cells
+from dwa_fast.experiments.jobs import default_jobs, run_cells
 from tests.experiments.setups import small_setup
 
 
@@ -63,7 +63,7 @@ def test_what_is_finished_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         measure(*arguments, **more)
 
-    monkeypatch.setattr(schedule, "measure", interrupted)
+    monkeypatch.setattr(jobs, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_cells(setup, cells(setup), jobs=1)
     before = stamps(tmp_path)
@@ -73,8 +73,8 @@ def test_what_is_finished_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     after = stamps(tmp_path)
     assert {path: after[path] for path in before} == before
     assert progress_bar.counts[0] == (3, 6)  # both cells of the real images, and their set
-    monkeypatch.setattr(schedule, "measure", None)
-    monkeypatch.setattr(schedule, "make_set", None)
+    monkeypatch.setattr(jobs, "measure", None)
+    monkeypatch.setattr(jobs, "make_set", None)
     assert run_cells(setup, cells(setup), jobs=1) == first
     assert stamps(tmp_path) == after
 
@@ -92,7 +92,7 @@ def test_death_of_a_process(tmp_path: Path) -> None:
         os._exit(3)
 
     with pytest.raises(InputError, match=r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"):
-        list(schedule._run_in_processes([schedule._Task("a large cell", die)] * 2, 2, None))
+        list(jobs._run_in_processes([jobs._Task("a large cell", die)] * 2, 2, None))
 
 
 @pytest.mark.usefixtures("two_threads")
