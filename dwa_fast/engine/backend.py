@@ -244,5 +244,5 @@ def _fused(device: torch.device) -> Operators:
 def _implementations(device: torch.device) -> dict[str, str]:
     """What computes each operator of the fused back-end."""
     if device.type == "cuda":
-        return dict.fromkeys(OPERATORS, "Triton") | {"ascend_": "CUDA C++", "mean_pool": _PLAIN}
+        return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN}
     return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++"}

@@ -77,6 +77,13 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
         module.view_adam_clip_(x, gradient, m, v, rows, rates, step, -bound, bound)
     for result, expected in zip(*state, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    arenas = [(torch.ones(9), torch.zeros(9, dtype=torch.float16)) for _ in range(2)]
+    norms = [
+        module.ascend_(weights, torch.arange(9.0), 0.5, normalize=True, compute=compute)
+        for module, (weights, compute) in zip((ops, reference), arenas, strict=True)
+    ]
+    for result, expected in zip((norms[0], *arenas[0]), (norms[1], *arenas[1]), strict=True):
+        torch.testing.assert_close(result, expected)
     assert calls == set(_library._launchers)
 
 
@@ -94,6 +101,7 @@ def test_opcheck(calls: set[str]) -> None:
         "moments_backward": (sums, y, mean),
         "matching_loss_forward": (sums, var, *layers),
         "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2)),
+        "ascend_": (torch.rand(9), torch.rand(9), 0.5, True, torch.zeros(9, dtype=torch.bfloat16)),
         "view": (y, rows, step, torch.bfloat16),
         "view_adam_clip_": (y, y.bfloat16(), y.clone(), y.abs(), rows, torch.rand(3), step, -mean.abs(), mean.abs(), 2.0, 0.5, 0.9, 1e-8),
     }
