@@ -187,23 +187,24 @@ at::Tensor rows_of(const std::vector<double>& sums, int64_t rows, const Layer& l
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_forward(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
                                                               const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                               const OptionalTensor& skip, c10::string_view activation,
-                                                              const OptionalTensor& slope) {
+                                                              const OptionalTensor& slope, const OptionalTensor& partials) {
+  TORCH_CHECK(!partials.has_value(), "on a CPU sums are complete: partials must not be given");
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
   const at::Tensor dense_skip = dense_like(skip, "skip", y);
   Result z(y);
   const bool masks = skip.has_value() && act.kind == Activation::kRelu;
   at::Tensor mask = at::empty({masks ? layer.mask_bytes() : 0}, y.options().dtype(at::kByte));
-  at::Tensor partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kFloat));
+  at::Tensor of_blocks = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kFloat));
 
   BnActForward p{};
   layer.fill(p, act);
   p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
   p.z = z.written.data_ptr();
   p.mask = mask.data_ptr<uint8_t>();
-  p.partials = partials.data_ptr<float>();
+  p.partials = of_blocks.data_ptr<float>();
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_forward(p, begin, end); });
-  return {z.finish(), rows_of(layer.total<float>(partials), 2, layer), mask};
+  return {z.finish(), rows_of(layer.total<float>(of_blocks), 2, layer), mask};
 }
 
 void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
@@ -212,7 +213,8 @@ void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
               "mask must be what bn_act_forward returned, uint8 [", bytes, "], got ", mask.scalar_type(), " ", mask.sizes());
 }
 
-// With `parameters` also (Σ g·(y − m)/√(v + ε), Σ g), [2, C], g = f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it
+// With `parameters` also (Σ g·(y − m)/√(v + ε), Σ g), [2, C], g =
+// f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
     const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& skip, const at::Tensor& mask, bool has_skip,
@@ -266,7 +268,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, str activation, "
-      "Tensor? slope) -> (Tensor z, Tensor sums, Tensor mask)");
+      "Tensor? slope, Tensor(a!)? partials=None) -> (Tensor z, Tensor sums, Tensor mask)");
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
       "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "

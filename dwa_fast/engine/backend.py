@@ -238,7 +238,8 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 
 def _fused(device: torch.device) -> Operators:
-    return Operators("fused", **{each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}, fuses=True)
+    implemented = {each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}
+    return Operators("fused", **implemented, fuses=True, partial_rows=ops.partial_rows if device.type == "cuda" else None)
 
 
 def _implementations(device: torch.device) -> dict[str, str]:

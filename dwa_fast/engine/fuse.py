@@ -47,6 +47,9 @@ class BatchNormAct(nn.Module):
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
+        self.rows = 1  # of partial sums that the last call leaves or would leave
+        self.partials: Tensor | None = None  # [2, rows, C]: where they are left; the values of `sums` are then undefined
+        self.written: Any = None  # the event of a GPU that is recorded behind it then
 
     def forward(
         self,
@@ -57,9 +60,12 @@ class BatchNormAct(nn.Module):
         y = input
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
         added = None if skip is None else planes(skip)
-        z, sums = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope)
+        z, sums = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope, self.partials)
         self.sums.append(sums)
         self.count = y.numel() // y.shape[1]
+        self.rows = self.operators.partial_rows(planes(y)) if self.operators.partial_rows else 1
+        if self.written is not None:
+            self.written.record()
         return z if y.dim() == 4 else z.view(y.shape)
 
     def activate(self, matched: Match) -> None:
@@ -116,14 +122,14 @@ def trace(
     replace_pools(traced, operators.mean_pool)
     traced.graph.lint()
     traced.recompile()
-    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators.moments) for name, layer in layers.items()}, traced=True)
+    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=True)
 
 
 def replace(module: nn.Module, layers: Mapping[str, nn.Module], operators: Operators) -> Rewritten:
     """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others are recorded."""
     fused = {layer: BatchNormAct(layer, operators) for layer in layers.values() if operators.fuses and is_plain(layer)}
     replace_layers(module, lambda layer: fused.get(layer))
-    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators.moments) for name, layer in layers.items()}, traced=False)
+    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=False)
 
 
 def _erase_identities(traced: torch.fx.GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def bn_act(
     skip: Tensor | None = None,  # [N, C, H, W]
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], float32
+    partials: Tensor | None = None,  # [2, R, C], float32, written
 ) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input, in one read of the input.
 
@@ -50,6 +52,8 @@ def bn_act(
         activation: f: none, relu, relu6, silu, hardswish, gelu (by the error function), gelu_tanh or leaky_relu, which with a learned slope
             is PReLU.
         slope: the slope of leaky_relu below 0, one or one per channel; None for all others.
+        partials: on CUDA alone, memory for R = `partial_rows` rows of partial sums, which `matching_gradient` adds up for all layers at
+            once. The values of sums are then undefined; its gradient is that of the sums.
     Returns:
         z in the precision and memory format of y, and sums, [2, C], float32.
     Raises:
@@ -61,8 +65,20 @@ def bn_act(
     _check(y, mean, var, weight, bias, skip)
     _check_activation(activation, slope, y)
     _library.load()
-    z, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope)
+    z, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope, partials)
     return z, sums
+
+
+def partial_rows(
+    y: Tensor,  # [N, C, H, W]
+) -> int:
+    """Rows of partial sums, [R, C], that `bn_act`, and `moments` of channels-last features, leave on CUDA for features of that shape.
+
+    Raises:
+        ImportError: Triton cannot be used here.
+    """
+    rows: int = importlib.import_module("dwa_fast.kernels.layout").partial_rows(y.shape)
+    return rows
 
 
 class _BnAct(torch.autograd.Function):
@@ -78,9 +94,10 @@ class _BnAct(torch.autograd.Function):
         skip: Tensor | None,
         activation: Activation,
         slope: Tensor | None,
+        partials: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         layer = y, mean, var, weight, bias, eps, skip, activation, slope
-        z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer)
+        z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer, partials)
         ctx.save_for_backward(y, mean, var, weight, bias, skip if _reads_skip(skip is not None, activation) else None, mask, slope)
         ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
         ctx.set_materialize_grads(False)
@@ -90,7 +107,7 @@ class _BnAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         y, mean, var, weight, bias, skip, mask, slope = ctx.saved_tensors
-        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _, needs_slope = ctx.needs_input_grad
+        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _, needs_slope, _ = ctx.needs_input_grad
         if grad_z is None:
             grad_z = torch.zeros_like(y)
         layer = y, mean, var, weight, bias, ctx.eps, skip, mask, ctx.has_skip, ctx.activation, slope
@@ -108,7 +125,7 @@ class _BnAct(torch.autograd.Function):
             both[0] if both is not None and needs_weight else None,
             both[1] if both is not None and needs_bias else None,
         )
-        return *of_layer, None, (grad_skip if needs_skip else None), None, (grad_slope if needs_slope else None)
+        return *of_layer, None, (grad_skip if needs_skip else None), None, (grad_slope if needs_slope else None), None
 
 
 def _reads_skip(has_skip: bool, activation: Activation) -> bool:
@@ -127,6 +144,7 @@ def _forward_fake(
     skip: Tensor | None,
     activation: Activation,
     slope: Tensor | None,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bits = y.numel() if skip is not None and activation == "relu" else 0
     sums = torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)

@@ -19,6 +19,7 @@ from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, capture
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.bn_act")
+kernel_layout = importlib.import_module("dwa_fast.kernels.layout")
 
 EPS = 1e-5
 NO_EPS = 1e-300  # adds nothing; PyTorch 2.11 refuses 0
@@ -149,6 +150,20 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
     y, skip = batch((3, 64, 9, 7), torch.float32, device), batch((3, 64, 9, 7), torch.float32, device)
     assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2, 2), (5, 24, 9, 7)])
+def test_partial_sums_in_memory_that_is_given(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Their rows add up to the sums, and nothing else changes; memory of another shape is refused."""
+    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", 2)
+    y, values = batch(shape, torch.float32, device), layer(shape[1], device)
+    partials = torch.full((2, kernel_layout.partial_rows(y.shape), shape[1]), math.nan, device=device)
+    z, _, _ = kernel.bn_act_forward(y, *values, EPS, None, "relu", None, partials)
+    expected, sums, _ = kernel.bn_act_forward(y, *values, EPS, None, "relu", None)
+    assert torch.equal(z, expected)
+    torch.testing.assert_close(partials.double().sum(1).float(), sums)
+    with pytest.raises(ValueError, match="partials must be contiguous float32"):
+        kernel.bn_act_forward(y, *values, EPS, None, "relu", None, partials[:, :, 1:])
 
 
 @pytest.mark.parametrize("missing", [(2,), (3,), (2, 3)])
