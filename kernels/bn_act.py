@@ -164,12 +164,13 @@ def _bn_act_sums_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: t
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _bn_act_backward_kernel(
-    grad_z, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
+    grad_z, grad_again, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
     count, rows, columns, channels, programs, moment_stride,
     ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_skip = f'(x)·grad_z,   grad_y = a·f'(x)·grad_z + gs1 + 2·gs2·(y − m); without stored bits x comes from y and skip.
 
+    With grad_again grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
     Where asked, partials = (Σ f'(x)·grad_z·(y − m), Σ f'(x)·grad_z[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -194,6 +195,9 @@ def _bn_act_backward_kernel(
         if RAGGED:
             inside = inside & (base + inner < count)
         gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
+        if grad_again is not None:
+            gradient += tl.load(grad_again + base + inner, mask=inside, other=0.0).to(tl.float32)
+            gradient = gradient.to(grad_z.dtype.element_ty).to(tl.float32)
         if grad_sums is not None or partials is not None or (ACTIVATION != "none" and bits is None):
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if ACTIVATION != "none":
@@ -309,6 +313,7 @@ def bn_act_backward(
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
+    grad_again: Tensor | None = None,  # [N, C, H, W]: added to grad_z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y like y; grad_skip like y with skip and activation (else empty: it is grad_z); those of γ and β, [2, C], and of the slope.
 
@@ -316,6 +321,7 @@ def bn_act_backward(
     """
     channels = y.shape[1]
     model, y, grad_z = y, channels_last(y), channels_last(grad_z)
+    grad_again = None if grad_again is None else channels_last(grad_again)
     changes_skip, keeps_mask = has_skip and activation != "none", has_skip and activation == "relu"
     skip = channels_last(skip) if skip is not None and changes_skip and not keeps_mask else None
     sums = 0 if not parameters else 2 if slope is None else 3
@@ -331,7 +337,7 @@ def bn_act_backward(
     partials = sums_to_write(None, cut, y, sums) if parameters else None
     with on_device_of(y):
         _bn_act_backward_kernel[(cut.column_blocks, cut.programs)](
-            grad_z, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
+            grad_z, grad_again, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
             mean, var, weight, bias, _per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs, 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,

@@ -35,7 +35,8 @@ def bn_act(
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
     partials: Tensor | None = None,  # [2, R, C], written
-) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32 or wider
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with twice z again, sums [2, C] float32 or wider
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
 
     z = f(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
@@ -44,7 +45,8 @@ def bn_act(
     if skip is not None:
         z = z + skip
     z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
-    return z, moments(y, mean, partials)
+    sums = moments(y, mean, partials)
+    return (z, z.view_as(z), sums) if twice else (z, sums)
 
 
 def moments(
@@ -198,7 +200,7 @@ class Operators:
 
     name: str
     fuses: bool = False  # whether bn_act is worth tracing the teacher for
-    bn_act: Callable[..., tuple[Tensor, Tensor]] = bn_act
+    bn_act: Callable[..., tuple[Tensor, ...]] = bn_act
     moments: Callable[..., Tensor] = moments
     matching_loss: Callable[..., Tensor] = matching_loss
     matching_gradient: Callable[..., tuple[Tensor, Tensor]] = matching_gradient

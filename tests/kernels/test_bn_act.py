@@ -199,6 +199,19 @@ def test_gradients_of_weight_and_bias_only_where_asked(has_skip: bool, activatio
         assert torch.equal(grad_skip, asked["grad_skip"]) if has_skip and activation != "none" else grad_skip.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_gradients_of_two_uses(has_skip: bool, activation: Activation, dtype: torch.dtype, device: torch.device) -> None:
+    """They are added as PyTorch adds them, bit for bit."""
+    y, grad, more = (batch((2, 20, 5, 5), dtype, device) for _ in range(3))
+    values, skip, of_sums = layer(20, device), batch((2, 20, 5, 5), dtype, device) if has_skip else None, torch.randn(2, 20, device=device)
+    _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, activation, None)
+    behind = of_sums, y, *values, EPS, skip, mask, has_skip, activation, None, True
+    for result, expected in zip(kernel.bn_act_backward(grad, *behind, more), kernel.bn_act_backward(grad + more, *behind), strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_one_slope_for_all_channels(device: torch.device) -> None:
     """It is that slope in every channel, and its gradient the sum of theirs."""
     y, values = batch((2, 20, 5, 5), torch.float32, device), layer(20, device)
@@ -406,6 +419,8 @@ def launches() -> Launches:
         _, _, mask = kernel.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
         of_all_layers, behind = meta(2, 4800), (skip, mask, has_skip, activation, slope)
         kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
+        if activation == "relu":  # both branches of a residual block
+            kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind, False, y)
         # During the ascent the moments go unused and γ and β take gradients.
         kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
 
