@@ -1,7 +1,7 @@
 """Builds dwa_fast._C from csrc/. Everything else about the package is in pyproject.toml.
 
-Read from the environment, while building only: CUDA_HOME or CUDA_PATH (the toolkit), TORCH_CUDA_ARCH_LIST (GPUs to build for), CXX,
-MAX_JOBS, and DWA_FAST_CUDA=0 (leave CUDA out).
+Read from the environment, while building only: CUDA_HOME or CUDA_PATH (the toolkit), CXX, MAX_JOBS, and DWA_FAST_CUDA=0 (leave CUDA
+out).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def choose_cuda() -> tuple[str | None, str]:
     release = toolkit_version(home)
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         return None, f"C++ alone: nvcc in {home} is CUDA {release or 'unknown'}, PyTorch wants CUDA {torch.version.cuda}"
-    return home, f"C++ and CUDA {release} for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    return home, f"C++ and CUDA {release}"
 
 
 def nvidia_folders(leaf: str) -> list[Path]:
@@ -116,9 +116,7 @@ with contextlib.suppress(ImportError):
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
 
-# Both are set before torch.utils.cpp_extension is imported: without the first it would ask the GPUs that are present, without the
-# second it may take a folder that holds a wrapper of nvcc for the toolkit.
-os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+# Set before torch.utils.cpp_extension is imported, which else may take a folder that holds a wrapper of nvcc for the toolkit.
 CUDA_HOME, CHOICE = choose_cuda()
 if CUDA_HOME is not None:
     os.environ["CUDA_HOME"] = CUDA_HOME
@@ -148,13 +146,12 @@ def extension() -> CppExtension:
     common = {"include_dirs": [os.path.abspath("csrc")], "depends": sorted(str(path) for path in Path("csrc").rglob("*.h"))}
     if CUDA_HOME is None:
         return CppExtension("dwa_fast._C", sources, extra_compile_args={"cxx": cxx}, extra_link_args=["-fopenmp"], **common)
-    sources += sorted(str(path) for pattern in ("cuda/*.cpp", "cuda/*.cu") for path in Path("csrc").glob(pattern))
-    nvcc = ["-O3", "-lineinfo", "--ptxas-options=-warn-spills"]
+    sources += sorted(str(path) for path in Path("csrc").glob("cuda/*.cpp"))
     cuda = CUDAExtension(
         "dwa_fast._C",
         sources,
         define_macros=[("DWA_FAST_CUDA", "1")],
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_compile_args={"cxx": cxx},
         extra_link_args=["-fopenmp"],
         **common,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def count(peer: harness.Ours) -> list[Call]:
     return [
         _call(node, torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value), value(node))
         for node in graph.graph.nodes
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not _touches_nothing(node.target)
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not touches_nothing(node.target)
     ]
 
 
@@ -45,17 +46,15 @@ def seconds(calls: list[Call], arithmetic: float, copying: float) -> float:
     return sum(max(call.operations / arithmetic, call.traffic / copying) for call in calls)
 
 
-def _touches_nothing(target: torch._ops.OpOverload) -> bool:
+def touches_nothing(target: torch._ops.OpOverload) -> bool:
     """Whether the call touches no memory: it returns another look at its argument's, or some that is not filled."""
     returned = target._schema.returns
     aliases = bool(returned) and all(each.alias_info is not None and not each.alias_info.is_write for each in returned)
     return aliases or target.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like)
 
 
-def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:
-    target: Any = node.target
-    formula = flop_registry.get(target.overloadpacket)
-    operations = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+def traffic(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes of a call: every tensor it reads and every tensor it writes, once; what is changed in place counts twice."""
     read = _tensors((args, kwargs))
     if target.overloadpacket is torch.ops.aten.convolution_backward and not args[-1][1]:
         read = [args[0], args[2]]  # without a weight gradient the input's values are not needed
@@ -65,8 +64,17 @@ def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:
         if argument.alias_info is not None and argument.alias_info.is_write
         for each in _tensors(given)
     ]
-    traffic = sum(each.numel() * each.element_size() for each in [*read, *written, *(_tensors(result) if not written else [])])
-    return Call(str(target), operations, traffic)
+    several = isinstance(result, (tuple, list)) and len(target._schema.returns) > 1
+    results = zip(result if several else [result], target._schema.returns, strict=False)
+    made = [each for value, returned in results if returned.alias_info is None for each in _tensors(value)]
+    return sum(each.numel() * each.element_size() for each in [*read, *written, *made])
+
+
+def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:
+    target: Any = node.target
+    formula = flop_registry.get(target.overloadpacket)
+    operations = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+    return Call(str(target), operations, traffic(target, args, kwargs, result))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-// The module dwa_fast._C. Operators register themselves: schema and CPU implementation in csrc/cpu, CUDA in csrc/cuda or in Triton.
+// The module dwa_fast._C. Operators register themselves: schema and CPU implementation in csrc/cpu; CUDA is Triton, in kernels/.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 #ifdef DWA_FAST_CUDA

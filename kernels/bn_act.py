@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, Tiles, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.layout import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    WARPS,
+    Tiles,
+    channels_last,
+    laid_out_like,
+    on_device_of,
+    sum_of_rows,
+    tiles,
+)
 
 _FINAL_ROWS = 128
 _FINAL_CHANNELS = 16
@@ -88,7 +98,7 @@ def _bytes(start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: 
 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
-def _forward_kernel(
+def _bn_act_forward_kernel(
     y, skip, z, bits, partials, mean, var, weight, bias, slope, eps,
     count, rows, columns, channels, programs,
     ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -141,19 +151,11 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _finalize_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def _bn_act_sums_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """sums_c = Σ partials over the `count` rows of sum program_id(1), always in the same order; with var, sum 0 is divided by √(v + ε)."""
     moment = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    row = tl.arange(0, BLOCK_ROWS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], dtype=tl.float64)
-    start = 0
-    while start < count:
-        inside = (start + row < count)[:, None] & (channel < channels)[None]
-        offsets = (moment * count + start + row)[:, None] * channels + channel[None]
-        total += tl.load(partials + offsets, mask=inside, other=0.0).to(tl.float64)
-        start += BLOCK_ROWS
-    result = tl.sum(total, axis=0)
+    result = sum_of_rows(partials + moment * count * channels, count, channels, channel, BLOCK_ROWS, BLOCK_CHANNELS)
     if var is not None:
         v = tl.load(var + channel, mask=channel < channels, other=1.0).to(tl.float64)
         result = tl.where(moment == 0, result / tl.sqrt(v + eps), result)
@@ -161,13 +163,14 @@ def _finalize_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.c
 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
-def _backward_kernel(
-    grad_z, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
+def _bn_act_backward_kernel(
+    grad_z, grad_again, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
     count, rows, columns, channels, programs, moment_stride,
     ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_skip = f'(x)·grad_z,   grad_y = a·f'(x)·grad_z + gs1 + 2·gs2·(y − m); without stored bits x comes from y and skip.
 
+    With grad_again grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
     Where asked, partials = (Σ f'(x)·grad_z·(y − m), Σ f'(x)·grad_z[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -192,6 +195,9 @@ def _backward_kernel(
         if RAGGED:
             inside = inside & (base + inner < count)
         gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
+        if grad_again is not None:
+            gradient += tl.load(grad_again + base + inner, mask=inside, other=0.0).to(tl.float32)
+            gradient = gradient.to(grad_z.dtype.element_ty).to(tl.float32)
         if grad_sums is not None or partials is not None or (ACTIVATION != "none" and bits is None):
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if ACTIVATION != "none":
@@ -227,19 +233,24 @@ def _backward_kernel(
             tl.store(place + 2 * programs * columns, tl.sum(third, axis=0), mask=used)
 
 
-def _partials(cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]
-    """Where the programs leave that many sums per channel."""
-    return torch.empty(sums, cut.programs * cut.columns // y.shape[1], y.shape[1], dtype=torch.float32, device=y.device)
+def sums_to_write(partials: Tensor | None, cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]
+    """Where the programs leave that many sums per channel: what was given, if it fits, else new memory."""
+    shape = sums, cut.programs * cut.columns // y.shape[1], y.shape[1]
+    if partials is None:
+        return torch.empty(shape, dtype=torch.float32, device=y.device)
+    if partials.shape != shape or partials.dtype is not torch.float32 or not partials.is_contiguous():
+        raise ValueError(f"partials must be contiguous float32 {list(shape)}, got {partials.dtype} {list(partials.shape)}")
+    return partials
 
 
-def _finalize(
+def add_up(
     partials: Tensor,  # [S, programs · columns / C, C]
     sums: Tensor,  # [S, C], written
-    var: Tensor | None,  # [C]
-    eps: float,
+    var: Tensor | None = None,  # [C]
+    eps: float = 0.0,
 ) -> None:
     """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
-    _finalize_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), len(sums))](
+    _bn_act_sums_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), len(sums))](
         partials, sums, var, eps, partials.shape[1], sums.shape[1],
         BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=WARPS,
     )  # fmt: skip
@@ -255,10 +266,12 @@ def bn_act_forward(
     skip: Tensor | None,  # like y
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
+    partials: Tensor | None = None,  # [2, R, C] float32, written
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z like y, sums [2, C] float32, and with skip and ReLU the mask, uint8 [⌈numel/8⌉] in channels-last order (else empty).
 
-    Two launches: the pass over y, and one that adds up the programs' partial sums.
+    One launch, the pass over y, which leaves a row of partial sums per program; without `partials` another one, which adds them up.
+    With it nothing is written to sums: they are the sums of its rows.
     """
     channels = y.shape[1]
     model, y = y, channels_last(y)
@@ -267,17 +280,21 @@ def bn_act_forward(
     z = torch.empty_like(y)
     bits = torch.empty(triton.cdiv(y.numel(), 8) if keeps_mask else 0, dtype=torch.uint8, device=y.device)
     if y.numel() == 0:
+        if partials is not None:
+            partials.zero_()
         return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
     cut = tiles(y)
-    partials, sums = _partials(cut, y, 2), torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    rows = sums_to_write(partials, cut, y, 2)
     with on_device_of(y):
-        _forward_kernel[(cut.column_blocks, cut.programs)](
-            y, skip, z, bits if keeps_mask else None, partials, mean, var, weight, bias, _per_channel(slope, channels), eps,
+        _bn_act_forward_kernel[(cut.column_blocks, cut.programs)](
+            y, skip, z, bits if keeps_mask else None, rows, mean, var, weight, bias, _per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs,
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
-        _finalize(partials, sums, None, eps)
+        if partials is None:
+            add_up(rows, sums)
     return laid_out_like(z, model), sums, bits
 
 
@@ -296,6 +313,7 @@ def bn_act_backward(
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
+    grad_again: Tensor | None = None,  # [N, C, H, W]: added to grad_z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y like y; grad_skip like y with skip and activation (else empty: it is grad_z); those of γ and β, [2, C], and of the slope.
 
@@ -303,6 +321,7 @@ def bn_act_backward(
     """
     channels = y.shape[1]
     model, y, grad_z = y, channels_last(y), channels_last(grad_z)
+    grad_again = None if grad_again is None else channels_last(grad_again)
     changes_skip, keeps_mask = has_skip and activation != "none", has_skip and activation == "relu"
     skip = channels_last(skip) if skip is not None and changes_skip and not keeps_mask else None
     sums = 0 if not parameters else 2 if slope is None else 3
@@ -315,17 +334,17 @@ def bn_act_backward(
     grad_y = torch.empty_like(y)
     grad_skip = torch.empty_like(y) if changes_skip else None
     cut = tiles(y)
-    partials = _partials(cut, y, sums) if parameters else None
+    partials = sums_to_write(None, cut, y, sums) if parameters else None
     with on_device_of(y):
-        _backward_kernel[(cut.column_blocks, cut.programs)](
-            grad_z, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
+        _bn_act_backward_kernel[(cut.column_blocks, cut.programs)](
+            grad_z, grad_again, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
             mean, var, weight, bias, _per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs, 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
-            _finalize(partials, of_parameters, var, eps)
+            add_up(partials, of_parameters, var, eps)
     behind = y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model)
     return laid_out_like(grad_y, model), behind, *_of_layer(of_parameters, slope)
 

@@ -1,4 +1,4 @@
-"""What the launchers share: memory order of activations and images, how features are cut into programs, the device to launch on."""
+"""What the kernels share: memory order of activations and images, how features are cut into programs, sums, the device to launch on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
@@ -48,18 +49,42 @@ class Tiles(NamedTuple):
 
 def tiles(features: Tensor) -> Tiles:
     """How dense features, [N, C, H, W], are cut."""
-    channels = features.shape[1]
     if features.is_contiguous(memory_format=torch.channels_last):
-        repeat = 16 // math.gcd(channels, 16)
-        while repeat * channels < BLOCK_COLUMNS:
-            repeat *= 2
-        columns, inner = repeat * channels, 1
-    else:
-        columns, inner = features.numel() // len(features), features.shape[2] * features.shape[3]
-    rows, column_blocks = triton.cdiv(features.numel(), columns), triton.cdiv(columns, BLOCK_COLUMNS)
-    count = triton.cdiv(rows, BLOCK_ROWS)
-    count_each = triton.cdiv(count, max(1, PROGRAMS // column_blocks))
-    return Tiles(rows, columns, inner, triton.cdiv(count, count_each), column_blocks)
+        return _channels_last_tiles(features.shape)
+    return _cut(features.numel(), features.numel() // len(features), features.shape[2] * features.shape[3])
+
+
+def partial_rows(shape: torch.Size) -> int:
+    """Rows of partial sums, [rows, C], that the programs leave of channels-last features of a shape."""
+    cut = _channels_last_tiles(shape)
+    return cut.programs * cut.columns // shape[1]
+
+
+def _channels_last_tiles(shape: torch.Size) -> Tiles:
+    repeat = 16 // math.gcd(shape[1], 16)
+    while repeat * shape[1] < BLOCK_COLUMNS:
+        repeat *= 2
+    return _cut(shape.numel(), repeat * shape[1], 1)
+
+
+def _cut(count: int, columns: int, inner: int) -> Tiles:
+    rows, column_blocks = triton.cdiv(count, columns), triton.cdiv(columns, BLOCK_COLUMNS)
+    blocks = triton.cdiv(rows, BLOCK_ROWS)
+    blocks_each = triton.cdiv(blocks, max(1, PROGRAMS // column_blocks))
+    return Tiles(rows, columns, inner, triton.cdiv(blocks, blocks_each), column_blocks)
+
+
+@triton.jit
+def sum_of_rows(place, rows, columns, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Σ over the rows of some columns of a matrix [rows, columns], float64, always in the same order."""
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float64)
+    start = 0
+    while start < rows:
+        inside = (start + row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(place + (start + row)[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float64)
+        start += ROWS
+    return tl.sum(total, axis=0)
 
 
 def on_device_of(tensor: Tensor) -> torch.cuda.device_of:

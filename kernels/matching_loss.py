@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.layout import on_device_of
+from dwa_fast.kernels.layout import on_device_of, sum_of_rows
 
 _BLOCK = 512  # channels at a time
 _TOTAL_BLOCK = 256  # layers at a time
-_WARPS = 4
+_WARPS = 8
 
 
 @triton.jit
@@ -23,57 +23,15 @@ def _gaps(sums, variances, channel, inside, n, total):
     return mean_gap, square - mean_gap * mean_gap - variance
 
 
-@triton.jit(do_not_specialize=["total", "layers"])
-def _norms_kernel(sums, variances, channel_ptr, counts, norms, total, layers, BLOCK: tl.constexpr):
-    """norms_l = (‖μ_l − m_l‖₂, ‖σ²_l − v_l‖₂) of layer l = program_id(0)."""
-    layer = tl.program_id(0)
-    channel = tl.load(channel_ptr + layer) + tl.arange(0, BLOCK)
-    last = tl.load(channel_ptr + layer + 1)
-    n = tl.load(counts + layer).to(tl.float64)
-    of_mean = tl.zeros([BLOCK], dtype=tl.float64)
-    of_var = tl.zeros([BLOCK], dtype=tl.float64)
-    left = last - tl.load(channel_ptr + layer)
-    while left > 0:
-        inside = channel < last
-        mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
-        of_mean += tl.where(inside, mean_gap * mean_gap, 0.0)
-        of_var += tl.where(inside, var_gap * var_gap, 0.0)
-        channel += BLOCK
-        left -= BLOCK
-    tl.store(norms + layer, tl.sqrt(tl.sum(of_mean, axis=0)).to(tl.float32))
-    tl.store(norms + layers + layer, tl.sqrt(tl.sum(of_var, axis=0)).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["layers"])
-def _total_kernel(norms, weights, loss, layers, BLOCK: tl.constexpr):
-    """loss = Σ_l w_l norms_l   of the mean (program 0) and of the variance (program 1), always in the same order."""
-    term = tl.program_id(0)
-    layer = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.float64)
-    start = 0
-    while start < layers:
-        inside = start + layer < layers
-        norm = tl.load(norms + term * layers + start + layer, mask=inside, other=0.0).to(tl.float64)
-        total += norm * tl.load(weights + start + layer, mask=inside, other=0.0).to(tl.float64)
-        start += BLOCK
-    tl.store(loss + term, tl.sum(total, axis=0).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["total", "layers"])
-def _gradient_kernel(grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, total, layers, BLOCK: tl.constexpr):
+@triton.jit
+def _store_gradient(grad, sums, variances, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK: tl.constexpr):
     """∂s₂ = g_var w d/(n‖d‖),  ∂s₁ = g_mean w (s₁/n)/(n‖s₁/n‖) − 2(s₁/n) ∂s₂   with d = σ² − v; a term is 0 where its norm is 0."""
-    layer = tl.program_id(0)
-    channel = tl.load(channel_ptr + layer) + tl.arange(0, BLOCK)
-    last = tl.load(channel_ptr + layer + 1)
-    n = tl.load(counts + layer).to(tl.float64)
-    w = tl.load(weights + layer).to(tl.float64)
-    norm_of_mean = tl.load(norms + layer).to(tl.float64)
-    norm_of_var = tl.load(norms + layers + layer).to(tl.float64)
     of_mean = tl.load(grad).to(tl.float64) * w / (n * tl.where(norm_of_mean == 0.0, 1.0, norm_of_mean))
     of_var = tl.load(grad + 1).to(tl.float64) * w / (n * tl.where(norm_of_var == 0.0, 1.0, norm_of_var))
     of_mean = tl.where(norm_of_mean == 0.0, 0.0, of_mean)
     of_var = tl.where(norm_of_var == 0.0, 0.0, of_var)
-    left = last - tl.load(channel_ptr + layer)
+    channel = first + tl.arange(0, BLOCK)
+    left = last - first
     while left > 0:
         inside = channel < last
         mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
@@ -84,6 +42,89 @@ def _gradient_kernel(grad, sums, variances, channel_ptr, counts, weights, norms,
         left -= BLOCK
 
 
+@triton.jit
+def _store_sums(place, rows, channels, sums, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Σ over the rows of both matrices [rows, channels] of a layer; 8192 numbers at a time, 32 per thread."""
+    start = 0
+    while start < channels:
+        column = start + tl.arange(0, COLUMNS)
+        for moment in tl.static_range(2):
+            sum = sum_of_rows(place + moment * rows * channels, rows, channels, column, ROWS, COLUMNS)
+            tl.store(sums + moment * total + column, sum.to(tl.float32), mask=column < channels)
+        start += COLUMNS
+
+
+@triton.jit(do_not_specialize=["total", "layers"])
+def _matching_loss_kernel(
+    partials, places, sums, variances, channel_ptr, counts, weights, grad, norms, loss, grad_sums, finished, total, layers,
+    BLOCK: tl.constexpr, TOTAL_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """norms_l = (‖μ_l − m_l‖₂, ‖σ²_l − v_l‖₂) of layer l = program_id(0),   loss = Σ_l w_l norms_l.
+
+    With partials first the sums of the layer, from its rows in the arena; with grad last their gradient. `finished` counts the programs
+    that are done, and the last one, whichever it is, adds up all norms in the order of the layers and sets it back to 0.
+    """
+    layer = tl.program_id(0)
+    first = tl.load(channel_ptr + layer)
+    last = tl.load(channel_ptr + layer + 1)
+    if partials is not None:
+        place = partials + tl.load(places + layer)
+        rows = tl.load(places + layers + layer)
+        if last - first < 256:
+            _store_sums(place, rows, last - first, sums + first, total, 128, 64)
+        else:
+            _store_sums(place, rows, last - first, sums + first, total, 32, 256)
+        tl.debug_barrier()  # the program's own sums are read back, by other threads
+    n = tl.load(counts + layer).to(tl.float64)
+    channel = first + tl.arange(0, BLOCK)
+    of_mean = tl.zeros([BLOCK], dtype=tl.float64)
+    of_var = tl.zeros([BLOCK], dtype=tl.float64)
+    left = last - first
+    while left > 0:
+        inside = channel < last
+        mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
+        of_mean += tl.where(inside, mean_gap * mean_gap, 0.0)
+        of_var += tl.where(inside, var_gap * var_gap, 0.0)
+        channel += BLOCK
+        left -= BLOCK
+    norm_of_mean = tl.sqrt(tl.sum(of_mean, axis=0)).to(tl.float32)
+    norm_of_var = tl.sqrt(tl.sum(of_var, axis=0)).to(tl.float32)
+    tl.store(norms + layer, norm_of_mean)
+    tl.store(norms + layers + layer, norm_of_var)
+    if grad is not None:
+        w = tl.load(weights + layer).to(tl.float64)
+        both = norm_of_mean.to(tl.float64), norm_of_var.to(tl.float64)
+        _store_gradient(grad, sums, variances, n, w, both[0], both[1], grad_sums, first, last, total, BLOCK)
+    tl.debug_barrier()
+    if tl.atomic_add(finished, 1) == layers - 1:
+        each = tl.arange(0, TOTAL_BLOCK)
+        for term in tl.static_range(2):
+            weighted = tl.zeros([TOTAL_BLOCK], dtype=tl.float64)
+            start = 0
+            while start < layers:
+                inside = start + each < layers
+                norm = tl.load(norms + term * layers + start + each, mask=inside, other=0.0).to(tl.float64)
+                weighted += norm * tl.load(weights + start + each, mask=inside, other=0.0).to(tl.float64)
+                start += TOTAL_BLOCK
+            tl.store(loss + term, tl.sum(weighted, axis=0).to(tl.float32))
+        tl.store(finished, 0)
+
+
+@triton.jit(do_not_specialize=["total", "layers"])
+def _matching_loss_backward_kernel(
+    grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, total, layers, BLOCK: tl.constexpr
+):
+    """The gradient of the sums of layer l = program_id(0), whose norms are known."""
+    layer = tl.program_id(0)
+    first = tl.load(channel_ptr + layer)
+    last = tl.load(channel_ptr + layer + 1)
+    n = tl.load(counts + layer).to(tl.float64)
+    w = tl.load(weights + layer).to(tl.float64)
+    of_mean = tl.load(norms + layer).to(tl.float64)
+    of_var = tl.load(norms + layers + layer).to(tl.float64)
+    _store_gradient(grad, sums, variances, n, w, of_mean, of_var, grad_sums, first, last, total, BLOCK)
+
+
 def matching_loss_forward(
     sums: Tensor,  # [2, ΣC] float32
     variances: Tensor,  # [ΣC] float32
@@ -91,17 +132,54 @@ def matching_loss_forward(
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L] float32
 ) -> tuple[Tensor, Tensor]:
-    """loss [2] and norms [2, L], float32. Two launches; nothing is read on the host."""
-    layers = counts.numel()
+    """loss [2] and norms [2, L], float32. One launch behind the zero of its counter; nothing is read on the host."""
+    loss, norms, _ = _launch(sums.contiguous(), variances, channel_ptr, counts, weights, None, None, None)
+    return loss, norms
+
+
+def matching_gradient(
+    sums: Tensor,  # [2, ΣC] float32, or with places the arena
+    variances: Tensor,  # [ΣC] float32
+    channel_ptr: Tensor,  # [L + 1] int64
+    counts: Tensor,  # [L] int64
+    weights: Tensor,  # [L] float32
+    grad: Tensor,  # [2] float32, of the loss
+    places: Tensor | None = None,  # [2, L] int64: where each layer's partial sums begin in the arena, and how many rows they are
+    finished: Tensor | None = None,  # [1] int32, 0 before and after
+) -> tuple[Tensor, Tensor]:
+    """loss [2] and the gradient of the sums, [2, ΣC]. One launch where `finished` is given."""
+    loss, _, grad_sums = _launch(sums.contiguous(), variances, channel_ptr, counts, weights, grad.contiguous(), places, finished)
+    assert grad_sums is not None
+    return loss, grad_sums
+
+
+def _launch(
+    sums: Tensor,
+    variances: Tensor,
+    channel_ptr: Tensor,
+    counts: Tensor,
+    weights: Tensor,
+    grad: Tensor | None,
+    places: Tensor | None,
+    finished: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """loss [2], norms [2, L], and with grad the gradient of the sums."""
+    layers, total = counts.numel(), variances.numel()
+    partials, sums = (None, sums) if places is None else (sums, torch.empty(2, total, dtype=torch.float32, device=sums.device))
+    grad_sums = None if grad is None else torch.empty_like(sums)
     if layers == 0:
-        return torch.zeros(2, device=sums.device), torch.zeros(2, 0, device=sums.device)
+        loss, norms = torch.zeros(2, device=sums.device), torch.zeros(2, 0, device=sums.device)
+        return loss, norms, None if grad_sums is None else grad_sums.zero_()
+    if finished is None:
+        finished = torch.zeros(1, dtype=torch.int32, device=sums.device)
     loss = torch.empty(2, dtype=torch.float32, device=sums.device)
     norms = torch.empty(2, layers, dtype=torch.float32, device=sums.device)
-    sums = sums.contiguous()
     with on_device_of(sums):
-        _norms_kernel[(layers,)](sums, variances, channel_ptr, counts, norms, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS)
-        _total_kernel[(2,)](norms, weights, loss, layers, BLOCK=_TOTAL_BLOCK, num_warps=_WARPS)
-    return loss, norms
+        _matching_loss_kernel[(layers,)](
+            partials, places, sums, variances, channel_ptr, counts, weights, grad, norms, loss, grad_sums, finished, total, layers,
+            BLOCK=_BLOCK, TOTAL_BLOCK=_TOTAL_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    return loss, norms, grad_sums
 
 
 def matching_loss_backward(
@@ -120,7 +198,7 @@ def matching_loss_backward(
         return torch.zeros_like(sums)
     grad_sums = torch.empty_like(sums)
     with on_device_of(sums):
-        _gradient_kernel[(layers,)](
+        _matching_loss_backward_kernel[(layers,)](
             grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS
         )
     return grad_sums

@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dwa_fast.kernels.bn_act import add_up, sums_to_write
 from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, dense, on_device_of, tiles
 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
-def _forward_kernel(
+def _moments_forward_kernel(
     y, mean, partials, count, rows, columns, channels, inner, programs,
     RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +43,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
-def _backward_kernel(
+def _moments_backward_kernel(
     grad_sums, y, mean, grad_y, count, rows, columns, channels, inner, programs, moment_stride,
     RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -70,19 +71,31 @@ def _backward_kernel(
 def moments_forward(
     y: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
     mean: Tensor,  # [C] float32
+    partials: Tensor | None = None,  # [2, R, C] float32, written where y is channels-last
 ) -> Tensor:  # [2, C] float32
-    """One launch over y, and PyTorch's sum of the programs' partial sums."""
+    """One launch over y, which leaves a row of partial sums per program; without `partials` what adds them up.
+
+    With it nothing is written to the result: the sums are those of its rows.
+    """
     channels, y = y.shape[1], dense(y)
     if y.numel() == 0:
+        if partials is not None:
+            partials.zero_()
         return torch.zeros(2, channels, device=y.device)
     cut = tiles(y)
-    partials = torch.empty(2, cut.programs * cut.columns, dtype=torch.float32, device=y.device)
+    sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
+    by_rows = cut.inner == 1
+    rows = sums_to_write(partials, cut, y, 2) if by_rows else torch.empty(2, cut.programs * cut.columns, device=y.device)
+    if partials is not None and not by_rows:
+        raise ValueError("partial sums are left of channels-last features alone")
     with on_device_of(y):
-        _forward_kernel[(cut.column_blocks, cut.programs)](
-            y, mean.contiguous(), partials, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,
+        _moments_forward_kernel[(cut.column_blocks, cut.programs)](
+            y, mean.contiguous(), rows, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,
             RAGGED=y.numel() % cut.columns != 0, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
-    return partials.view(2, -1, channels, cut.inner).sum((1, 3), dtype=torch.float64).float()
+        if by_rows and partials is None:
+            add_up(rows, sums)
+    return sums if by_rows else rows.view(2, -1, channels, cut.inner).sum((1, 3), dtype=torch.float64).float()
 
 
 def moments_backward(
@@ -98,7 +111,7 @@ def moments_backward(
     grad_sums = grad_sums if grad_sums.stride(1) == 1 else grad_sums.contiguous()
     cut = tiles(y)
     with on_device_of(y):
-        _backward_kernel[(cut.column_blocks, cut.programs)](
+        _moments_backward_kernel[(cut.column_blocks, cut.programs)](
             grad_sums, y, mean.contiguous(), grad_y, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,
             grad_sums.stride(0),
             RAGGED=y.numel() % cut.columns != 0, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,

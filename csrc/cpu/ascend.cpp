@@ -2,9 +2,8 @@
 //
 // The arena is cut into chunks of a fixed size, and the chunks' sums are added in their order, so the bits of the result do not
 // depend on how many threads shared the work.
-#include "ascend.h"
-
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -12,15 +11,36 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 namespace dwa_fast {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // 64 KiB of float32: two arenas' chunks stay in the second-level cache
-constexpr int64_t kGrain = 4;      // chunks that are worth waking a thread for
-constexpr int kLanes = 16;         // independent sums, so that the loop vectorises without reordering
+constexpr double kNormFloor = 1e-12;  // added to the norm before dividing by it, as in the equation
+constexpr int64_t kChunk = 16384;     // 64 KiB of float32: two arenas' chunks stay in the second-level cache
+constexpr int64_t kGrain = 4;         // chunks that are worth waking a thread for
+constexpr int kLanes = 16;            // independent sums, so that the loop vectorises without reordering
+
+void check_arena(const at::Tensor& arena, const char* name, const at::Tensor& weights) {
+  TORCH_CHECK(arena.dim() == 1, name, " must be [P], got shape ", arena.sizes());
+  TORCH_CHECK(arena.is_contiguous(), name, " must be contiguous, got stride ", arena.strides());
+  TORCH_CHECK(arena.numel() == weights.numel(), name, " must have as many elements as weights, ", weights.numel(), ", got ", arena.numel());
+  TORCH_CHECK(arena.device() == weights.device(), name, " must be on the device of weights, ", weights.device(), ", got ", arena.device());
+}
+
+void check_ascend(const at::Tensor& weights, const at::Tensor& gradients, const std::optional<at::Tensor>& compute) {
+  check_arena(weights, "weights", weights);
+  check_arena(gradients, "gradients", weights);
+  TORCH_CHECK(weights.scalar_type() == at::kFloat, "weights must be float32, got ", weights.scalar_type());
+  TORCH_CHECK(gradients.scalar_type() == at::kFloat, "gradients must be float32, got ", gradients.scalar_type());
+  if (compute.has_value()) {
+    check_arena(*compute, "compute", weights);
+    TORCH_CHECK(compute->scalar_type() == at::kBFloat16 || compute->scalar_type() == at::kHalf, "compute must be bfloat16 or float16, got ",
+                compute->scalar_type());
+  }
+}
 
 // Squares of float32 neither overflow nor vanish in double, and 16 separate sums leave the compiler nothing to reorder.
 double square_sum(const float* __restrict gradients, int64_t count) {

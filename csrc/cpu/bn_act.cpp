@@ -187,23 +187,24 @@ at::Tensor rows_of(const std::vector<double>& sums, int64_t rows, const Layer& l
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_forward(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
                                                               const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                               const OptionalTensor& skip, c10::string_view activation,
-                                                              const OptionalTensor& slope) {
+                                                              const OptionalTensor& slope, const OptionalTensor& partials) {
+  TORCH_CHECK(!partials.has_value(), "on a CPU sums are complete: partials must not be given");
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
   const at::Tensor dense_skip = dense_like(skip, "skip", y);
   Result z(y);
   const bool masks = skip.has_value() && act.kind == Activation::kRelu;
   at::Tensor mask = at::empty({masks ? layer.mask_bytes() : 0}, y.options().dtype(at::kByte));
-  at::Tensor partials = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kFloat));
+  at::Tensor of_blocks = at::empty({layer.blocks, 2, layer.channels}, y.options().dtype(at::kFloat));
 
   BnActForward p{};
   layer.fill(p, act);
   p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
   p.z = z.written.data_ptr();
   p.mask = mask.data_ptr<uint8_t>();
-  p.partials = partials.data_ptr<float>();
+  p.partials = of_blocks.data_ptr<float>();
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_forward(p, begin, end); });
-  return {z.finish(), rows_of(layer.total<float>(partials), 2, layer), mask};
+  return {z.finish(), rows_of(layer.total<float>(of_blocks), 2, layer), mask};
 }
 
 void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
@@ -212,11 +213,12 @@ void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
               "mask must be what bn_act_forward returned, uint8 [", bytes, "], got ", mask.scalar_type(), " ", mask.sizes());
 }
 
-// With `parameters` also (Σ g·(y − m)/√(v + ε), Σ g), [2, C], g = f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it
+// The gradient of z is grad_z, or its sum with grad_again, rounded. With `parameters` also (Σ g·(y − m)/√(v + ε), Σ g), [2, C], g =
+// f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
     const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& skip, const at::Tensor& mask, bool has_skip,
-    c10::string_view activation, const OptionalTensor& slope, bool parameters) {
+    c10::string_view activation, const OptionalTensor& slope, bool parameters, const OptionalTensor& grad_again) {
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
   const bool masks = has_skip && act.kind == Activation::kRelu, changes_skip = has_skip && act.kind != Activation::kNone;
@@ -225,6 +227,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   TORCH_CHECK(skip.has_value() || !changes_skip || masks, "activation ", activation, " behind a skip needs the skip again");
   const at::Tensor dense_skip = changes_skip && !masks ? dense_like(skip, "skip", y) : at::Tensor();
   const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor dense_again = dense_like(grad_again, "grad_again", y);
   at::Tensor dense_sums;
   if (grad_sums.has_value()) {
     TORCH_CHECK(grad_sums->dim() == 2 && grad_sums->size(0) == 2 && grad_sums->size(1) == layer.channels, "grad_sums must be [2, ",
@@ -242,6 +245,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   BnActBackward p{};
   layer.fill(p, act);
   p.grad_z = dense_grad.const_data_ptr();
+  p.grad_again = dense_again.defined() ? dense_again.const_data_ptr() : nullptr;
   p.grad_sums = dense_sums.defined() ? dense_sums.const_data_ptr<float>() : nullptr;
   p.mask = masks ? mask.const_data_ptr<uint8_t>() : nullptr;
   p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
@@ -266,10 +270,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, str activation, "
-      "Tensor? slope) -> (Tensor z, Tensor sums, Tensor mask)");
+      "Tensor? slope, Tensor(a!)? partials=None) -> (Tensor z, Tensor sums, Tensor mask)");
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False) "
+      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
 }
 

@@ -53,6 +53,18 @@ static inline void put(T* p, Vec v, int lanes) {
   }
 }
 
+// As if stored and loaded again
+template <typename T>
+static inline Vec rounded(Vec v) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return v;
+  } else {
+    T memory[kWidth];
+    store(memory, v);
+    return load(memory);
+  }
+}
+
 // A row of a strip that comes up kAhead rows later. Where a row is several strips the hardware does not foresee their order; where it is
 // one, memory is read straight on.
 constexpr int64_t kAhead = 16;
@@ -181,6 +193,7 @@ struct Backward {
     }
     const T* const y = static_cast<const T*>(p.y);
     const T* const grad_z = static_cast<const T*>(p.grad_z);
+    const T* const grad_again = static_cast<const T*>(p.grad_again);
     T* const grad_y = static_cast<T*>(p.grad_y);
     [[maybe_unused]] const T* const skip = static_cast<const T*>(p.skip);
     T* const grad_skip = static_cast<T*>(p.grad_skip);
@@ -199,6 +212,7 @@ struct Backward {
         if constexpr (kReadsY) prefetch<U>(y + start + ahead);
         if constexpr (Skip && kRecomputes) prefetch<U>(skip + start + ahead);
         prefetch<U>(grad_z + start + ahead);
+        if (grad_again != nullptr) prefetch<U>(grad_again + start + ahead);
         prefetch<U>(grad_y + start + ahead);
         if constexpr (Skip) prefetch<U>(grad_skip + start + ahead);
       }
@@ -209,6 +223,7 @@ struct Backward {
         Vec shifted = all(0);
         if constexpr (kReadsY) shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
         Vec grad = get<Partial>(grad_z + i, lanes);
+        if (grad_again != nullptr) grad = rounded<T>(add(grad, get<Partial>(grad_again + i, lanes)));
         if constexpr (kMask) grad = keep(static_cast<uint32_t>(bits >> (u * kWidth)), grad);
         if constexpr (kRecomputes) {
           Vec x = fma(of.scale[u], shifted, of.bias[u]);

@@ -33,6 +33,7 @@ struct BnActForward : BnAct {
 
 struct BnActBackward : BnAct {
   const void* grad_z;
+  const void* grad_again;  // or null: the gradient of a second use of z, added to the first and rounded to their precision
   const float* grad_sums;  // [2, C] or null: 0
   const uint8_t* mask;     // of the forward pass with skip and kRelu, else null
   const void* skip;        // with an activation other than kNone and kRelu: what it was applied to is recomputed from y and skip

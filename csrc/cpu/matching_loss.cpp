@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace dwa_fast {
@@ -117,10 +118,22 @@ at::Tensor matching_loss_backward(const at::Tensor& grad, const at::Tensor& sums
   return result;
 }
 
+// Both at once, for a gradient of the loss that is known ahead. On a CPU the sums are complete: no partial sums wait in an arena.
+std::tuple<at::Tensor, at::Tensor> matching_gradient(const at::Tensor& sums, const at::Tensor& variances, const at::Tensor& channel_ptr,
+                                                     const at::Tensor& counts, const at::Tensor& weights, const at::Tensor& grad,
+                                                     const std::optional<at::Tensor>& places, const std::optional<at::Tensor>& finished) {
+  TORCH_CHECK(!places.has_value() && !finished.has_value(), "on a CPU sums are complete: places and finished must not be given");
+  const auto [loss, norms] = matching_loss_forward(sums, variances, channel_ptr, counts, weights);
+  return {loss, matching_loss_backward(grad, sums, variances, channel_ptr, counts, weights, norms)};
+}
+
 }  // namespace
 }  // namespace dwa_fast
 
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def(
+      "matching_gradient(Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights, Tensor grad, "
+      "Tensor? places=None, Tensor(a!)? finished=None) -> (Tensor loss, Tensor grad_sums)");
   m.def(
       "matching_loss_forward(Tensor sums, Tensor variances, Tensor channel_ptr, Tensor counts, Tensor weights) "
       "-> (Tensor loss, Tensor norms)");
@@ -130,6 +143,7 @@ TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
 }
 
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
+  m.impl("matching_gradient", TORCH_FN(dwa_fast::matching_gradient));
   m.impl("matching_loss_forward", TORCH_FN(dwa_fast::matching_loss_forward));
   m.impl("matching_loss_backward", TORCH_FN(dwa_fast::matching_loss_backward));
 }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -64,7 +65,8 @@ struct Features {
   int64_t channels, pieces, grain = 1;
 };
 
-at::Tensor moments_forward(const at::Tensor& y, const at::Tensor& mean) {
+at::Tensor moments_forward(const at::Tensor& y, const at::Tensor& mean, const std::optional<at::Tensor>& given) {
+  TORCH_CHECK(!given.has_value(), "on a CPU sums are complete: partials must not be given");
   Features features(y, mean);
   const int64_t channels = features.channels;
   const at::Tensor partials = at::empty({features.pieces * 2 * (features.by_rows ? channels : 1)}, features.y.options().dtype(at::kFloat));
@@ -105,7 +107,7 @@ at::Tensor moments_backward(const at::Tensor& grad_sums, const at::Tensor& y, co
 }  // namespace dwa_fast
 
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
-  m.def("moments_forward(Tensor y, Tensor mean) -> Tensor");
+  m.def("moments_forward(Tensor y, Tensor mean, Tensor(a!)? partials=None) -> Tensor");
   m.def("moments_backward(Tensor grad_sums, Tensor y, Tensor mean) -> Tensor");
 }
 

@@ -118,7 +118,7 @@ class Ascent:
         """One step; everything in it lies at fixed places, so that it can be recorded."""
         arena, config = self.arena, self.config
         with self.network.trainable():
-            loss = F.cross_entropy(self.network(view).to(self.execution.master_dtype), labels)
+            loss = F.cross_entropy(self.network(view, deferred=True).to(self.execution.master_dtype), labels)
             gradients = torch.autograd.grad(loss * self.execution.loss_scale, arena.parameters, allow_unused=True)
         for slot, gradient in zip(arena.slots, gradients, strict=True):
             if gradient is not None:  # the gradient of a weight that the loss does not reach stays 0

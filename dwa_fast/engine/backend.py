@@ -238,11 +238,12 @@ def _operators(backend: str, device: torch.device) -> Operators:
 
 
 def _fused(device: torch.device) -> Operators:
-    return Operators("fused", **{each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}, fuses=True)
+    implemented = {each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}
+    return Operators("fused", **implemented, fuses=True, partial_rows=ops.partial_rows if device.type == "cuda" else None)
 
 
 def _implementations(device: torch.device) -> dict[str, str]:
     """What computes each operator of the fused back-end."""
     if device.type == "cuda":
-        return dict.fromkeys(OPERATORS, "Triton") | {"ascend_": "CUDA C++", "mean_pool": _PLAIN}
+        return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN}
     return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++"}

@@ -43,24 +43,32 @@ class BatchNormAct(nn.Module):
         self.register_buffer("running_var", layer.running_var)
         self.operators = operators
         self.skip = False  # whether forward adds a second argument
+        self.twice = False  # whether forward gives its result twice, for two uses whose gradients the operator adds
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
+        self.rows = 1  # of partial sums that the last call leaves or would leave
+        self.partials: Tensor | None = None  # [2, rows, C]: where they are left; the values of `sums` are then undefined
+        self.written: Any = None  # the event of a GPU that is recorded behind it then
 
     def forward(
         self,
         input: Tensor,  # [N, C], or with positions in one, two or three dimensions behind; named as in the layers that it replaces
         skip: Tensor | None = None,  # like the input
-    ) -> Tensor:  # like the input
+    ) -> Tensor | tuple[Tensor, ...]:  # like the input
         """f(BatchNorm(input) [+ skip]) with the running statistics."""
         y = input
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
         added = None if skip is None else planes(skip)
-        z, sums = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope)
-        self.sums.append(sums)
+        result = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope, self.partials, self.twice)
+        self.sums.append(result[-1])
         self.count = y.numel() // y.shape[1]
-        return z if y.dim() == 4 else z.view(y.shape)
+        self.rows = self.operators.partial_rows(planes(y)) if self.operators.partial_rows else 1
+        if self.written is not None:
+            self.written.record()
+        z = [each if y.dim() == 4 else each.view(y.shape) for each in result[:-1]]
+        return tuple(z) if self.twice else z[0]
 
     def activate(self, matched: Match) -> None:
         """Apply an activation too; a PReLU's weight becomes a parameter of this layer."""
@@ -111,19 +119,20 @@ def trace(
         if is_plain(layer) and len(node.args) + len(node.kwargs) == 1:
             fused[layer] = BatchNormAct(layer, operators)
             _fuse(traced, node, fused[layer])
+    _share(traced)
     replace_stems(traced)
     replace_convolutions(traced)
     replace_pools(traced, operators.mean_pool)
     traced.graph.lint()
     traced.recompile()
-    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators.moments) for name, layer in layers.items()}, traced=True)
+    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=True)
 
 
 def replace(module: nn.Module, layers: Mapping[str, nn.Module], operators: Operators) -> Rewritten:
     """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others are recorded."""
     fused = {layer: BatchNormAct(layer, operators) for layer in layers.values() if operators.fuses and is_plain(layer)}
     replace_layers(module, lambda layer: fused.get(layer))
-    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators.moments) for name, layer in layers.items()}, traced=False)
+    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=False)
 
 
 def _erase_identities(traced: torch.fx.GraphModule) -> None:
@@ -155,6 +164,20 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
     chain[-1].replace_all_uses_with(new)
     for old in reversed(chain):
         traced.graph.erase_node(old)
+
+
+def _share(traced: torch.fx.GraphModule) -> None:
+    """Give the two branches of a residual block a result each, so that the operator adds their gradients, and autograd does not."""
+    for node in list(traced.graph.nodes):
+        layer = _submodule(traced, node)
+        users = sorted(node.users, key=lambda user: user.meta.get("shape") is None)  # those that read its shape alone come last
+        if not isinstance(layer, BatchNormAct) or len(users) < 2 or changed_in_place(traced, node):
+            continue
+        layer.twice = True
+        with traced.graph.inserting_after(node):
+            first, again = (traced.graph.call_function(operator.getitem, (node, place)) for place in range(2))
+        for user in users:
+            user.replace_input_with(node, first if user is users[0] else again)
 
 
 def _sole_users(node: torch.fx.Node) -> Iterator[torch.fx.Node]:

@@ -43,7 +43,9 @@ class Refinement:
         self.losses = torch.zeros(config.iterations, 3, dtype=dtype, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in normalisation.bounds)
-        self.weights = torch.tensor([1.0, config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
+        lambdas = torch.tensor([config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
+        self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
+        self.of_loss = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of the other terms
         records = not (classifier.unrecorded or matcher.unrecorded)
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
@@ -77,29 +79,27 @@ class Refinement:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
         operators, scale = self.classifier.operators, self.execution.loss_scale
         view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
-        terms = self._terms(view)
-        (gradient,) = torch.autograd.grad(self._objective(terms, view) * scale, view)
+        logits = self.classifier(view, deferred=True)
+        if self.matcher is not self.classifier:
+            self.matcher(view, deferred=True)
+        matching, moments, of_moments = self.matcher.matching_gradient(self.config.first_layer_weight, self.of_matching)
+        ce = F.cross_entropy(logits.to(self.execution.master_dtype), self.labels)
+        others = [ce, *self._priors(view)]
+        self.matcher.join()
+        (gradient,) = torch.autograd.grad([*others, *moments], view, [*[self.of_loss] * len(others), *of_moments])
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
-        self.losses.index_copy_(0, self.step[None], terms.detach()[None])
+        self.losses.index_copy_(0, self.step[None], torch.cat([ce.detach()[None], matching])[None])
         self.step.add_(1).remainder_(self.config.iterations)
 
-    def _terms(self, view: Tensor) -> Tensor:
-        """Cross-entropy, R_mean and R_var of a view, [3]."""
-        logits = self.classifier(view).to(self.execution.master_dtype)
-        if self.matcher is not self.classifier:
-            self.matcher(view)
-        matching = self.matcher.matching(self.config.first_layer_weight)
-        return torch.cat([F.cross_entropy(logits, self.labels)[None], matching])
-
-    def _objective(self, terms: Tensor, view: Tensor) -> Tensor:
-        """What is minimised: the weighted terms, and SRe2L's priors where they have a weight."""
-        objective = (terms * self.weights).sum()
+    def _priors(self, view: Tensor) -> list[Tensor]:
+        """SRe2L's weighted priors, where they have a weight."""
+        priors = []
         if self.config.tv_l2:
-            objective = objective + self.config.tv_l2 * total_variation(view.to(self.execution.master_dtype))
+            priors.append(self.config.tv_l2 * total_variation(view.to(self.execution.master_dtype)))
         if self.config.l2_scale:
-            objective = objective + self.config.l2_scale * mean_norm(view.to(self.execution.master_dtype))
-        return objective
+            priors.append(self.config.l2_scale * mean_norm(view.to(self.execution.master_dtype)))
+        return priors
 
 
 def matching_dominates(

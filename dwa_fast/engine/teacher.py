@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dwa_fast.engine import fuse
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import TRACING, trace_step
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
-from dwa_fast.engine.fuse import BatchNormAct, Rewritten, replace, trace
+from dwa_fast.engine.fuse import BatchNormAct, Rewritten, trace
 from dwa_fast.engine.layers import replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
@@ -26,6 +28,7 @@ from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
 
+_ALIGNED = 16  # numbers, in multiples of which a layer's part of the arena begins
 _TRIED = 3  # images that the teacher and its copy are compared on
 _ROUNDING = 100.0  # times what is allowed in fp32, in a lower precision
 _MOVE = 0.02  # relative deviation by which weights are moved to see whether a copy follows them
@@ -34,22 +37,47 @@ _NOISE = 0.1  # standard deviations that they are moved by: no two alike, no pre
 
 @dataclass(frozen=True)
 class MatchingPlan:
-    """What `matching_loss` needs beside the moments: fixed for a network and a batch size, on the device."""
+    """What `matching_loss` needs beside the moments: fixed for a network and a batch size, on the device.
+
+    Where the operators leave partial sums, those of all layers lie in one arena, which `matching_gradient` adds up in one launch.
+    """
 
     variances: Tensor  # [ΣC]
     channel_ptr: Tensor  # [L + 1] int64
     counts: Tensor  # [L] int64
     weights: Tensor  # [L]
+    arena: Tensor | None = None  # [S] the layers' partial sums
+    slices: Mapping[BatchNormAct | Recorder, Tensor] = field(default_factory=dict)  # [2, R, C] each layer's part of it
+    places: Tensor | None = None  # [2, L] int64: where each part begins, and its R
+    finished: Tensor | None = None  # [1] int32: the kernel's counter
+    side: Any = None  # the stream that the arena is added up on
+    written: Any = None  # the event behind the last layer of a forward pass
 
     @classmethod
-    def of(cls, layers: Sequence[BatchNormAct | Recorder], first_layer_weight: float) -> MatchingPlan:
+    def of(cls, layers: Sequence[BatchNormAct | Recorder], first_layer_weight: float, *, in_arena: bool = False) -> MatchingPlan:
         """The plan of these layers, each with the count of its last call."""
         variances = torch.cat([layer.running_var for layer in layers])
         device = variances.device
         sizes = torch.tensor([0] + [len(layer.running_var) for layer in layers], device=device)
         counts = torch.tensor([layer.count for layer in layers], device=device)
         weights = torch.tensor([first_layer_weight] + [1.0] * (len(layers) - 1), dtype=variances.dtype, device=device)
-        return cls(variances, sizes.cumsum(0), counts, weights)
+        plan = cls(variances, sizes.cumsum(0), counts, weights)
+        if not in_arena:
+            return plan
+        shapes = [(2, layer.rows, len(layer.running_var)) for layer in layers]
+        starts = list(itertools.accumulate((math.prod(shape) + -math.prod(shape) % _ALIGNED for shape in shapes), initial=0))
+        arena = torch.zeros(starts[-1], dtype=variances.dtype, device=device)
+        return replace(
+            plan,
+            arena=arena,
+            slices={
+                layer: arena[start:][: math.prod(shape)].view(shape) for layer, start, shape in zip(layers, starts, shapes, strict=False)
+            },
+            places=torch.tensor([starts[:-1], [shape[1] for shape in shapes]], device=device),
+            finished=torch.zeros(1, dtype=torch.int32, device=device),
+            side=torch.cuda.Stream(device) if device.type == "cuda" else None,
+            written=torch.cuda.Event() if device.type == "cuda" else None,
+        )
 
 
 class _ReshapingViews(TorchFunctionMode):
@@ -74,6 +102,9 @@ class Network(nn.Module):
         self.traced = rewritten.traced
         self.unrecorded: str | None = None  # why a step with this network has to be called, where it cannot be recorded
         self._plans: dict[tuple[float, ...], MatchingPlan] = {}
+        self._arenas: dict[torch.Size, MatchingPlan] = {}  # by shape of the images
+        self._arena: MatchingPlan | None = None  # where the last forward pass has left its partial sums
+        self._shape = torch.Size()  # of its images
 
     def release(self) -> None:
         """Take the recorders off the layers, which may be the teacher's own."""
@@ -93,9 +124,16 @@ class Network(nn.Module):
     def forward(
         self,
         images: Tensor,  # [N, C, H, W], normalised
+        *,
+        deferred: bool = False,
     ) -> Tensor:  # [N, classes] logits
-        """Logits; the moments of all layers are then ready for `matching`."""
+        """Logits; the moments of all layers are then ready for `matching`, or, deferred, for `matching_gradient` alone."""
         self.forget()
+        self._shape = images.shape
+        self._arena = self._arenas.get(images.shape) if deferred else None
+        for layer in self.layers.values():
+            layer.partials = self._arena.slices.get(layer) if self._arena else None
+            layer.written = self._arena.written if self._arena else None
         with self._views():
             logits: Tensor = self.module(images)
         return logits
@@ -114,16 +152,54 @@ class Network(nn.Module):
         Raises:
             InputError: a layer ran more than once, so that it has no single batch statistic.
         """
+        used, plan = self._plan(first_layer_weight)
+        sums = torch.cat([layer.sums.pop() for layer in used], 1)
+        return self.operators.matching_loss(sums, plan.variances, plan.channel_ptr, plan.counts, plan.weights)
+
+    def matching_gradient(
+        self,
+        first_layer_weight: float,
+        grad: Tensor,  # [2], of R_mean and R_var
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # [2]; per layer [2, C]; per layer [2, C]
+        """Matching terms of the last forward pass, once, the layers' moments, and the gradient of each.
+
+        Where the forward pass has left partial sums, on a GPU, this runs beside what was queued behind the last BatchNorm layer, and only
+        `join` waits for it.
+
+        Raises:
+            InputError: as `matching`, or other layers ran than the last time.
+        """
+        used, plan = self._plan(first_layer_weight, in_arena=self.operators.partial_rows is not None)
+        moments = [layer.sums.pop() for layer in used]
+        constants = plan.variances, plan.channel_ptr, plan.counts, plan.weights, grad
+        if self._arena is None:
+            if plan.arena is not None:
+                self._arenas[self._shape] = plan
+            terms, gradient = self.operators.matching_gradient(torch.cat(moments, 1), *constants)
+        elif self._arena is plan:
+            with torch.cuda.stream(plan.side):
+                if plan.side is not None:
+                    plan.side.wait_event(plan.written)
+                terms, gradient = self.operators.matching_gradient(plan.arena, *constants, plan.places, plan.finished)
+        else:
+            raise InputError("teacher runs other BatchNorm layers, or on other shapes, from one forward pass to the next")
+        return terms, moments, list(gradient.split([len(layer.running_var) for layer in used], 1))
+
+    def join(self) -> None:
+        """Let the current stream wait for `matching_gradient`."""
+        if self._arena is not None and self._arena.side is not None:
+            torch.cuda.current_stream(self._arena.side.device).wait_stream(self._arena.side)
+
+    def _plan(self, first_layer_weight: float, *, in_arena: bool = False) -> tuple[list[BatchNormAct | Recorder], MatchingPlan]:
+        """The layers of the last forward pass, and what is fixed for them."""
         for name, layer in self.layers.items():
             if len(layer.sums) > 1:
                 raise InputError(f"BatchNorm layer {name!r} runs {len(layer.sums)} times in a forward pass; each layer may run once")
         used = [layer for layer in self.layers.values() if layer.sums]
-        shape = (first_layer_weight, *(layer.count for layer in used))
+        shape = (in_arena, first_layer_weight, *(layer.count for layer in used))
         if shape not in self._plans:
-            self._plans[shape] = MatchingPlan.of(used, first_layer_weight)
-        plan = self._plans[shape]
-        sums = torch.cat([layer.sums.pop() for layer in used], 1)
-        return self.operators.matching_loss(sums, plan.variances, plan.channel_ptr, plan.counts, plan.weights)
+            self._plans[shape] = MatchingPlan.of(used, first_layer_weight, in_arena=in_arena)
+        return used, self._plans[shape]
 
 
 def prepare(
@@ -148,7 +224,7 @@ def prepare(
         raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
     if unwrapped(teacher).training:
         log.warning("teacher was in train mode; a copy of it in eval mode is used")
-    exact = dataclasses.replace(execution, precision="fp32") if execution.precision == "tf32" else execution  # a copy is compared to 1e-3
+    exact = replace(execution, precision="fp32") if execution.precision == "tf32" else execution  # a copy is compared to 1e-3
     with TRACING, torch.inference_mode(False), exact.arithmetic():
         module = copied(teacher, execution.device, execution.master_dtype)
         trial = _trial_images(images, execution)
@@ -264,7 +340,7 @@ def _agreeing(
         except Exception as error:  # tracing runs the teacher's own code, which may raise anything
             cause = first_line(error)
         log.warning("teacher cannot be traced (%s); its BatchNorm layers are fused without their neighbours", cause)
-    network = Network(replace(module, layers, execution.operators), execution)
+    network = Network(fuse.replace(module, layers, execution.operators), execution)
     try:
         cause = difference(expected, rewritten(network, module, shown, gradients=True), layers)
     except RuntimeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,23 @@ def planes(
     return features.flatten(3) if features.dim() > 4 else features.view(*features.shape, *[1] * (4 - features.dim()))
 
 
+class Measures(Protocol):
+    """What a recorder measures with."""
+
+    @property
+    def moments(self) -> Callable[..., Tensor]:
+        """That operator."""
+
+    @property
+    def partial_rows(self) -> Callable[[Tensor], int] | None:
+        """Rows of partial sums that it leaves; None where it leaves none."""
+
+
 class Recorder:
     """Takes the shifted moments of what a layer is given, at each call, and leaves the layer as it is."""
 
-    def __init__(self, layer: nn.Module, moments: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Hook onto the layer; `moments` is that operator.
+    def __init__(self, layer: nn.Module, operators: Measures) -> None:
+        """Hook onto the layer.
 
         The hook comes after those that are there: what they make of the input is what the layer gets.
         """
@@ -68,7 +80,10 @@ class Recorder:
         self.running_mean, self.running_var = (getattr(layer, name).detach() for name in ("running_mean", "running_var"))  # [C]
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
-        self._moments = moments
+        self.rows = 1  # of partial sums that the last call leaves or would leave
+        self.partials: Tensor | None = None  # [2, rows, C]: where they are left; the values of `sums` are then undefined
+        self.written: Any = None  # the event of a GPU that is recorded behind it then
+        self._operators = operators
         self._handle: RemovableHandle = layer.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def extra_repr(self) -> str:
@@ -83,5 +98,12 @@ class Recorder:
         y: Tensor = given(args, kwargs)
         if y.dtype not in (self.running_mean.dtype, torch.bfloat16) and not (y.is_cuda and y.dtype is torch.float16):
             y = y.to(self.running_mean.dtype)
-        self.sums.append(self._moments(planes(y), self.running_mean))
+        features = planes(y)
+        by_rows = features.is_contiguous(memory_format=torch.channels_last)
+        if not by_rows and self.partials is not None:
+            features = features.contiguous(memory_format=torch.channels_last)
+        self.sums.append(self._operators.moments(features, self.running_mean, self.partials))
         self.count = y.numel() // y.shape[1]
+        self.rows = self._operators.partial_rows(features) if self._operators.partial_rows else 1
+        if self.written is not None:
+            self.written.record()

@@ -9,8 +9,8 @@ import importlib
 
 from dwa_fast.ops._library import built_with, cause, load
 from dwa_fast.ops.ascend import ascend_
-from dwa_fast.ops.bn_act import bn_act
-from dwa_fast.ops.matching_loss import matching_loss
+from dwa_fast.ops.bn_act import bn_act, partial_rows
+from dwa_fast.ops.matching_loss import matching_gradient, matching_loss
 from dwa_fast.ops.mean_pool import mean_pool
 from dwa_fast.ops.moments import moments
 from dwa_fast.ops.view import view
@@ -23,9 +23,11 @@ __all__ = [
     "cause",
     "cpu_level",
     "load",
+    "matching_gradient",
     "matching_loss",
     "mean_pool",
     "moments",
+    "partial_rows",
     "view",
     "view_adam_clip_",
 ]

@@ -1,4 +1,4 @@
-"""One ascent step of all weights (Eq. 11, Algorithm 1): checks and dispatch; arithmetic in csrc/, plain twin in reference/ops.py."""
+"""One ascent step of all weights (Eq. 11, Algorithm 1): checks and dispatch; arithmetic in csrc/ and kernels/."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ascend_(
     Raises:
         TypeError: an argument has the wrong type or precision.
         ValueError: shapes, devices or layouts do not fit, radius is negative or not finite, or a result would need differentiating.
-        ImportError: the compiled operators cannot be used here.
+        ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     _check_arena("weights", weights, weights, (torch.float32,))
     _check_arena("gradients", gradients, weights, (torch.float32,))
@@ -54,7 +54,7 @@ def ascend_(
     return norm
 
 
-@_library.fake("ascend_")
+@_library.fake("ascend_", triton="ascend")
 def _ascend_fake(weights: Tensor, gradients: Tensor, radius: float, normalize: bool = True, compute: Tensor | None = None) -> Tensor:
     return weights.new_empty(())
 

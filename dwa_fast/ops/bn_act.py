@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def bn_act(
     skip: Tensor | None = None,  # [N, C, H, W]
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], float32
-) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32
+    partials: Tensor | None = None,  # [2, R, C], float32, written
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with twice z again, sums [2, C] float32
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input, in one read of the input.
 
         x = γ(y − m)/√(v + ε) + β [+ skip],   z = f(x),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
@@ -50,8 +53,12 @@ def bn_act(
         activation: f: none, relu, relu6, silu, hardswish, gelu (by the error function), gelu_tanh or leaky_relu, which with a learned slope
             is PReLU.
         slope: the slope of leaky_relu below 0, one or one per channel; None for all others.
+        partials: on CUDA alone, memory for R = `partial_rows` rows of partial sums, which `matching_gradient` adds up for all layers at
+            once. The values of sums are then undefined; its gradient is that of the sums.
+        twice: return z as two tensors in the same memory, one for each of two uses. The backward pass adds their gradients itself, rounded
+            to their precision: the bits of PyTorch's sum, without its pass over memory.
     Returns:
-        z in the precision and memory format of y, and sums, [2, C], float32.
+        z in the precision and memory format of y, with twice again, and sums, [2, C], float32.
     Raises:
         TypeError: an argument has the wrong type or precision.
         ValueError: shapes or devices do not fit, there is no such activation, leaky_relu has no slope or another one has, or a gradient of
@@ -61,8 +68,20 @@ def bn_act(
     _check(y, mean, var, weight, bias, skip)
     _check_activation(activation, slope, y)
     _library.load()
-    z, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope)
-    return z, sums
+    z, again, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope, partials, twice)
+    return (z, again, sums) if twice else (z, sums)
+
+
+def partial_rows(
+    y: Tensor,  # [N, C, H, W]
+) -> int:
+    """Rows of partial sums, [R, C], that `bn_act`, and `moments` of channels-last features, leave on CUDA for features of that shape.
+
+    Raises:
+        ImportError: Triton cannot be used here.
+    """
+    rows: int = importlib.import_module("dwa_fast.kernels.layout").partial_rows(y.shape)
+    return rows
 
 
 class _BnAct(torch.autograd.Function):
@@ -78,27 +97,31 @@ class _BnAct(torch.autograd.Function):
         skip: Tensor | None,
         activation: Activation,
         slope: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        partials: Tensor | None,
+        twice: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         layer = y, mean, var, weight, bias, eps, skip, activation, slope
-        z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer)
+        z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer, partials)
         ctx.save_for_backward(y, mean, var, weight, bias, skip if _reads_skip(skip is not None, activation) else None, mask, slope)
         ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
         ctx.set_materialize_grads(False)
-        return z, sums
+        return z, z.detach() if twice else None, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_z: Tensor | None, grad_again: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         y, mean, var, weight, bias, skip, mask, slope = ctx.saved_tensors
-        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _, needs_slope = ctx.needs_input_grad
+        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _, needs_slope, *_ = ctx.needs_input_grad
         if grad_z is None:
-            grad_z = torch.zeros_like(y)
+            grad_z, grad_again = torch.zeros_like(y) if grad_again is None else grad_again, None
+        if grad_again is not None and ctx.has_skip and ctx.activation == "none":  # the gradient of the skip is the sum itself
+            grad_z, grad_again = grad_z + grad_again, None
         layer = y, mean, var, weight, bias, ctx.eps, skip, mask, ctx.has_skip, ctx.activation, slope
         changes_skip, parameters = ctx.has_skip and ctx.activation != "none", needs_weight or needs_bias or needs_slope
         grad_y = grad_skip = both = grad_slope = None
         if needs_y or parameters or (needs_skip and changes_skip):
             backward = torch.ops.dwa_fast.bn_act_backward.default
-            grad_y, grad_skip, both, grad_slope = backward(grad_z, grad_sums, *layer, parameters)
+            grad_y, grad_skip, both, grad_slope = backward(grad_z, grad_sums, *layer, parameters, grad_again)
         if not changes_skip:
             grad_skip = grad_z
         of_layer = (
@@ -108,7 +131,7 @@ class _BnAct(torch.autograd.Function):
             both[0] if both is not None and needs_weight else None,
             both[1] if both is not None and needs_bias else None,
         )
-        return *of_layer, None, (grad_skip if needs_skip else None), None, (grad_slope if needs_slope else None)
+        return *of_layer, None, (grad_skip if needs_skip else None), None, (grad_slope if needs_slope else None), None, None
 
 
 def _reads_skip(has_skip: bool, activation: Activation) -> bool:
@@ -127,6 +150,7 @@ def _forward_fake(
     skip: Tensor | None,
     activation: Activation,
     slope: Tensor | None,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bits = y.numel() if skip is not None and activation == "relu" else 0
     sums = torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)
@@ -149,6 +173,7 @@ def _backward_fake(
     activation: Activation,
     slope: Tensor | None,
     parameters: bool = False,
+    grad_again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
     of_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)

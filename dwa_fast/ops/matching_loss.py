@@ -44,6 +44,35 @@ def matching_loss(
     return loss
 
 
+def matching_gradient(
+    sums: Tensor,  # [2, ΣC], float32, from bn_act, layer after layer; with places an arena, float32
+    variances: Tensor,  # [ΣC], float32
+    channel_ptr: Tensor,  # [L + 1], int64
+    counts: Tensor,  # [L], int64
+    weights: Tensor,  # [L], float32
+    grad: Tensor,  # [2], float32
+    places: Tensor | None = None,  # [2, L], int64
+    finished: Tensor | None = None,  # [1], int32
+) -> tuple[Tensor, Tensor]:  # loss [2], gradient [2, ΣC], float32
+    """`matching_loss` and the gradient of the sums, for a gradient of the loss that is known ahead: on CUDA one launch.
+
+    Args:
+        sums: as in `matching_loss`. On CUDA alone, with places: the arena that holds each layer's rows of partial sums, [2, R, C].
+        grad: of R_mean and R_var.
+        places: where each layer's rows begin in the arena, and how many they are.
+        finished: a counter of the kernel's, 0 before and after; None: one is made. Calls that may run at the same time need one each.
+    Returns:
+        loss and gradient, not differentiable.
+    Raises:
+        as `matching_loss`.
+    """
+    _check(sums, variances, channel_ptr, counts, weights, in_arena=places is not None)
+    _library.load()
+    layers = variances, channel_ptr, counts, weights
+    loss, gradient = torch.ops.dwa_fast.matching_gradient.default(sums.detach(), *layers, grad, places, finished)
+    return loss, gradient
+
+
 class _MatchingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
@@ -69,7 +98,21 @@ def _backward_fake(
     return sums.new_empty(sums.shape)
 
 
-def _check(sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor) -> None:
+@_library.fake("matching_gradient", triton="matching_loss")
+def _gradient_fake(
+    sums: Tensor,
+    variances: Tensor,
+    channel_ptr: Tensor,
+    counts: Tensor,
+    weights: Tensor,
+    grad: Tensor,
+    places: Tensor | None = None,
+    finished: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return sums.new_empty(2), sums.new_empty((2, variances.shape[0]))
+
+
+def _check(sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor, weights: Tensor, *, in_arena: bool = False) -> None:
     for name, tensor, dtype in (
         ("sums", sums, torch.float32),
         ("variances", variances, torch.float32),
@@ -83,13 +126,15 @@ def _check(sums: Tensor, variances: Tensor, channel_ptr: Tensor, counts: Tensor,
             raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.device != sums.device:
             raise ValueError(f"{name} must be on the device of sums, {sums.device}, got {tensor.device}")
-    if sums.dim() != 2 or sums.size(0) != 2:
+    if in_arena and sums.dim() != 1:
+        raise ValueError(f"sums in an arena must be [S], got shape {tuple(sums.shape)}")
+    if not in_arena and (sums.dim() != 2 or sums.size(0) != 2):
         raise ValueError(f"sums must be [2, C], got shape {tuple(sums.shape)}")
     if counts.dim() != 1:
         raise ValueError(f"counts must be [L], got shape {tuple(counts.shape)}")
     layers = counts.size(0)
     for name, tensor, size in (
-        ("variances", variances, sums.size(1)),
+        ("variances", variances, variances.size(0) if in_arena and variances.dim() == 1 else sums.size(-1)),
         ("channel_ptr", channel_ptr, layers + 1),
         ("weights", weights, layers),
     ):

@@ -17,6 +17,7 @@ _CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)
 def moments(
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C], float32
+    partials: Tensor | None = None,  # [2, R, C], float32, written
 ) -> Tensor:  # [2, C] float32
     """Σ(y − m) and Σ(y − m)² over N, H and W, in one read of y.
 
@@ -28,6 +29,7 @@ def moments(
     Args:
         y: features, float32 or bfloat16, on CUDA also float16; any strides; may be empty.
         mean: m, a constant near the means of the channels, such as a BatchNorm layer's running mean.
+        partials: as in `bn_act`; y must be channels-last.
     Returns:
         sums, [2, C], float32.
     Raises:
@@ -37,26 +39,26 @@ def moments(
     """
     _check(y, mean)
     _library.load()
-    sums: Tensor = _Moments.apply(y, mean)
+    sums: Tensor = _Moments.apply(y, mean, partials)
     return sums
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, mean: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, mean: Tensor, partials: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, mean)
-        sums: Tensor = torch.ops.dwa_fast.moments_forward.default(y, mean)
+        sums: Tensor = torch.ops.dwa_fast.moments_forward.default(y, mean, partials)
         return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None]:
         y, mean = ctx.saved_tensors
-        return torch.ops.dwa_fast.moments_backward.default(grad_sums, y, mean), None
+        return torch.ops.dwa_fast.moments_backward.default(grad_sums, y, mean), None, None
 
 
 @_library.fake("moments_forward", triton="moments")
-def _forward_fake(y: Tensor, mean: Tensor) -> Tensor:
+def _forward_fake(y: Tensor, mean: Tensor, partials: Tensor | None = None) -> Tensor:
     return torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)
 
 

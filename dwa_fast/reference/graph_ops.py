@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from dwa_fast.reference import ops
 
 
 def matching_loss(
@@ -22,6 +26,9 @@ def matching_loss(
     positive = squares > 0
     norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
     return norms @ weights
+
+
+matching_gradient = partial(ops.matching_gradient, loss=matching_loss)
 
 
 def view(

@@ -34,7 +34,9 @@ def bn_act(
     skip: Tensor | None = None,  # [N, C, H, W]
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
-) -> tuple[Tensor, Tensor]:  # z [N, C, H, W], sums [2, C] float32 or wider
+    partials: Tensor | None = None,  # [2, R, C], written
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with twice z again, sums [2, C] float32 or wider
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
 
     z = f(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
@@ -43,16 +45,21 @@ def bn_act(
     if skip is not None:
         z = z + skip
     z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
-    return z, moments(y, mean)
+    sums = moments(y, mean, partials)
+    return (z, z.view_as(z), sums) if twice else (z, sums)
 
 
 def moments(
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C]
+    partials: Tensor | None = None,  # [2, R, C], written: rows that add up to the result
 ) -> Tensor:  # [2, C] float32 or wider
     """Σ(y − m) and Σ(y − m)² over N, H and W."""
     shifted = y.to(torch.promote_types(y.dtype, torch.float32)) - mean[:, None, None]
-    return torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))])
+    sums = torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))])
+    if partials is not None:
+        partials.zero_()[:, 0] = sums.detach()
+    return sums
 
 
 def mean_pool(
@@ -82,6 +89,29 @@ def matching_loss(
         var_gap = sums[1, first:last] / n - mean_gap.square() - variances[first:last]
         terms.append(w * torch.stack([torch.linalg.vector_norm(mean_gap), torch.linalg.vector_norm(var_gap)]))
     return torch.stack(terms).sum(0)
+
+
+def matching_gradient(
+    sums: Tensor,  # [2, ΣC], or with places the arena
+    variances: Tensor,  # [ΣC]
+    channel_ptr: Tensor,  # [L + 1] int64
+    counts: Tensor,  # [L] int64
+    weights: Tensor,  # [L]
+    grad: Tensor,  # [2], of the loss
+    places: Tensor | None = None,  # [2, L] int64: where each layer's partial sums, [2, R, C], begin in the arena, and R
+    finished: Tensor | None = None,  # the plain twin needs no counter
+    *,
+    loss: Callable[..., Tensor] = matching_loss,
+) -> tuple[Tensor, Tensor]:  # [2]; [2, ΣC]
+    """`matching_loss` and the gradient of the sums."""
+    if places is not None:
+        sizes, starts, rows = channel_ptr.diff().tolist(), *places.tolist()
+        each = [sums[start:].narrow(0, 0, 2 * r * c).view(2, r, c).sum(1) for start, r, c in zip(starts, rows, sizes, strict=True)]
+        sums = torch.cat(each, 1)
+    leaf = sums.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf, variances, channel_ptr, counts, weights)
+    return value.detach(), torch.autograd.grad(value, leaf, grad)[0]
 
 
 def view(
@@ -170,13 +200,15 @@ class Operators:
 
     name: str
     fuses: bool = False  # whether bn_act is worth tracing the teacher for
-    bn_act: Callable[..., tuple[Tensor, Tensor]] = bn_act
+    bn_act: Callable[..., tuple[Tensor, ...]] = bn_act
     moments: Callable[..., Tensor] = moments
     matching_loss: Callable[..., Tensor] = matching_loss
+    matching_gradient: Callable[..., tuple[Tensor, Tensor]] = matching_gradient
     view: Callable[..., Tensor] = view
     view_adam_clip_: Callable[..., None] = view_adam_clip_
     ascend_: Callable[..., Tensor] = ascend_
     mean_pool: Callable[..., Tensor] = mean_pool
+    partial_rows: Callable[[Tensor], int] | None = None  # where bn_act and moments leave partial sums: how many rows
 
 
-OPERATORS = tuple(field.name for field in fields(Operators) if field.name not in ("name", "fuses"))
+OPERATORS = tuple(field.name for field in fields(Operators) if field.name not in ("name", "fuses", "partial_rows"))

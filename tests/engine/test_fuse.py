@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwa_fast import InputError
 from dwa_fast.engine.backend import resolve
@@ -261,6 +262,39 @@ def test_addition_in_place_is_fused() -> None:
     network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
     assert network.layers["norm"].extra_repr() == "BatchNorm + addition + ReLU"
     assert torch.allclose(network(images), module(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(("changed", "additions"), [(False, 0), (True, 1)])
+def test_gradients_of_two_branches_are_added_by_the_operator(changed: bool, additions: int) -> None:
+    """Autograd adds them where a branch writes into what it is given."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.conv, self.last, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x))
+            skip = x.add_(1.0) if changed else x
+            return self.fc(torch.relu(self.last(self.conv(x)) + skip).mean((2, 3)))
+
+    class Additions(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+            self.found += func is torch.ops.aten.add.Tensor and args[0].dim() == 4
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    module, images, labels = alive(Branches()), torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 4])
+    network, _ = prepare(module, images, resolve("fused", "fp32", "cpu"))
+    assert network.traced
+    with Additions() as counted:
+        gradient, _ = image_gradient(network, images, labels)
+    assert counted.found == additions
+    exact, _ = expected_gradient(copy.deepcopy(module).double().requires_grad_(False), images.double(), labels)
+    assert distance(gradient.double(), exact) < 1e-5
 
 
 def test_teacher_that_tracing_would_change_is_rewritten_in_place(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, capture
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.bn_act")
+kernel_layout = importlib.import_module("dwa_fast.kernels.layout")
 
 EPS = 1e-5
 NO_EPS = 1e-300  # adds nothing; PyTorch 2.11 refuses 0
@@ -151,6 +152,20 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
     assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 2, 2), (5, 24, 9, 7)])
+def test_partial_sums_in_memory_that_is_given(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Their rows add up to the sums, and nothing else changes; memory of another shape is refused."""
+    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", 2)
+    y, values = batch(shape, torch.float32, device), layer(shape[1], device)
+    partials = torch.full((2, kernel_layout.partial_rows(y.shape), shape[1]), math.nan, device=device)
+    z, _, _ = kernel.bn_act_forward(y, *values, EPS, None, "relu", None, partials)
+    expected, sums, _ = kernel.bn_act_forward(y, *values, EPS, None, "relu", None)
+    assert torch.equal(z, expected)
+    torch.testing.assert_close(partials.double().sum(1).float(), sums)
+    with pytest.raises(ValueError, match="partials must be contiguous float32"):
+        kernel.bn_act_forward(y, *values, EPS, None, "relu", None, partials[:, :, 1:])
+
+
 @pytest.mark.parametrize("missing", [(2,), (3,), (2, 3)])
 @pytest.mark.parametrize("activation", ["none", "relu", "silu", "leaky_relu"])
 def test_without_weight_or_bias(missing: tuple[int, ...], activation: Activation, device: torch.device) -> None:
@@ -182,6 +197,19 @@ def test_gradients_of_weight_and_bias_only_where_asked(has_skip: bool, activatio
         assert parameters.shape == grad_slope.shape == (0,)
         assert torch.equal(grad_y, asked["grad_y"])
         assert torch.equal(grad_skip, asked["grad_skip"]) if has_skip and activation != "none" else grad_skip.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_gradients_of_two_uses(has_skip: bool, activation: Activation, dtype: torch.dtype, device: torch.device) -> None:
+    """They are added as PyTorch adds them, bit for bit."""
+    y, grad, more = (batch((2, 20, 5, 5), dtype, device) for _ in range(3))
+    values, skip, of_sums = layer(20, device), batch((2, 20, 5, 5), dtype, device) if has_skip else None, torch.randn(2, 20, device=device)
+    _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, activation, None)
+    behind = of_sums, y, *values, EPS, skip, mask, has_skip, activation, None, True
+    for result, expected in zip(kernel.bn_act_backward(grad, *behind, more), kernel.bn_act_backward(grad + more, *behind), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_one_slope_for_all_channels(device: torch.device) -> None:
@@ -391,6 +419,8 @@ def launches() -> Launches:
         _, _, mask = kernel.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
         of_all_layers, behind = meta(2, 4800), (skip, mask, has_skip, activation, slope)
         kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
+        if activation == "relu":  # both branches of a residual block
+            kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind, False, y)
         # During the ascent the moments go unused and γ and β take gradients.
         kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
 

@@ -33,15 +33,18 @@ CAPABILITIES = (80, 90)
 
 # Kernels that cost what their traffic costs: at even sizes and addresses they load and store 16 bytes per thread and access.
 WIDE = {
-    "ascend._square_sum_kernel",
-    "ascend._update_kernel",
-    "bn_act._backward_kernel",
-    "bn_act._forward_kernel",
-    "moments._backward_kernel",
-    "moments._forward_kernel",
+    "ascend._ascend_square_sum_kernel",
+    "ascend._ascend_update_kernel",
+    "bn_act._bn_act_backward_kernel",
+    "bn_act._bn_act_forward_kernel",
+    "moments._moments_backward_kernel",
+    "moments._moments_forward_kernel",
 }
 
-SUMS = {"ascend._square_sum_kernel", "moments._forward_kernel"}  # of those, the ones that store sums alone
+# Of those, the ones that store sums alone, and the bytes of a sum.
+SUMS = {"ascend._ascend_square_sum_kernel": 8, "moments._moments_forward_kernel": 4}
+
+ALONE = {"matching_loss._matching_loss_kernel"}  # one program per layer, fewer than there are multiprocessors: many loads at once instead
 
 
 class Launch(NamedTuple):
@@ -231,10 +234,11 @@ else:
         assert set(result["kernels"]) >= WIDE
         for row in result["rows"]:
             assert row["spills"] == 0, row
-            assert row["registers"] * row["warps"] * 32 <= 32768, f"fewer than two programs fit a multiprocessor: {row}"
+            if row["kernel"] not in ALONE:
+                assert row["registers"] * row["warps"] * 32 <= 32768, f"fewer than two programs fit a multiprocessor: {row}"
             if row["kernel"] in WIDE and "odd" not in row["case"]:
                 assert row["load"] == 16, row
-                assert row["store"] == (4 if row["kernel"] in SUMS else 16), row
+                assert row["store"] == SUMS.get(row["kernel"], 16), row
                 assert row["run"] >= 128, row
             if row["kernel"].startswith("view"):
                 assert row["run"] >= 64, row

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dwa_fast import ops
+from dwa_fast import ops, recipe
+from dwa_fast.engine import backend
+from dwa_fast.engine.ascent import Arena
+from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.teacher import prepare
+from dwa_fast.models.architectures import build
 from dwa_fast.ops import _library
 from dwa_fast.reference import ops as reference
+from dwa_fast.schedule import make_schedule
 from tests.kernels.cases import schedule
+from tests.nets import alive, distance
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 Y = (2, 5, 4, 3)
@@ -66,6 +74,7 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
         both("bn_act", y, mean, var, weight, bias, 1e-5, skip, "relu"),
         both("moments", y, mean),
         both("matching_loss", torch.rand(2, 5).requires_grad_(), var, *layers),
+        both("matching_gradient", torch.rand(2, 5), var, *layers, torch.rand(2)),
         both("view", features(*Y), rows, step, torch.float32),
     ):
         for result, expected in zip(ours, plain, strict=True):
@@ -77,6 +86,13 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
         module.view_adam_clip_(x, gradient, m, v, rows, rates, step, -bound, bound)
     for result, expected in zip(*state, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    arenas = [(torch.ones(9), torch.zeros(9, dtype=torch.float16)) for _ in range(2)]
+    norms = [
+        module.ascend_(weights, torch.arange(9.0), 0.5, normalize=True, compute=compute)
+        for module, (weights, compute) in zip((ops, reference), arenas, strict=True)
+    ]
+    for result, expected in zip((norms[0], *arenas[0]), (norms[1], *arenas[1]), strict=True):
+        torch.testing.assert_close(result, expected)
     assert calls == set(_library._launchers)
 
 
@@ -93,7 +109,9 @@ def test_opcheck(calls: set[str]) -> None:
         "moments_forward": (y, mean),
         "moments_backward": (sums, y, mean),
         "matching_loss_forward": (sums, var, *layers),
+        "matching_gradient": (sums, var, *layers, torch.rand(2), None, torch.zeros(1, dtype=torch.int32)),
         "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2)),
+        "ascend_": (torch.rand(9), torch.rand(9), 0.5, True, torch.zeros(9, dtype=torch.bfloat16)),
         "view": (y, rows, step, torch.bfloat16),
         "view_adam_clip_": (y, y.bfloat16(), y.clone(), y.abs(), rows, torch.rand(3), step, -mean.abs(), mean.abs(), 2.0, 0.5, 0.9, 1e-8),
     }
@@ -101,3 +119,30 @@ def test_opcheck(calls: set[str]) -> None:
     for name, arguments in checked.items():
         torch.library.opcheck(getattr(operators, name).default, arguments)
     assert calls == set(_library._launchers)
+
+
+def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
+    """The inner loop as CUDA runs it, with one arena of partial sums, interpreted: as near to float64 as plain PyTorch in float32."""
+    torch.manual_seed(0)
+    teacher = alive(build("small-resnet", classes=10, channels=1, size=8))
+    images, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 9])
+    config = replace(recipe("digits"), iterations=3)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    results = {}
+    for name, precision, operators in (
+        ("reference", "fp64", reference.Operators("reference")),
+        ("plain", "fp32", reference.Operators("plain")),
+        ("fused", "fp32", backend._fused(cuda)),
+    ):
+        execution = backend.Execution(name, operators, cpu, precision)
+        network, _ = prepare(teacher, images, execution)
+        Arena(network, execution, moves=False)
+        with execution.arithmetic():
+            loop = Refinement(network, network, images.shape, config, execution)
+            loop.load(images, labels, make_schedule(config, 8, 8, seed=0, batch=0))
+            loop.advance(3)
+        results[name] = loop.images.double(), loop.losses.double()
+        assert bool(network._arenas) == (name == "fused")
+    for exact, plain, ours in zip(*results.values(), strict=True):
+        assert distance(ours, exact) <= max(2 * distance(plain, exact), 1e-6)
+    assert {"bn_act_forward", "bn_act_backward", "matching_gradient", "view", "view_adam_clip_"} <= calls

@@ -127,6 +127,38 @@ def test_sums_that_are_not_contiguous(device: torch.device) -> None:
     assert torch.equal(both_ways(given, same)[1], both_ways(given, same.contiguous())[1])
 
 
+@pytest.mark.parametrize("channels", NETWORKS, ids=lambda channels: f"{len(channels)}x{max(channels)}")
+def test_loss_and_gradient_at_once(channels: list[int], device: torch.device) -> None:
+    given, grad = network(channels, device), torch.tensor([0.01, 0.11], device=device)
+    for result, expected in zip(kernel.matching_gradient(*given, grad), both_ways(given, grad), strict=False):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("channels", [[64, 3, 300], RESNET_18[::3]])
+def test_from_partial_sums(channels: list[int], device: torch.device) -> None:
+    """The arena's rows are added up in float64; the counter is 0 again, so that the next launch may follow."""
+    rows = [1 + 97 * layer for layer in range(len(channels))]
+    sizes = [2 * r * c + 5 for r, c in zip(rows, channels, strict=True)]  # gaps between the layers' parts
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    given, grad = network(channels, "cpu"), torch.tensor([0.01, 0.11])
+    arena, sums = torch.full((sum(sizes),), torch.nan), []
+    for start, r, each in zip(starts.tolist(), rows, given.sums.split(channels, 1), strict=True):
+        parts = torch.rand(2, r, each.shape[1]) + 0.5
+        parts *= (each / parts.sum(1))[:, None]
+        arena[start:][: parts.numel()] = parts.flatten()
+        sums.append(parts.double().sum(1).float())
+    given = Network(*(each.to(device) for each in given._replace(sums=torch.cat(sums, 1))))
+    places, finished = torch.stack([starts, torch.tensor(rows)]).to(device), torch.zeros(1, dtype=torch.int32, device=device)
+    expected = kernel.matching_gradient(*given, grad.to(device))
+    for _ in range(2):
+        found = kernel.matching_gradient(arena.to(device), *given[1:], grad.to(device), places, finished)
+        plain = reference.matching_gradient(arena.double(), *(each.cpu() for each in given[1:]), grad.double(), places.cpu())
+        for result, same, exact in zip(found, expected, plain, strict=True):
+            torch.testing.assert_close(result, same, rtol=1e-6, atol=1e-9)
+            assert error(result.cpu(), exact) < 1e-6
+        assert finished.item() == 0
+
+
 def test_same_bits_again(device: torch.device) -> None:
     given, grad = network(RESNET_18, device), torch.tensor([0.01, 0.11], device=device)
     for first, second in zip(both_ways(given, grad), both_ways(given, grad), strict=True):
@@ -148,3 +180,5 @@ def launches() -> Launches:
     yield "53 layers", partial(kernel.matching_loss_forward, sums, of_channels, channel_ptr, counts, of_layers)
     back = partial(kernel.matching_loss_backward, meta(2), sums, of_channels, channel_ptr, counts, of_layers, of_terms)
     yield "53 layers", back
+    at_once = partial(kernel.matching_gradient, meta(4_000_000), of_channels, channel_ptr, counts, of_layers, meta(2))
+    yield "53 layers in an arena", partial(at_once, meta(2, 53, dtype=torch.int64), meta(1, dtype=torch.int32))

@@ -15,6 +15,7 @@ from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, capture
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.moments")
+kernel_layout = importlib.import_module("dwa_fast.kernels.layout")
 
 SHAPES = [(1, 1, 3, 7), (2, 3, 5, 7), (40, 5, 2, 2), (3, 24, 4, 4), (2, 58, 9, 8), (5, 130, 1, 1)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -52,6 +53,16 @@ def test_programs_loop_over_tiles(
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
     monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
     assert_matches(torch.randn(150, 8, 3, 2, device=device).contiguous(memory_format=layout))
+
+
+def test_partial_sums_in_memory_that_is_given(device: torch.device) -> None:
+    y, mean = torch.randn(4, 6, 5, 9, device=device), torch.randn(6, device=device)
+    rows = y.contiguous(memory_format=torch.channels_last)
+    partials = torch.full((2, kernel_layout.partial_rows(y.shape), 6), torch.nan, device=device)
+    kernel.moments_forward(rows, mean, partials)
+    torch.testing.assert_close(partials.double().sum(1).float(), kernel.moments_forward(rows, mean))
+    with pytest.raises(ValueError, match="channels-last features alone"):
+        kernel.moments_forward(y, mean, partials)
 
 
 def test_strides_with_gaps(device: torch.device) -> None:

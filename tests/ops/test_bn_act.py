@@ -360,6 +360,30 @@ def test_only_the_skip_needs_a_gradient(activation: Activation, device: torch.de
     assert inputs["y"].grad is None
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_of_two_uses(
+    level: str, dtype: torch.dtype, skip: bool, activation: Activation, use_level: Callable[[str], None]
+) -> None:
+    """They are added as PyTorch adds them, bit for bit; one of them may be missing."""
+    use_level(level)
+    y, added = (torch.randn(3, 67, 5, 4).to(dtype).requires_grad_() for _ in range(2))
+    vectors = [torch.randn(67), torch.rand(67) + 0.1, torch.randn(67).requires_grad_(), torch.randn(67).requires_grad_()]
+    layer = y, *vectors, EPS, added if skip else None, activation
+    leaves = [y, *vectors[2:], *([added] if skip else [])]
+    grad, more = torch.randn_like(y), torch.randn_like(y)
+    of_sums = torch.randn(2, 67)
+    z, again, sums = ops.bn_act(*layer, twice=True)
+    assert z.data_ptr() == again.data_ptr()
+    found = torch.autograd.grad([z, again, sums], leaves, [grad, more, of_sums], retain_graph=True)
+    alone = torch.autograd.grad([again, sums], leaves, [grad, of_sums])
+    for result, gradient in ((found, grad + more), (alone, grad)):
+        expected = torch.autograd.grad(ops.bn_act(*layer), leaves, [gradient, of_sums])
+        assert all(torch.equal(*each) for each in zip(result, expected, strict=True))
+
+
 def test_gradients_of_any_strides(device: torch.device) -> None:
     """z.sum() hands back an expanded scalar, a flattening layer a contiguous tensor."""
     inputs = make((3, 16, 5, 5), activation="relu", device=device)
@@ -411,6 +435,7 @@ def test_opcheck(layout: str, skip: bool, activation: Activation) -> None:
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, torch.randn(2, 19), *shared))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, True))
+    torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, False, grad))
 
 
 def test_meta_tensors_have_the_right_shape() -> None:

@@ -61,6 +61,20 @@ def test_matches_float64(channels: list[int], device: torch.device) -> None:
         assert error(ours, exact) <= max(2 * error(theirs, exact), 2**-23)
 
 
+@pytest.mark.parametrize("channels", LAYERS, ids=lambda channels: f"{len(channels)}x{channels[0]}")
+def test_loss_and_gradient_at_once(channels: list[int], device: torch.device) -> None:
+    inputs = make(channels, device)
+    grad = torch.tensor([0.01, 0.11], device=device)
+    for result, expected in zip(ops.matching_gradient(**inputs, grad=grad), run(ops.matching_loss, inputs), strict=True):
+        assert torch.equal(result, expected)
+    if device.type == "cpu":
+        torch.library.opcheck(torch.ops.dwa_fast.matching_gradient.default, (*inputs.values(), grad))
+        with pytest.raises(RuntimeError, match="on a CPU sums are complete"):
+            ops.matching_gradient(**(inputs | {"sums": torch.zeros(9)}), grad=grad, places=torch.zeros(2, len(channels), dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"sums in an arena must be \[S\]"):
+        ops.matching_gradient(**inputs, grad=grad, places=grad)
+
+
 def test_hand_computed() -> None:
     """n = 2: μ − m = (3, 4)/2, and σ² − v = (26, 34)/2 − (9, 16)/4 − v."""
     sums = torch.tensor([[3.0, 4.0], [26.0, 34.0]])
