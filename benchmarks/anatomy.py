@@ -30,7 +30,7 @@ from dwa_fast.engine.backend import resolve_device
 # The first that an operator's name, or on a GPU a kernel's, matches.
 PARTS = {
     "bn_act": r"bn_act",
-    "matching loss": r"matching_loss",
+    "matching loss": r"matching_",
     "view, Adam, clamp": r"dwa_fast::view|view_adam_clip|_view_kernel|adam_clip",
     "convolutions": r"conv|mkldnn|cudnn|xmma|cutlass|implicit|sm\d+_|nchw|nhwc",
     "linear, pooling, cross-entropy": r"mean_pool|addmm|::mm|linear|gemm|pool|mean|softmax|nll_loss|cross_entropy|expand|div",

@@ -333,7 +333,7 @@ def bn_act_backward(
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
     grad_skip = torch.empty_like(y) if changes_skip else None
-    cut = tiles(y)
+    cut = tiles(y, sums=parameters)
     partials = sums_to_write(None, cut, y, sums) if parameters else None
     with on_device_of(y):
         _bn_act_backward_kernel[(cut.column_blocks, cut.programs)](

@@ -13,7 +13,9 @@ from torch import Tensor
 BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
 BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes in flight
 WARPS = 4
-PROGRAMS = 1024  # about what an A100, H100 or H200 holds at once; more tiles than that are looped over
+PROGRAMS = 1024  # that leave sums: about what an A100, H100 or H200 holds at once; more tiles than that are looped over
+_TILES_EACH = 4  # of a program that leaves none: small pieces of work, so that no few programs run alone at the end
+_MOST_PROGRAMS = 65535  # of the second axis of a grid
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -47,11 +49,16 @@ class Tiles(NamedTuple):
     column_blocks: int
 
 
-def tiles(features: Tensor) -> Tiles:
-    """How dense features, [N, C, H, W], are cut."""
+def tiles(features: Tensor, *, sums: bool = True) -> Tiles:
+    """How dense features, [N, C, H, W], are cut for a kernel that leaves sums per program, or none."""
     if features.is_contiguous(memory_format=torch.channels_last):
-        return _channels_last_tiles(features.shape)
-    return _cut(features.numel(), features.numel() // len(features), features.shape[2] * features.shape[3])
+        cut = _channels_last_tiles(features.shape)
+    else:
+        cut = _cut(features.numel(), features.numel() // len(features), features.shape[2] * features.shape[3])
+    if sums:
+        return cut
+    blocks = triton.cdiv(cut.rows, BLOCK_ROWS)
+    return cut._replace(programs=triton.cdiv(blocks, max(_TILES_EACH, triton.cdiv(blocks, _MOST_PROGRAMS))))
 
 
 def partial_rows(shape: torch.Size) -> int:

@@ -109,7 +109,7 @@ def moments_backward(
     if y.numel() == 0:
         return grad_y
     grad_sums = grad_sums if grad_sums.stride(1) == 1 else grad_sums.contiguous()
-    cut = tiles(y)
+    cut = tiles(y, sums=False)
     with on_device_of(y):
         _moments_backward_kernel[(cut.column_blocks, cut.programs)](
             grad_sums, y, mean.contiguous(), grad_y, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,

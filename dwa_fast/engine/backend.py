@@ -246,4 +246,4 @@ def _implementations(device: torch.device) -> dict[str, str]:
     """What computes each operator of the fused back-end."""
     if device.type == "cuda":
         return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN}
-    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++"}
+    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++", "cross_entropy": _PLAIN, "record_": _PLAIN}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
-from dwa_fast.engine.layers import replace_convolutions, replace_pools, replace_stems
+from dwa_fast.engine.layers import replace_convolutions, replace_global_means, replace_pools, replace_stems
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
@@ -123,6 +123,7 @@ def trace(
     replace_stems(traced)
     replace_convolutions(traced)
     replace_pools(traced, operators.mean_pool)
+    replace_global_means(traced)
     traced.graph.lint()
     traced.recompile()
     return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=True)

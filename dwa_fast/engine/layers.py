@@ -105,6 +105,7 @@ class StemConv(LeanConv):
         inside = (kernel >= 0) & (kernel < size)
         kernel = kernel.clamp(0, size - 1)
         outputs, channels = layer.out_channels, layer.in_channels
+        self.fixed: Tensor | None = None  # the weights that `fix` has arranged
         # [C, r, r, m, m, O] → place in w, which lies as [O, K, K, C]
         row, column = kernel[None, :, None, :, None, None], kernel[None, None, :, None, :, None]
         channel = torch.arange(channels).view(-1, 1, 1, 1, 1, 1)
@@ -147,8 +148,7 @@ class StemConv(LeanConv):
         width: int,
     ) -> Tensor:  # [N, C, H, W]
         """Adjoint of the convolution with the weights that it has now."""
-        places = self.weight.detach().permute(0, 2, 3, 1).reshape(-1)
-        blocks = places.index_select(0, self.taps).view(self.holes.shape).masked_fill(self.holes, 0).permute(0, 3, 1, 2)
+        blocks = self._blocks() if self.fixed is None else self.fixed
         step = _BLOCK // self.stride[0]
         rows, columns = -(-height // _BLOCK), -(-width // _BLOCK)
         beyond = max((n - 1) * step + self.extent - m for n, m in ((rows, gradient.shape[2]), (columns, gradient.shape[3])))
@@ -157,6 +157,15 @@ class StemConv(LeanConv):
         channels = self.weight.shape[1] * _BLOCK**2
         result = result[:, :channels, skipped : skipped + rows, skipped : skipped + columns]
         return F.pixel_shuffle(result, _BLOCK)[:, :, :height, :width]
+
+    def fix(self) -> None:
+        """Arrange the weights for `image_gradient` once, until the next call: to be called whenever they have changed."""
+        blocks = self._blocks()
+        self.fixed = blocks if self.fixed is None else self.fixed.copy_(blocks)
+
+    def _blocks(self) -> Tensor:  # [4·C, O, m, m]
+        places = self.weight.detach().permute(0, 2, 3, 1).reshape(-1)
+        return places.index_select(0, self.taps).view(self.holes.shape).masked_fill(self.holes, 0).permute(0, 3, 1, 2)
 
 
 def replace_stems(traced: torch.fx.GraphModule) -> None:
@@ -234,6 +243,27 @@ def replace_pools(module: nn.Module, operator: Callable[[Tensor, int], Tensor]) 
         return None if window is None else MeanPool(window, operator)
 
     replace_layers(module, replacement)
+
+
+class GlobalMean(nn.Module):
+    """An AdaptiveAvgPool2d that leaves one pixel: the same mean, without the zeros and the copy of PyTorch's backward pass."""
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether it can take the place of the layer."""
+        return type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1)) and not has_hooks(layer)
+
+    def forward(
+        self,
+        y: Tensor,  # [..., H, W]
+    ) -> Tensor:  # [..., 1, 1]
+        """The mean."""
+        return y.mean((-2, -1), keepdim=True)
+
+
+def replace_global_means(module: nn.Module) -> None:
+    """Replace every suitable adaptive pooling below `module`."""
+    replace_layers(module, lambda layer: GlobalMean() if GlobalMean.suits(layer) else None)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:

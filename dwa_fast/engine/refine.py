@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast.config import Normalisation, SynthesisConfig
@@ -45,7 +44,8 @@ class Refinement:
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in normalisation.bounds)
         lambdas = torch.tensor([config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
-        self.of_loss = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of the other terms
+        self.of_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
+        self._fix()
         records = not (classifier.unrecorded or matcher.unrecorded)
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
@@ -57,6 +57,7 @@ class Refinement:
         self.learning_rates.copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
+        self._fix()
         self._captured.refresh()
 
     def advance(self, iterations: int) -> None:
@@ -75,6 +76,10 @@ class Refinement:
         """
         return self.images.clone(), _finite(self.losses.clone(), self.execution.precision)
 
+    def _fix(self) -> None:
+        for network in {self.classifier, self.matcher}:
+            network.fix()
+
     def _iterate(self) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter."""
         operators, scale = self.classifier.operators, self.execution.loss_scale
@@ -83,14 +88,14 @@ class Refinement:
         if self.matcher is not self.classifier:
             self.matcher(view, deferred=True)
         matching, moments, of_moments = self.matcher.matching_gradient(self.config.first_layer_weight, self.of_matching)
-        ce = F.cross_entropy(logits.to(self.execution.master_dtype), self.labels)
-        others = [ce, *self._priors(view)]
+        ce, of_logits = operators.cross_entropy(logits, self.labels, scale)
+        priors = self._priors(view)
         self.matcher.join()
-        (gradient,) = torch.autograd.grad([*others, *moments], view, [*[self.of_loss] * len(others), *of_moments])
+        results, gradients = [logits, *priors, *moments], [of_logits, *[self.of_prior] * len(priors), *of_moments]
+        (gradient,) = torch.autograd.grad(results, view, gradients)
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
-        self.losses.index_copy_(0, self.step[None], torch.cat([ce.detach()[None], matching])[None])
-        self.step.add_(1).remainder_(self.config.iterations)
+        operators.record_(self.losses, self.step, ce, matching)
 
     def _priors(self, view: Tensor) -> list[Tensor]:
         """SRe2L's weighted priors, where they have a weight."""

@@ -19,7 +19,7 @@ from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import TRACING, trace_step
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, trace
-from dwa_fast.engine.layers import replace_strided_pointwise
+from dwa_fast.engine.layers import StemConv, replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
 from dwa_fast.models.finite import check_finite_weights
@@ -137,6 +137,12 @@ class Network(nn.Module):
         with self._views():
             logits: Tensor = self.module(images)
         return logits
+
+    def fix(self) -> None:
+        """Prepare for the weights as they are now; to be called whenever they have changed, before gradients of the images are taken."""
+        for layer in self.modules():
+            if isinstance(layer, StemConv):
+                layer.fix()
 
     def forget(self) -> None:
         """Let go of the moments of the last forward pass, which may belong to a graph: what holds a graph cannot be copied."""

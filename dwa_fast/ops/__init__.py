@@ -10,6 +10,7 @@ import importlib
 from dwa_fast.ops._library import built_with, cause, load
 from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.bn_act import bn_act, partial_rows
+from dwa_fast.ops.losses import cross_entropy, record_
 from dwa_fast.ops.matching_loss import matching_gradient, matching_loss
 from dwa_fast.ops.mean_pool import mean_pool
 from dwa_fast.ops.moments import moments
@@ -22,12 +23,14 @@ __all__ = [
     "built_with",
     "cause",
     "cpu_level",
+    "cross_entropy",
     "load",
     "matching_gradient",
     "matching_loss",
     "mean_pool",
     "moments",
     "partial_rows",
+    "record_",
     "view",
     "view_adam_clip_",
 ]

@@ -13,21 +13,25 @@ _NAME = "dwa_fast._C"
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # instruction sets of the CPU operators, lowest first
 _HIGHEST = {"NO AVX": "baseline", "DEFAULT": "baseline", "AVX2": "avx2"}  # by what PyTorch computes with; with more there is no limit
 _fakes: dict[str, Callable[..., object]] = {}  # operator: its fake, registered once the library that defines its schema is loaded
+_schemas: dict[str, str] = {}  # operator: its schema, where C++ does not define it
 _launchers: dict[str, str] = {}  # operator: the module of kernels/ with its Triton launcher, a function of the operator's name
 _cuda: torch.library.Library | None = None  # holds the registrations; there once the extension is loaded
 
 
-def fake(operator: str, triton: str | None = None) -> Callable[[Callable[..., object]], Callable[..., object]]:
+def fake(operator: str, triton: str | None = None, schema: str | None = None) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Decorator: the shapes that torch.ops.dwa_fast.<operator> returns, for torch.compile and meta tensors.
 
     Args:
         triton: the module of kernels/ that launches the operator on CUDA; None where C++ does, or nothing.
+        schema: of an operator that Triton alone implements; None where C++ defines it.
     """
 
     def register(function: Callable[..., object]) -> Callable[..., object]:
         _fakes[operator] = function
         if triton is not None:
             _launchers[operator] = triton
+        if schema is not None:
+            _schemas[operator] = schema
         return function
 
     return register
@@ -69,9 +73,11 @@ def load() -> None:
     highest = _HIGHEST.get(torch.backends.cpu.get_cpu_capability())
     if highest and LEVELS.index(extension.cpu_level()) > LEVELS.index(highest):
         extension.set_cpu_level(highest)
+    _cuda = torch.library.Library("dwa_fast", "FRAGMENT")
+    for operator, schema in _schemas.items():
+        _cuda.define(f"{operator}{schema}")
     for operator, function in _fakes.items():
         torch.library.register_fake(f"dwa_fast::{operator}", function)
-    _cuda = torch.library.Library("dwa_fast", "IMPL")
     register_launchers(_cuda, "CUDA")
 
 

@@ -114,6 +114,29 @@ def matching_gradient(
     return value.detach(), torch.autograd.grad(value, leaf, grad)[0]
 
 
+def cross_entropy(
+    logits: Tensor,  # [N, C]
+    labels: Tensor,  # [N] int64
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # losses whose mean is the cross-entropy, here it alone, float32 or wider; [N, C]
+    """Cross-entropy, and the gradient of scale times it."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(leaf.to(torch.promote_types(leaf.dtype, torch.float32)), labels)
+    return loss.detach()[None], torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
+
+
+def record_(
+    losses: Tensor,  # [T, 3], row t written
+    step: Tensor,  # [] int64: t, advanced
+    of_images: Tensor,  # [N]
+    matching: Tensor,  # [2]
+) -> None:
+    """losses_t = (mean of of_images, R_mean, R_var); t ← (t + 1) mod T."""
+    losses.index_copy_(0, step[None], torch.cat([of_images.mean(0, keepdim=True), matching])[None])
+    step.add_(1).remainder_(len(losses))
+
+
 def view(
     images: Tensor,  # [N, C, H, W]
     rows: Tensor,  # [T, 7] int32, see schedule.Schedule
@@ -204,6 +227,8 @@ class Operators:
     moments: Callable[..., Tensor] = moments
     matching_loss: Callable[..., Tensor] = matching_loss
     matching_gradient: Callable[..., tuple[Tensor, Tensor]] = matching_gradient
+    cross_entropy: Callable[..., tuple[Tensor, Tensor]] = cross_entropy
+    record_: Callable[..., None] = record_
     view: Callable[..., Tensor] = view
     view_adam_clip_: Callable[..., None] = view_adam_clip_
     ascend_: Callable[..., Tensor] = ascend_

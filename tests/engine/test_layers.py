@@ -19,7 +19,7 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import trace_step
-from dwa_fast.engine.layers import LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
+from dwa_fast.engine.layers import GlobalMean, LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
 from dwa_fast.engine.refine import Refinement
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
@@ -175,6 +175,27 @@ def test_stem_has_the_librarys_outputs_and_gradients(geometry: tuple[int, ...], 
         found.append((y, *torch.autograd.grad(y, wanted, torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1)))))
     for theirs, own in zip(*found, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_stem_whose_weights_are_fixed() -> None:
+    """They are arranged once, and again at every call of fix."""
+    stem, gradient = StemConv(nn.Conv2d(3, 8, 3, padding=1, bias=False)), torch.randn(2, 8, 6, 6)
+    expected = stem.image_gradient(gradient, 6, 6)
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            stem.weight.mul_(factor)
+        stem.fix()
+        assert torch.equal(stem.image_gradient(gradient, 6, 6), factor * expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_global_mean_has_pytorchs_bits(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    y, gradient = torch.randn(3, 17, 5, 4).to(dtype).contiguous(memory_format=layout).requires_grad_(), torch.randn(3, 17, 1, 1).to(dtype)
+    means = [pool(y) for pool in (nn.AdaptiveAvgPool2d(1), GlobalMean())]
+    assert torch.equal(*means)
+    assert torch.equal(*(torch.autograd.grad(mean, y, gradient)[0] for mean in means))
+    assert [GlobalMean.suits(nn.AdaptiveAvgPool2d(size)) for size in (1, (1, 1), 2, (1, 2))] == [True, True, False, False]
 
 
 def test_stem_gradients_agree_with_differences() -> None:

@@ -152,6 +152,19 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
     assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
 
 
+def test_programs_without_sums_take_few_tiles(device: torch.device) -> None:
+    """As many as it takes, up to what a grid can have; the pointwise gradients keep their bits."""
+    y = batch((9, 64, 9, 9), torch.float32, device)  # 23 tiles
+    assert (kernel_layout.tiles(y).programs, kernel_layout.tiles(y, sums=False).programs) == (23, 6)
+    many = torch.empty(2**31 // (64 * 1024) + 3, 64, 32, 32, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    assert kernel_layout.tiles(many, sums=False).programs < 2**16
+    values, skip, of_sums = layer(64, device), torch.randn_like(y), torch.randn(2, 64, device=device)
+    _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, "relu", None)
+    behind = of_sums, y, *values, EPS, None, mask, True, "relu", None
+    frozen, asked = kernel.bn_act_backward(skip, *behind), kernel.bn_act_backward(skip, *behind, True)
+    assert all(torch.equal(*each) for each in zip(frozen[:2], asked[:2], strict=True))
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 2, 2), (5, 24, 9, 7)])
 def test_partial_sums_in_memory_that_is_given(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Their rows add up to the sums, and nothing else changes; memory of another shape is refused."""
