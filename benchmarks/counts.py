@@ -16,7 +16,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +38,7 @@ from dwa_fast.engine.refine import Refinement
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.ops import _library
+from dwa_fast.recipes import recipe
 
 # Kernels, and bytes where they were counted, before the fusions of version 0.2
 BEFORE = {"cifar100-resnet18": (144, 1.5e9), "imagenet-resnet18": (147, 6.2e9), "imagenet-resnet50": (320, 26.5e9)}
@@ -124,16 +124,16 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def count(teacher: nn.Module, workload: harness.Workload, batch: int, precision: str = "bf16") -> Counting:
     """Kernels and bytes of an iteration in its steady state."""
-    config = replace(harness.recipe_of(workload), iterations=4, batch_size=batch)
+    own = recipe(workload.recipe, iterations=4, batch_size=batch)
     _library.load()
     cuda = torch.device("cuda")
     execution = backend.Execution("fused", backend._fused(cuda), torch.device("cpu"), precision)
-    images = torch.randn(batch, config.channels, workload.size, workload.size)
+    images = torch.randn(batch, own.data.channels, workload.size, workload.size)
     network, _ = prepare(teacher, images[:3, :, :_TRIAL, :_TRIAL], execution)
     assert network.traced
     Arena(network, execution, moves=False)
     with execution.arithmetic():
-        refinement = Refinement(network, network, images.shape, config, execution)
+        refinement = Refinement(network, network, images.shape, own.synthesis, own.data, execution)
         with FakeTensorMode(allow_non_fake_inputs=True):
             refinement._iterate()  # what is made once per shape of the batch
             counting = Counting()
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.workload:
         workload = harness.WORKLOADS[name]
         torch.manual_seed(harness.SEED)
-        channels = harness.recipe_of(workload).channels
+        channels = recipe(workload.recipe).data.channels
         teacher = build(workload.architecture, classes=workload.classes, channels=channels, size=workload.size).eval()
         counting = count(teacher, workload, workload.batch, options.precision)
         console.print(table(name, counting))
