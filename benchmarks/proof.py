@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _GRACE = 3.0  # seconds between SIGTERM and SIGKILL
+_POLL = 0.02  # seconds between two checks of a step
 
 
 class Rows:
@@ -72,45 +73,63 @@ def run_steps(steps: Sequence[Step], rows: Rows, budget: float) -> list[str]:
 
 def _run(step: Step, rows: Rows, limit: float) -> tuple[str, int | None, float]:
     start = time.monotonic()
-    # A fork has everything imported already; it is legal because this process never touches a GPU.
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(step, rows))
-    process.start()
+    sys.stdout.flush()
+    process = os.fork()  # has everything imported already; it is legal because this process never touches a GPU
+    if process == 0:
+        _work(step, rows)
     try:
-        process.join(limit)
+        status = _wait(process, limit)
     except BaseException as reason:
         _stop(process)
         rows.add("step", name=step.name, outcome="stopped", exit=None, wall=round(time.monotonic() - start, 1), cause=type(reason).__name__)
         raise
     seconds = time.monotonic() - start
-    if process.exitcode is None:
+    if status is None:
         _stop(process)
         return "stopped", None, seconds
-    return "done" if process.exitcode == 0 else "failed", process.exitcode, seconds
+    return "done" if status == 0 else "failed", status, seconds
 
 
-def _work(step: Step, rows: Rows) -> None:
-    os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not callable(step.work):
-        os.execvpe(step.work[0], list(step.work), {**os.environ, **step.environment})
-    os.environ.update(step.environment)
+def _wait(process: int, limit: float) -> int | None:
+    """Exit status, the negative signal where one ended it; None where it still runs after that many seconds."""
+    until = time.monotonic() + limit
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(_POLL)
+
+
+def _work(step: Step, rows: Rows) -> NoReturn:
+    """The step, in a process group of its own; does not return."""
+    status = 1
     try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ.update(step.environment)
+        if not callable(step.work):
+            os.execvp(step.work[0], list(step.work))
         step.work(rows)
-    except Exception as error:
+        status = 0
+    except BaseException as error:
         traceback.print_exc()
         rows.add("error", step=step.name, error=f"{type(error).__name__}: {error}"[:2000])
+    finally:
         sys.stdout.flush()
-        os._exit(1)
+        sys.stderr.flush()
+        os._exit(status)
 
 
-def _stop(process: Any) -> None:
+def _stop(process: int) -> None:
     """End the process and all that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:  # it had not become the leader of its group, or has ended
-            process.kill()
-        process.join(_GRACE)
+        for end in (os.killpg, os.kill):  # it may not have become the leader of its group yet
+            with contextlib.suppress(ProcessLookupError):
+                end(process, number)
+        with contextlib.suppress(ChildProcessError):  # it has ended
+            _wait(process, _GRACE)
 
 
 def _terminated(number: int, frame: object) -> None:

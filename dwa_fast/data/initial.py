@@ -197,7 +197,7 @@ def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
         InputError: it cannot be read safely, is not a tensor, or has another shape, an integer type or values that are not finite.
     """
     content = read_archive(path, "tensor file")
-    wanted = f"wanted one of shape {shape}: an image per class, normalised"
+    wanted = f"expected one of shape {shape}: an image per class, normalised"
     if not isinstance(content, Tensor):
         raise InputError(f"tensor file {path} holds no tensor but {type(content).__name__}; {wanted}")
     if content.is_nested or content.layout != torch.strided or content.device.type != "cpu":

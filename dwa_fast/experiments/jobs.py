@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -119,4 +120,8 @@ def _run_in_processes(tasks: Sequence[_Task], jobs: int, progress_bar: StudyProg
             yield
         finished = True
     finally:
+        hook = threading.excepthook
+        if not finished:  # loky's own thread may run into pipes of the processes that are killed, and would print that
+            threading.excepthook = lambda _: None
         executor.shutdown(kill_workers=not finished)
+        threading.excepthook = hook

@@ -131,7 +131,7 @@ class FinishedStudents:
             before = dict(content["settings"])
             accuracies = {int(number): float(value) for number, value in content["accuracies"].items()}
             if content["format"] != _FORMAT or not all(0 <= value <= 100 for value in accuracies.values()):
-                raise ValueError(f"wanted format {_FORMAT} and accuracies in percent")
+                raise ValueError(f"expected format {_FORMAT} and accuracies in percent")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{self._file} cannot be read: {error}; remove it to train all students again") from error
         if not accuracies and not any(self._folder.glob("student*.state")):  # nothing is finished: the folder may take other settings

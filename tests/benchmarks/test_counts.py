@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dwa_fast import recipe
 from dwa_fast.models.architectures import build
 
 
@@ -24,7 +25,7 @@ def counts() -> ModuleType:
 def counted(counts: ModuleType, name: str, batch: int) -> Any:
     workload = replace(counts.harness.WORKLOADS[name], batch=batch)
     torch.manual_seed(0)
-    channels = counts.harness.recipe_of(workload).channels
+    channels = recipe(workload.recipe).data.channels
     teacher = build(workload.architecture, classes=workload.classes, channels=channels, size=workload.size).eval()
     return counts.count(teacher, workload, batch)
 

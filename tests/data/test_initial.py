@@ -191,7 +191,7 @@ def test_tensors_give_the_same_set_as_the_images_that_they_hold(tmp_path: Path) 
 
 
 SHAPE = (10, 1, SIZE, SIZE)
-WANTED = "wanted one of shape (10, 1, 8, 8): an image per class, normalised"
+WANTED = "expected one of shape (10, 1, 8, 8): an image per class, normalised"
 TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
     "classes": (lambda: torch.zeros(100, 1, SIZE, SIZE), f"holds a tensor of shape (100, 1, 8, 8); {WANTED}"),
     "channels": (lambda: torch.zeros(10, 3, SIZE, SIZE), f"holds a tensor of shape (10, 3, 8, 8); {WANTED}"),

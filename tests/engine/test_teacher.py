@@ -184,6 +184,6 @@ def test_copies_are_compared_without_tensorfloat32() -> None:
             return super().forward(x)
 
     execution = replace(resolve("fused", "fp32", "cpu"), precision="tf32")
-    prepare(Watching(*small_teacher()), real_images()[0], execution)
+    prepare(Watching(small_teacher()), real_images()[0], execution)
     assert allowed
     assert not any(allowed)

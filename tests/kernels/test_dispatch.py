@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,7 +128,7 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
     torch.manual_seed(0)
     teacher = alive(build("small-resnet", classes=10, channels=1, size=8))
     images, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 9])
-    config = replace(recipe("digits"), iterations=3)
+    own = recipe("digits", iterations=3)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     results = {}
     for name, precision, operators in (
@@ -141,8 +140,8 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
         network, _ = prepare(teacher, images, execution)
         Arena(network, execution, moves=False)
         with execution.arithmetic():
-            loop = Refinement(network, network, images.shape, config, execution)
-            loop.load(images, labels, make_schedule(config, 8, 8, seed=0, batch=0))
+            loop = Refinement(network, network, images.shape, own.synthesis, own.data, execution)
+            loop.load(images, labels, make_schedule(own.synthesis, 8, 8, seed=0, batch=0))
             loop.advance(3)
         results[name] = loop.images.double(), loop.losses.double()
         assert bool(network._arenas) == (name == "fused")
