@@ -22,7 +22,26 @@ from dwa_fast.engine.packing import pack_convolutions
 GraphMemory = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
 
 TRACING = threading.RLock()  # held while a step or a teacher is traced or recorded: torch.fx patches nn.Module for all threads of a process
+_STREAMS = 32  # that PyTorch has for a device, and hands out in turns
 _WARM_UPS = 3  # before a capture: libraries choose their algorithms and allocate their workspaces
+
+
+_taken: set[int] = set()  # handles of the streams that have an owner
+
+
+def take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU that nobody else has taken; only where all have an owner it is one of theirs."""
+    for _ in range(_STREAMS):
+        stream = torch.cuda.Stream(device)
+        if stream.cuda_stream not in _taken:
+            break
+    _taken.add(stream.cuda_stream)
+    return stream
+
+
+def return_stream(stream: torch.cuda.Stream) -> None:
+    """Let others take it again."""
+    _taken.discard(stream.cuda_stream)
 
 
 def trace_step(step: Callable[[], None]) -> GraphModule:
@@ -135,6 +154,7 @@ class CapturedStep:
         self._step: Callable[[], None] | None = step
         self._tape: OpTape | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._launch: Callable[[int, int, int], None] | None = None  # repeats the graph from C++; PyTorch does where that was not built
         if not records:
             return
         with TRACING:
@@ -144,6 +164,8 @@ class CapturedStep:
                 return
             if execution.device.type == "cuda":
                 self._graph = _captured(step, execution.device, graph_memory)
+                if ops.cause() is None and ops.built_with()["has_cuda"]:
+                    self._launch = importlib.import_module("dwa_fast._C").launch_graph
             else:
                 self._tape = OpTape(step)
         self._step = None
@@ -157,9 +179,9 @@ class CapturedStep:
         """Repeat the step; on a GPU this only queues the work."""
         if self._tape is not None:
             self._tape.run(times)
-        elif self._graph is not None and ops.cause() is None and ops.built_with()["has_cuda"]:
+        elif self._launch is not None and self._graph is not None:
             stream = torch.cuda.current_stream(self._execution.device).cuda_stream
-            importlib.import_module("dwa_fast._C").launch_graph(self._graph.raw_cuda_graph_exec(), stream, times)
+            self._launch(self._graph.raw_cuda_graph_exec(), stream, times)
         else:
             repeated = self._step or self._graph.replay  # type: ignore[union-attr]  # one of both
             for _ in range(times):

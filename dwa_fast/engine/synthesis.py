@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
+from dwa_fast.engine.capture import return_stream, take_stream
 from dwa_fast.engine.refine import Refinement, matching_dominates, noise
 from dwa_fast.engine.teacher import Network, check_precision, prepare
 from dwa_fast.errors import InputError
@@ -43,7 +44,7 @@ class Replica:
             self._matcher = copy.deepcopy(network)
             Arena(self._matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
-        self._stream = _take_stream(execution.device) if cuda else None
+        self._stream = take_stream(execution.device) if cuda else None
         self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
         self._ascent = Ascent(network, config, execution, self._graph_memory)
         self._refinements: dict[torch.Size, Refinement] = {}
@@ -109,7 +110,9 @@ class Replica:
         self._ascent.close()
         for refinement in self._refinements.values():
             refinement.close()
-        _free_streams.append(self._stream)
+        for network in {self._network, self._matcher}:
+            network.close()
+        return_stream(self._stream)
         self._stream = None
 
     def view(
@@ -139,18 +142,6 @@ class Replica:
             self._stream.wait_stream(torch.cuda.current_stream(self.execution.device))
         with torch.cuda.stream(self._stream), self.execution.arithmetic():
             yield
-
-
-_free_streams: list[torch.cuda.Stream] = []  # of replicas that were closed: PyTorch has 32 of them, and hands them out in turns
-
-
-def _take_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that no other replica has."""
-    for stream in _free_streams:
-        if stream.device == device:
-            _free_streams.remove(stream)
-            return stream
-    return torch.cuda.Stream(device)
 
 
 class Synthesizer:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from dwa_fast.engine import fuse
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.capture import TRACING, trace_step
+from dwa_fast.engine.capture import TRACING, return_stream, take_stream, trace_step
 from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, trace
 from dwa_fast.engine.layers import StemConv, replace_strided_pointwise
@@ -75,7 +75,7 @@ class MatchingPlan:
             },
             places=torch.tensor([starts[:-1], [shape[1] for shape in shapes]], device=device),
             finished=torch.zeros(1, dtype=torch.int32, device=device),
-            side=torch.cuda.Stream(device) if device.type == "cuda" else None,
+            side=take_stream(device) if device.type == "cuda" else None,
             written=torch.cuda.Event() if device.type == "cuda" else None,
         )
 
@@ -111,6 +111,14 @@ class Network(nn.Module):
         for layer in self.layers.values():
             if isinstance(layer, Recorder):
                 layer.remove()
+
+    def close(self) -> None:
+        """Return the streams of a GPU; the network cannot be used any more."""
+        for plan in self._plans.values():
+            if plan.side is not None:
+                return_stream(plan.side)
+        self._plans.clear()
+        self._arenas.clear()
 
     @contextmanager
     def trainable(self) -> Iterator[None]:

@@ -123,5 +123,7 @@ def _run_in_processes(tasks: Sequence[_Task], jobs: int, progress_bar: StudyProg
         hook = threading.excepthook
         if not finished:  # loky's own thread may run into pipes of the processes that are killed, and would print that
             threading.excepthook = lambda _: None
-        executor.shutdown(kill_workers=not finished)
-        threading.excepthook = hook
+        try:
+            executor.shutdown(kill_workers=not finished)
+        finally:
+            threading.excepthook = hook

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast import synthesize
-from dwa_fast.engine import capture, synthesis
+from dwa_fast.engine import ascent, capture, synthesis
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, OpTape, compile_step
@@ -170,11 +172,27 @@ def test_ascents_of_all_batches_are_queued_before_one_is_waited_for(monkeypatch:
     order: list[str] = []
     adjust = Ascent.adjust
     monkeypatch.setattr(Ascent, "adjust", lambda *arguments: [order.append("ascent"), adjust(*arguments)][1])
-    monkeypatch.setattr(synthesis, "check_norms", lambda *_: order.append("check"))
+    for module in (ascent, synthesis):
+        monkeypatch.setattr(module, "check_norms", lambda *_: order.append("check"))
     config = small_recipe(backend="reference", concurrent_batches=2, iterations=2)
     engine = Synthesizer(small_teacher(), images, config.synthesis, config.data)
     engine.run([Batch(0, images[:6], labels[:6]), Batch(1, images[6:], labels[6:])], seed=0)
     assert order == ["ascent", "ascent", "check", "check"]
+
+
+def test_a_stream_has_one_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch hands out a few streams in turns: one that is in use is passed over, until none is left."""
+    handles = itertools.cycle(range(capture._STREAMS))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=next(handles)))
+    monkeypatch.setattr(capture, "_taken", set())
+    device = torch.device("cuda:0")
+    first, *others = (capture.take_stream(device) for _ in range(5))
+    for each in others:
+        capture.return_stream(each)
+    more = [capture.take_stream(device).cuda_stream for _ in range(capture._STREAMS - 1)]
+    assert sorted(more) == list(range(1, capture._STREAMS))
+    assert first.cuda_stream == 0
+    assert capture.take_stream(device).cuda_stream in range(capture._STREAMS)
 
 
 @pytest.mark.gpu
