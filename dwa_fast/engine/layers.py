@@ -105,7 +105,7 @@ class StemConv(LeanConv):
         inside = (kernel >= 0) & (kernel < size)
         kernel = kernel.clamp(0, size - 1)
         outputs, channels = layer.out_channels, layer.in_channels
-        self.fixed: Tensor | None = None  # the weights that `fix` has arranged
+        self.arranged: Tensor | None = None  # the weights that `refresh` has arranged
         # [C, r, r, m, m, O] → place in w, which lies as [O, K, K, C]
         row, column = kernel[None, :, None, :, None, None], kernel[None, None, :, None, :, None]
         channel = torch.arange(channels).view(-1, 1, 1, 1, 1, 1)
@@ -148,7 +148,7 @@ class StemConv(LeanConv):
         width: int,
     ) -> Tensor:  # [N, C, H, W]
         """Adjoint of the convolution with the weights that it has now."""
-        blocks = self._blocks() if self.fixed is None else self.fixed
+        blocks = self._blocks() if self.arranged is None else self.arranged
         step = _BLOCK // self.stride[0]
         rows, columns = -(-height // _BLOCK), -(-width // _BLOCK)
         beyond = max((n - 1) * step + self.extent - m for n, m in ((rows, gradient.shape[2]), (columns, gradient.shape[3])))
@@ -158,10 +158,10 @@ class StemConv(LeanConv):
         result = result[:, :channels, skipped : skipped + rows, skipped : skipped + columns]
         return F.pixel_shuffle(result, _BLOCK)[:, :, :height, :width]
 
-    def fix(self) -> None:
+    def refresh(self) -> None:
         """Arrange the weights for `image_gradient` once, until the next call: to be called whenever they have changed."""
         blocks = self._blocks()
-        self.fixed = blocks if self.fixed is None else self.fixed.copy_(blocks)
+        self.arranged = blocks if self.arranged is None else self.arranged.copy_(blocks)
 
     def _blocks(self) -> Tensor:  # [4·C, O, m, m]
         places = self.weight.detach().permute(0, 2, 3, 1).reshape(-1)

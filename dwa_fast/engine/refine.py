@@ -45,7 +45,7 @@ class Refinement:
         lambdas = torch.tensor([config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
         self.of_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
-        self._fix()
+        self._refresh()
         records = not (classifier.unrecorded or matcher.unrecorded)
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
@@ -57,7 +57,7 @@ class Refinement:
         self.learning_rates.copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
-        self._fix()
+        self._refresh()
         self._captured.refresh()
 
     def advance(self, iterations: int) -> None:
@@ -76,9 +76,9 @@ class Refinement:
         """
         return self.images.clone(), _finite(self.losses.clone(), self.execution.precision)
 
-    def _fix(self) -> None:
+    def _refresh(self) -> None:
         for network in {self.classifier, self.matcher}:
-            network.fix()
+            network.refresh()
 
     def _iterate(self) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter."""

@@ -146,11 +146,11 @@ class Network(nn.Module):
             logits: Tensor = self.module(images)
         return logits
 
-    def fix(self) -> None:
+    def refresh(self) -> None:
         """Prepare for the weights as they are now; to be called whenever they have changed, before gradients of the images are taken."""
         for layer in self.modules():
             if isinstance(layer, StemConv):
-                layer.fix()
+                layer.refresh()
 
     def forget(self) -> None:
         """Let go of the moments of the last forward pass, which may belong to a graph: what holds a graph cannot be copied."""

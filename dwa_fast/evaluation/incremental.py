@@ -18,7 +18,7 @@ from dwa_fast.data.subsets import some_classes
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive, generator
-from dwa_fast.training.fit import check_logits_of, check_set
+from dwa_fast.training.fit import check_set, check_teacher_logits
 from dwa_fast.training.validate import validate
 
 _MARK = 16  # characters of the checksum of a set in the names of its folders
@@ -74,7 +74,7 @@ def learn(
         if images.class_names != test.class_names:
             raise InputError(f"set {name!r} has other classes than the held-out images")
     if recipe.validation.labels == "soft":
-        check_logits_of(teacher, test, recipe.data, device)
+        check_teacher_logits(teacher, test, recipe.data, device)
     orders = [class_order(len(test.class_names), config.tasks, seed=seed, index=index) for index in range(config.seeds)]
     marks = {name: image_digest(images)[:_MARK] for name, images in sets.items()}
     places = [(index, name, task) for index in range(config.seeds) for name in sets for task in range(config.tasks)]

@@ -129,7 +129,7 @@ def check_set(data: ImageSet, what: str) -> None:
         raise InputError(f"labels of the {what} must lie in 0 … {last}, the classes of the set, got {low if low < 0 else high}")
 
 
-def check_logits_of(teacher: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
+def check_teacher_logits(teacher: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
     """Run a teacher on the first two images of a set and check its logits.
 
     Raises:
@@ -174,9 +174,9 @@ def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, devi
     """Check that a teacher can label the batches of a set.
 
     Raises:
-        InputError: as `check_logits_of`, and for a teacher in train mode as `check_batches`.
+        InputError: as `check_teacher_logits`, and for a teacher in train mode as `check_batches`.
     """
-    check_logits_of(teacher, data, recipe.data, device)
+    check_teacher_logits(teacher, data, recipe.data, device)
     if recipe.validation.teacher_mode == "train":
         check_batches(lambda: copy.deepcopy(teacher).to(device), data, recipe.validation.batch_size, device, "teacher")
 

@@ -178,13 +178,13 @@ def test_stem_has_the_librarys_outputs_and_gradients(geometry: tuple[int, ...], 
 
 
 def test_stem_whose_weights_are_fixed() -> None:
-    """They are arranged once, and again at every call of fix."""
+    """They are arranged once, and again at every call of refresh."""
     stem, gradient = StemConv(nn.Conv2d(3, 8, 3, padding=1, bias=False)), torch.randn(2, 8, 6, 6)
     expected = stem.image_gradient(gradient, 6, 6)
     for factor in (1.0, 2.0):
         with torch.no_grad():
             stem.weight.mul_(factor)
-        stem.fix()
+        stem.refresh()
         assert torch.equal(stem.image_gradient(gradient, 6, 6), factor * expected)
 
 
