@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from dwa_fast.config import DataConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_choice
+from dwa_fast.config import LATER_SETTINGS, DataConfig, SqueezeConfig, SynthesisConfig, ValidationConfig, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,12 @@ class Recipe:
     validation: ValidationConfig
 
     def settings(self, stage: Literal["synthesis", "squeeze", "validation"]) -> dict[str, Any]:
-        """The settings of a stage with mean and std, as manifests, checkpoints and records hold them."""
-        return {"mean": self.data.mean, "std": self.data.std, **asdict(getattr(self, stage))}
+        """The settings of a stage with mean and std, as manifests, checkpoints and records hold them.
+
+        A setting that files of version 0.2.0 do not have is left out where it has the value that they were made with.
+        """
+        settings = {"mean": self.data.mean, "std": self.data.std, **asdict(getattr(self, stage))}
+        return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
 
 
 def _sre2l(dwa: SynthesisConfig) -> SynthesisConfig:

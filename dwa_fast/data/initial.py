@@ -43,8 +43,8 @@ class InitialImages(Protocol):
             InputError: as `load`, for the first one that cannot.
         """
 
-    def load(self, labels: Sequence[int], index: int) -> Tensor:
-        """Image `index` of each of these classes, [n, C, S, S], normalised."""
+    def load(self, images: Sequence[tuple[int, int]]) -> Tensor:
+        """Initial images, [n, C, S, S], normalised, by label and index in its class of each."""
 
 
 def initial_images(
@@ -80,14 +80,21 @@ class RealImages:
         self._classes: dict[int, _ClassOrder] = {}
         self._lock = Lock()
 
-    def load(self, labels: Sequence[int], index: int) -> Tensor:
-        """Image `index` of each of these classes, all different, [n, C, S, S], normalised.
+    def load(self, images: Sequence[tuple[int, int]]) -> Tensor:
+        """Initial images, [n, C, S, S], normalised.
 
+        Args:
+            images: label and index in its class of each.
         Raises:
             InputError: a file is not an image and may not be skipped, or a class has too few images that can be decoded.
         """
+        indices: dict[int, list[int]] = {}
+        for label, index in images:
+            indices.setdefault(label, []).append(index)
         with self._lock:  # each class is advanced by one thread at a time
-            return normalise(torch.cat(list(READERS.map(lambda label: self._find(label, index), labels))), self._normalisation)
+            classes = READERS.map(lambda label: {(label, index): self._find(label, index) for index in indices[label]}, indices)
+            pixels = {image: content for own in classes for image, content in own.items()}
+        return normalise(torch.cat([pixels[image] for image in images]), self._normalisation)
 
     def check(self, last: Mapping[int, int]) -> None:
         """Decode the images of each class up to the given index.
@@ -159,7 +166,7 @@ class TensorImages:
         self.settings: dict[str, Any] = {"initial_tensors": checksum(tensor_file(folder, 0))}
         self.skipped: dict[str, str] = {}
         self._folder, self._shape = folder, shape
-        self._last: tuple[int, Tensor] | None = None  # cached, since all batches of an index come from one file
+        self._last: dict[int, Tensor] = {}  # files of the last batch: others with the same indices follow
         self._lock = Lock()
 
     def check(self, last: Mapping[int, int]) -> None:
@@ -171,16 +178,19 @@ class TensorImages:
         for index in range(max(last.values()) + 1):
             read_tensor(tensor_file(self._folder, index), self._shape)
 
-    def load(self, labels: Sequence[int], index: int) -> Tensor:
-        """Image `index` of each of these classes, [n, C, S, S], normalised.
+    def load(self, images: Sequence[tuple[int, int]]) -> Tensor:
+        """Initial images, [n, C, S, S], normalised, by label and index of each.
 
         Raises:
             InputError: as `read_tensor`.
         """
         with self._lock:
-            if self._last is None or self._last[0] != index:
-                self._last = index, read_tensor(tensor_file(self._folder, index), self._shape)
-            return self._last[1][list(labels)]
+            files = {index: self._last.get(index) for _, index in images}
+            self._last = {
+                index: read_tensor(tensor_file(self._folder, index), self._shape) if content is None else content
+                for index, content in files.items()
+            }
+            return torch.stack([self._last[index][label] for label, index in images])
 
 
 def tensor_file(folder: Path, index: int) -> Path:
@@ -222,9 +232,9 @@ class NoImages:
     def check(self, last: Mapping[int, int]) -> None:
         """Nothing to check."""
 
-    def load(self, labels: Sequence[int], index: int) -> Tensor:
-        """The same noise for every class, [n, C, S, S]."""
-        return self._image.expand(len(labels), -1, -1, -1)
+    def load(self, images: Sequence[tuple[int, int]]) -> Tensor:
+        """The same noise for every image, [n, C, S, S]."""
+        return self._image.expand(len(images), -1, -1, -1)
 
 
 def probe_image(data: ImageSet) -> Tensor:

@@ -186,7 +186,7 @@ def _copy_real(setup: Setup, source: DistilledSource, ipc: int, folder: Path) ->
     if missing:
         store.begin()
     for item in missing:
-        levels = to_levels(denormalise(start.load(item.labels, item.index), normalisation))
+        levels = to_levels(denormalise(start.load(item.images), normalisation))
         store.write(item, levels, skipped=dict(start.skipped))
     store.finish(items)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dwa_fast.config import LATER_SETTINGS
 from dwa_fast.errors import InputError
 
 
@@ -22,6 +23,7 @@ def refuse_change(place: Path, what: str, before: Mapping[str, Any], now: Mappin
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The changed settings with both values, as text; empty if there are none."""
+    before, now = {**LATER_SETTINGS, **before}, {**LATER_SETTINGS, **now}
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     return "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
 

@@ -34,10 +34,21 @@ Observer = Callable[[BatchSpec, Rows], None]  # called with a batch that is on t
 _WAITING = 4  # batches that may wait to be written, for each of config.concurrent_batches
 
 
-def batch_specs(classes: int, ipc: int, batch_size: int) -> list[BatchSpec]:
-    """All batches, image index by image index; the list of a larger ipc starts with that of a smaller one."""
-    chunks = [list(range(start, min(start + batch_size, classes))) for start in range(0, classes, batch_size)]
-    return [BatchSpec(index * len(chunks) + number, index, labels) for index in range(ipc) for number, labels in enumerate(chunks)]
+def batch_specs(classes: int, ipc: int, batch_size: int, batch_ipc: int = 1) -> list[BatchSpec]:
+    """All batches, image index by image index; the list of a larger ipc starts with that of a smaller one.
+
+    Args:
+        batch_size: most images of a batch; a batch has at least one class.
+        batch_ipc: images of each class in a batch.
+    Raises:
+        InputError: ipc is no multiple of batch_ipc.
+    """
+    if ipc % batch_ipc:
+        raise InputError(f"ipc must be a multiple of batch_ipc, which is {batch_ipc}, got {ipc}")
+    step = max(1, batch_size // batch_ipc)
+    chunks = [list(range(start, min(start + step, classes))) for start in range(0, classes, step)]
+    starts = [(index, chunk) for index in range(0, ipc, batch_ipc) for chunk in chunks]
+    return [BatchSpec(number, index, chunk * batch_ipc) for number, (index, chunk) in enumerate(starts)]
 
 
 def distill(
@@ -77,16 +88,16 @@ def distill(
     Returns:
         the number of images that this call made.
     Raises:
-        InputError: as `synthesize`; or a class has fewer than ipc images, one of the initial images cannot be decoded, the folder holds a
-            set of other settings or cannot be written.
+        InputError: as `synthesize`; or ipc is no multiple of batch_ipc, a class has fewer than ipc images, one of the initial images cannot
+            be decoded, the folder holds a set of other settings or cannot be written.
     """
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     check_integer("ipc", ipc, 1)
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
+    batches = batch_specs(classes, ipc, config.batch_size, config.batch_ipc)
     images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed)
-    batches = batch_specs(classes, ipc, config.batch_size)
     network = teacher if logits is None else SelectedOutput(teacher, logits)
     sizes = sorted({len(batch.labels) for batch in batches})
     synthesizer = Synthesizer(network, probe_image(data), config, recipe.data, batch_sizes=sizes)
@@ -173,7 +184,7 @@ class SetBuilder:
     def _load(self) -> list[tuple[BatchSpec, Batch]]:
         """The next concurrent batches with their initial images; empty when there are no more."""
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
-        return [(item, Batch(item.number, self.initial_images.load(item.labels, item.index), torch.tensor(item.labels))) for item in group]
+        return [(item, Batch(item.number, self.initial_images.load(item.images), torch.tensor(item.labels))) for item in group]
 
     def _write(
         self,
@@ -192,7 +203,8 @@ def _last_indices(batches: Iterable[BatchSpec]) -> dict[int, int]:
     """For each class of these batches, the last of its images in them."""
     last: dict[int, int] = {}
     for batch in batches:
-        last |= {label: max(batch.index, last.get(label, 0)) for label in batch.labels}
+        for label, index in batch.images:
+            last[label] = max(index, last.get(label, 0))
     return last
 
 

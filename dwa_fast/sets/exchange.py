@@ -189,7 +189,7 @@ def write_set(
     made = sum(len(batch.labels) for batch in missing)
     done = len(labels) - made
     for batch in missing:
-        content = [images(places[label, batch.index]) for label in batch.labels]
+        content = [images(places[image]) for image in batch.images]
         store.write(batch, [each for each in content if isinstance(each, bytes)] or torch.stack(content))  # type: ignore[arg-type]
         done += len(batch.labels)
         if progress:

@@ -29,7 +29,7 @@ class Preview:
 
     def shows(self, item: BatchSpec) -> bool:
         """Whether an image of this batch is on the sheet."""
-        return item.index < self._columns and min(item.labels) < self._rows
+        return any(label < self._rows and index < self._columns for label, index in item.images)
 
     def draw(self) -> None:
         """Write the sheet with every image that is in the folder by now, whoever made it."""

@@ -36,11 +36,16 @@ log = logging.getLogger("dwa_fast")
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """One batch: image `index` of each of these classes."""
+    """One batch: an image for each label. Those of a class are image `index`, `index` + 1, … of it."""
 
     number: int  # picks the random streams
     index: int
     labels: list[int]
+
+    @property
+    def images(self) -> list[tuple[int, int]]:
+        """Label and index of each image."""
+        return [(label, self.index + self.labels[:place].count(label)) for place, label in enumerate(self.labels)]
 
 
 class ImageStore:
@@ -113,7 +118,7 @@ class ImageStore:
         Raises:
             InputError: the disk is full, the folder is read-only, or the like; the message names the file.
         """
-        names = [self.name(label, batch.index) for label in batch.labels]
+        names = [self.name(label, index) for label, index in batch.images]
         self._make_folders([self.root, *{(self.root / name).parent for name in names}])
         with ThreadPoolExecutor(_THREADS) as pool:
             sums = list(pool.map(self._write_image, names, levels))
@@ -161,7 +166,7 @@ class ImageStore:
         return image_name(label, index, len(self.class_names), "jpg" if self.storage.image_format == "jpeg" else "png")
 
     def _is_whole(self, batch: BatchSpec) -> bool:
-        names = [self.name(label, batch.index) for label in batch.labels]
+        names = [self.name(label, index) for label, index in batch.images]
         logged = batch.number in self._losses or self.storage.losses_every == 0
         return logged and all(name in self._images and _has_checksum(self.root / name, self._images[name]) for name in names)
 

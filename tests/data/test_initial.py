@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,16 @@ def levels(images: Tensor) -> list[int]:
     return (images[:, 0, 0, 0] * CONFIG.data.std[0] + CONFIG.data.mean[0]).mul(255).round().int().tolist()
 
 
+def at(index: int, labels: Iterable[int]) -> list[tuple[int, int]]:
+    """Image `index` of each of these classes."""
+    return [(label, index) for label in labels]
+
+
 def chosen(data: FileSet, ipc: int, *, seed: int = 0, **settings: Any) -> tuple[list[list[int]], dict[str, str]]:
     """Levels of the initial images, index by index, and what was skipped."""
     start = initial_images(data, CONFIG, InitialConfig(**settings), ipc=ipc, seed=seed)
     classes = range(len(data.class_names))
-    return [levels(start.load(classes, index)) for index in range(ipc)], start.skipped
+    return [levels(start.load(at(index, classes))) for index in range(ipc)], start.skipped
 
 
 def test_sampled_images_are_the_seeded_sample() -> None:
@@ -53,7 +58,7 @@ def test_sampled_images_are_the_seeded_sample() -> None:
     start = initial_images(data, CONFIG, InitialConfig(), ipc=3, seed=1)
     for index in (2, 0):
         wanted = data.load([sample(data, label, 3, seed=1)[index] for label in (7, 2)])
-        assert torch.equal(start.load([7, 2], index), normalise(wanted, CONFIG.data))
+        assert torch.equal(start.load([(7, index), (2, index)]), normalise(wanted, CONFIG.data))
 
 
 def test_sorted_images_are_the_first_of_each_class(tmp_path: Path) -> None:
@@ -62,7 +67,8 @@ def test_sorted_images_are_the_first_of_each_class(tmp_path: Path) -> None:
     assert chosen(files(tmp_path), 2, initial_order="sorted", seed=9)[0] == [[0, 20, 40], [1, 21, 41]]
     data = small_set()
     start = initial_images(data, CONFIG, InitialConfig(initial_order="sorted"), ipc=2, seed=0)
-    assert torch.equal(start.load([0, 9], 1), normalise(data.load([1, 55]), CONFIG.data))
+    assert torch.equal(start.load([(9, 1), (0, 0), (9, 0)]), normalise(data.load([55, 0, 54]), CONFIG.data))
+    assert torch.equal(start.load([(0, 1), (9, 1)]), normalise(data.load([1, 55]), CONFIG.data))
 
 
 @pytest.mark.parametrize("order", ["sampled", "sorted"])
@@ -79,10 +85,10 @@ def test_bad_image_is_named_with_the_flag_that_skips_it(tmp_path: Path) -> None:
     write_files(tmp_path)
     (tmp_path / "c3" / "1.png").write_bytes(b"no image")
     start = initial_images(files(tmp_path), CONFIG, InitialConfig(initial_order="sorted"), ipc=3, seed=0)
-    start.load([3], 0)
+    start.load([(3, 0)])
     for _ in range(2):  # asked again it is still bad, and not passed over
         with pytest.raises(InputError, match=r"c3/1\.png is no image that can be read: .*; with --skip-bad-images the next image"):
-            start.load(range(10), 1)
+            start.load(at(1, range(10)))
 
 
 def test_bad_image_before_the_one_asked_for_is_found(tmp_path: Path) -> None:
@@ -91,7 +97,7 @@ def test_bad_image_before_the_one_asked_for_is_found(tmp_path: Path) -> None:
     (tmp_path / "c3" / "1.png").write_bytes(b"no image")
     start = initial_images(files(tmp_path), CONFIG, InitialConfig(initial_order="sorted"), ipc=3, seed=0)
     with pytest.raises(InputError, match=r"c3/1\.png"):
-        start.load([3], 2)
+        start.load([(3, 2)])
 
 
 def test_skipped_images_do_not_depend_on_who_asks_when(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +111,7 @@ def test_skipped_images_do_not_depend_on_who_asks_when(tmp_path: Path, caplog: p
     assert sorted(record.getMessage() for record in caplog.records) == [f"skipped {name}: it is empty" for name in sorted(skipped)]
     other = initial_images(files(tmp_path), CONFIG, InitialConfig(initial_order="sorted", skip_bad_images=True), ipc=3, seed=0)
     for index, labels in ((2, [8, 3]), (0, [3]), (1, [3, 8])):
-        assert levels(other.load(labels, index)) == [whole[index][label] for label in labels]
+        assert levels(other.load(at(index, labels))) == [whole[index][label] for label in labels]
 
 
 def test_class_of_too_few_good_images(tmp_path: Path) -> None:
@@ -173,19 +179,19 @@ def test_tensors_are_taken_as_they_are(tmp_path: Path) -> None:
     save_tensors(tmp_path, [tensors[0].requires_grad_(), tensors[1]])
     start = initial_images(small_set(), CONFIG, InitialConfig(initial_tensors=tmp_path), ipc=2, seed=0)
     for index, labels in ((1, [4, 5]), (0, [9]), (1, [0])):
-        assert torch.equal(start.load(labels, index), tensors[index][labels].detach().float())
+        assert torch.equal(start.load(at(index, labels)), tensors[index][labels].detach().float())
 
 
 def test_tensors_give_the_same_set_as_the_images_that_they_hold(tmp_path: Path) -> None:
     data = small_set()
     start = initial_images(data, CONFIG, InitialConfig(), ipc=2, seed=0)
-    save_tensors(tmp_path, [start.load(range(10), index) for index in range(2)])
+    save_tensors(tmp_path, [start.load(at(index, range(10))) for index in range(2)])
     distil(data, tmp_path / "images")
     distil(data, tmp_path / "tensors", initial_tensors=tmp_path)
     images, tensors = read_manifest(tmp_path / "images"), read_manifest(tmp_path / "tensors")
     assert images["images"] == tensors["images"]
     assert tensors["settings"]["initial_tensors"] == checksum(tmp_path / "tensor_0.pt")
-    torch.save(start.load(range(10), 1), tmp_path / "tensor_0.pt")
+    torch.save(start.load(at(1, range(10))), tmp_path / "tensor_0.pt")
     with pytest.raises(InputError, match="made with other settings"):
         distil(data, tmp_path / "tensors", initial_tensors=tmp_path)
 

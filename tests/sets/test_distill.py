@@ -6,18 +6,21 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.distributed import HashStore
 
-from dwa_fast import InputError, distill
+from dwa_fast import InputError, distill, synthesize
+from dwa_fast.data.datasets import denormalise, normalise, to_levels
 from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import BatchSpec, batch_specs
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import TorchrunWorker
+from dwa_fast.threads import torch_threads
 from tests.nets import small_recipe, small_set, small_teacher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -42,6 +45,48 @@ def test_batch_specs_begin_with_the_smaller_one() -> None:
         BatchSpec(3, 1, [3, 4]),
     ]
     assert batch_specs(5, 4, 3)[:4] == batch_specs(5, 2, 3)
+
+
+def test_batch_specs_with_several_images_of_a_class() -> None:
+    batches = batch_specs(3, 4, 5, batch_ipc=2)
+    assert batches == [
+        BatchSpec(0, 0, [0, 1, 0, 1]),
+        BatchSpec(1, 0, [2, 2]),
+        BatchSpec(2, 2, [0, 1, 0, 1]),
+        BatchSpec(3, 2, [2, 2]),
+    ]
+    assert batches[2].images == [(0, 2), (1, 2), (0, 3), (1, 3)]
+    assert batch_specs(3, 2, 5, batch_ipc=2) == batches[:2]
+    assert [each.labels for each in batch_specs(3, 4, 2, batch_ipc=4)] == [[0] * 4, [1] * 4, [2] * 4]  # a batch has at least one class
+    for ipc in (1, 3):
+        with pytest.raises(InputError, match=f"ipc must be a multiple of batch_ipc, which is 2, got {ipc}"):
+            batch_specs(3, ipc, 5, batch_ipc=2)
+
+
+def test_a_batch_with_several_images_of_a_class(tmp_path: Path) -> None:
+    """Those of `synthesize` for the same initial images in one batch, under the names that they have one by one."""
+    run(tmp_path / "set", ipc=2, batch_size=20, batch_ipc=2)
+    manifest = read_manifest(tmp_path / "set")
+    assert (manifest["settings"]["batch_ipc"], len(manifest["images"]), len(manifest["losses"])) == (2, 20, 1)
+    data, config = small_set(), small_recipe(iterations=4, batch_size=20, backend="reference")
+    order = [sample(data, label, 2, seed=0)[index] for index in range(2) for label in range(10)]
+    with torch_threads(2):
+        images = synthesize(small_teacher(), normalise(data.load(order), config.data), data.labels[order], config, seed=0).images
+    levels = to_levels(denormalise(images, config.data))
+    for place in range(20):
+        with Image.open(tmp_path / "set" / "images" / image_name(place % 10, place // 10, 10)) as image:
+            assert torch.equal(torch.from_numpy(np.array(image)), levels[place, 0])
+    whole = contents(tmp_path / "set")
+    (tmp_path / "set" / "images" / image_name(3, 1, 10)).unlink()
+    assert run(tmp_path / "set", ipc=2, batch_size=20, batch_ipc=2) == 20  # its whole batch
+    assert contents(tmp_path / "set") == whole
+    assert run(tmp_path / "set", ipc=4, batch_size=20, batch_ipc=2) == 20
+    grown = contents(tmp_path / "set")
+    assert all(grown[name] == content for name, content in whole.items() if name.endswith(".png"))
+    with pytest.raises(InputError, match="batch_ipc was 2, is 1"):
+        run(tmp_path / "set", ipc=4, batch_size=20)
+    with pytest.raises(InputError, match="ipc must be a multiple of batch_ipc, which is 2, got 5"):
+        run(tmp_path / "set", ipc=5, batch_size=20, batch_ipc=2)
 
 
 def test_names_are_the_published_ones() -> None:
