@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dwa_fast.recipes import METHODS, RECIPES, recipe
-from dwa_fast.report.records import Record, Table, mean_and_spread
+from dwa_fast.report.records import Record, Table, format_mean_std
 
 _Key = tuple[str, str, int]  # recipe, student, images per class
 
@@ -100,7 +100,7 @@ def beside_published(record: Record) -> Table | None:
             continue
         names = [*place[:3], str(place[3]) if seen is None else f"{place[3]}, {seen} {_SEEN}"]
         rows.append(
-            [*names, mean_and_spread(cell["mean"], cell["std"]), f"{number:.1f}", f"{cell['mean'] - number:+.1f}".replace("-", "−")]
+            [*names, format_mean_std(cell["mean"], cell["std"]), f"{number:.1f}", f"{cell['mean'] - number:+.1f}".replace("-", "−")]
         )
     if not rows and not kept_out:
         return None

@@ -229,7 +229,7 @@ def test_help_shows_the_range_that_is_checked(capsys: pytest.CaptureFixture[str]
     assert "Quality of jpeg files; without chroma subsampling. 1 to 100. (default: 95)" in text  # of a configuration
     assert "Fraction of the image area that a crop covers. Above 0, at most 1. (default: 0.08 1.0)" in text  # of a pair
     assert "1 or 3 values. Above 0. (default: 0.3185)" in text  # of each of several numbers
-    assert "Default: as the set was started, or all. At least 1. (default: None)" in text  # of a number that may be missing
+    assert "Default: as when the set was started, or all. At least 1. (default: None)" in text  # of a number that may be missing
 
 
 @pytest.mark.parametrize(("command", "flag"), [("squeeze", "--architecture"), ("validate", "--student")])
