@@ -38,9 +38,7 @@ class Data:
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
     size: PositiveInt  # Height and width of the images, pixels.
     normalisation: tyro.conf.OmitArgPrefixes[Normalisation]
-    held_out_share: Fraction = (
-        0.0  # Hold out this fraction of the training images of each class, and test on it instead of the test images.
-    )
+    held_out_share: Fraction = 0.0  # Test on this fraction of the training images of each class instead of the test images.
     test_crop: PositiveFraction = 1.0  # Fraction of the shorter side that the centre crop of test images covers; 0.875: 224 of 256 pixels.
 
     def full_recipe(self, **stages: Any) -> Recipe:
@@ -58,9 +56,7 @@ class TeacherData(Data):
     """Real images, and what a teacher's checkpoint may lack."""
 
     weights_key: str | None = None  # Key of the weights, if the checkpoint holds several, such as state_dict_ema.
-    classes: Path | None = (
-        None  # Text file with the teacher's classes, one name per line in the order of its outputs, if they differ from those of the data.
-    )
+    classes: Path | None = None  # The teacher's classes, one name per line in the order of its outputs, if they are not those of the data.
 
     def open_teacher(self, path: Path, architecture: str | None, class_names: Sequence[str]) -> PairedTeacher:
         """The teacher of a command, with the classes of its data as outputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dwa_fast.commands import cli
 from dwa_fast.commands.cli import run
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
@@ -220,6 +222,20 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
     usage_error(["synthesize", "--recipe", "tiny", "--help"])
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "--learning-rate FLOAT Adam's first learning rate; falls to 0 on a cosine. Above 0. (default: 0.1)" in text
+
+
+def test_no_field_is_wrapped() -> None:
+    """The help of a flag is the comment on the line of its field: where a formatter wraps the line, it is lost."""
+    package = Path(cli.__file__).parents[1]
+    wrapped = [
+        f"{path.name}:{field.lineno}"
+        for path in package.rglob("*.py")
+        for made in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(made, ast.ClassDef) and any("dataclass" in ast.unparse(each) for each in made.decorator_list)
+        for field in made.body
+        if isinstance(field, ast.AnnAssign) and field.lineno != field.end_lineno
+    ]
+    assert wrapped == []
 
 
 def test_help_shows_the_range_that_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
