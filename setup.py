@@ -42,8 +42,8 @@ def locate_toolkit() -> str | None:
 
 def toolkit_version(home: str) -> str:
     """Release of the toolkit, for example 13.0; empty where nvcc does not say."""
-    said = subprocess.run([str(Path(home, "bin", "nvcc")), "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+\.\d+)", said)
+    output = subprocess.run([str(Path(home, "bin", "nvcc")), "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", output)
     return release.group(1) if release else ""
 
 

@@ -43,7 +43,7 @@ class Curve:
 
     def points(self, peer: str) -> tuple[list[int], list[tuple[float, float, float]]]:
         """Sizes, and median, 10 % and 90 % quantile at each."""
-        return list(self.samples[peer]), [harness.spread(taken) for taken in self.samples[peer].values()]
+        return list(self.samples[peer]), [harness.quantiles(taken) for taken in self.samples[peer].values()]
 
     def fits(self, peer: str) -> tuple[Line, Line] | None:
         """Two least squares through the medians; None where a median is not above 0 and so has no logarithm.
@@ -54,20 +54,20 @@ class Curve:
         Raises:
             ValueError: there are fewer than three sizes.
         """
-        sizes, spreads = self.points(peer)
-        x, y = np.array(sizes, dtype=float), np.array([median for median, _, _ in spreads])
+        sizes, quantiles = self.points(peer)
+        x, y = np.array(sizes, dtype=float), np.array([median for median, _, _ in quantiles])
         return None if (y <= 0).any() else (_line(np.log(x), np.log(y), np.ones_like(x)), _line(x, y, 1 / y))
 
     def describe(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         lines = []
         for peer, taken in self.samples.items():
-            sizes, spreads = self.points(peer)
+            sizes, quantiles = self.points(peer)
             fits = self.fits(peer)
             power, straight = (None, None) if fits is None else map(vars, fits)
             points = [
                 {"size": size, "median": median, "low_10": low, "high_90": high, "samples": taken[size]}
-                for size, (median, low, high) in zip(sizes, spreads, strict=True)
+                for size, (median, low, high) in zip(sizes, quantiles, strict=True)
             ]
             lines.append({"peer": peer, "power_law": power, "straight_line": straight, "points": points})
         named = {"name": self.name, "varied": self.varied, "cost": self.cost, "expected_exponent": self.expected}
@@ -96,13 +96,13 @@ def table(curves: Sequence[Curve], title: str) -> Table:
         )
     for curve in curves:
         for peer in curve.samples:
-            sizes, spreads = curve.points(peer)
+            sizes, quantiles = curve.points(peer)
             fits = curve.fits(peer)
             result.add_row(
                 curve.name,
                 peer,
                 f"{sizes[0]} … {sizes[-1]}",
-                *(f"{median:.3g} [{low:.3g} … {high:.3g}]" for median, low, high in (spreads[0], spreads[-1])),
+                *(f"{median:.3g} [{low:.3g} … {high:.3g}]" for median, low, high in (quantiles[0], quantiles[-1])),
                 f"{fits[0].slope:.3f} ± {fits[0].slope_error:.3f}" if fits else "–",
                 curve.expected,
                 f"{fits[1].offset:.2g} ± {fits[1].offset_error:.1g}" if fits else "–",
@@ -133,8 +133,8 @@ def _panel(axis: Axes, curve: Curve, colours: Mapping[str, str]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     for peer in curve.samples:
-        sizes, spreads = curve.points(peer)
-        medians, lows, highs = (np.array(values) for values in zip(*spreads, strict=True))
+        sizes, quantiles = curve.points(peer)
+        medians, lows, highs = (np.array(values) for values in zip(*quantiles, strict=True))
         fits = curve.fits(peer)
         label = f"{peer}: exponent {fits[0].slope:.2f} ± {fits[0].slope_error:.2f}" if fits else peer
         errors = [medians - lows, highs - medians]

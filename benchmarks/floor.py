@@ -47,7 +47,7 @@ def seconds(calls: list[Call], arithmetic: float, copying: float) -> float:
 
 
 def touches_nothing(target: torch._ops.OpOverload) -> bool:
-    """Whether the call touches no memory: it returns another look at its argument's, or some that is not filled."""
+    """Whether the call touches no memory: it returns a view of its argument's memory, or memory that is not filled."""
     returned = target._schema.returns
     aliases = bool(returned) and all(each.alias_info is not None and not each.alias_info.is_write for each in returned)
     return aliases or target.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like)

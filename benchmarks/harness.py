@@ -325,7 +325,7 @@ def distance(got: Tensor, wanted: Tensor) -> float:
     return float((got.to(exact.device).double() - exact).norm() / exact.norm())
 
 
-def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """Median, 10 % and 90 % quantile."""
     ordered = sorted(samples)
     last = len(ordered) - 1

@@ -104,12 +104,12 @@ def commit() -> str | None:
 def driver() -> str | None:
     """Version of NVIDIA's driver, where there is its tool to ask."""
     try:
-        asked = subprocess.run(
+        query = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         return None
-    return asked.stdout.partition("\n")[0].strip() or None
+    return query.stdout.partition("\n")[0].strip() or None
 
 
 def processor() -> str:

@@ -110,14 +110,14 @@ def layers(network: Network) -> tuple[Layer, ...]:
     image = torch.zeros(1, 3, network.workload.size, network.workload.size)
     seen: list[Layer] = []
 
-    def look(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+    def record(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
         inner = tuple(given[0].shape[1:])
         seen.append(Layer((network.batch(math.prod(inner)), *inner), len(given) > 1, layer.activation))  # type: ignore[arg-type]
 
     module = network.build()
     rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
     for layer in rewritten.layers.values():
-        layer.register_forward_hook(look)
+        layer.register_forward_hook(record)
     with torch.no_grad():
         rewritten.module(image)
     return tuple(seen)

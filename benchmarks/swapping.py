@@ -217,14 +217,14 @@ def measure(problem: harness.Problem, code_base: str, options: argparse.Namespac
     iterations = {
         name: functools.partial(machine.timed, functools.partial(way.advance, options.iterations), device) for name, way in ways.items()
     }
-    begun = harness.in_turns(ascents, max(1, options.rounds // 2))
+    ascent_samples = harness.in_turns(ascents, max(1, options.rounds // 2))
     harness.warm_up(iterations)
     samples = harness.in_turns(iterations, options.rounds)
     whole = recipe(problem.workload.recipe).synthesis.iterations
     rows = []
     for name, way in ways.items():
-        median, low, high = (seconds / options.iterations for seconds in harness.spread(samples[name]))
-        ascent = harness.spread(begun[name])[0]
+        median, low, high = (seconds / options.iterations for seconds in harness.quantiles(samples[name]))
+        ascent = harness.quantiles(ascent_samples[name])[0]
         rows.append(
             {
                 "code_base": code_base,
@@ -285,8 +285,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for row in rows:
         gains = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("iteration_gain", "batch_gain")]
-        spread = f"{1e3 * row['seconds_10']:.0f} … {1e3 * row['seconds_90']:.0f}"
-        times = f"{1e3 * row['seconds']:.0f}", spread, gains[0], f"{row['begin_seconds']:.2f}", f"{row['batch_seconds']:.0f}", gains[1]
+        quantiles = f"{1e3 * row['seconds_10']:.0f} … {1e3 * row['seconds_90']:.0f}"
+        times = f"{1e3 * row['seconds']:.0f}", quantiles, gains[0], f"{row['begin_seconds']:.2f}", f"{row['batch_seconds']:.0f}", gains[1]
         lines.append((row["code_base"], row["way"], row["precision"], *times, f"{row['loss_error']:.1e}"))
     return ["| " + " | ".join(line) + " |" for line in lines]
 

@@ -117,7 +117,7 @@ def measure(workload: harness.Workload, device: torch.device, ceilings: dict[str
         "floors": floors,
         "rows": rows,
         "ascent": [
-            {**_named(key), "steps": problem.config.steps, "seconds": harness.spread(s)[0], "samples": s} for key, s in ascents.items()
+            {**_named(key), "steps": problem.config.steps, "seconds": harness.quantiles(s)[0], "samples": s} for key, s in ascents.items()
         ],
         "whole_batch": None,
         "whole_sets": [],
@@ -137,8 +137,8 @@ def _named(key: str) -> dict[str, str]:
 
 def _times(key: str, samples: dict[str, list[float]], images: int, least: float) -> dict[str, Any]:
     """A row's times, and its ratios within this run."""
-    median, low, high = harness.spread(samples[key])
-    medians = {other: harness.spread(taken)[0] for other, taken in samples.items()}
+    median, low, high = harness.quantiles(samples[key])
+    medians = {other: harness.quantiles(taken)[0] for other, taken in samples.items()}
     precision = key.split("/")[1]
     rivals = [m for other, m in medians.items() if other.endswith(f"/{precision}") and other not in (key, "published/fp32")]
     return {

@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         samples = harness.in_turns(jobs, options.rounds)
     shares = [loop / set_ for loop, set_ in zip(samples["bare loop"], samples["whole set"], strict=True)]
-    share, low, high = harness.spread(shares)
+    share, low, high = harness.quantiles(shares)
     images = options.ipc * options.classes
     for way, taken in samples.items():
-        print(f"{way}: {harness.spread(taken)[0]:.2f} s for {images} images of {options.iterations} iterations")
+        print(f"{way}: {harness.quantiles(taken)[0]:.2f} s for {images} images of {options.iterations} iterations")
     print(f"throughput of the whole set against the bare loop: {100 * share:.1f} % ({100 * low:.1f} … {100 * high:.1f})")
     print("the files hold what the bare loop computed" if same else "the files hold something else than the bare loop computed")
     if options.json:

@@ -1,4 +1,4 @@
-"""What the commands share: which real images, and which teacher."""
+"""Flags that several commands share: the real images and the teacher."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Data:
     download: bool = False  # Fetch CIFAR into that folder if it is not there.
     size: PositiveInt  # Height and width of the images, pixels.
     normalisation: tyro.conf.OmitArgPrefixes[Normalisation]
-    held_out_share: Fraction = 0.0  # Test on this share of the training images, held out, in place of the test images.
-    test_crop: PositiveFraction = 1.0  # Share of the shorter side that the centre crop of test images keeps; 0.875: 224 of 256 pixels.
+    held_out_share: Fraction = 0.0  # Test on this fraction of the training images of each class instead of the test images.
+    test_crop: PositiveFraction = 1.0  # Fraction of the shorter side that the centre crop of test images covers; 0.875: 224 of 256 pixels.
 
     def full_recipe(self, **stages: Any) -> Recipe:
         """The recipe with the data as the flags have them, and with these stages."""
@@ -53,15 +53,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherData(Data):
-    """Real images, and what a teacher's checkpoint does not say itself."""
+    """Real images, and what a teacher's checkpoint may lack."""
 
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
-    classes: Path | None = None  # The teacher's classes, one name a line in the order of its outputs, where they are not those of the data.
+    weights_key: str | None = None  # Key of the weights, if the checkpoint holds several, such as state_dict_ema.
+    classes: Path | None = None  # The teacher's classes, one name per line in the order of its outputs, if they are not those of the data.
 
     def open_teacher(self, path: Path, architecture: str | None, class_names: Sequence[str]) -> PairedTeacher:
         """The teacher of a command, with the classes of its data as outputs.
 
-        A checkpoint that does not say what it holds is taken for the recipe's architecture. Raises InputError as `pairing.open_teacher`.
+        A checkpoint that does not name its network is taken for the recipe's. Raises InputError as `pairing.open_teacher`.
         """
         return open_teacher(
             path,
@@ -77,11 +77,11 @@ class TeacherData(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class DistilledData(TeacherData):
-    """A distilled set, and the real data that it stands for."""
+    """A distilled set, and the real data that it was made from."""
 
     images: Path  # The distilled set, ours or another program's: class folders named as the real classes, or numbered from 0.
     ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
-    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
+    skip_bad_images: bool = False  # Skip files that are not complete images and report how many; otherwise stop at the first.
 
     def open_both(self, console: Console) -> tuple[FileSet, ImageSet]:
         """The distilled images, and the held-out real ones."""
@@ -94,7 +94,7 @@ class DistilledData(TeacherData):
 
 
 def try_teacher(teacher: PairedTeacher, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:
-    """Say how many of some real images the teacher names right, and warn where that is near chance."""
+    """Log the teacher's accuracy on some real images, and warn if it is near chance."""
     module = teacher.module.to(device)
 
     def predict(images: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def readable_images(console: Console, data: ImageSet, skip_bad_images: bool, *, 
 
 
 def report_skipped(console: Console, skipped: Mapping[str, str]) -> None:
-    """Say how many images were left out, and which."""
+    """Log how many images were skipped, and which."""
     if skipped:
         console.print(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''} that cannot be read:")
         for name, cause in list(skipped.items())[:_SHOWN]:

@@ -42,15 +42,15 @@ class Diversity(DistilledSets):
     The charts have the classes in the order of the first set.
     """
 
-    teacher: Path  # Checkpoint of the teacher, in whose eyes images are alike or not.
+    teacher: Path  # Checkpoint of the teacher, whose features are compared.
     output: Path  # Folder for record.json, the charts and the pictures.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     config: tyro.conf.OmitArgPrefixes[DiversityConfig]
 
     def run(self, console: Console) -> None:
-        """Look, and write the record."""
+        """Analyse the sets, and write the record."""
         started = time.perf_counter()
         normalisation, device = self.normalisation, backend.resolve_device(self.device)
         train = self.real(console, "train")
@@ -72,21 +72,21 @@ class Diversity(DistilledSets):
         }
         study_folder(self.output, settings)
         with naming_bad_images(), console.bars() as track:
-            found = analyse_sets(
+            analysis = analyse_sets(
                 teacher.module, sets, train, self.config, normalisation, device=device, seed=self.seed, progress=track("images analysed")
             )
         facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
-        pictures = draw_pictures(found, self.output)
-        finish(console, self.output, as_record(found, self.config, pictures, seconds=time.perf_counter() - started, **facts))
+        pictures = draw_pictures(analysis, self.output)
+        finish(console, self.output, as_record(analysis, self.config, pictures, seconds=time.perf_counter() - started, **facts))
 
 
-def as_record(found: Analysis, config: DiversityConfig, pictures: Sequence[Picture], **facts: Any) -> Record:
-    """Tables, charts and the t-SNE of what was found."""
+def as_record(analysis: Analysis, config: DiversityConfig, pictures: Sequence[Picture], **facts: Any) -> Record:
+    """Tables, charts and the t-SNE of an analysis."""
     where = "the teacher's features" if config.space == "features" else "pixels"
-    usual = float(found.sets[REAL].nearest_distances.median())
+    usual = float(analysis.sets[REAL].nearest_distances.median())
     parts = [
         f"{name} {_mean(own.ratios)} and {_relative(float(own.nearest_distances.median()), usual)}"
-        for name, own in found.sets.items()
+        for name, own in analysis.sets.items()
         if name != REAL
     ]
     return Record(
@@ -95,24 +95,24 @@ def as_record(found: Analysis, config: DiversityConfig, pictures: Sequence[Pictu
         summary="Diversity D^c, and median distance to the nearest real image, as ratios to those of random real images: "
         + "; ".join(parts)
         + ".",
-        tables=[_diversity_table(found), _neighbour_table(found, where)],
-        charts=[_diversity_chart(found), _neighbour_chart(found, where)],
+        tables=[_diversity_table(analysis), _neighbour_table(analysis, where)],
+        charts=[_diversity_chart(analysis), _neighbour_chart(analysis, where)],
         scatters=[
             Scatter(
                 title="t-SNE of the teacher's logits",
-                groups={_REAL_POINTS if name == REAL else name: own.points.tolist() for name, own in found.sets.items()},
-                note=f"{len(found.shown)} classes, at most {config.tsne_images} images of each in every set",
+                groups={_REAL_POINTS if name == REAL else name: own.points.tolist() for name, own in analysis.sets.items()},
+                note=f"{len(analysis.shown)} classes, at most {config.tsne_images} images of each in every set",
             )
         ],
         pictures=pictures,
-        data={name: _raw(own) for name, own in found.sets.items()},
+        data={name: _raw(own) for name, own in analysis.sets.items()},
         **facts,
     )
 
 
-def _diversity_table(found: Analysis) -> Table:
+def _diversity_table(analysis: Analysis) -> Table:
     rows = []
-    for name, own in found.sets.items():
+    for name, own in analysis.sets.items():
         known = [value for value in own.ratios if value is not None]
         ends = [f"{end(known):.2f}" if known else "–" for end in (min, max)]
         rows.append([name, str(len(own.images.labels)), _mean_std(own.ratios), *ends, _mean_std(own.feature_ratios)])
@@ -121,12 +121,12 @@ def _diversity_table(found: Analysis) -> Table:
         columns=["set", "images", "last convolution", "least", "greatest", "last features"],
         rows=rows,
         note="Mean ± standard deviation over classes. 1 is the mean over all draws of as many real images of the class; the row of random "
-        "real images is one such draw. Last features: what the teacher's last linear layer is given.",
+        "real images is one such draw. Last features: the input of the teacher's last linear layer.",
     )
 
 
-def _diversity_chart(found: Analysis) -> Chart:
-    first = next(own for name, own in found.sets.items() if name != REAL)
+def _diversity_chart(analysis: Analysis) -> Chart:
+    first = next(own for name, own in analysis.sets.items() if name != REAL)
     values = [float("inf") if value is None else value for value in first.ratios]
     order = sorted(range(len(values)), key=values.__getitem__)
     few = len(order) <= _BARS
@@ -134,16 +134,16 @@ def _diversity_chart(found: Analysis) -> Chart:
         title="Diversity of each class",
         x_label="class" if few else "class, in the order of the first set",
         y_label="D^c; 1: random real images",
-        x=[found.real.class_names[label] for label in order] if few else list(range(1, len(order) + 1)),
-        series=[Series(name=name, values=[own.ratios[label] for label in order]) for name, own in found.sets.items()],
+        x=[analysis.real.class_names[label] for label in order] if few else list(range(1, len(order) + 1)),
+        series=[Series(name=name, values=[own.ratios[label] for label in order]) for name, own in analysis.sets.items()],
     )
 
 
-def _neighbour_table(found: Analysis, where: str) -> Table:
-    real = found.sets[REAL].nearest_distances
+def _neighbour_table(analysis: Analysis, where: str) -> Table:
+    real = analysis.sets[REAL].nearest_distances
     near = float(real.quantile(_NEAR))
     rows = []
-    for name, own in found.sets.items():
+    for name, own in analysis.sets.items():
         distances, count = own.nearest_distances, len(own.nearest)
         rows.append(
             [
@@ -152,7 +152,7 @@ def _neighbour_table(found: Analysis, where: str) -> Table:
                 _relative(float(distances.median()), float(real.median())),
                 f"{float(distances.min()):.3g}",
                 f"{100 * float((distances < near).double().mean()):.1f}",
-                f"{100 * float((found.real.labels[own.nearest] == own.images.labels).double().mean()):.1f}",
+                f"{100 * float((analysis.real.labels[own.nearest] == own.images.labels).double().mean()):.1f}",
                 f"{100 * len(own.nearest.unique()) / count:.0f}",
             ]
         )
@@ -166,13 +166,13 @@ def _neighbour_table(found: Analysis, where: str) -> Table:
     )
 
 
-def _neighbour_chart(found: Analysis, where: str) -> Chart:
+def _neighbour_chart(analysis: Analysis, where: str) -> Chart:
     return Chart(
         title="Distance to the nearest real image",
         x_label="images at most as far, %",
         y_label=f"distance in {where}",
         x=list(_PERCENT),
-        series=[Series(name=name, values=_quantiles(own.nearest_distances)) for name, own in found.sets.items()],
+        series=[Series(name=name, values=_quantiles(own.nearest_distances)) for name, own in analysis.sets.items()],
     )
 
 
@@ -185,21 +185,22 @@ def _raw(own: SetAnalysis) -> dict[str, Any]:
     }
 
 
-def draw_pictures(found: Analysis, folder: Path) -> list[Picture]:
+def draw_pictures(analysis: Analysis, folder: Path) -> list[Picture]:
     """A contact sheet with a panel per set, and for each set its images that are nearest to real ones, beside these."""
-    names = [found.real.class_names[label] for label in found.shown]
-    members = {name: by_class(own.images) for name, own in found.sets.items()}
-    columns = min(_COLUMNS, *(len(own[label]) for own in members.values() for label in found.shown))
+    names = [analysis.real.class_names[label] for label in analysis.shown]
+    members = {name: by_class(own.images) for name, own in analysis.sets.items()}
+    columns = min(_COLUMNS, *(len(own[label]) for own in members.values() for label in analysis.shown))
     panels = {
-        name: _pixels(own.images, torch.cat([members[name][label][:columns] for label in found.shown])) for name, own in found.sets.items()
+        name: _pixels(own.images, torch.cat([members[name][label][:columns] for label in analysis.shown]))
+        for name, own in analysis.sets.items()
     }
     contact_sheet(folder / "contact-sheet.png", panels, names)
     pictures = [Picture(title=f"The first {columns} images of {len(names)} classes", file="contact-sheet.png")]
-    for number, (name, own) in enumerate(found.sets.items()):
-        rows = [members[name][label] for label in found.shown]
+    for number, (name, own) in enumerate(analysis.sets.items()):
+        rows = [members[name][label] for label in analysis.shown]
         nearest = torch.cat([row[own.nearest_distances[row].argsort(stable=True)[: min(_PAIRS, columns)]] for row in rows])
         file = f"neighbours-{number}.png"
-        both = {name: _pixels(own.images, nearest), "nearest real images": _pixels(found.real, own.nearest[nearest])}
+        both = {name: _pixels(own.images, nearest), "nearest real images": _pixels(analysis.real, own.nearest[nearest])}
         contact_sheet(folder / file, both, names)
         pictures.append(Picture(title=f"{name}: its images that are nearest to real ones, and these", file=file))
     return pictures

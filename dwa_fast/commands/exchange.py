@@ -1,4 +1,4 @@
-"""The commands that give distilled sets to other programs, and take theirs."""
+"""The commands that export distilled sets for other programs, and import theirs."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from dwa_fast.io.parquet import read_parquet, write_parquet
 from dwa_fast.recipes import recipe
 from dwa_fast.sets.exchange import as_tensors, open_files, write_folders, write_set
 
-ExportForm = Literal["parquet", "tensors", "folders"]
+ExportFormat = Literal["parquet", "tensors", "folders"]
 
-_Material = tuple[Callable[[int], bytes | Tensor], list[int], list[str], dict[str, Any]]  # images, labels, class names, settings
+_SetContents = tuple[Callable[[int], bytes | Tensor], list[int], list[str], dict[str, Any]]  # images, labels, class names, settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Normalised:
-    """With which mean and std tensors are normalised."""
+    """Mean and std that tensors are normalised with."""
 
-    recipe: str | None = None  # Take mean and std of this recipe, where they are not given.
-    mean: tuple[Fraction, ...] = ()  # Mean of each channel with which tensors are normalised, of pixels in [0, 1].
+    recipe: str | None = None  # Recipe whose mean and std are used, unless they are given.
+    mean: tuple[Fraction, ...] = ()  # Mean of each channel, of pixels in [0, 1], that tensors are normalised with.
     std: tuple[Positive, ...] = ()  # Standard deviation of each channel, likewise.
 
     def normalisation(self, made: dict[str, Any]) -> Normalisation:
-        """As the flags say, else as the recipe, else as the set was made.
+        """From the flags, else from the recipe, else from the settings of the set.
 
         Raises:
-            InputError: nothing says it, or half of it.
+            InputError: mean or std is not known.
         """
         if self.mean or self.std:
             return Normalisation(mean=self.mean, std=self.std)
@@ -59,7 +59,7 @@ class Export(_Normalised):
     """
 
     images: tyro.conf.Positional[Path]  # The distilled set, ours or another program's.
-    to: ExportForm  # parquet, tensors or folders.
+    to: ExportFormat  # parquet, tensors or folders.
     output: Path  # File to write (parquet), or folder.
     ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
     label_column: str = "label"  # Name of the column of labels in Parquet; some programs want class_id.
@@ -139,11 +139,11 @@ class Import(_Normalised):
         now = "" if made == len(labels) else f", {made} written now"
         console.print(f"{self.output}: {len(labels)} images of {len(names)} classes{now}")
 
-    def _parquet(self) -> _Material:
+    def _parquet(self) -> _SetContents:
         found = read_parquet(self.files, image_column=self.image_column, label_column=self.label_column)
         return found.content, found.labels, found.class_names or _numbered(max(found.labels) + 1), {}
 
-    def _tensors(self, console: Console) -> _Material:
+    def _tensors(self, console: Console) -> _SetContents:
         images, labels, soft = read_tensors(self.files, self.experiment)
         normalisation = self.normalisation({})
         pixels, cut = as_pixels(images, normalisation, clip=self.clip)
@@ -170,7 +170,7 @@ class Import(_Normalised):
 
 
 def _numbered(classes: int) -> list[str]:
-    """Class names where nothing says any: the numbers, which stand for the real classes in sorted order."""
+    """Class names if there are none: numbers, which stand for the real classes in sorted order."""
     return [str(number) for number in range(classes)]
 
 

@@ -1,4 +1,4 @@
-"""The tables of the paper, a command each: what is finished is kept and skipped, sets are shared by all studies of an output folder."""
+"""The commands for the tables of the paper. Finished work is skipped; all studies of an output folder share their sets."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from dwa_fast.report.records import Record, command_line
 
 @dataclass(frozen=True, kw_only=True)
 class Study(TeacherData):
-    """What every study is given."""
+    """Flags of every study."""
 
     teacher: Path  # Checkpoint of the teacher.
-    output: Path  # Folder for sets and cells, which all studies in it share, and for a folder of each study with its record.
-    ipc: tuple[PositiveInt, ...] = (10,)  # Images per class; a smaller set is the beginning of a larger one.
-    seeds: PositiveInt = 3  # Sets of each kind, synthesised from seeds 0, 1, …; the spread of a result is over them.
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
-    jobs: PositiveInt | None = None  # Sets and cells computed at the same time, in processes; default: as the CPU has room for, 1 on a GPU.
-    threads: PositiveInt = 1  # CPU threads that each of them computes with; the last bits depend on it, on the number of jobs nothing.
+    output: Path  # Folder for sets and cells, shared by all studies in it, and for one folder per study with its record.
+    ipc: tuple[PositiveInt, ...] = (10,)  # Images per class; a smaller set is the start of a larger one.
+    seeds: PositiveInt = 3  # Sets of each kind, synthesised from seeds 0, 1, …; standard deviations are over them.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    jobs: PositiveInt | None = None  # Processes that compute sets and cells at the same time; default: as many as fill the CPU, 1 on a GPU.
+    threads: PositiveInt = 1  # CPU threads of each process; the last bits depend on it, but not on --jobs.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
     validation: ValidationConfig  # Training of the students.
 
-    def _carry_out(self, console: Console, name: str, study: Callable[[GridRunner, Setup, Path], Record]) -> None:
-        """Compute what is wanting, and finish the record in a folder of that name."""
+    def _run_study(self, console: Console, name: str, study: Callable[[GridRunner, Setup, Path], Record]) -> None:
+        """Compute the missing cells, and write the record into a folder of that name."""
         setup, started = self._setup(console), time.perf_counter()
         folder = output_folder(self.output / name)
         with console.bars() as track:
@@ -76,13 +76,13 @@ class Compare(Study):
     student: str  # Architecture of the students, as for squeeze --architecture.
 
     def run(self, console: Console) -> None:
-        """Compute, and show the table."""
+        """Run the study, and print its table."""
 
         def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             found = compare(run, setup, methods=self.methods, ipc=self.ipc, student=self.student, seeds=range(self.seeds))
             return replace(found, pictures=contact_sheet(folder, setup, by_method(setup, self.methods), max(self.ipc), 0))
 
-        self._carry_out(console, "compare", study)
+        self._run_study(console, "compare", study)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Ablate(Study):
     rhos: tuple[Positive, ...] = (0.005, 0.01, 0.015, 0.02, 0.025)  # ρ in k-rho.
 
     def run(self, console: Console) -> None:
-        """Compute, and show the table."""
+        """Run the study, and print its table."""
 
         def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             return ablate(
@@ -115,7 +115,7 @@ class Ablate(Study):
                 rhos=self.rhos,
             )
 
-        self._carry_out(console, f"ablate-{self.study}", study)
+        self._run_study(console, f"ablate-{self.study}", study)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +127,10 @@ class Cross(Study):
     student: tuple[str, ...]  # Architectures of the students, as for squeeze --architecture.
 
     def run(self, console: Console) -> None:
-        """Compute, and show the table."""
+        """Run the study, and print its table."""
 
         def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             seeds = range(self.seeds)
             return cross(run, setup, methods=self.methods, sets=self.sets, ipc=self.ipc, students=self.student, seeds=seeds)
 
-        self._carry_out(console, "cross", study)
+        self._run_study(console, "cross", study)

@@ -1,4 +1,4 @@
-"""What every command does with what it found: a record and its figures in the folder, the tables on the screen."""
+"""Writes the results of a command: a record and its figures in the folder, the tables on the screen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def finish(console: Console, folder: Path, record: Record) -> None:
 
 
 def _peak_memory() -> dict[str, int]:
-    """Of this process or the largest one that it started, and on GPUs where it used one."""
+    """Peak memory of this process, or of the largest one that it started; also of the GPU, if one was used."""
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in, bytes
     peak = max(resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     found = {"peak memory, MiB": peak * unit // 2**20}

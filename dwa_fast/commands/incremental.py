@@ -24,10 +24,10 @@ from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
-from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, mean_and_spread
+from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, format_mean_std
 from dwa_fast.training.validate import ValidationResult
 
-_STEPS = "steps"  # folder of what is finished
+_STEPS = "steps"  # folder of the finished steps
 
 Accuracies = Mapping[str, list[list[list[float]]]]  # by set: [seeds][tasks][students], percent
 
@@ -44,7 +44,7 @@ class Incremental(DistilledSets):
     student: str  # Architecture of the students, as for squeeze --architecture.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -87,7 +87,7 @@ class Incremental(DistilledSets):
         seen = list(itertools.accumulate(map(len, orders[0])))
         facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
         cells = [
-            {"recipe": self.recipe, "student": self.student, **_origin(sets[name], name), "classes seen": count, **result}
+            {"recipe": self.recipe, "student": self.student, **_provenance(sets[name], name), "classes seen": count, **result}
             for name, own in accuracies.items()
             for count, result in zip(seen, _steps(own), strict=True)
         ]
@@ -105,10 +105,10 @@ def as_record(accuracies: Accuracies, seen: list[int], labels: str, **facts: Any
     results = {name: _steps(own) for name, own in accuracies.items()}
     orders = len(next(iter(accuracies.values())))
     rows = [
-        [name, *(mean_and_spread(step["mean"], step["std"]) for step in steps), f"{statistics.fmean(step['mean'] for step in steps):.1f}"]
+        [name, *(format_mean_std(step["mean"], step["std"]) for step in steps), f"{statistics.fmean(step['mean'] for step in steps):.1f}"]
         for name, steps in results.items()
     ]
-    last = "; ".join(f"{name} {mean_and_spread(steps[-1]['mean'], steps[-1]['std'])}" for name, steps in results.items())
+    last = "; ".join(f"{name} {format_mean_std(steps[-1]['mean'], steps[-1]['std'])}" for name, steps in results.items())
     return Record(
         kind="incremental",
         title=f"Class-incremental learning in {len(seen)} tasks",
@@ -148,8 +148,8 @@ def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
     return found
 
 
-def _origin(images: FileSet, name: str) -> dict[str, Any]:
-    """What a set is, and how it was made where it says so; else its method goes by its name."""
+def _provenance(images: FileSet, name: str) -> dict[str, Any]:
+    """The settings that a set was made with, if recorded; else its name stands for the method."""
     settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
     names = ["mean", "std", *(each.name for each in fields(SynthesisConfig))]
     synthesis = {field: settings[field] for field in names if field in settings}

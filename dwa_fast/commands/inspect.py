@@ -1,4 +1,4 @@
-"""The commands that change nothing: info and verify."""
+"""The read-only commands: info and verify."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dwa_fast.sets.verify import problems
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check a distilled set against its manifest: that it is complete, and every file there, unchanged, and no other."""
+    """Check a distilled set against its manifest: no image missing, changed or added."""
 
     images: tyro.conf.Positional[Path]  # The distilled set: a folder with a manifest.json.
 
@@ -46,11 +46,11 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Say what was built, what this machine has, which back-end would run, and why the others cannot."""
+    """Print what was built, what this machine has, which back-end would run, and why the others cannot."""
 
     teacher: Path | None = None  # Also describe this checkpoint.
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself.
-    weights_key: str | None = None  # Which weights to take where the checkpoint holds several, such as state_dict_ema.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it.
+    weights_key: str | None = None  # Key of the weights, if the checkpoint holds several, such as state_dict_ema.
     json: bool = False  # Print JSON instead of text.
 
     def run(self, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The command that keeps soft labels on disk."""
+"""The command that stores soft labels."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Relabel(DistilledData):
-    """Keep the teacher's soft labels for every view of a training on disk. Run the same command again to resume.
+    """Store the teacher's soft labels for every view of a training. Run the same command again to resume.
 
     Views, mixes and batches are those of validate with the same settings and seed; settings of the students are not used.
     """
 
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for the labels, for validate --soft-labels.
-    pool: PositiveInt = 1  # Keep the labels of one epoch in so many; students use them again and again. 1: of all.
-    dry_run: bool = False  # Only say how much the labels would take on the disk.
+    pool: PositiveInt = 1  # Store one epoch of labels in this many; students reuse them. 1: every epoch.
+    dry_run: bool = False  # Only print how much disk space the labels would take.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:
-        """Say how much it will be, and write it."""
+        """Print the size of the labels, and write them."""
         device = backend.resolve_device(self.device)
         with naming_bad_images(), console.bars(shown=not self.dry_run) as track:
             distilled, test = self.open_both(console)

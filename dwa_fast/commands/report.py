@@ -1,4 +1,4 @@
-"""The command that makes a page of what the others found."""
+"""The command that collects results in one page."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Report:
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]  # Folders to search for record.json and manifest.json.
-    output: Path = Path("report.html")  # The page; the Markdown is called the same with .md.
+    output: Path = Path("report.html")  # The page; the Markdown has the same name with .md.
     title: str = "Runs and distilled sets"  # Heading of the page.
-    sets: NonNegativeInt = 24  # Most kinds of distilled sets shown; of sets that differ in their seed alone, one is shown.
+    sets: NonNegativeInt = 24  # Largest number of distilled sets shown; of sets that differ only in their seed, one is shown.
 
     def run(self, console: Console) -> None:
-        """Write it, and name what was left out."""
+        """Write the page, and name the files that were left out."""
         if not self.folders:
             raise InputError("report needs at least one folder to search")
         refuse_images(self.output)

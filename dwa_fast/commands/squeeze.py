@@ -27,7 +27,7 @@ class Squeeze(Data):
     output: Path  # Checkpoint to write, such as teacher.pt.
     architecture: Architecture
     overwrite: bool = False  # Replace a checkpoint that is already there.
-    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
+    skip_bad_images: bool = False  # Skip files that are not complete images and report how many; otherwise stop at the first.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]

@@ -23,11 +23,11 @@ from dwa_fast.report.records import RECORD, read_record
 
 @dataclass(frozen=True, kw_only=True)
 class DistilledSets(TeacherData):
-    """Some distilled sets, and the real data that they stand for."""
+    """Some distilled sets, and the real data that they were made from."""
 
     sets: tuple[str, ...]  # Distilled sets: folders, or name=folder.
     ipc: PositiveInt | None = None  # Take the first images of each class only; default: all.
-    skip_bad_images: bool = False  # Leave out files that are no whole images, and say how many; else stop at the first one.
+    skip_bad_images: bool = False  # Skip files that are not complete images and report how many; otherwise stop at the first.
 
     def real(self, console: Console, split: Split) -> ImageSet:
         """The real images of a split."""
@@ -60,7 +60,7 @@ class DistilledSets(TeacherData):
 
 
 def teacher_settings(teacher: PairedTeacher) -> dict[str, Any]:
-    """What the numbers of a study depend on, of its teacher."""
+    """The properties of the teacher that affect the numbers of a study."""
     outputs = {"outputs": teacher.outputs} if teacher.outputs else {}
     return {"architecture": teacher.info.architecture, "checksum": teacher.checksum, **outputs}
 

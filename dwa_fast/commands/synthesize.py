@@ -29,9 +29,9 @@ class Synthesize(TeacherData):
     method: str = "dwa"  # dwa, sre2l, cda, real-start, random-step, coupled.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
-    threads: PositiveInt | None = None  # CPU threads to compute with; the last bits depend on it. Default: as the set was started, or all.
+    threads: PositiveInt | None = None  # CPU threads; the last bits depend on them. Default: as when the set was started, or all.
     shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
     config: tyro.conf.OmitArgPrefixes[SynthesisConfig]
     storage: tyro.conf.OmitArgPrefixes[StorageConfig] = field(default_factory=StorageConfig)

@@ -24,7 +24,7 @@ from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder
 from dwa_fast.models.checkpoint import TeacherInfo
-from dwa_fast.report.records import Record, Table, command_line, environment, mean_and_spread
+from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std
 from dwa_fast.training.validate import ValidationResult, validate
 
 
@@ -32,12 +32,12 @@ from dwa_fast.training.validate import ValidationResult, validate
 class Validate(DistilledData):
     """Train students on a distilled set and test them on the held-out real images. Run the same command again to resume."""
 
-    teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed for those on disk and hard ones.
-    soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed as training goes.
+    teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed with --soft-labels or hard labels.
+    soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed during training.
     student: Architecture
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    architecture: str | None = None  # What the checkpoint holds, where it does not say it itself; default: as the recipe says.
+    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -106,12 +106,12 @@ class Validate(DistilledData):
                 "validation": self.full_recipe(validation=self.config).settings("validation"),
                 "synthesis": made,
             },
-            tables=[Table(title=title, columns=["student", "top-1 %"], rows=[*rows, ["mean", mean_and_spread(result.mean, result.std)]])],
+            tables=[Table(title=title, columns=["student", "top-1 %"], rows=[*rows, ["mean", format_mean_std(result.mean, result.std)]])],
             data={"cells": [cell]},
         )
 
     def _set_settings(self) -> dict[str, Any]:
-        """How a set of ours was made; nothing of another program's."""
+        """The settings that one of our sets was made with; empty for other programs'."""
         with suppress(InputError):
             return dict(read_manifest(self.images)["settings"])
         return {}

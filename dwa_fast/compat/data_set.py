@@ -1,4 +1,4 @@
-"""Which data set a namespace is about: named, described by its pixels, or guessed from the teacher where nothing speaks against it."""
+"""The data set of a namespace: named, described by its pixels, or guessed from the teacher if nothing contradicts the guess."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _check_description(shared: Mapping[str, Any]) -> None:
 
 
 def _guess(shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Module, sre2l: bool) -> DataSet:
-    """The data set that has as many classes as the teacher, where nothing speaks against it."""
+    """The data set with as many classes as the teacher, if nothing contradicts it."""
     classes = _outputs(teacher)
     if classes not in _CLASSES:
         known = ", ".join(f"{count} ({name})" for count, name in _CLASSES.items())
@@ -123,7 +123,7 @@ def _guess(shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Modu
 
 
 def _contradiction(data_set: DataSet, shared: Mapping[str, Any], given: Mapping[str, Any], teacher: nn.Module) -> str | None:
-    """What speaks against a guess."""
+    """A contradiction to a guess; None if there is none."""
     mean, std = data_set.normalisation.mean, data_set.normalisation.std
     expected = {"input_size": data_set.size, "mean_norm": mean, "std_norm": std, "ncls": data_set.classes}
     for name, value in expected.items():
@@ -148,7 +148,7 @@ def _outputs(teacher: nn.Module) -> int | None:
 
 
 def _one_of(given: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The value that stands under one of several names; None where there is none."""
+    """The common value under these names; None if none is present."""
     present = [name for name in names if name in given]
     for name in present[1:]:
         if given[name] != given[present[0]]:

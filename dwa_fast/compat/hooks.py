@@ -36,7 +36,7 @@ class _Constants(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """What the last forward pass leaves."""
+    """Results of the last forward pass."""
 
     sums: Tensor  # [2, C]: Σ(y − m) and Σ(y − m)²
     shift: Tensor  # [C]: m
@@ -173,7 +173,7 @@ class ViT_BNFeatureHook(BNFeatureHook):  # noqa: N801
 
 
 def _announce(operators: Operators) -> None:
-    """Say how many layers are followed, at the first forward pass that reaches a new hook."""
+    """Log the number of hooked layers at the first forward pass that reaches a new hook."""
     count, how = len(_new), "fused operators" if operators.name == "fused" else "plain PyTorch"
     log_once(f"hooks: {count} BatchNorm {'layer' if count == 1 else 'layers'}, {how}")
     _new.clear()
@@ -198,7 +198,7 @@ def _check_layer(module: Any) -> None:
 
 
 def _variance_weight(args: Any, rest: tuple[Any, ...], others: dict[str, Any]) -> float:
-    """What the variance counts for; every other argument must be one that changes nothing."""
+    """The weight of the variance term; every other argument must have no effect."""
     strange = [name for name in others if name not in _PER_CLASS]
     if strange:
         raise TypeError(f"BNFeatureHook(…, {strange[0]}=…) {_OTHER_METHOD}")

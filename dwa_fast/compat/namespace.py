@@ -1,4 +1,4 @@
-"""What the namespaces of SRe2L, CDA and DWA scripts ask for, in our terms."""
+"""Translates the namespaces of SRe2L, CDA and DWA scripts into our settings."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _check_view(given: Mapping[str, Any], code_base: CodeBase, data: DataSet) ->
 
 
 def _summary(code_base: CodeBase, config: SynthesisConfig, data: DataSet) -> str:
-    """One line on what was understood."""
+    """A one-line summary for the log."""
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (data.normalisation.mean, data.normalisation.std))
     crop = f"crop of {config.crop_scale[0]:g} to {config.crop_scale[1]:g} of the area, flip and " if config.view == "crop" else ""
     parts = [

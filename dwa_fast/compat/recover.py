@@ -144,7 +144,7 @@ def _refuse_other_loops(teacher: Any, display: Any, ipc_id: Any, others: tuple[A
 
 @functools.cache
 def _warn_of_devices(count: int) -> None:
-    """Say once that the other devices of nn.DataParallel stay idle."""
+    """Warn once that the other devices of nn.DataParallel stay idle."""
     if count > 1:
         log.warning(
             "get_images computes on the first of the %d devices of nn.DataParallel: a split batch would have other statistics; "
@@ -205,7 +205,7 @@ def _nth_file(folder: Path, index: int) -> Path:
 
 
 def _refine(replica: Replica, batch: Batch, seed: int, recovery: Recovery, display: Display | None) -> tuple[Tensor, Tensor]:
-    """Refined images and losses of a batch; on request both are shown every 100 iterations."""
+    """Refined images and losses of a batch; if requested, both are shown every 100 iterations."""
     total = recovery.config.iterations
     replica.begin(batch, seed)
     stops = range(0, total, _EVERY) if display or recovery.verifier else range(0)
@@ -248,7 +248,7 @@ def _show(
 
 
 def _verifier(name: str, device: torch.device) -> Display:
-    """Prints how many images a network of torchvision's with its ImageNet weights takes for what they should be."""
+    """Prints the accuracy of a torchvision network with ImageNet weights on the images."""
     import torchvision.models
 
     try:

@@ -89,7 +89,7 @@ class Ascent:
         if view.shape not in self._steps:
             inputs = view.clone(), labels.clone()
             captured = CapturedStep(
-                lambda: self._step(*inputs), self.execution, records=not self.network.unrecorded, graph_memory=self._graph_memory
+                lambda: self._step(*inputs), self.execution, records=not self.network.recording_error, graph_memory=self._graph_memory
             )
             self._steps[view.shape] = (*inputs, captured)
         static_view, static_labels, captured = self._steps[view.shape]

@@ -144,7 +144,7 @@ def resolve(backend: BackendName, precision: Precision, device: str, teacher: ob
 
 
 def precisions(backend: str, device: torch.device) -> list[str]:
-    """What a back-end offers on a device; the first is what "auto" takes."""
+    """Precisions of a back-end on a device; "auto" takes the first."""
     if backend == "reference":
         return ["fp32", "fp64"]
     if device.type == "cuda":
@@ -221,7 +221,7 @@ def graph_operators(name: str) -> Operators:
 
 @functools.cache
 def operators_for(device: torch.device, dtype: torch.dtype) -> Operators:
-    """What a hook measures features of a precision with: fused operators where they can run, else plain ones, and a line in the log."""
+    """Operators with which a hook measures features of this dtype: fused if they can run, else plain ones, with a warning in the log."""
     causes = fused_causes(device) if device.type in ("cpu", "cuda") else [f"they do not run on {device.type}"]
     if not causes and dtype not in {_DTYPES[precision] for precision in precisions("fused", device)}:
         causes = [f"they do not compute in {str(dtype).removeprefix('torch.')} on {device.type}"]

@@ -1,4 +1,4 @@
-"""A step on fixed tensors, repeated without the interpreter where that is possible: in C++ on a CPU, as a CUDA graph on a GPU."""
+"""Records a step on fixed tensors and replays it without the interpreter: in C++ on a CPU, as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _taken: set[int] = set()  # handles of the streams that have an owner
 
 
 def take_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of a GPU that nobody else has taken; only where all have an owner it is one of theirs."""
+    """A CUDA stream without an owner; if all have one, a shared stream."""
     for _ in range(_STREAMS):
         stream = torch.cuda.Stream(device)
         if stream.cuda_stream not in _taken:
@@ -40,7 +40,7 @@ def take_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def return_stream(stream: torch.cuda.Stream) -> None:
-    """Let others take it again."""
+    """Give a stream back."""
     _taken.discard(stream.cuda_stream)
 
 
@@ -102,18 +102,18 @@ class OpTape:
         self.refresh()
 
     def refresh(self) -> None:
-        """Pack the weights that the step leaves alone anew."""
+        """Pack the frozen weights again."""
         self._tape.refresh()
 
     def run(self, times: int) -> None:
-        """Repeat the step; other Python threads run meanwhile."""
+        """Replay the step; other Python threads run meanwhile."""
         self._tape.run(times)
 
     def __len__(self) -> int:
         return int(self._tape.size)
 
     def _append(self, node: Node, slots: dict[Node, Any], once: bool) -> Any:
-        """The slot of the node's result, or a list of them where the operator gives several."""
+        """The slot of the node's result, or a list of slots if there are several results."""
         target: Any = node.target
         schema = target._schema
         arguments = []
@@ -128,7 +128,7 @@ class OpTape:
 
 
 class CapturedStep:
-    """Runs a step any number of times. Making one runs the step, so what it changes must be set afterwards.
+    """Replays a step any number of times. Creating one executes the step, so buffers that it changes must be initialised afterwards.
 
     An execution that records does so once: on a CPU the operator calls, which C++ repeats with the interpreter lock released; on a GPU
     the kernels, as a CUDA graph. The back-end "compiled" compiles the step first. Without recording, every repeat calls the step.
@@ -171,7 +171,7 @@ class CapturedStep:
         self._step = None
 
     def refresh(self) -> None:
-        """To be called before the first repeat, and after weights that the step reads and never writes have been changed."""
+        """Call this before the first replay, and whenever weights that the step only reads have changed."""
         if self._tape is not None:
             self._tape.refresh()
 

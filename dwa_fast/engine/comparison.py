@@ -1,4 +1,4 @@
-"""Compares a rewritten teacher with the untouched one on a few images: logits, statistics, gradients of images and of weights."""
+"""Compares a rewritten teacher with the original on a few images: logits, statistics, gradients of images and of weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Response:
-    """What a teacher makes of some images."""
+    """The outputs of a teacher for some images."""
 
     logits: Tensor  # [N, classes]
     gaps: dict[str, tuple[Tensor, Tensor]]  # by layer, in the order of the calls: μ − m and σ² − v, [C] each
     gradients: Gradients | None
 
 
-def untouched(module: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, *, gradients: bool) -> Response:
+def teacher_response(module: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, *, gradients: bool) -> Response:
     """Response of a teacher as it is, its layers' inputs taken by hooks and averaged by plain PyTorch.
 
     Raises:
@@ -65,7 +65,7 @@ def _single(name: str, calls: list[Any]) -> Any:
     return calls[0]
 
 
-def rewritten(network: Any, parameters: nn.Module, images: Tensor, *, gradients: bool) -> Response:
+def network_response(network: Any, parameters: nn.Module, images: Tensor, *, gradients: bool) -> Response:
     """Response of a network whose layers keep the shifted moments of their inputs; the weights are those of `parameters`."""
 
     def gaps() -> dict[str, tuple[Tensor, Tensor]]:
@@ -111,12 +111,12 @@ def _respond(
     of_images, *of_weights = of_logits
     nothing = torch.zeros_like(leaf)
     named = {name: gradient for name, gradient in zip(weights, of_weights, strict=True) if gradient is not None}
-    gradients_found = Gradients(nothing if of_images is None else of_images, nothing if of_matching is None else of_matching, named)
-    return Response(logits.detach(), {name: (mean.detach(), var.detach()) for name, (mean, var) in gap_pairs.items()}, gradients_found)
+    grads = Gradients(nothing if of_images is None else of_images, nothing if of_matching is None else of_matching, named)
+    return Response(logits.detach(), {name: (mean.detach(), var.detach()) for name, (mean, var) in gap_pairs.items()}, grads)
 
 
 def difference(expected: Response, got: Response, layers: Mapping[str, Any], tolerance: float = 1.0) -> str | None:
-    """In which way a rewritten teacher differs from the untouched one, most telling first; None where it does not.
+    """How a rewritten teacher differs from the original, the most informative difference first; None if it does not.
 
     Args:
         layers: the BatchNorm layers, whose running variances say which differences of the statistics are small.
@@ -131,7 +131,7 @@ def difference(expected: Response, got: Response, layers: Mapping[str, Any], tol
         for gap, mine, usual, what in zip(pair, got.gaps[name], (variance.sqrt(), variance), ("mean", "variance"), strict=True):
             error = _relative(mine, gap, usual)
             if not error <= _LOGITS * tolerance:
-                return f"the {what} of what BatchNorm layer {name!r} is given is off by {_percent(error)}"
+                return f"the {what} of the input of BatchNorm layer {name!r} is off by {_percent(error)}"
     error = _relative(got.logits, expected.logits)
     if not error <= _LOGITS * tolerance:
         return f"its logits are off by {_percent(error)}"
@@ -159,7 +159,7 @@ def _gradient_difference(expected: Gradients, got: Gradients, tolerance: float) 
 
 
 def _relative(got: Tensor, expected: Tensor, usual: Tensor | None = None) -> float:
-    """‖got − wanted‖ / (‖wanted‖ + ‖usual‖)."""
+    """‖got − expected‖ / (‖expected‖ + ‖usual‖)."""
     if got.shape != expected.shape:
         return float("inf")
     scale = expected.double().norm() + (0.0 if usual is None else usual.double().norm())

@@ -1,4 +1,4 @@
-"""Layers that take the place of a teacher's own: the same function and bits, with less memory or time."""
+"""Replacements for layers of a teacher: the same function and bits, with less memory or time."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class StemConv(LeanConv):
         height: int,
         width: int,
     ) -> Tensor:  # [N, C, H, W]
-        """Adjoint of the convolution with the weights that it has now."""
+        """Adjoint of the convolution with its present weights."""
         blocks = self._blocks() if self.arranged is None else self.arranged
         step = _BLOCK // self.stride[0]
         rows, columns = -(-height // _BLOCK), -(-width // _BLOCK)

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 _aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
-# These share memory with an argument, or write into one, and their schemas do not say so: what they are given counts as written into.
+# Calls that alias or write an argument without declaring it in their schema; their arguments count as written.
 _UNDECLARED = {_aten._unsafe_view, _aten.unsafe_split, _aten.unsafe_split_with_sizes, _aten.native_batch_norm, _aten.set_}
-_PLAIN: tuple[Any, ...] = ("none", [], None)  # nothing else is done to the result of a convolution
+_PLAIN: tuple[Any, ...] = ("none", [], None)  # no activation fused behind the convolution
 
 
 def frozen_tensors(graph: GraphModule) -> set[Node]:
-    """The tensors from outside of a step that no call of it writes into, through whatever view of their memory."""
-    memory: dict[Node, set[int]] = {}  # by value: the outside memory that it lies in
+    """The outside tensors of a step whose memory none of its calls writes to, directly or through a view."""
+    memory: dict[Node, set[int]] = {}  # by value: the outside storages that it may alias
     written: set[int] = set()
     for node in graph.graph.nodes:
         target: Any = node.target
@@ -30,8 +30,8 @@ def frozen_tensors(graph: GraphModule) -> set[Node]:
             written |= memory[node] if target is not operator.getitem else set()
         elif node.op == "call_function":
             for position, declared in enumerate(target._schema.arguments):
-                given: Any = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
-                for each in given if isinstance(given, (list, tuple)) else [given]:
+                argument: Any = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
+                for each in argument if isinstance(argument, (list, tuple)) else [argument]:
                     if declared.alias_info is not None and isinstance(each, Node):
                         memory[node] |= memory[each]
                         written |= memory[each] if declared.alias_info.is_write else set()
@@ -51,15 +51,16 @@ class _Packed:
 
 
 def pack_convolutions(graph: GraphModule) -> set[Node]:
-    """Let convolutions of a CPU take frozen weights packed, and return the calls that pack: to be made before the first repeat.
+    """Replace CPU convolutions with frozen weights by calls on packed weights.
 
-    PyTorch gives oneDNN the weights as they lie, and oneDNN packs them in every call, which costs up to a third of the time where batches
-    are small. Each replacement is tried on random numbers, and made only where it gives the same bits in the same layout.
+    Returns the packing calls, which have to run once before the first replay.
+    PyTorch passes oneDNN plain weights, which oneDNN packs again in every call; that costs up to a third of the time where batches
+    are small. A replacement is made only if it gives the same bits in the same layout on random numbers.
     """
     frozen, packing = frozen_tensors(graph), set()
     for node in list(graph.graph.nodes):
         packed = _packed(node)
-        if packed is None or packed.weight not in frozen or not _agrees(node, packed):
+        if packed is None or packed.weight not in frozen or not _same_bits(node, packed):
             continue
         with graph.graph.inserting_before(node):
             weight = graph.graph.call_function(packed.pack, (packed.weight, *packed.order))
@@ -75,7 +76,7 @@ def pack_convolutions(graph: GraphModule) -> set[Node]:
 
 
 def _packed(node: Node) -> _Packed | None:
-    """The node with packed weights, where it may have them: no transposed convolution, and no gradient of weights."""
+    """The node with packed weights; None where that is not possible: transposed convolutions, gradients of weights."""
     args: Any = node.args
     if node.target not in (_aten.convolution.default, _aten.convolution_backward.default) or args[0].meta["val"].dim() != 4:
         return None
@@ -84,8 +85,8 @@ def _packed(node: Node) -> _Packed | None:
         shape: tuple[Any, ...] = (padding, stride, dilation, groups)
         pack, call = _mkldnn._reorder_convolution_weight.default, _mkldnn._convolution_pointwise.default
     else:
-        source, x, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
-        if list(wanted) != [True, False, False] or groups != 1:  # oneDNN is slow at the transposed ones of several groups
+        source, x, weight, _, stride, padding, dilation, transposed, _, groups, output_mask = args
+        if list(output_mask) != [True, False, False] or groups != 1:  # oneDNN is slow at the transposed ones of several groups
             return None
         stride, padding, dilation = (list(each) * (2 // len(each)) for each in (stride, padding, dilation))  # one number may stand for two
         axes = zip(_size(x)[2:], _size(source)[2:], _size(weight)[2:], stride, padding, dilation, strict=True)
@@ -98,8 +99,8 @@ def _packed(node: Node) -> _Packed | None:
     return _Packed(source, weight, pack, (*shape, _size(source)), call, (bias, *shape))
 
 
-def _agrees(node: Node, packed: _Packed) -> bool:
-    """Whether the packed call does on random numbers what the node does."""
+def _same_bits(node: Node, packed: _Packed) -> bool:
+    """Whether the packed call gives the bits of the node on random numbers."""
     random = torch.Generator().manual_seed(0)
     values: dict[Node, Tensor] = {}
 
@@ -112,16 +113,16 @@ def _agrees(node: Node, packed: _Packed) -> bool:
     target: Any = node.target
     try:
         result = target(*map_arg(node.args, value))
-        wanted: Tensor = result if isinstance(result, Tensor) else result[0]
+        expected: Tensor = result if isinstance(result, Tensor) else result[0]
         weight = packed.pack(value(packed.weight), *packed.order)
         got: Tensor = packed.call(value(packed.source), weight, *map_arg(packed.shape, value), *_PLAIN)
-    except RuntimeError:  # no such primitive on this processor, numbers that are not drawn at random, memory that overlaps
+    except RuntimeError:  # no such primitive on this processor, an integer type, overlapping memory
         return False
-    return got.stride() == wanted.stride() and torch.equal(got, wanted)
+    return got.stride() == expected.stride() and torch.equal(got, expected)
 
 
 def _erase(graph: GraphModule, node: Node) -> None:
-    """Take out a call whose results nobody uses, and what was made for it alone."""
+    """Remove a call whose results are unused, and the empty tensors made for it alone."""
     for user in list(node.users):
         graph.graph.erase_node(user)
     before = node.all_input_nodes

@@ -46,7 +46,7 @@ class Refinement:
         self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
         self.of_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
         self._refresh()
-        records = not (classifier.unrecorded or matcher.unrecorded)
+        records = not (classifier.recording_error or matcher.recording_error)
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:

@@ -19,14 +19,14 @@ _METADATA = set("size dim ndimension numel nelement stride is_contiguous element
 
 
 class Root(nn.Module):
-    """A teacher as a module with one argument, whatever optional ones it has itself."""
+    """A teacher as a module with one argument; its optional arguments keep their defaults."""
 
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
         self.teacher = teacher
 
     def forward(self, images: Tensor) -> Any:
-        """What the teacher gives."""
+        """The teacher's output."""
         return self.teacher(images)
 
 

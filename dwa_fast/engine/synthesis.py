@@ -55,7 +55,7 @@ class Replica:
         """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images. On a GPU this is only queued."""
         config, execution = self.config, self.execution
         with self._active():
-            images = self._moved(batch.images, execution.master_dtype)
+            images = self._to_device(batch.images, execution.master_dtype)
             labels = batch.labels.to(execution.device, torch.int64)
             schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
@@ -129,10 +129,10 @@ class Replica:
     ) -> Tensor:  # [n, classes] float32 on the CPU
         """The teacher's logits, on the device and in the precision of the synthesis."""
         with self._active(), torch.no_grad():
-            logits: Tensor = self._network(self._moved(images, self.execution.dtype))
+            logits: Tensor = self._network(self._to_device(images, self.execution.dtype))
             return logits.float().cpu()
 
-    def _moved(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+    def _to_device(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         return images.detach().to(self.execution.device, dtype, memory_format=self.execution.memory_format)
 
     @contextmanager
@@ -260,10 +260,10 @@ def memory_errors(execution: Execution, batches: Sequence[Batch]) -> Iterator[No
             if len(batches) > 1
             else f"a batch of {len(batches[0].images)} images"
         )
-        asked = re.search(r"(?:allocate|asked for) ([\d.]+ (?:[KMG]iB|bytes))", str(error))
+        match = re.search(r"(?:allocate|asked for) ([\d.]+ (?:[KMG]iB|bytes))", str(error))
         there = ""
         if execution.device.type == "cuda":
             free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(execution.device))
             there = f"; {free:.1f} of {total:.1f} GiB are free"
-        wanted = f" asked for {asked[1]} more" if asked else " does not fit"
+        wanted = f" asked for {match[1]} more" if match else " does not fit"
         raise InputError(f"out of memory on {execution.device}: {flight}{wanted}{there}; lower the batch size") from error

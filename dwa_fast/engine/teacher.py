@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dwa_fast.engine import fuse
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import TRACING, return_stream, take_stream, trace_step
-from dwa_fast.engine.comparison import Response, difference, rewritten, untouched
+from dwa_fast.engine.comparison import Response, difference, network_response, teacher_response
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, trace
 from dwa_fast.engine.layers import StemConv, replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
@@ -28,11 +28,11 @@ from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
 
-_ALIGNED = 16  # numbers, in multiples of which a layer's part of the arena begins
-_TRIED = 3  # images that the teacher and its copy are compared on
-_ROUNDING = 100.0  # times what is allowed in fp32, in a lower precision
-_MOVE = 0.02  # relative deviation by which weights are moved to see whether a copy follows them
-_NOISE = 0.1  # standard deviations that they are moved by: no two alike, no pre-activation exactly 0
+_ALIGNED = 16  # elements; each layer's part of the arena begins at a multiple
+_TRIED = 3  # images on which the teacher and its copy are compared
+_ROUNDING = 100.0  # factor on the fp32 tolerance in a lower precision
+_PERTURBATION = 0.02  # relative standard deviation of the weights in the test that a copy reads them anew
+_NOISE = 0.1  # standard deviation of the noise on these images: no two alike, no pre-activation exactly 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Network(nn.Module):
         self.module = rewritten.module
         self.layers = rewritten.layers
         self.traced = rewritten.traced
-        self.unrecorded: str | None = None  # why a step with this network has to be called, where it cannot be recorded
+        self.recording_error: str | None = None  # why steps with this network cannot be recorded, if so
         self._plans: dict[tuple[float, ...], MatchingPlan] = {}
         self._arenas: dict[torch.Size, MatchingPlan] = {}  # by shape of the images
         self._arena: MatchingPlan | None = None  # where the last forward pass has left its partial sums
@@ -153,7 +153,7 @@ class Network(nn.Module):
                 layer.refresh()
 
     def forget(self) -> None:
-        """Let go of the moments of the last forward pass, which may belong to a graph: what holds a graph cannot be copied."""
+        """Drop the moments of the last forward pass; they may hold an autograd graph, and a module that does cannot be copied."""
         for layer in self.layers.values():
             layer.sums.clear()
 
@@ -218,7 +218,7 @@ class Network(nn.Module):
 
 def prepare(
     teacher: nn.Module,
-    images: Tensor,  # [N, C, H, W], normalised; a few of them are tried
+    images: Tensor,  # [N, C, H, W], normalised; a few of them are used for the comparison
     execution: Execution,
     *,
     batch_sizes: Sequence[int] = (),  # numbers of images of the batches that will run
@@ -226,8 +226,8 @@ def prepare(
     """A checked, recording copy of the teacher on the device, and its number of classes. The teacher itself is not changed.
 
     The copy is compared with the teacher on a few images like the given ones: logits, the statistics of every layer's input, the gradients
-    of both to the images, the gradient of the logits to every weight. A traced copy that differs gives way to one that calls the
-    teacher's own forward pass. Of several threads one prepares at a time.
+    of both to the images, the gradient of the logits to every weight. If a traced copy differs, one that calls the
+    teacher's own forward pass is used instead. Threads prepare one at a time.
 
     Raises:
         TypeError: teacher is not a module.
@@ -244,11 +244,11 @@ def prepare(
         trial = _trial_images(images, execution)
         layers = _layers(module)
         check_finite_weights(module)
-        expected = _untouched(module, layers, trial)
+        expected = _check_teacher(module, layers, trial)
         layers = {name: layer for name, layer in layers.items() if name in expected.gaps}
-        with _moved(module):
-            moved = untouched(module, layers, trial, gradients=False)
-        network = _agreeing(module, layers, expected, moved, trial, execution, batch_sizes)
+        with _perturbed_weights(module):
+            perturbed = teacher_response(module, layers, trial, gradients=False)
+        network = _verified_network(module, layers, expected, perturbed, trial, execution, batch_sizes)
     return network, expected.logits.shape[1]
 
 
@@ -276,15 +276,15 @@ def _layers(module: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor) -> Response:
-    """What the teacher makes of the trial images, checked."""
+def _check_teacher(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor) -> Response:
+    """The teacher's own response to the trial images, checked."""
     with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
         torch.manual_seed(0)
         try:
             first = module(trial)
             _check_logits(first)
             first = first.detach()
-            expected = untouched(module, layers, trial, gradients=True)
+            expected = teacher_response(module, layers, trial, gradients=True)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
             if isinstance(error, InputError):
                 raise
@@ -301,7 +301,7 @@ def _untouched(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor
             again = module(trial).detach()
         if _alike(first, again):
             raise InputError(
-                "teacher gives other logits where gradients of its weights or of the images are wanted: "
+                "teacher gives other logits when gradients of its weights or of the images are required: "
                 "its forward pass depends on requires_grad"
             )
         raise InputError(
@@ -322,33 +322,33 @@ def _check_logits(logits: Any) -> None:
         raise InputError("teacher gives logits that are not finite, though its weights are; its activations overflow")
 
 
-def _agreeing(
+def _verified_network(
     module: nn.Module,
     layers: Mapping[str, nn.Module],
     expected: Response,
-    moved: Response,  # with moved weights
+    perturbed: Response,  # with perturbed weights
     trial: Tensor,
     execution: Execution,
     batch_sizes: Sequence[int],
 ) -> Network:
-    """The fastest form of the teacher that does what the teacher does."""
-    shown = trial.to(memory_format=torch.channels_last) if execution.channels_last else trial
+    """The fastest copy of the teacher that computes what the teacher does."""
+    inputs = trial.to(memory_format=torch.channels_last) if execution.channels_last else trial
     if execution.device.type == "cpu" and execution.channels_last:
         replace_strided_pointwise(module)
 
     if execution.operators.fuses:
-        larger = {size: untouched(module, layers, _tiled(trial, size), gradients=False) for size in {*batch_sizes} - {len(trial)}}
+        larger = {size: teacher_response(module, layers, _tiled(trial, size), gradients=False) for size in {*batch_sizes} - {len(trial)}}
         try:
             network = Network(trace(module, layers, execution.operators, trial), execution)
-            cause = difference(expected, rewritten(network, module, shown, gradients=True), layers)
+            cause = difference(expected, network_response(network, module, inputs, gradients=True), layers)
             for size, response in larger.items():
-                cause = cause or difference(response, rewritten(network, module, _tiled(shown, size), gradients=False), layers)
+                cause = cause or difference(response, network_response(network, module, _tiled(inputs, size), gradients=False), layers)
             if cause is None:
-                with _moved(module):
-                    followed = difference(moved, rewritten(network, module, shown, gradients=False), layers)
-                if followed is None:
+                with _perturbed_weights(module):
+                    mismatch = difference(perturbed, network_response(network, module, inputs, gradients=False), layers)
+                if mismatch is None:
                     return network
-                cause = f"with other weights {followed}"
+                cause = f"with other weights {mismatch}"
             network.release()
             cause = f"the trace differs: {cause}"
         except Exception as error:  # tracing runs the teacher's own code, which may raise anything
@@ -356,17 +356,17 @@ def _agreeing(
         log.warning("teacher cannot be traced (%s); its BatchNorm layers are fused without their neighbours", cause)
     network = Network(fuse.replace(module, layers, execution.operators), execution)
     try:
-        cause = difference(expected, rewritten(network, module, shown, gradients=True), layers)
+        cause = difference(expected, network_response(network, module, inputs, gradients=True), layers)
     except RuntimeError as error:
         cause = first_line(error)
     if cause is not None:
         raise InputError(f"back-end {execution.backend!r} does not compute what the teacher does: {cause}; another back-end may")
     if execution.records or execution.backend == "compiled":
-        network.unrecorded = _unrecorded(network, module, shown)
+        network.recording_error = _recording_error(network, module, inputs)
     return network
 
 
-def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | None:
+def _recording_error(network: Network, module: nn.Module, images: Tensor) -> str | None:
     """Why the forward pass of a network that was not traced cannot be recorded, such as branches on values; None where it can."""
     recorded = torch.zeros_like(network(images).detach())
 
@@ -375,11 +375,11 @@ def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | No
 
     try:
         repeat = trace_step(step)
-        with _moved(module), torch.no_grad():
+        with _perturbed_weights(module), torch.no_grad():
             repeat(torch.empty(0))
             if not _alike(network(images), recorded):
                 raise RuntimeError("it computes with numbers that it reads from its weights")
-    except Exception as error:  # of any kind: the teacher's own code runs on tensors that are being followed
+    except Exception as error:  # of any kind: this traces the teacher's own code
         cause = first_line(error)
         log.warning("teacher cannot be recorded (%s); its own code is called in every step, which is a little slower", cause)
         return cause
@@ -389,14 +389,14 @@ def _unrecorded(network: Network, module: nn.Module, images: Tensor) -> str | No
 
 
 @contextmanager
-def _moved(module: nn.Module) -> Iterator[None]:
-    """Inside, every weight is another one, as it is after an ascent: numbers that a copy has read from the weights show."""
+def _perturbed_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, every weight is perturbed, as by an ascent: a copy that has baked in the old weights then differs."""
     weights = [weight for weight in module.parameters() if weight.is_floating_point()]
     originals = [weight.detach().clone() for weight in weights]
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in weights:
-            weight.mul_(1 + _MOVE * torch.randn(weight.shape, generator=source).to(weight))
+            weight.mul_(1 + _PERTURBATION * torch.randn(weight.shape, generator=source).to(weight))
     try:
         yield
     finally:
@@ -406,27 +406,27 @@ def _moved(module: nn.Module) -> Iterator[None]:
 
 
 def _tiled(images: Tensor, size: int) -> Tensor:
-    """That many images, over and over the same."""
+    """That many images: the given ones, repeated."""
     return images[torch.arange(size, device=images.device) % len(images)]
 
 
 @contextmanager
 def check_precision(network: Network, images: Tensor, execution: Execution) -> Iterator[None]:
-    """Around what puts the weights into the precision that will run: the network must then still give nearly the same.
+    """Around the cast of the weights to the precision that will run: afterwards the network must give nearly the same.
 
     Raises:
-        InputError: it cannot run in that precision, or gives something else.
+        InputError: it cannot run in that precision, or its results differ.
     """
     if execution.dtype == execution.master_dtype:
         yield
         return
     trial = _trial_images(images, execution).to(memory_format=execution.memory_format)
     with execution.arithmetic():
-        expected = rewritten(network, network, trial, gradients=False)
+        expected = network_response(network, network, trial, gradients=False)
     yield
     with execution.arithmetic():
         try:
-            got = rewritten(network, network, trial.to(execution.dtype), gradients=True)
+            got = network_response(network, network, trial.to(execution.dtype), gradients=True)
             cause = difference(expected, got, network.layers, _ROUNDING)
         except RuntimeError as error:
             cause = first_line(error)

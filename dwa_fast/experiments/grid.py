@@ -19,7 +19,7 @@ from dwa_fast.experiments.jobs import StudyProgress, run_cells
 from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
 from dwa_fast.report import records
-from dwa_fast.report.records import Chart, Picture, Series, Table, mean_and_spread
+from dwa_fast.report.records import Chart, Picture, Series, Table, format_mean_std
 
 _SHEET_CLASSES, _SHEET_IPC = 10, 10  # shown in a contact sheet, at most
 TOP1 = "top-1 %"
@@ -89,7 +89,7 @@ class Outcome:
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
     def __str__(self) -> str:
-        return mean_and_spread(self.mean, self.std)
+        return format_mean_std(self.mean, self.std)
 
 
 Outcomes = dict[tuple[str, int, str], Outcome]  # by name of the variant, ipc and student

@@ -71,11 +71,11 @@ def cross(
     seeds: Sequence[int],
 ) -> Record:
     """Students of several architectures × methods and sets that were made elsewhere."""
-    found = [Variant(name=escape_control_chars(set_folder(folder).resolve().name), external=folder) for folder in sets]
-    names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in found]
+    external = [Variant(name=escape_control_chars(set_folder(folder).resolve().name), external=folder) for folder in sets]
+    names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in external]
     if len(set(names)) < len(names):
         raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")
-    grid = Grid(variants=[*by_method(setup, methods), *found], ipc=ipc, students=students, seeds=seeds)
+    grid = Grid(variants=[*by_method(setup, methods), *external], ipc=ipc, students=students, seeds=seeds)
     outcomes = run(grid)
     title = f"Students of several architectures on {setup.recipe.name}"
     pairs = [by_student(f"{title}, ipc {each}", setup, grid, outcomes, each) for each in ipc]
@@ -146,9 +146,9 @@ def _lambda_var(run: GridRunner, setup: Setup, grid_of: Callable[[Sequence[Varia
     title = f"λ_var on {setup.recipe.name}"
     for ipc in grid.ipc:
         rows = {kind: [outcomes[f"{kind}, {value:g}", ipc, student] for value in values] for kind in kinds}
-        lines = [[f"{value:g}", *(str(found[place]) for found in rows.values())] for place, value in enumerate(values)]
+        lines = [[f"{value:g}", *(str(row[place]) for row in rows.values())] for place, value in enumerate(values)]
         tables.append(Table(title=f"{title}, ipc {ipc}, {TOP1}", columns=["λ_var", *kinds], rows=lines, note=note(setup, grid)))
-        curves = [series(kind, found) for kind, found in rows.items()]
+        curves = [series(kind, row) for kind, row in rows.items()]
         charts.append(Chart(title=f"{title}, ipc {ipc}", x_label="λ_var", y_label=TOP1, x=values, series=curves))
     return _record(setup, grid, outcomes, "ablation", title, tables=tables, charts=charts)
 
@@ -167,11 +167,11 @@ def _k_rho(
     tables, maps = [], []
     title = f"K and ρ on {setup.recipe.name}"
     for ipc in grid.ipc:
-        found = [[outcomes[name(k, rho), ipc, student] for k in steps] for rho in rhos]
-        rows = [[f"{rho:g}", *map(str, row)] for rho, row in zip(rhos, found, strict=True)]
+        results = [[outcomes[name(k, rho), ipc, student] for k in steps] for rho in rhos]
+        rows = [[f"{rho:g}", *map(str, row)] for rho, row in zip(rhos, results, strict=True)]
         columns = ["ρ", *(f"K = {k}" for k in steps)]
         tables.append(Table(title=f"{title}, ipc {ipc}, {TOP1}", columns=columns, rows=rows, note=note(setup, grid)))
-        values = [[each.mean for each in row] for row in found]
+        values = [[each.mean for each in row] for row in results]
         maps.append(HeatMap(title=f"{title}, ipc {ipc}", x_label="K", y_label="ρ", value_label=TOP1, x=steps, y=rhos, values=values))
     return _record(setup, grid, outcomes, "ablation", title, tables=tables, heat_maps=maps)
 

@@ -1,4 +1,4 @@
-"""BatchNorm layers: which layers of a teacher are matched, and the statistics of what they are given."""
+"""BatchNorm layers: which layers of a teacher are matched, and the statistics of their inputs."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ class Measures(Protocol):
 
     @property
     def partial_rows(self) -> Callable[[Tensor], int] | None:
-        """Rows of partial sums that it leaves; None where it leaves none."""
+        """Number of rows of partial sums; None if there are none."""
 
 
 class Recorder:
-    """Takes the shifted moments of what a layer is given, at each call, and leaves the layer as it is."""
+    """Records the shifted moments of a layer's input at each call, without changing the layer."""
 
     def __init__(self, layer: nn.Module, operators: Measures) -> None:
         """Hook onto the layer.
 
-        The hook comes after those that are there: what they make of the input is what the layer gets.
+        It runs after the existing hooks, so it sees the input that the layer gets.
         """
         self.kind = type(layer).__name__
         self.running_mean, self.running_var = (getattr(layer, name).detach() for name in ("running_mean", "running_var"))  # [C]

@@ -80,7 +80,7 @@ def load_teacher(
 
 
 def teacher_checksum(path: Path, weights_key: str | None = None) -> str:
-    """What stands for a teacher in settings: the checksum of its file, and which of the weights in it, where that was chosen."""
+    """The identity of a teacher in settings: the checksum of its file, and the key of the weights if one was chosen."""
     return checksum(path) + (f" {weights_key}" if weights_key else "")
 
 
@@ -118,7 +118,7 @@ def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
 
 
 def _checked_data(info: TeacherInfo) -> TeacherInfo:
-    """The description, if what it says about the data can be."""
+    """The description, if its statements about the data are valid."""
     names, mean, std = info.class_names, info.mean, info.std
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):

@@ -67,7 +67,7 @@ def _floating(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _faults(module: nn.Module) -> Iterator[str]:
-    """For each tensor with a value that cannot be: its name, its layer, and how many of what."""
+    """For each tensor with invalid values: its name, its layer, and how many of each kind."""
     for name, value in _floating(module):
         layer, _, tensor = name.rpartition(".")
         negative = (value < 0) if tensor == "running_var" else torch.zeros((), dtype=torch.bool)

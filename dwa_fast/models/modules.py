@@ -15,7 +15,7 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def replace_layers(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put what `replacement` gives in the place of every layer for which it gives one, wherever the layer hangs in the tree."""
+    """Replace every layer, anywhere in the tree, for which `replacement` returns another."""
     replacements: dict[nn.Module, nn.Module | None] = {}  # by layer: a layer that is shared stays shared
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):

@@ -1,4 +1,4 @@
-"""The weights of a network in a checkpoint of any program: found by the names that the network wants, under whatever keys and prefixes."""
+"""The weights of a network in a checkpoint of any program: found by the parameter names of the network, under any keys and prefixes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dwa_fast.models.architectures import ARCHITECTURES, TIMM, build
 
 log = logging.getLogger("dwa_fast")
 
-# Keys of the weights that a training went on with; others (an average, the best epoch, a student) are taken where they are alone.
+# Keys of the weights being trained; others (an average, the best epoch, a student) are taken only if there are no such.
 _USUAL = {"model", "model_state", "model_state_dict", "module", "net", "network", "params", "state_dict", "weights"}
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # modules that hand on what is given to another
 _COUNTERS = {"n_averaged", "num_batches_tracked", "total_ops", "total_params"}  # that averaging, BatchNorm and thop leave beside weights
@@ -39,7 +39,7 @@ _SIZES = (8, 16, 28, 32, 64, 96, 128, 224)  # pixels, tried when searching for a
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """Weights with all names that the network wants."""
+    """Weights with all parameter names of the network."""
 
     key: str  # keys and prefix with dots between them, as weights_key names it; "" for a bare state dict
     weights: dict[str, Tensor]  # by the network's own names
@@ -64,7 +64,7 @@ def find_weights(
 ) -> tuple[dict[str, Tensor], int]:
     """The weights of an architecture, by its own names and of its shapes, and its number of classes.
 
-    A dict of tensors at any key is taken that has every name that the network wants, behind one prefix. Where several have, the
+    A dict of tensors at any key is taken that has every parameter name of the network, behind one prefix. Where several have, the
     one at a usual key (state_dict, model, …) is, and the log names the others; where that does not decide, `weights_key` must.
 
     Args:
@@ -154,7 +154,7 @@ def _prefixes(names: Iterable[str], required: set[str]) -> Counter[str]:
 
 
 def _required(expected: Iterable[str]) -> set[str]:
-    """The names without which a network is none of that architecture."""
+    """The names that every network of that architecture has."""
     return {name for name in expected if not _is_counter(name)}
 
 
@@ -186,7 +186,7 @@ def _equal(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 
 
 def _classes(path: Path, architecture: str, weights: Mapping[str, Tensor], channels: int, size: int) -> int:
-    """Number of classes of these weights: the rows of what depends on it."""
+    """Number of classes of these weights: the rows of the tensors that depend on it."""
     two, three = (_on_paper(architecture, classes=classes, channels=channels, size=size) for classes in (2, 3))
     rows = {weights[name].shape[:1].numel() for name in two if two[name].shape != three[name].shape}
     if len(rows) != 1 or 0 in rows:
@@ -195,7 +195,7 @@ def _classes(path: Path, architecture: str, weights: Mapping[str, Tensor], chann
 
 
 def _check_values(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise InputError for a weight whose values are not there, or are no numbers that the network can take."""
+    """Raise InputError for a weight whose values are missing or of an unsupported type."""
     for name, value in weights.items():
         shape = tuple(value.shape)
         if value.layout is not torch.strided or value.is_quantized or type(value) not in (Tensor, torch.nn.Parameter):
@@ -244,7 +244,7 @@ def _advice(path: Path, architecture: str, weights: Mapping[str, Tensor], *, cha
 def _nothing_fits(
     path: Path, content: Any, architecture: str, expected: Mapping[str, Tensor], weights_key: str | None, *, channels: int, size: int
 ) -> str:
-    """What is missing in the state dict that comes nearest; what the file holds, where it has none."""
+    """The missing names in the closest state dict; if there is none, the contents of the file."""
     required = _required(expected)
     nearest: dict[str, Tensor] = {}
     whole: Mapping[str, Tensor] = {}  # the state dict that this is a part of: another network may hold such a part
@@ -277,7 +277,7 @@ def _listed(names: Mapping[str, list[str]]) -> str:
 
 
 def _contents(content: Mapping[Any, Any]) -> str:
-    """What a checkpoint holds: its keys, and of which kind each value is."""
+    """The contents of a checkpoint: its keys, and the type of each value."""
     kinds = [f"{key!r} ({_kind(value)})" for key, value in content.items()]
     return ", ".join(kinds[:_SHOWN]) + (", …" if len(kinds) > _SHOWN else "") if kinds else "nothing"
 
@@ -289,7 +289,7 @@ def _kind(value: Any) -> str:
 
 
 def _say_beside(path: Path, found: _Found, channels: int) -> None:
-    """Say what lies beside the weights and is not loaded.
+    """Log the entries beside the weights that are not loaded.
 
     Raises:
         InputError: the network is one layer of a sequence, and other layers have weights too.

@@ -1,4 +1,4 @@
-"""The results that the paper publishes (arXiv 2409.17612), to stand beside those of a record whose setting is the same."""
+"""The results that the paper publishes (arXiv 2409.17612), to compare with those of a record with the same settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dwa_fast.recipes import METHODS, RECIPES, recipe
-from dwa_fast.report.records import Record, Table, mean_and_spread
+from dwa_fast.report.records import Record, Table, format_mean_std
 
 _Key = tuple[str, str, int]  # recipe, student, images per class
 
@@ -69,7 +69,7 @@ _SAYS = "Published: arXiv 2409.17612. Compared where teacher, synthesis and trai
 
 
 def published(recipe: str, method: str, student: str, ipc: int) -> float | None:
-    """The paper's top-1, percent; None where it has none. A recipe as released stands for the one that it is released for."""
+    """The paper's top-1, percent; None if it has none. A -released recipe counts as the recipe without that suffix."""
     return _RESULTS.get(method, {}).get((recipe.removesuffix("-released"), student, ipc))
 
 
@@ -82,10 +82,10 @@ def _after_tasks(recipe: str, method: str, student: str, ipc: int, tasks: Any, s
 
 
 def beside_published(record: Record) -> Table | None:
-    """Each of the record's cells whose setting is a published one, beside the published number; None where there is none.
+    """A table of the record's cells with published settings and the published numbers; None if there are none.
 
     A cell is compared where the record says that its teacher is of the student's architecture, and that the size of the images, the
-    synthesis and the training of the students are as the recipe has them. The note names what kept others from being compared.
+    synthesis and the training of the students are as the recipe has them. The note names the settings that prevented other comparisons.
     """
     rows, kept_out = [], set()
     for cell in _cells(record):
@@ -100,7 +100,7 @@ def beside_published(record: Record) -> Table | None:
             continue
         names = [*place[:3], str(place[3]) if seen is None else f"{place[3]}, {seen} {_SEEN}"]
         rows.append(
-            [*names, mean_and_spread(cell["mean"], cell["std"]), f"{number:.1f}", f"{cell['mean'] - number:+.1f}".replace("-", "−")]
+            [*names, format_mean_std(cell["mean"], cell["std"]), f"{number:.1f}", f"{cell['mean'] - number:+.1f}".replace("-", "−")]
         )
     if not rows and not kept_out:
         return None
@@ -110,7 +110,7 @@ def beside_published(record: Record) -> Table | None:
 
 
 def _cells(record: Record) -> Iterator[Mapping[str, Any]]:
-    """The cells that are as they should be: a record may come from anywhere."""
+    """The well-formed cells; a record may come from anywhere."""
     kinds: dict[str, Any] = {"recipe": str, "method": str, "student": str, "ipc": int, "mean": (int, float), "std": (int, float)}
     cells = record.data.get("cells")
     for cell in cells if isinstance(cells, list) else []:

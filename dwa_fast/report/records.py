@@ -1,4 +1,4 @@
-"""What a command found, as plain values in one `record.json`: tables, figures and pictures, which the report shows as they are."""
+"""The results of a command, as plain values in one `record.json`: tables, figures and pictures, which the report shows as they are."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What one command did and found."""
+    """The results of one command."""
 
     kind: str  # what was done: validate, ablation, incremental, …
     title: str
@@ -140,7 +140,7 @@ def read_record(path: Path) -> Record:
 
 
 def _wrong(record: Record) -> Iterator[str]:
-    """What is of another type than it should be, for a record may come from anywhere; figures are checked where they are drawn."""
+    """The first field of the wrong type, since a record may come from anywhere; figures are checked when they are drawn."""
     for name in ("kind", "title", "summary", "command"):
         if not isinstance(getattr(record, name), str):
             yield f"{name} is no text"
@@ -169,6 +169,6 @@ def command_line() -> str:
     return shlex.join(["dwa-fast", *sys.argv[1:]])
 
 
-def mean_and_spread(mean: float, spread: float) -> str:
+def format_mean_std(mean: float, std: float) -> str:
     """A cell of a table."""
-    return f"{mean:.1f} ± {spread:.1f}"
+    return f"{mean:.1f} ± {std:.1f}"

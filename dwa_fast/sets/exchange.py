@@ -1,4 +1,4 @@
-"""Distilled sets on their way out of the package, for other programs, and into it: their files in order, and a set made of images."""
+"""Export of distilled sets as files in order or tensors, and import of images as a set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SetFiles:
     labels: list[int]
     class_names: list[str]
     checksums: dict[str, str] = field(default_factory=dict)  # of a set with a manifest
-    settings: dict[str, Any] = field(default_factory=dict)  # with which it was made, where it says so
+    settings: dict[str, Any] = field(default_factory=dict)  # with which it was made, if recorded
 
     def content(self, index: int) -> bytes:
         """A file, as it is. Raises InputError as `read`."""
@@ -66,19 +66,19 @@ def open_files(folder: Path, ipc: int | None = None) -> SetFiles:
     Args:
         ipc: take the first images of each class only.
     Raises:
-        InputError: it is no such folder, not complete, or a class has fewer images.
+        InputError: it is not such a folder, is incomplete, or a class has fewer images.
     """
-    found = _own(folder) if is_set(folder) else _other(folder)
-    chosen, counts = [], [0] * len(found.class_names)
-    for index, label in enumerate(found.labels):
+    source = _own(folder) if is_set(folder) else _other(folder)
+    chosen, counts = [], [0] * len(source.class_names)
+    for index, label in enumerate(source.labels):
         if ipc is None or counts[label] < ipc:
             chosen.append(index)
             counts[label] += 1
     if min(counts, default=0) < (ipc or 1):
         label = counts.index(min(counts))
-        raise InputError(f"class {found.class_names[label]!r} of {folder} has {counts[label]} images, expected at least {ipc or 1}")
-    files, labels = ([values[index] for index in chosen] for values in (found.files, found.labels))
-    return SetFiles(found.root, files, labels, found.class_names, found.checksums, found.settings)  # type: ignore[arg-type]
+        raise InputError(f"class {source.class_names[label]!r} of {folder} has {counts[label]} images, expected at least {ipc or 1}")
+    files, labels = ([values[index] for index in chosen] for values in (source.files, source.labels))
+    return SetFiles(source.root, files, labels, source.class_names, source.checksums, source.settings)  # type: ignore[arg-type]
 
 
 def _own(folder: Path) -> SetFiles:
@@ -115,45 +115,45 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(digits or -1), text) for digits, text in re.findall(r"([0-9]+)|([^0-9]+)", name)]
 
 
-def write_folders(found: SetFiles, folder: Path, progress: Progress | None = None) -> None:
+def write_folders(source: SetFiles, folder: Path, progress: Progress | None = None) -> None:
     """Copy the files into class folders by number, `00007/00012.png`, as RDED names them; unchanged.
 
     Raises:
         InputError: a file cannot be read, or the folder cannot be written.
     """
-    indices = _indices(found.labels)
-    for place, (name, label, index) in enumerate(zip(found.files, found.labels, indices, strict=True)):
+    indices = _indices(source.labels)
+    for place, (name, label, index) in enumerate(zip(source.files, source.labels, indices, strict=True)):
         path = folder / f"{label:05d}" / f"{index:05d}{Path(name).suffix.lower()}"
         output_folder(path.parent)
         with atomic_write(path, folder) as target:
-            target.write_bytes(found.content(place))
+            target.write_bytes(source.content(place))
         if progress:
-            progress(place + 1, len(found.files))
+            progress(place + 1, len(source.files))
 
 
 def as_tensors(
-    found: SetFiles,
+    source: SetFiles,
     normalisation: Normalisation,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, C, S, S] float32, normalised; [N] int64
-    """All images of a set, class after class, as DC, DM and MTT keep theirs.
+    """All images of a set, class after class, in the order of DC, DM and MTT.
 
     Raises:
         InputError: an image is damaged, no square, or of another size than the first one.
     """
     images: Tensor | None = None
-    for place, name in enumerate(found.files):
-        path = found.root / name
-        height, width = found.read(place)[1][1:]
+    for place, name in enumerate(source.files):
+        path = source.root / name
+        height, width = source.read(place)[1][1:]
         if images is None:
-            images = torch.empty(len(found.files), normalisation.channels, height, height)
+            images = torch.empty(len(source.files), normalisation.channels, height, height)
         if height != width or height != images.shape[2]:
             raise InputError(f"{path} has {height} × {width} pixels; tensors need squares of one size, here {images.shape[2]}")
         images[place] = normalise(decode(path, height, normalisation.channels)[None], normalisation)[0]
         if progress:
-            progress(place + 1, len(found.files))
+            progress(place + 1, len(source.files))
     assert images is not None, "open_files refuses sets without images"
-    return images, torch.tensor(found.labels, dtype=torch.int64)
+    return images, torch.tensor(source.labels, dtype=torch.int64)
 
 
 def write_set(
@@ -164,7 +164,7 @@ def write_set(
     settings: dict[str, Any],
     progress: Progress | None = None,
 ) -> int:
-    """Make a set with a manifest of images from elsewhere, or resume making it. Within a class they keep their order.
+    """Make a set with a manifest from given images, or resume making it. The order within a class is preserved.
 
     Args:
         images: gives each image, [C, H, W] uint8, or a PNG or JPEG file, which stays as it is.
@@ -209,13 +209,13 @@ def _batches(labels: Sequence[int], classes: int) -> Iterator[BatchSpec]:
 
 
 def _indices(labels: Sequence[int]) -> list[int]:
-    """For each image, how many of its class stand before it."""
+    """For each image, the number of earlier images of its class."""
     counts: dict[int, int] = {}
-    found = []
+    source = []
     for label in labels:
-        found.append(counts.get(label, 0))
-        counts[label] = found[-1] + 1
-    return found
+        source.append(counts.get(label, 0))
+        counts[label] = source[-1] + 1
+    return source
 
 
 def _common(images: Callable[[int], bytes | Tensor], count: int) -> tuple[ImageFormat, dict[str, list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dwa_fast.commands import cli
 from dwa_fast.commands.cli import run
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.io.files import checksum
@@ -222,6 +224,20 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
     assert "--learning-rate FLOAT Adam's first learning rate; falls to 0 on a cosine. Above 0. (default: 0.1)" in text
 
 
+def test_no_field_is_wrapped() -> None:
+    """The help of a flag is the comment on the line of its field: where a formatter wraps the line, it is lost."""
+    package = Path(cli.__file__).parents[1]
+    wrapped = [
+        f"{path.name}:{field.lineno}"
+        for path in package.rglob("*.py")
+        for made in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(made, ast.ClassDef) and any("dataclass" in ast.unparse(each) for each in made.decorator_list)
+        for field in made.body
+        if isinstance(field, ast.AnnAssign) and field.lineno != field.end_lineno
+    ]
+    assert wrapped == []
+
+
 def test_help_shows_the_range_that_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     usage_error(["synthesize", "--recipe", "digits", "--help"])
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
@@ -229,7 +245,7 @@ def test_help_shows_the_range_that_is_checked(capsys: pytest.CaptureFixture[str]
     assert "Quality of jpeg files; without chroma subsampling. 1 to 100. (default: 95)" in text  # of a configuration
     assert "Fraction of the image area that a crop covers. Above 0, at most 1. (default: 0.08 1.0)" in text  # of a pair
     assert "1 or 3 values. Above 0. (default: 0.3185)" in text  # of each of several numbers
-    assert "Default: as the set was started, or all. At least 1. (default: None)" in text  # of a number that may be missing
+    assert "Default: as when the set was started, or all. At least 1. (default: None)" in text  # of a number that may be missing
 
 
 @pytest.mark.parametrize(("command", "flag"), [("squeeze", "--architecture"), ("validate", "--student")])

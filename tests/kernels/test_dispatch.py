@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +53,12 @@ def features(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
+def from_operators(function: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Names and arguments, from the functions of that name in the tests of single operators."""
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        yield from getattr(importlib.import_module(f"tests.kernels.{path.stem}"), function, list)()
+
+
 def both(operator: str, *arguments: Any) -> list[tuple[Tensor, ...]]:
     """Results and gradients of the public operator and of its plain twin, with the same arguments."""
     results = []
@@ -71,10 +79,10 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
     rows, step = schedule((1, 0, 3, 3, 1, 2, 1), "cpu")
     for ours, plain in (
         both("bn_act", y, mean, var, weight, bias, 1e-5, skip, "relu"),
-        both("moments", y, mean),
         both("matching_loss", torch.rand(2, 5).requires_grad_(), var, *layers),
         both("matching_gradient", torch.rand(2, 5), var, *layers, torch.rand(2)),
         both("view", features(*Y), rows, step, torch.float32),
+        *(both(operator, *arguments) for operator, arguments in from_operators("public_calls")),
     ):
         for result, expected in zip(ours, plain, strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -106,8 +114,6 @@ def test_opcheck(calls: set[str]) -> None:
     checked: dict[str, tuple[Any, ...]] = {
         "bn_act_forward": (y, *values, y, "relu", None),
         "bn_act_backward": (y, None, y, *values, None, mask, True, "relu", None, True),
-        "moments_forward": (y, mean),
-        "moments_backward": (sums, y, mean),
         "matching_loss_forward": (sums, var, *layers),
         "matching_gradient": (sums, var, *layers, torch.rand(2), None, torch.zeros(1, dtype=torch.int32)),
         "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2)),
@@ -116,6 +122,7 @@ def test_opcheck(calls: set[str]) -> None:
         "ascend_": (torch.rand(9), torch.rand(9), 0.5, True, torch.zeros(9, dtype=torch.bfloat16)),
         "view": (y, rows, step, torch.bfloat16),
         "view_adam_clip_": (y, y.bfloat16(), y.clone(), y.abs(), rows, torch.rand(3), step, -mean.abs(), mean.abs(), 2.0, 0.5, 0.9, 1e-8),
+        **dict(from_operators("schema_calls")),
     }
     assert set(checked) == set(_library._launchers)
     for name, arguments in checked.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,15 @@ def launches() -> Launches:
                 case = f"{dtype} {str(layout).removeprefix('torch.')} C={shape[1]} {shape[2]} px"
                 yield case, partial(kernel.moments_forward, y, mean)
                 yield case, partial(kernel.moments_backward, meta(2, shape[1]), y, mean)
+
+
+def public_calls() -> list[tuple[str, tuple[Any, ...]]]:
+    """For test_dispatch: public operators with arguments, whose results and gradients are compared with the plain twin."""
+    y = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    return [("moments", (y, torch.randn(5)))]
+
+
+def schema_calls() -> list[tuple[str, tuple[Any, ...]]]:
+    """For test_dispatch: every schema with arguments, for opcheck."""
+    y, mean = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last), torch.randn(5)
+    return [("moments_forward", (y, mean)), ("moments_backward", (torch.rand(2, 5), y, mean))]
