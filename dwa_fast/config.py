@@ -19,7 +19,7 @@ Ascent = Literal["directed", "random", "none"]
 MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
 Curriculum = Literal["none", "step", "linear", "cosine"]
-Initial = Literal["real", "noise"]
+Initial = Literal["real", "patches", "noise"]
 InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -181,7 +181,7 @@ class DataConfig(Normalisation):
 class SynthesisConfig(Config):
     """Directed weight adjustment and the refinement of the images (arXiv 2409.17612, Eq. 11 and 15)."""
 
-    iterations: PositiveInt = 1000  # T: Adam steps on the images of a batch.
+    iterations: NonNegativeInt = 1000  # T: Adam steps on the images of a batch; 0: the initial images stay as they are.
     batch_size: PositiveInt = 100  # B: most images that are refined together; batch_ipc where that is more.
     batch_ipc: PositiveInt = 1  # Images of each class in a batch; 1 as published. ipc must be a multiple of it.
     learning_rate: Positive = 0.25  # Adam's first learning rate; falls to 0 on a cosine.
@@ -195,7 +195,7 @@ class SynthesisConfig(Config):
     steps: NonNegativeInt = 12  # K: ascent steps of length ρ/K; not 0 where ρ > 0.
     normalize_ascent: bool = True  # Divide each ascent gradient by its global norm, as the published code does; Algorithm 1 does not.
     matching_weights: MatchingWeights = "adjusted"  # Weights of the matching terms: adjusted (published code), original (Eq. 15).
-    initial: Initial = "real"  # Where the refinement starts: real images, or Gaussian noise.
+    initial: Initial = "real"  # Where the refinement starts: real images, patches that the teacher knows best (RDED), or Gaussian noise.
     view: View = "roll"  # Shared view of an iteration: roll (CIFAR), or crop, flip and roll (ImageNet).
     crop_scale: Annotated[tuple[float, float], Range(at_most=1, above=True)] = (0.08, 1.0)  # Fraction of the image area that a crop covers.
     crop_ratio: Annotated[tuple[float, float], Range(above=True)] = (3 / 4, 4 / 3)  # Width divided by height of a crop.
@@ -221,7 +221,7 @@ class SynthesisConfig(Config):
     @property
     def sees_images(self) -> bool:
         """Whether the initial images change the result: the refinement starts from them, or the weights move along their gradient."""
-        return self.initial == "real" or (self.ascent == "directed" and self.adjusts)
+        return self.initial != "noise" or (self.ascent == "directed" and self.adjusts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +231,9 @@ class InitialConfig(Config):
     initial_order: InitialOrder = "sampled"  # Initial images of a class: sampled (random, seeded), or sorted (the first by file name).
     initial_tensors: Path | None = None  # Folder of tensor_0.pt, tensor_1.pt, …: the initial image of every class, [classes, C, H, W].
     skip_bad_images: bool = False  # Replace a file that is not a complete image by the next one of its class, and record it; else stop.
+    patch_candidates: PositiveInt = 300  # Patches: real images of each class that they are cut from; each gives its best one.
+    patch_crops: PositiveInt = 5  # Patches: random crops that are tried of each of them.
+    patch_factor: PositiveInt = 1  # Patches: an image is made of factor × factor of them; as published 1 at 32 and 64 pixels, 2 at 224.
 
 
 @dataclass(frozen=True, kw_only=True)

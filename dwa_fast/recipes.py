@@ -40,6 +40,7 @@ METHODS: dict[str, Callable[[SynthesisConfig], SynthesisConfig]] = {
     "cda": lambda dwa: replace(_sre2l(dwa), view="crop", curriculum="cosine"),
     "real-start": lambda dwa: replace(dwa, ascent="none", rho=0.0),
     "random-step": lambda dwa: replace(dwa, ascent="random"),
+    "rded": lambda dwa: replace(dwa, ascent="none", rho=0.0, initial="patches", iterations=0),
     "coupled": lambda dwa: replace(dwa, lambda_mean=dwa.lambda_var),
 }
 

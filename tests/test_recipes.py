@@ -38,6 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "cda": {**NOISE, "view": "crop", "curriculum": "cosine", "milestone": 1.0},
     "real-start": {"ascent": "none", "rho": 0.0},
     "random-step": {"ascent": "random"},
+    "rded": {"ascent": "none", "rho": 0.0, "initial": "patches", "iterations": 0},
     "coupled": {"lambda_mean": 0.11},
 }
 

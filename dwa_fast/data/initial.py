@@ -1,10 +1,11 @@
-"""Initial images of the refinement: real images of each class, random or in order; tensors from files; or noise."""
+"""Initial images of the refinement: real images of each class, random or in order; patches of them; tensors from files; or noise."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dwa_fast.config import InitialConfig, InitialOrder, Normalisation
 from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.patches import Patch, Predict, cut, draw_patches, scores, stitch
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError
@@ -21,6 +23,8 @@ from dwa_fast.io.files import checksum
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import generator, normal
+
+PATCH_SETTINGS = ("patch_candidates", "patch_crops", "patch_factor")
 
 log = logging.getLogger("dwa_fast")
 
@@ -54,11 +58,15 @@ def initial_images(
     *,
     ipc: int,
     seed: int,
+    predict: Predict | None = None,
 ) -> InitialImages:
     """The initial images of a set, as configured. Decodes nothing yet.
 
+    Args:
+        predict: the teacher, which chooses patches.
     Raises:
-        InputError: a class has fewer than ipc images, a tensor file is missing, or the configuration does not use initial images.
+        InputError: a class has too few images, a tensor file is missing, the configuration does not use initial images, or images of
+            this size cannot be made of the patches.
     """
     if not recipe.synthesis.sees_images:
         if config.initial_tensors:
@@ -66,6 +74,9 @@ def initial_images(
         return NoImages(data)
     if config.initial_tensors:
         return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
+    if recipe.synthesis.initial == "patches":
+        assert predict is not None
+        return PatchImages(data, recipe.data, config, ipc=ipc, seed=seed, predict=predict)
     return RealImages(data, recipe.data, config, ipc=ipc, seed=seed)
 
 
@@ -115,7 +126,31 @@ class RealImages:
             return error
         return None
 
+    def first(self, label: int, count: int) -> list[Tensor]:
+        """The first images of a class, [1, C, S, S] uint8 each, as many of `count` as can be decoded.
+
+        Raises:
+            InputError: a file is not an image and may not be skipped.
+        """
+        with self._lock:
+            pixels = (self._at(label, index) for index in range(count))
+            return list(takewhile(lambda each: each is not None, pixels))  # type: ignore[arg-type]
+
+    def levels(self, label: int, index: int) -> Tensor:
+        """One image, [C, S, S] uint8."""
+        with self._lock:
+            return self._find(label, index)[0]
+
     def _find(self, label: int, index: int) -> Tensor:
+        pixels = self._at(label, index)
+        if pixels is None:
+            own = self._classes[label]
+            name, good, bad = self._data.class_names[label], len(own.good), own.tried - len(own.good)
+            raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, and image {index + 1} is needed")
+        return pixels
+
+    def _at(self, label: int, index: int) -> Tensor | None:
+        """Image `index` of a class, [1, C, S, S] uint8; None where fewer can be decoded."""
         if label not in self._classes:
             self._classes[label] = _ClassOrder(ordered(self._members[label], label, self._order, seed=self._seed))
         own = self._classes[label]
@@ -129,8 +164,7 @@ class RealImages:
                 own.good.append(candidate)
                 if index < len(own.good):
                     return pixels
-        name, good, bad = self._data.class_names[label], len(own.good), own.tried - len(own.good)
-        raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, and image {index + 1} is needed")
+        return None
 
     def _try(self, candidate: int) -> Tensor | None:
         """The pixels, or None if the image is skipped. An image that a set has skipped stays skipped, even if it has been repaired."""
@@ -154,6 +188,75 @@ class _ClassOrder:
     order: list[int]
     good: list[int] = field(default_factory=list)  # images that could be decoded
     tried: int = 0  # number of images of `order` that have been tried
+
+
+class PatchImages:
+    """Patches that a teacher classifies best, factor × factor to an image (RDED, arXiv 2312.03526, Alg. 1).
+
+    Each of the first `patch_candidates` images of a class, in random order, gives the one of `patch_crops` random squares with the
+    lowest cross-entropy. The best ipc · factor² of them become images: patch k of image i is the (k · ipc + i)-th best. Unlike the
+    released program this cuts them from images as the set loads them, resized to its size, not from the files.
+    """
+
+    def __init__(
+        self, data: ImageSet, normalisation: Normalisation, config: InitialConfig, *, ipc: int, seed: int, predict: Predict
+    ) -> None:
+        """Scores nothing yet.
+
+        Raises:
+            InputError: a class has fewer than ipc · factor² images, or these are more than the candidates; or the factor does not divide
+                the size.
+        """
+        self._factor, self._ipc, self._candidates, self._crops = config.patch_factor, ipc, config.patch_candidates, config.patch_crops
+        self._needed = ipc * self._factor**2
+        if data.image_shape[1] % self._factor:
+            raise InputError(f"patch_factor must divide the size of the images, {data.image_shape[1]}, got {self._factor}")
+        if self._needed > self._candidates:
+            raise InputError(f"ipc {ipc} takes {self._needed} patches of each class, but patch_candidates is {self._candidates}; raise it")
+        class_members(data, self._needed)
+        self.settings: dict[str, Any] = {name: getattr(config, name) for name in PATCH_SETTINGS}
+        if self._factor > 1:  # then all images of a class depend on their number
+            self.settings["patch_ipc"] = ipc
+        self._real = RealImages(data, normalisation, replace(config, initial_order="sampled"), ipc=1, seed=seed)
+        self._data, self._normalisation, self._seed, self._predict = data, normalisation, seed, predict
+        self._best: dict[int, list[Patch]] = {}  # of a class, best first
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Causes by file that is not an image, as far as read."""
+        return self._real.skipped
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Choose the patches of each class, whatever the index.
+
+        Raises:
+            InputError: as `RealImages.load`, or the teacher's logits are not finite.
+        """
+        for label in last:
+            if label not in self._best:
+                self._best[label] = self._choose(label)
+
+    def load(self, images: Sequence[tuple[int, int]]) -> Tensor:
+        """Images, [n, C, S, S], normalised, by label and index of each; their classes have been checked."""
+        return normalise(torch.stack([self._image(*image) for image in images]), self._normalisation)
+
+    def _image(self, label: int, index: int) -> Tensor:
+        chosen = self._best[label][index : self._needed : self._ipc]
+        sources = [self._real.levels(label, patch.candidate) for patch in chosen]
+        side = self._data.image_shape[1] // self._factor
+        return stitch(torch.stack([cut(source, patch, side) for source, patch in zip(sources, chosen, strict=True)]))
+
+    def _choose(self, label: int) -> list[Patch]:
+        size, classes = self._data.image_shape[1], len(self._data.class_names)
+        candidates = self._real.first(label, self._candidates)
+        if len(candidates) < self._needed:
+            name = self._data.class_names[label]
+            raise InputError(f"class {name!r} has {len(candidates)} images that can be decoded, and {self._needed} patches are needed")
+        drawn = draw_patches(self._candidates, self._crops, size, generator(self._seed, "patches", label))[: len(candidates)]
+        patches = [cut(image[0], patch, size // self._factor) for image, own in zip(candidates, drawn, strict=True) for patch in own]
+        losses = scores(torch.stack(patches), label, size, self._predict, self._normalisation, classes).view(len(drawn), self._crops)
+        lowest, which = losses.min(1)
+        return [drawn[candidate][int(which[candidate])] for candidate in lowest.sort(stable=True).indices[: self._needed].tolist()]
 
 
 class TensorImages:

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ class Batch:
     number: int
     images: Tensor  # [B, C, H, W], normalised
     labels: Tensor  # [B]
+
+
+def initial(batch: Batch, config: SynthesisConfig, seed: int) -> Tensor:
+    """Where the refinement of a batch starts, [B, C, H, W], normalised."""
+    return noise(batch.images, seed=seed, batch=batch.number) if config.initial == "noise" else batch.images
 
 
 class Replica:
@@ -66,8 +71,7 @@ class Replica:
                 self._refinements[shape] = Refinement(*networks, shape, *settings, execution, self._graph_memory)
             self._refinement = self._refinements[shape]
             self._norms = self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
-            start = noise(images, seed=seed, batch=batch.number) if config.initial == "noise" else images
-            self._refinement.load(start, labels, schedule)
+            self._refinement.load(initial(replace(batch, images=images), config, seed), labels, schedule)
 
     def advance(self, iterations: int) -> None:
         """Run some iterations, in pieces that Ctrl-C can interrupt. On a GPU they are only queued.
@@ -199,12 +203,16 @@ class Synthesizer:
         """Refined images [B, C, H, W] and losses [T, 3] of each batch, on the device; all batches run at the same time.
 
         Args:
-            progress: called with the iterations that every batch has finished.
+            progress: called with the iterations that every batch has finished; with 1 where there are none.
         """
         with memory_errors(self.execution, batches):
             return self._run(batches, seed, progress)
 
     def _run(self, batches: Sequence[Batch], seed: int, progress: Callable[[int], None] | None) -> list[tuple[Tensor, Tensor]]:
+        if self.config.iterations == 0:
+            if progress:
+                progress(1)
+            return [(initial(batch, self.config, seed), torch.zeros(0, 3)) for batch in batches]
         replicas = self.replicas[: len(batches)]
         for replica, batch in zip(replicas, batches, strict=True):
             replica.begin(batch, seed)

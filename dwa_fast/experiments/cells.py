@@ -18,7 +18,7 @@ from torch import nn
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig
 from dwa_fast.data.datasets import ImageSet, denormalise, image_folder, load, to_levels
 from dwa_fast.data.distilled import open_distilled
-from dwa_fast.data.initial import initial_images
+from dwa_fast.data.initial import PATCH_SETTINGS, initial_images
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.set_layout import is_set
@@ -251,7 +251,7 @@ def _set_settings(setup: Setup, source: DistilledSource) -> dict[str, Any]:
         layers = build(setup.recipe.architecture, classes=2, channels=setup.recipe.data.channels, size=setup.recipe.data.size)
     computed = resolve(config.backend, config.precision, config.device, layers).describe()
     threads = setup.threads if computed["device"] == "cpu" else None
-    initial = _initial_settings(setup) if config.sees_images else {}
+    initial = _initial_settings(setup, patches=config.initial == "patches") if config.sees_images else {}
     base |= {**computed, "teacher": setup.teacher_checksum, **_outputs(setup)}
     return {**base, "threads": threads, "initial": initial, "synthesis": _result_settings(replace(setup.recipe, synthesis=config))}
 
@@ -289,9 +289,10 @@ def _contents(folder: Path, ipc: int) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def _initial_settings(setup: Setup) -> dict[str, Any]:
+def _initial_settings(setup: Setup, patches: bool = False) -> dict[str, Any]:
     tensors = setup.initial.initial_tensors
-    return {"order": setup.initial.initial_order, "tensors": checksum(tensors / "tensor_0.pt") if tensors else None}
+    settings = {"order": setup.initial.initial_order, "tensors": checksum(tensors / "tensor_0.pt") if tensors else None}
+    return settings | ({name: getattr(setup.initial, name) for name in PATCH_SETTINGS} if patches else {})
 
 
 def _result_settings(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -97,17 +98,20 @@ def distill(
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
     batches = batch_specs(classes, ipc, config.batch_size, config.batch_ipc)
-    images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed)
     network = teacher if logits is None else SelectedOutput(teacher, logits)
     sizes = sorted({len(batch.labels) for batch in batches})
     synthesizer = Synthesizer(network, probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
+    images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed, predict=synthesizer.logits)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":
         settings["threads"] = threads or _threads_of(output) or default_threads()
+    storage = storage or StorageConfig()
+    if config.iterations == 0:  # and so no losses
+        storage = replace(storage, losses_every=0)
     store = ImageStore(output, settings, data.class_names, storage)
     images.skipped.update(store.skipped)
     preview = Preview(store, data.image_shape, ipc) if store.storage.preview else None
@@ -161,16 +165,17 @@ class SetBuilder:
             progress: as of `distill`.
         """
         config, made = self.synthesizer.config, 0
-        iterations = total * config.iterations
-        finished = {batch.number: place * config.iterations for place, batch in enumerate(missing, total - len(missing))}
+        each = max(1, config.iterations)
+        iterations = total * each
+        finished = {batch.number: place * each for place, batch in enumerate(missing, total - len(missing))}
         if progress:
-            progress((total - len(missing)) * config.iterations, iterations)
+            progress((total - len(missing)) * each, iterations)
         with Prefetcher(self._load) as prefetcher, BackgroundWriter(_WAITING * config.concurrent_batches) as writer:
             while group := prefetcher.take():
 
                 def tick(done: int, before: int = finished[group[0][0].number], concurrent: int = len(group)) -> None:
                     writer.check()
-                    if 2 * done >= config.iterations:  # not earlier: other workers may be free for a batch before this one is
+                    if 2 * done >= each:  # not earlier: other workers may be free for a batch before this one is
                         prefetcher.begin()
                     if progress:
                         progress(min(before + concurrent * done, iterations), iterations)

@@ -93,12 +93,13 @@ def synthesize(
         tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
         check_predictions(run.logits, tried, normalisation)
     batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
-    total = len(batches) * config.iterations
+    each = max(1, config.iterations)
+    total = len(batches) * each
     finished, losses = [], []
     for start in range(0, len(batches), config.concurrent_batches):
         group = batches[start : start + config.concurrent_batches]
 
-        def tick(iterations: int, before: int = start * config.iterations, batches: int = len(group)) -> None:
+        def tick(iterations: int, before: int = start * each, batches: int = len(group)) -> None:
             if progress:
                 progress(before + batches * iterations, total)
 

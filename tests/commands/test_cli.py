@@ -131,7 +131,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "method": (["synthesize", "--recipe", "digits", "--method", "x"], "unknown method 'x'; known: dwa, sre2l,"),
     "rho": (["synthesize", "--recipe", "digits", "--rho", "-1"], "rho must be a finite number of at least 0, got -1.0"),
     "steps": (["synthesize", "--recipe", "digits", "--steps", "0"], "steps must be an integer of at least 1, got 0"),
-    "T": (["synthesize", "--recipe", "digits", "--iterations", "0"], "iterations must be an integer of at least 1, got 0"),
+    "T": (["synthesize", "--recipe", "digits", "--iterations", "-1"], "iterations must be an integer of at least 0, got -1"),
     "batch": (["synthesize", "--recipe", "digits", "--batch-size", "0"], "batch_size must be an integer of at least 1, got 0"),
     "ipc": (["synthesize", "--recipe", "digits", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
     "device": (["synthesize", "--recipe", "digits", "--device", "tpu"], "unknown device 'tpu'"),
