@@ -38,9 +38,9 @@ METHODS: dict[str, Callable[[SynthesisConfig], SynthesisConfig]] = {
     "dwa": lambda dwa: dwa,
     "sre2l": _sre2l,
     "cda": lambda dwa: replace(_sre2l(dwa), view="crop", curriculum="cosine"),
+    "rded": lambda dwa: replace(dwa, ascent="none", rho=0.0, initial="patches", iterations=0),
     "real-start": lambda dwa: replace(dwa, ascent="none", rho=0.0),
     "random-step": lambda dwa: replace(dwa, ascent="random"),
-    "rded": lambda dwa: replace(dwa, ascent="none", rho=0.0, initial="patches", iterations=0),
     "coupled": lambda dwa: replace(dwa, lambda_mean=dwa.lambda_var),
 }
 

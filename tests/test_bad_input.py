@@ -141,7 +141,7 @@ CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "recipe": (lambda: recipe("cifar1000"), "unknown recipe 'cifar1000'; known: digits, cifar10, cifar100, tiny, imagenet, folder"),
     "method": (
         lambda: recipe("digits", method="mtt"),
-        "unknown method 'mtt'; known: dwa, sre2l, cda, real-start, random-step, coupled",
+        "unknown method 'mtt'; known: dwa, sre2l, cda, rded, real-start, random-step, coupled",
     ),
     "backend": (lambda: recipe("digits", backend="tpu"), "unknown backend 'tpu'; known: auto, reference, fused, compiled"),
     "precision": (
