@@ -174,6 +174,9 @@ class Program {
 
 void register_program(pybind11::module& m) {
   m.def("pool_in_use", &pool_in_use, "Number of blocks of the pool of memory that are handed out.");
+  m.def("enter_pool", &enter_pool, "From now on tensors that this thread makes on the CPU take their memory from the pool.");
+  m.def("leave_pool", &leave_pool, "Undo one enter_pool of this thread.");
+  m.def("release_pool", &release_pool, "Give the pool's unused memory back to the system.");
   py::class_<Slot>(m, "Slot", "The place of a value in a Program.");
   py::class_<Program>(m, "Program", "Operator calls on fixed tensors, repeated without the interpreter.")
       .def(py::init<>())

@@ -119,12 +119,12 @@ class Pool final : public c10::Allocator {
 
 }  // namespace
 
-PoolGuard::PoolGuard() {
+void enter_pool() {
   ++guards;
   Pool::get().enter();
 }
 
-PoolGuard::~PoolGuard() {
+void leave_pool() {
   Pool::get().leave();
   --guards;
 }

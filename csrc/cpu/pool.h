@@ -5,12 +5,15 @@
 
 namespace dwa_fast {
 
-// While one of these lives, tensors that this thread makes on the CPU take their memory from the pool; they may outlive it. Other threads
+// Between these two calls tensors that this thread makes on the CPU take their memory from the pool; they may outlive it. Other threads
 // never do: oneDNN frees its memory through the allocator of that moment, and the pool would count such a block as handed out for ever.
+void enter_pool();
+void leave_pool();
+
 class PoolGuard {
  public:
-  PoolGuard();
-  ~PoolGuard();
+  PoolGuard() { enter_pool(); }
+  ~PoolGuard() { leave_pool(); }
   PoolGuard(const PoolGuard&) = delete;
   PoolGuard& operator=(const PoolGuard&) = delete;
 };

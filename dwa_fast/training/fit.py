@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation, Progress, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
+from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
@@ -63,25 +64,26 @@ def fit(
     total, done = epochs * loader.steps, finished * loader.steps
     if progress and done:
         progress(done, total)
-    for epoch in range(finished, epochs):
-        losses = torch.zeros((), device=loader.device)
-        with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable():
-            for batch in loader.epoch(epoch):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * cosine(done, total, warmup_epochs * loader.steps)
-                optimizer.zero_grad()
-                value = loss(batch)
-                value.backward()
-                optimizer.step()
-                losses += value.detach()
-                done += 1
-                if progress:
-                    progress(done, total)
-        if not losses.isfinite() or not has_finite_weights(model):
-            what = "weights" if losses.isfinite() else "loss"
-            raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
-        if state:
-            state.save(model, optimizer, epoch + 1)
+    with kept_memory(loader.device):
+        for epoch in range(finished, epochs):
+            losses = torch.zeros((), device=loader.device)
+            with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable():
+                for batch in loader.epoch(epoch):
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate * cosine(done, total, warmup_epochs * loader.steps)
+                    optimizer.zero_grad()
+                    value = loss(batch)
+                    value.backward()
+                    optimizer.step()
+                    losses += value.detach()
+                    done += 1
+                    if progress:
+                        progress(done, total)
+            if not losses.isfinite() or not has_finite_weights(model):
+                what = "weights" if losses.isfinite() else "loss"
+                raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
+            if state:
+                state.save(model, optimizer, epoch + 1)
 
 
 def cosine(step: float, steps: int, warmup: int = 0) -> float:
@@ -225,7 +227,7 @@ def top1(model: nn.Module, data: ImageSet, normalisation: Normalisation, device:
     check_set(data, "held-out images")
     model.eval()
     correct = 0
-    with repeatable():
+    with repeatable(), kept_memory(device):
         for start in range(0, len(data.labels), _EVALUATION_BATCH):
             indices = range(start, min(start + _EVALUATION_BATCH, len(data.labels)))
             logits = check_logits(model(normalise(data.load(indices).to(device), normalisation)), "network", len(data.class_names))

@@ -13,6 +13,7 @@ from dwa_fast.config import Progress, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
+from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
 from dwa_fast.recipes import Recipe
@@ -85,7 +86,7 @@ def relabel(
     soft_labels, done = teacher_labels(teacher, config.teacher_mode, device), (store.epochs - len(missing)) * loader.steps
     for epoch in missing:
         plans = []
-        with seeded_layers(derive(own, "dropout", epoch), device), repeatable():
+        with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), kept_memory(device):
             for batch in loader.epoch(epoch):
                 plans.append(replace(batch.plan, logits=check_logits(soft_labels(batch), "teacher", classes).half().cpu()))
                 done += 1

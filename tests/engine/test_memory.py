@@ -1,0 +1,66 @@
+"""Memory that repeated steps keep."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from dwa_fast.engine.memory import kept_memory
+
+CPU = torch.device("cpu")
+LARGE = 50 << 20  # bytes; above what the C library can be told to keep
+
+
+def pages_taken_by_two_large_tensors() -> int:
+    """Pages that the system hands out for two tensors, one after the other let go."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(2):
+        torch.ones(LARGE // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_what_one_tensor_lets_go_the_next_one_takes() -> None:
+    extension = importlib.import_module("dwa_fast._C")
+    with kept_memory(CPU):
+        first = torch.empty(LARGE // 4)
+        place = first.data_ptr()
+        del first
+        second = torch.empty(LARGE // 4)
+        assert second.data_ptr() == place
+        assert pages_taken_by_two_large_tensors() < LARGE // 4096
+        assert extension.pool_in_use() == 1
+    assert torch.equal(second.fill_(3), torch.full_like(second, 3))  # outlives the block
+    del second
+    assert extension.pool_in_use() == 0
+    torch.ones(LARGE // 4)
+    assert extension.pool_in_use() == 0  # nothing is taken from it any more
+
+
+def test_memory_goes_back_after_an_error() -> None:
+    with pytest.raises(ValueError, match="stop"), kept_memory(CPU):
+        kept = torch.ones(LARGE // 4)
+        raise ValueError("stop")
+    assert kept.sum() == LARGE // 4
+    del kept
+    assert importlib.import_module("dwa_fast._C").pool_in_use() == 0
+
+
+def test_a_training_step_gives_the_same_bits_with_kept_memory() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 256, 5))
+    images = torch.randn(64, 3, 16, 16)
+
+    def gradients() -> list[torch.Tensor]:
+        network.zero_grad()
+        network(images).square().mean().backward()
+        return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    plain = gradients()
+    with kept_memory(CPU):
+        kept = [gradients() for _ in range(2)]
+    for each in kept:
+        assert all(torch.equal(a, b) for a, b in zip(plain, each, strict=True))
