@@ -20,14 +20,14 @@ from dwa_fast.commands.report import Report
 from dwa_fast.commands.squeeze import Squeeze
 from dwa_fast.commands.synthesize import Synthesize
 from dwa_fast.commands.validate import Validate
-from dwa_fast.config import Normalisation
+from dwa_fast.config import Normalisation, Schedule
 from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
 
 
-def commands(recipe: str | None = None, method: str = "dwa") -> Mapping[str, Any]:
+def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule = "cosine") -> Mapping[str, Any]:
     """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
-    chosen = recipes.recipe(recipe or "digits", method=method)
+    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule)
     missing: Any = tyro.MISSING
     data: dict[str, Any] = {"recipe": chosen.name if recipe else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
     data["normalisation"] = Normalisation(mean=chosen.data.mean, std=chosen.data.std)

@@ -84,7 +84,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    """The command with its settings. Recipe and method are read first, since the defaults of the other flags depend on them."""
+    """The command with its settings. Recipe, method and schedule are read first, since the defaults of the other flags depend on them."""
     import tyro
 
     from dwa_fast.commands import commands

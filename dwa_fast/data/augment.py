@@ -6,7 +6,7 @@ The parameters are values of their own, so that they can be stored with the teac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,6 +61,17 @@ def apply_views(
     if views.flipped is not None:
         pixels = torch.where(views.flipped.to(pixels.device)[:, None, None, None], pixels.flip(3), pixels)
     return pixels
+
+
+def mirror(
+    views: Views,
+    flipped: Tensor,  # [B] bool
+) -> Views:
+    """The same crops, with these images mirrored and no others."""
+    if views.crops is None:
+        return replace(views, flipped=flipped)
+    width, others = views.crops[:, :1].abs(), views.crops[:, 1:]
+    return replace(views, crops=torch.cat([torch.where(flipped[:, None], -width, width), others], 1))
 
 
 def draw_mix(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import Normalisation, SqueezeConfig, ValidationConfig
-from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views
+from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views, mirror
 from dwa_fast.data.datasets import ImageSet, normalise, to_unit
 from dwa_fast.seeding import generator
 
@@ -70,6 +70,9 @@ class RandomSampler:
         self._count, self._image_size, self._config = len(data.labels), data.image_shape[1:], config
         self._seed, self._purpose = seed, purpose
         self._source, self._next = generator(seed, purpose), 0
+        self._mirrored: np.ndarray | None = None  # whether each image is mirrored in epoch 0, where it is in every other epoch
+        if isinstance(config, SqueezeConfig) and config.schedule == "fast" and config.flip > 0:
+            self._mirrored = generator(seed, f"{purpose} mirrored").random(self._count) < config.flip
 
     def epoch(self, number: int) -> list[BatchPlan]:
         """The plans of one epoch. An earlier epoch than the last one replays the stream from its start."""
@@ -85,6 +88,8 @@ class RandomSampler:
 
     def _plan(self, order: np.ndarray) -> BatchPlan:
         views = draw_views(len(order), self._config, self._source)
+        if self._mirrored is not None:
+            views = mirror(views, torch.from_numpy(self._mirrored[order] ^ (self._next % 2 == 0)))
         return BatchPlan(torch.from_numpy(order), views, draw_mix(len(order), self._image_size, self._config, self._source))
 
 

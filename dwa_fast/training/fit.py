@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, Progress, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
+from dwa_fast.config import Normalisation, Progress, Schedule, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.memory import kept_memory
@@ -41,7 +41,8 @@ def fit(
     *,
     epochs: int,
     learning_rate: float,
-    warmup_epochs: int = 0,
+    schedule: Schedule = "cosine",
+    warmup_epochs: float = 0,
     seed: int,
     remedy: Callable[[], str],
     state: TrainingState | None = None,
@@ -51,7 +52,8 @@ def fit(
 
     Args:
         loss: the loss of one batch; the network is in train mode.
-        learning_rate: initial learning rate; decays to 0 on a cosine.
+        learning_rate: highest learning rate; falls to 0 on a cosine, or in a straight line where the schedule is fast.
+        warmup_epochs: epochs in which the learning rate rises to it.
         seed: seeds dropout and other random layers, separately for each epoch. The global generators of torch are not advanced.
         remedy: gives the advice in the error message about a diverged training.
         state: checkpoint, read at the start and written between epochs.
@@ -61,6 +63,7 @@ def fit(
     """
     model.train()
     finished = state.restore(model, optimizer) if state else 0
+    factor = triangle if schedule == "fast" else cosine
     total, done = epochs * loader.steps, finished * loader.steps
     if progress and done:
         progress(done, total)
@@ -70,7 +73,7 @@ def fit(
             with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable():
                 for batch in loader.epoch(epoch):
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate * cosine(done, total, warmup_epochs * loader.steps)
+                        group["lr"] = learning_rate * factor(done, total, round(warmup_epochs * loader.steps))
                     optimizer.zero_grad()
                     value = loss(batch)
                     value.backward()
@@ -91,6 +94,11 @@ def cosine(step: float, steps: int, warmup: int = 0) -> float:
     if step < warmup:
         return 0.01 + 0.99 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def triangle(step: float, steps: int, warmup: int) -> float:
+    """Learning rate factor of a step: linear up to 1 at `warmup`, then linear to 0 at `steps`."""
+    return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
 def remedy(config: SqueezeConfig | ValidationConfig, precision: TrainingPrecision) -> str:

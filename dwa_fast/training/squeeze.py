@@ -18,6 +18,8 @@ from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_batches, check_set, fit, new_network, predict, remedy, resolve_precision
 from dwa_fast.training.state import TrainingState
 
+_FAST_SMOOTHING, _FAST_RISE = 0.1, 0.2  # label smoothing, and the share of the epochs in which the learning rate rises
+
 
 def squeeze(
     data: ImageSet,
@@ -28,7 +30,7 @@ def squeeze(
     progress: Progress | None = None,
     checkpoint_file: str | Path | None = None,
 ) -> nn.Module:
-    """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
+    """A teacher in eval mode, trained on all of `data` with SGD and the schedule of the recipe.
 
     Args:
         recipe: architecture, size, mean, std and settings of the training.
@@ -39,13 +41,14 @@ def squeeze(
             is too small for the architecture, or the training diverges.
     """
     config, device = recipe.squeeze, torch.device(device)
+    fast = config.schedule == "fast"
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
     model = new_network(recipe.architecture, **shape, seed=seed, device=device)
     check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=fast
     )
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
     loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)
@@ -54,7 +57,8 @@ def squeeze(
     del settings["memory_limit"]  # decides where the images are held, not their values
 
     def loss(batch: TrainingBatch) -> Tensor:
-        return F.cross_entropy(predict(model, batch.images, precision), batch.labels)
+        logits = predict(model, batch.images, precision)
+        return F.cross_entropy(logits, batch.labels, label_smoothing=_FAST_SMOOTHING if fast else 0.0)
 
     fit(
         model,
@@ -63,6 +67,8 @@ def squeeze(
         loss,
         epochs=config.epochs,
         learning_rate=config.learning_rate,
+        schedule=config.schedule,
+        warmup_epochs=_FAST_RISE * config.epochs if fast else 0,
         seed=seed,
         remedy=lambda: remedy(config, precision),
         state=TrainingState(Path(checkpoint_file), settings | {"real_images": image_digest(data)}) if checkpoint_file else None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwa_fast import InputError
 from dwa_fast.config import SqueezeConfig, ValidationConfig
-from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views
+from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views, mirror
 from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_sizes, batches
 from dwa_fast.recipes import recipe
@@ -52,6 +52,32 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     mirrored = torch.tensor([torch.equal(new, old.flip(2)) for new, old in zip(flipped, pixels, strict=True)])
     assert 70 < mirrored.sum() < 130
     assert torch.equal(flipped[~mirrored], pixels[~mirrored])
+
+
+@pytest.mark.parametrize("augmentation", ["none", "pad-crop", "resized-crop"])
+def test_the_fast_schedule_mirrors_in_every_other_epoch(augmentation: str) -> None:
+    data, config = small_set(), replace(recipe("cifar10", schedule="fast").squeeze, augmentation=augmentation, batch_size=25)
+    sampler, mirrored = RandomSampler(data, config, seed=0), []
+    for epoch in range(3):
+        flipped = torch.zeros(len(data.labels), dtype=torch.bool)
+        for plan in sampler.epoch(epoch):
+            views = plan.views
+            flipped[plan.indices] = views.flipped if views.crops is None else views.crops[:, 0] < 0  # type: ignore[assignment]
+        mirrored.append(flipped)
+    assert 15 < mirrored[0].sum() < 45
+    assert torch.equal(mirrored[1], ~mirrored[0])
+    assert torch.equal(mirrored[2], mirrored[0])
+    assert all(plan.views.flipped is None for plan in RandomSampler(data, replace(config, flip=0.0, augmentation="none"), seed=0).epoch(0))
+
+
+def test_mirror_keeps_the_crops() -> None:
+    views = draw_views(50, ValidationConfig(augmentation="resized-crop"), source())
+    assert views.crops is not None
+    flipped = torch.arange(50) % 3 == 0
+    crops = mirror(views, flipped).crops
+    assert crops is not None
+    assert torch.equal(crops[:, 0] < 0, flipped)
+    assert torch.equal(crops.abs(), views.crops.abs())
 
 
 def test_resized_crop_stays_inside_the_image() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast.training.fit import cosine, new_network, predict, resolve_precision
+from dwa_fast.training.fit import cosine, new_network, predict, resolve_precision, triangle
 from tests.nets import real_images, small_teacher
 
 CPU = torch.device("cpu")
@@ -14,6 +14,12 @@ CPU = torch.device("cpu")
 
 def test_learning_rate_warms_up_and_falls() -> None:
     assert [cosine(step, 10, 4) for step in (0, 2, 4, 7, 10)] == pytest.approx([0.01, 0.505, 1.0, 0.5, 0.0], abs=1e-12)
+
+
+def test_learning_rate_rises_and_falls_in_straight_lines() -> None:
+    assert [triangle(step, 10, 3) for step in range(11)] == pytest.approx([0.25, 0.5, 0.75, *(left / 7 for left in range(7, -1, -1))])
+    assert [triangle(step, 2, 0) for step in range(3)] == [1, 0.5, 0]
+    assert triangle(0, 1, 0) == 1
 
 
 def test_fresh_weights_depend_on_the_seed_alone() -> None:

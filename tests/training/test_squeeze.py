@@ -15,16 +15,18 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import Progress, SqueezeConfig
-from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.datasets import MemorySet, digits, normalise
+from dwa_fast.data.loader import RandomSampler
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.training import fit, state
-from dwa_fast.training.fit import top1
+from dwa_fast.training.fit import new_network, top1
 from dwa_fast.training.squeeze import squeeze
 from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
 CONFIG = replace(DIGITS.squeeze, epochs=3, padding=1)
+FAST = replace(CONFIG, schedule="fast")
 QUICK = replace(CONFIG, batch_size=8)  # eight steps for an epoch of small_set
 
 
@@ -40,6 +42,38 @@ def test_squeeze_learns_and_repeats() -> None:
     assert ticks[: len(ticks) // 2] == [(step, 33) for step in range(1, 34)]
     for one, two in zip(teachers[0].parameters(), teachers[1].parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_the_fast_schedule() -> None:
+    """Its learning rates, Nesterov's momentum and smoothed labels; by hand for the first two steps."""
+    data = small_set()
+    config = replace(FAST, epochs=1, batch_size=30, augmentation="none", flip=0.0, learning_rate=0.05)
+    trained = squeeze(data, replace(DIGITS, squeeze=config), device=CPU, seed=1)
+    expected = new_network("small-resnet", classes=10, channels=1, size=SIZE, seed=1, device=CPU).train()
+    plans = RandomSampler(data, config, seed=1, purpose="squeeze").epoch(0)
+    optimizer = torch.optim.SGD(expected.parameters(), momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True, lr=1)
+    for rate, plan in zip((0.05, 0.025), plans, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        logits = expected(normalise(data.load(plan.indices.tolist()), DIGITS.data))
+        smooth = torch.full_like(logits, 0.01).scatter(1, data.labels[plan.indices][:, None], 0.91)
+        (-(smooth * logits.log_softmax(1)).sum(1).mean()).backward()
+        optimizer.step()
+    for one, two in zip(trained.state_dict().values(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fast_schedule_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_SECONDS", 0.0)
+    config = replace(QUICK, schedule="fast", flip=0.5)
+    whole, checkpoint_file = teacher(config), tmp_path / ".teacher.pt.state"
+    with pytest.raises(KeyboardInterrupt):
+        teacher(config, checkpoint_file, stop_at(18))
+    resumed = teacher(config, checkpoint_file)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    with pytest.raises(InputError, match="schedule was 'fast', is 'cosine'"):
+        teacher(replace(config, schedule="cosine"), checkpoint_file)
 
 
 def teacher(
