@@ -24,7 +24,7 @@ class Recipe:
     def settings(self, stage: Literal["synthesis", "squeeze", "validation"]) -> dict[str, Any]:
         """The settings of a stage with mean and std, as manifests, checkpoints and records hold them.
 
-        A setting that files of version 0.2.0 do not have is left out where it has the value that they were made with.
+        A setting that older files do not have is left out where it has the value that they were made with.
         """
         settings = {"mean": self.data.mean, "std": self.data.std, **asdict(getattr(self, stage))}
         return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
@@ -147,8 +147,8 @@ def recipe(name: str, *, method: str = "dwa", **changes: Any) -> Recipe:
 
     Args:
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
-        method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), real-start (no step),
-            random-step, coupled (λ_mean = λ_var).
+        method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
+            refined), real-start (no step), random-step, coupled (λ_mean = λ_var).
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.
     Raises:
         InputError: no such recipe or method, or a value that cannot be used.
