@@ -158,7 +158,7 @@ def _brief(runs: Sequence[Run]) -> str:
     """One table of one machine: a row per workload, in the precision that is measured first."""
     rows = [line.strip("| ").split(" | ") for run in runs for line in tables.iterations([("", each) for each in run.content["workloads"]])]
     first = {cells[0]: cells[:5] for cells in reversed(rows) if len(cells) > 5 and cells[0] != "workload" and not cells[0].startswith("-")}
-    head = ["workload", "precision", "fused, ms per iteration (10 … 90 %)", "× published (fp32)", "× best rival in this precision"]
+    head = ["workload", "precision", "fused, ms per iteration (10 … 90 %)", "× published (fp32)", "× fastest other in this precision"]
     lines = [head, ["---"] * len(head), *reversed(first.values())]
     return "\n".join([f"{_machine(runs[0])}:", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
 

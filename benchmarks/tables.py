@@ -17,7 +17,7 @@ def iterations(results: Labelled) -> list[str]:
         "precision",
         "fused, ms per iteration (10 … 90 %)",
         "× published (fp32)",
-        "× best rival in this precision",
+        "× fastest other in this precision",
         "% of floor",
         "peak MiB, fused / published",
         *(["kernels, fused / published"] if counted else []),
@@ -52,7 +52,7 @@ def around(results: Labelled) -> list[str]:
             rows.append([label + subject(result), row["precision"], " / ".join(ascents), *cells])
     note = (
         "Each fused / published. An ascent is all of its K steps; a whole batch goes from image files to image files. The peak of memory is"
-        " that of the iterations: the ascent, whose gradients of the weights need what they let go, needs more."
+        " that of the iterations: the ascent needs more, because gradients of the weights need the inputs of the convolutions."
     )
     if lengths:
         note += (
@@ -63,7 +63,7 @@ def around(results: Labelled) -> list[str]:
 
 def peers(results: Labelled) -> list[str]:
     """A row per workload, precision and peer."""
-    head = "workload|precision|peer|ms per iteration (10 … 90 %)|it/s|ms/image|× published (fp32)|× best rival in this precision".split("|")
+    head = "workload|precision|peer|ms per iteration (10 … 90 %)|it/s|ms/image|× published (fp32)|× fastest other".split("|")
     head += "% of floor|peak MiB|kernels|gradient error (allowed)|loss error (allowed)".split("|")
     rows = []
     for label, result in results:

@@ -35,7 +35,7 @@ _FACTOR = 2  # an error may be this many times what rounding does to PyTorch's o
 _ROUNDING = {"fp32": 2.0**-22, "tf32": 2.0**-11, "bf16": 2.0**-9}
 _DRAWS = 4  # such changes that are tried
 _COLUMNS = (
-    "peer|precision|ms/iteration|10 … 90 %|it/s|ms/image|× published|× best rival|% of floor|peak MiB|kernels|gradient|losses"
+    "peer|precision|ms/iteration|10 … 90 %|it/s|ms/image|× published|× fastest other|% of floor|peak MiB|kernels|gradient|losses"
 ).split("|")
 DEFAULT_WORKLOADS = {"cuda": ["cifar100-resnet18", "cifar100-convnet128", "tiny-resnet18", "imagenet-resnet18", "imagenet-resnet50"]}
 DEFAULT_WORKLOADS["cpu"] = ["cifar100-resnet18", "cifar100-convnet128"]

@@ -34,7 +34,7 @@ TeacherMode = Literal["eval", "train"]
 ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
-# Settings that files of version 0.2.0 do not have, with the values that these were made with.
+# Settings that older files do not have, with the values that these were made with.
 LATER_SETTINGS = {"batch_ipc": 1, "schedule": "cosine"}
 
 Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
@@ -184,8 +184,8 @@ class SynthesisConfig(Config):
     """Directed weight adjustment and the refinement of the images (arXiv 2409.17612, Eq. 11 and 15)."""
 
     iterations: NonNegativeInt = 1000  # T: Adam steps on the images of a batch; 0: the initial images stay as they are.
-    batch_size: PositiveInt = 100  # B: most images that are refined together; batch_ipc where that is more.
-    batch_ipc: PositiveInt = 1  # Images of each class in a batch; 1 as published. ipc must be a multiple of it.
+    batch_size: PositiveInt = 100  # B: images that are refined together, at most; at least batch_ipc.
+    batch_ipc: PositiveInt = 1  # Images of each class in a batch of a set; 1 as published. ipc must be a multiple of it.
     learning_rate: Positive = 0.25  # Adam's first learning rate; falls to 0 on a cosine.
     lambda_mean: NonNegative = 0.01  # λ_mean: weight of the BatchNorm mean matching loss.
     lambda_var: NonNegative = 0.11  # λ_var: weight of the BatchNorm variance matching loss.

@@ -18,7 +18,7 @@ from dwa_fast.config import Fraction, Normalisation, PositiveFraction, PositiveI
 from dwa_fast.data.datasets import FileSet, ImageSet, Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
-from dwa_fast.data.teacher_check import check_teacher
+from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.architectures import ARCHITECTURES
@@ -101,7 +101,7 @@ def try_teacher(teacher: PairedTeacher, data: ImageSet, normalisation: Normalisa
         logits: Tensor = module(images.to(device))
         return logits
 
-    check_teacher(predict, data, normalisation)
+    warn_if_inaccurate(predict, data, normalisation)
     module.cpu()
 
 

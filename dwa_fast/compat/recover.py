@@ -193,7 +193,7 @@ def _class_folders(folder: Path, names: list[str] | None, classes: int) -> list[
 
 def _nth_file(folder: Path, index: int) -> Path:
     """Image `index` of a class folder, in sorted order."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS  # here: torchvision loads Triton, which importing dwa_fast must not
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # imported late: torchvision loads Triton, which importing dwa_fast must not
 
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file())

@@ -38,7 +38,7 @@ class InitialImages(Protocol):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Causes by file that is not an image, as far as read. Resuming a set adds those that it has skipped before."""
+        """Files that could not be decoded so far, with the cause; a set that resumes adds those that it has skipped before."""
 
     def check(self, last: Mapping[int, int]) -> None:
         """Check that the images of each class, up to the given index by class, can be read.
@@ -223,7 +223,7 @@ class PatchImages:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Causes by file that is not an image, as far as read."""
+        """Files that could not be decoded so far, with the cause."""
         return self._real.skipped
 
     def check(self, last: Mapping[int, int]) -> None:

@@ -80,7 +80,7 @@ def _gain(count: int) -> float:
     return max(_GAIN, 2 / math.sqrt(count))
 
 
-def check_teacher(predict: Predict, data: ImageSet, normalisation: Normalisation, *, seed: int = 0) -> None:
+def warn_if_inaccurate(predict: Predict, data: ImageSet, normalisation: Normalisation, *, seed: int = 0) -> None:
     """Classify some images of each class, at most a thousand in all; log the accuracy and warn if it is near chance.
 
     Images that cannot be read are skipped.

@@ -22,7 +22,7 @@ from dwa_fast.engine.packing import pack_convolutions
 GraphMemory = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
 
 TRACING = threading.RLock()  # held while a step or a teacher is traced or recorded: torch.fx patches nn.Module for all threads of a process
-_STREAMS = 32  # that PyTorch has for a device, and hands out in turns
+_STREAMS = 32  # streams of a device in PyTorch's pool, which gives them out round-robin
 _WARM_UPS = 3  # before a capture: libraries choose their algorithms and allocate their workspaces
 
 

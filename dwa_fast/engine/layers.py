@@ -188,7 +188,7 @@ class StridedPointwise(nn.Module):
 
     @staticmethod
     def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-        """Whether the layer is one of those that crash: channels-last, fp32, with 6 or 8 channels in a ResNet's strided skips."""
+        """Whether the layer may meet oneDNN's crash: strided, 1×1, and a number of channels that is no multiple of its block."""
         if type(layer) is not nn.Conv2d or has_hooks(layer) or layer.kernel_size != (1, 1) or layer.stride == (1, 1):
             return False
         own = isinstance(layer.weight, nn.Parameter)  # not computed from other weights
@@ -204,7 +204,7 @@ class StridedPointwise(nn.Module):
 
 
 def replace_strided_pointwise(module: nn.Module) -> None:
-    """Replace every such layer below `module`."""
+    """Replace every layer below `module` that `StridedPointwise` suits."""
     replace_layers(module, lambda layer: StridedPointwise(layer) if StridedPointwise.suits(layer) else None)
 
 

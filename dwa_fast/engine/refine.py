@@ -50,7 +50,7 @@ class Refinement:
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
-        """Set every buffer for a new batch, whose weights the networks have by now."""
+        """Set every buffer for a new batch; the networks already hold its weights θ̃."""
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.rows.copy_(schedule.rows)
@@ -81,7 +81,12 @@ class Refinement:
             network.refresh()
 
     def _iterate(self) -> None:
-        """One iteration; row, learning rate and place of the losses follow from the counter."""
+        """One iteration; row, learning rate and place of the losses follow from the counter.
+
+        On CUDA the launches are: `view`; for each layer a convolution of cuDNN and `bn_act`, which leaves partial sums of the moments;
+        pooling, linear layer and `cross_entropy`, beside `matching_gradient` on a second stream; backwards the same layers in reverse
+        order, `bn_act` with the gradients of the moments; `view_adam_clip_`; `record_`.
+        """
         operators, scale = self.classifier.operators, self.execution.loss_scale
         view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
         logits = self.classifier(view, deferred=True)

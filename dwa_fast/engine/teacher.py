@@ -28,10 +28,10 @@ from dwa_fast.seeding import generator, normal
 
 log = logging.getLogger("dwa_fast")
 
-_ALIGNED = 16  # elements; each layer's part of the arena begins at a multiple
+_ALIGNED = 16  # elements; the partial sums of each layer begin at a multiple of it
 _TRIED = 3  # images on which the teacher and its copy are compared
 _ROUNDING = 100.0  # factor on the fp32 tolerance in a lower precision
-_PERTURBATION = 0.02  # relative standard deviation of the weights in the test that a copy reads them anew
+_PERTURBATION = 0.02  # relative standard deviation of a change of the weights, which shows weights that a trace has made constants
 _NOISE = 0.1  # standard deviation of the noise on these images: no two alike, no pre-activation exactly 0
 
 
@@ -50,8 +50,8 @@ class MatchingPlan:
     slices: Mapping[BatchNormAct | Recorder, Tensor] = field(default_factory=dict)  # [2, R, C] each layer's part of it
     places: Tensor | None = None  # [2, L] int64: where each part begins, and its R
     finished: Tensor | None = None  # [1] int32: the kernel's counter
-    side: Any = None  # the stream that the arena is added up on
-    written: Any = None  # the event behind the last layer of a forward pass
+    stream: Any = None  # on which the arena is added up, beside the classifier
+    forward_done: Any = None  # event after the last layer of a forward pass
 
     @classmethod
     def of(cls, layers: Sequence[BatchNormAct | Recorder], first_layer_weight: float, *, in_arena: bool = False) -> MatchingPlan:
@@ -75,8 +75,8 @@ class MatchingPlan:
             },
             places=torch.tensor([starts[:-1], [shape[1] for shape in shapes]], device=device),
             finished=torch.zeros(1, dtype=torch.int32, device=device),
-            side=take_stream(device) if device.type == "cuda" else None,
-            written=torch.cuda.Event() if device.type == "cuda" else None,
+            stream=take_stream(device) if device.type == "cuda" else None,
+            forward_done=torch.cuda.Event() if device.type == "cuda" else None,
         )
 
 
@@ -102,8 +102,8 @@ class Network(nn.Module):
         self.traced = rewritten.traced
         self.recording_error: str | None = None  # why steps with this network cannot be recorded, if so
         self._plans: dict[tuple[float, ...], MatchingPlan] = {}
-        self._arenas: dict[torch.Size, MatchingPlan] = {}  # by shape of the images
-        self._arena: MatchingPlan | None = None  # where the last forward pass has left its partial sums
+        self._arena_plans: dict[torch.Size, MatchingPlan] = {}  # those with an arena of partial sums, by shape of the images
+        self._arena_plan: MatchingPlan | None = None  # the one whose arena holds the partial sums of the last forward pass
         self._shape = torch.Size()  # of its images
 
     def release(self) -> None:
@@ -115,10 +115,10 @@ class Network(nn.Module):
     def close(self) -> None:
         """Return the streams of a GPU; the network cannot be used any more."""
         for plan in self._plans.values():
-            if plan.side is not None:
-                return_stream(plan.side)
+            if plan.stream is not None:
+                return_stream(plan.stream)
         self._plans.clear()
-        self._arenas.clear()
+        self._arena_plans.clear()
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
@@ -138,10 +138,10 @@ class Network(nn.Module):
         """Logits; the moments of all layers are then ready for `matching`, or, deferred, for `matching_gradient` alone."""
         self.forget()
         self._shape = images.shape
-        self._arena = self._arenas.get(images.shape) if deferred else None
+        self._arena_plan = self._arena_plans.get(images.shape) if deferred else None
         for layer in self.layers.values():
-            layer.partials = self._arena.slices.get(layer) if self._arena else None
-            layer.written = self._arena.written if self._arena else None
+            layer.partials = self._arena_plan.slices.get(layer) if self._arena_plan else None
+            layer.written = self._arena_plan.forward_done if self._arena_plan else None
         with self._views():
             logits: Tensor = self.module(images)
         return logits
@@ -186,14 +186,14 @@ class Network(nn.Module):
         used, plan = self._plan(first_layer_weight, in_arena=self.operators.partial_rows is not None)
         moments = [layer.sums.pop() for layer in used]
         constants = plan.variances, plan.channel_ptr, plan.counts, plan.weights, grad
-        if self._arena is None:
+        if self._arena_plan is None:
             if plan.arena is not None:
-                self._arenas[self._shape] = plan
+                self._arena_plans[self._shape] = plan
             terms, gradient = self.operators.matching_gradient(torch.cat(moments, 1), *constants)
-        elif self._arena is plan:
-            with torch.cuda.stream(plan.side):
-                if plan.side is not None:
-                    plan.side.wait_event(plan.written)
+        elif self._arena_plan is plan:
+            with torch.cuda.stream(plan.stream):
+                if plan.stream is not None:
+                    plan.stream.wait_event(plan.forward_done)
                 terms, gradient = self.operators.matching_gradient(plan.arena, *constants, plan.places, plan.finished)
         else:
             raise InputError("teacher runs other BatchNorm layers, or on other shapes, from one forward pass to the next")
@@ -201,8 +201,8 @@ class Network(nn.Module):
 
     def join(self) -> None:
         """Let the current stream wait for `matching_gradient`."""
-        if self._arena is not None and self._arena.side is not None:
-            torch.cuda.current_stream(self._arena.side.device).wait_stream(self._arena.side)
+        if self._arena_plan is not None and self._arena_plan.stream is not None:
+            torch.cuda.current_stream(self._arena_plan.stream.device).wait_stream(self._arena_plan.stream)
 
     def _plan(self, first_layer_weight: float, *, in_arena: bool = False) -> tuple[list[BatchNormAct | Recorder], MatchingPlan]:
         """The layers of the last forward pass, and what is fixed for them."""

@@ -6,14 +6,18 @@ import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, accuracies, make_set, measure, set_is_complete
+
+if TYPE_CHECKING:
+    from joblib.externals.loky import ProcessPoolExecutor
 
 
 class StudyProgress(Protocol):
@@ -73,12 +77,14 @@ def run_cells(
     done = total - len(making) - len(measuring)
     if progress_bar:
         progress_bar(done, total)
-    for tasks in (making, measuring):
-        run = _run_here(tasks, progress_bar) if min(jobs, len(tasks)) < 2 else _run_in_processes(tasks, jobs, progress_bar)
-        for _ in run:
-            done += 1
-            if progress_bar:
-                progress_bar(done, total)
+    count = min(jobs, max(len(making), len(measuring)))
+    with _processes(count) if count > 1 else nullcontext() as executor:
+        for tasks in (making, measuring):
+            run = _run_here(tasks, progress_bar) if executor is None else _run_in_processes(executor, tasks, count, progress_bar)
+            for _ in run:
+                done += 1
+                if progress_bar:
+                    progress_bar(done, total)
     return {cell: accuracies(setup, cell) or [] for cell in cells}
 
 
@@ -93,31 +99,16 @@ def _note_percent(progress_bar: StudyProgress, title: str, done: int, total: int
     progress_bar.note(f"{title}, {100 * done // total} %")
 
 
-def _run_in_processes(tasks: Sequence[_Task], jobs: int, progress_bar: StudyProgress | None) -> Iterator[None]:
-    """Run the tasks in processes; yields after each. On an error or Ctrl-C all processes are killed: every task can be resumed."""
-    from joblib.externals.loky import ProcessPoolExecutor, as_completed
-    from joblib.externals.loky.process_executor import BrokenProcessPool
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes. After an error or Ctrl-C all of them are killed: every task can be resumed."""
+    from joblib.externals.loky import ProcessPoolExecutor
 
     # Ctrl-C in a terminal reaches every process; only this one reacts.
-    executor = ProcessPoolExecutor(min(jobs, len(tasks)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    executor = ProcessPoolExecutor(count, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     finished = False
     try:
-        running = {executor.submit(task.run): task.title for task in tasks}
-
-        def note() -> None:
-            if progress_bar:
-                progress_bar.note("; ".join(list(running.values())[:jobs]))  # started in this order
-
-        note()
-        for future in as_completed(list(running)):
-            title = running.pop(future)
-            try:
-                future.result()
-            except BrokenProcessPool:
-                reason = f"a process died, perhaps because memory ran out ({title})"
-                raise InputError(f"{reason}; the same command resumes, and --jobs 1 needs the least memory") from None
-            note()
-            yield
+        yield executor
         finished = True
     finally:
         hook = threading.excepthook
@@ -127,3 +118,28 @@ def _run_in_processes(tasks: Sequence[_Task], jobs: int, progress_bar: StudyProg
             executor.shutdown(kill_workers=not finished)
         finally:
             threading.excepthook = hook
+
+
+def _run_in_processes(
+    executor: ProcessPoolExecutor, tasks: Sequence[_Task], count: int, progress_bar: StudyProgress | None
+) -> Iterator[None]:
+    """Run the tasks in a pool of `count` processes; yields after each."""
+    from joblib.externals.loky import as_completed
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    running = {executor.submit(task.run): task.title for task in tasks}
+
+    def note() -> None:
+        if progress_bar:
+            progress_bar.note("; ".join(list(running.values())[:count]))  # started in this order
+
+    note()
+    for future in as_completed(list(running)):
+        title = running.pop(future)
+        try:
+            future.result()
+        except BrokenProcessPool:
+            reason = f"a process died, perhaps because memory ran out ({title})"
+            raise InputError(f"{reason}; the same command resumes, and --jobs 1 needs the least memory") from None
+        note()
+        yield

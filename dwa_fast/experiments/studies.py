@@ -35,6 +35,7 @@ TITLES = {
     REAL: "random real images",
     "sre2l": "SRe2L",
     "cda": "CDA",
+    "rded": "RDED",
     "real-start": "real start",
     "random-step": "random step",
     "coupled": "coupled λ",

@@ -46,7 +46,7 @@ def decode(file: Path, size: int, channels: int, *, resize: int | None = None, k
     picture = _read(file, channels)
     shorter = resize or size
     if picture.size != (size, size) or shorter != size:
-        from torchvision.transforms.v2 import functional  # here: torchvision loads Triton, which importing dwa_fast must not
+        from torchvision.transforms.v2 import functional  # imported late: torchvision loads Triton, which importing dwa_fast must not
 
         picture = functional.resize(picture, [shorter] if keep_aspect else [size, size], antialias=True)
         picture = functional.center_crop(picture, [size, size])

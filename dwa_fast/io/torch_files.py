@@ -72,6 +72,7 @@ def _load(path: Path, allowed: Sequence[tuple[type, str]] = ()) -> Any:
         raise InputError(f"it is damaged: the checksum of {damaged} in it is not that of its bytes; copy or download it again")
     with open(path, "rb") as file, torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # protocol 3 is a superset of 2
+        warnings.filterwarnings("ignore", ".*[Ss]parse")  # its checks take time, or are off; callers refuse sparse tensors
         return torch.load(file, map_location="cpu", weights_only=True)  # given a path, torch.load would look at its suffix
 
 

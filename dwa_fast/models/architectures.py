@@ -49,7 +49,10 @@ class SmallResNet(nn.Module):
     """Three residual blocks of 16, 32 and 64 channels, two of them with a stride-2 skip: for images of 8 to 32 pixels."""
 
     def __init__(self, classes: int, channels: int, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
-        from torchvision.models.resnet import BasicBlock, conv1x1  # here: torchvision loads Triton, which importing dwa_fast must not
+        from torchvision.models.resnet import (  # imported late: torchvision loads Triton, which importing dwa_fast must not
+            BasicBlock,
+            conv1x1,
+        )
 
         super().__init__()
         self.stem = nn.Sequential(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dwa_fast.errors import InputError
 from dwa_fast.io.pickles import StandIn
@@ -96,10 +99,18 @@ def find_weights(
     return best.weights, classes
 
 
-def _on_paper(architecture: str, *, classes: int, channels: int, size: int) -> dict[str, Tensor]:
+class _NoInitialisation(TorchFunctionMode):
+    """Inside, random values are not drawn: on the meta device that takes most of the time of building a network."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_paper(architecture: str, *, classes: int, channels: int, size: int) -> Mapping[str, Tensor]:
     """Names and shapes of a network's weights, without memory for them."""
-    with torch.device("meta"):
-        return dict(build(architecture, classes=classes, channels=channels, size=size).state_dict())
+    with torch.device("meta"), _NoInitialisation():
+        return MappingProxyType(build(architecture, classes=classes, channels=channels, size=size).state_dict())
 
 
 def _candidates(content: Any, expected: Mapping[str, Tensor]) -> Iterator[_Found]:
@@ -229,11 +240,14 @@ def _advice(path: Path, architecture: str, weights: Mapping[str, Tensor], *, cha
     sizes = [size] if architecture.startswith(TIMM) else [size, *_SIZES]
     for name, of_size in [*((architecture, each) for each in sizes), *((name, size) for name in ARCHITECTURES)]:
         try:
+            names = _on_paper(name, classes=2, channels=of_channels, size=of_size)
+            if not _required(names) <= weights.keys() <= names.keys():
+                continue
             rows = _classes(path, name, weights, of_channels, of_size)
             expected = _on_paper(name, classes=rows, channels=of_channels, size=of_size)
         except (InputError, KeyError):  # no network for this size, or without a name that it wants
             continue
-        if _required(expected) <= weights.keys() <= expected.keys() and _misfit(weights, expected) is None:
+        if _misfit(weights, expected) is None:
             facts = [f"{rows} classes"] if rows != classes or name != architecture else []
             facts += [f"{of_channels} channels"] if of_channels != channels else []
             facts += [f"size {of_size}"] if of_size != size else []

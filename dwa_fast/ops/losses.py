@@ -1,4 +1,4 @@
-"""What an iteration does with its losses on CUDA; elsewhere PyTorch's own operators do it (reference/ops.py)."""
+"""Cross-entropy with its gradient, and the log of the losses, on CUDA alone; elsewhere PyTorch's own operators do it (reference/ops.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cross_entropy(
 
     Args:
         logits: float32, bfloat16 or float16; any strides.
-        labels: a class in 0 … C − 1 each; another one is a class that no logit belongs to.
+        labels: a class in 0 … C − 1 each; of a label outside of these the softmax alone counts.
         scale: of the loss.
     Returns:
         losses and gradient, not differentiable.

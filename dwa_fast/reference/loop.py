@@ -1,7 +1,6 @@
 """The published recover loop, seeded: hooks on every BatchNorm layer, one batch after the other, torch.optim.Adam.
 
-It shares the configuration and the drawn schedules with the package, and no arithmetic: it is what `synthesize` is compared with,
-and the peer `published` of the benchmark.
+It shares the configuration and the drawn schedules with the package, and no arithmetic: the tests compare `synthesize` with it.
 """
 
 from __future__ import annotations

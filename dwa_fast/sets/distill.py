@@ -17,7 +17,7 @@ from dwa_fast.data.datasets import ImageSet, denormalise, to_levels
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
-from dwa_fast.data.teacher_check import check_teacher
+from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import SelectedOutput
@@ -122,7 +122,7 @@ def distill(
             store.begin()
             images.check(_last_indices(missing))
             if try_teacher and rank() == 0:
-                check_teacher(synthesizer.logits, data, recipe.data)
+                warn_if_inaccurate(synthesizer.logits, data, recipe.data)
         observers: list[Observer] = [*trackers, *([observer] if observer else [])]
         builder = SetBuilder(synthesizer, images, store, workers.take(missing), seed=seed, preview=preview, observers=observers)
         made = builder.run(missing, len(share), progress)

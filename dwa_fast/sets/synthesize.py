@@ -61,9 +61,9 @@ def synthesize(
 ) -> SynthesisResult:
     """Refine images so that a student learns from few of them what the teacher knows (DWA, arXiv 2409.17612).
 
-    The images are cut into batches of `synthesis.batch_size` in the given order. Each batch moves the teacher's weights from θ to its
-    own θ̃ (Eq. 11) and minimises CE + λ_mean·R_mean + λ_var·R_var over its pixels (Eq. 15). Same seed, same device, same bits: on a CPU
-    with the same `torch.get_num_threads()`. Several threads may call it at once.
+    The images are cut into batches of `synthesis.batch_size` in the given order; `batch_ipc` is for whole sets (`distill`). Each batch
+    moves the teacher's weights from θ to its own θ̃ (Eq. 11) and minimises CE + λ_mean·R_mean + λ_var·R_var over its pixels (Eq. 15).
+    Same seed, same device, same bits: on a CPU with the same `torch.get_num_threads()`. Several threads may call it at once.
 
     Args:
         teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed.

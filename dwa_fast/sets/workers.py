@@ -101,7 +101,7 @@ def launched() -> bool:
 
 def torchrun_worker() -> TorchrunWorker:
     """This process as a worker of torchrun."""
-    from torch.distributed.rendezvous import rendezvous  # here: not every build of PyTorch has it
+    from torch.distributed.rendezvous import rendezvous  # imported late: not every build of PyTorch has it
 
     store, _, workers = next(rendezvous("env://"))
     return TorchrunWorker(store, workers, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))

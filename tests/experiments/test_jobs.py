@@ -91,8 +91,9 @@ def test_death_of_a_process(tmp_path: Path) -> None:
     def die(progress: object) -> None:
         os._exit(3)
 
-    with pytest.raises(InputError, match=r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"):
-        list(jobs._run_in_processes([jobs._Task("a large cell", die)] * 2, 2, None))
+    message = r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"
+    with pytest.raises(InputError, match=message), jobs._processes(2) as executor:
+        list(jobs._run_in_processes(executor, [jobs._Task("a large cell", die)] * 2, 2, None))
 
 
 @pytest.mark.usefixtures("two_threads")

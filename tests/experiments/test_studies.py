@@ -36,9 +36,9 @@ def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
     variants = by_method(setup, ["real", *METHODS])
     assert variants[0].synthesis is None
-    assert all(variant.synthesis and variant.synthesis.iterations == 2 for variant in variants[1:])
+    assert all(variant.synthesis and variant.synthesis.iterations == (0 if variant.name == "RDED" else 2) for variant in variants[1:])
     assert len({variant.name for variant in variants}) == 1 + len(METHODS)
-    with pytest.raises(InputError, match="unknown method 'mtt'; known: real, sre2l, cda, real-start, random-step, coupled, dwa"):
+    with pytest.raises(InputError, match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, dwa"):
         by_method(setup, ["mtt"])
 
 

@@ -151,7 +151,7 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
             loop.load(images, labels, make_schedule(own.synthesis, 8, 8, seed=0, batch=0))
             loop.advance(3)
         results[name] = loop.images.double(), loop.losses.double()
-        assert bool(network._arenas) == (name == "fused")
+        assert bool(network._arena_plans) == (name == "fused")
     for exact, plain, ours in zip(*results.values(), strict=True):
         assert distance(ours, exact) <= max(2 * distance(plain, exact), 1e-6)
     assert {"bn_act_forward", "bn_act_backward", "matching_gradient", "cross_entropy", "record_", "view", "view_adam_clip_"} <= calls

@@ -254,7 +254,7 @@ BAD_TENSORS: dict[str, tuple[Any, str]] = {
     "negative": ([X, Y - 1], "holds labels that are no numbers of classes, from 0"),
     "fractions": ([X, Y + 0.5], "holds labels that are no numbers of classes, from 0"),
     "NaN labels": ([X, torch.full((2, 3), float("nan"))], "holds soft labels that are not finite"),
-    "sparse": ([X.to_sparse(), Y], "cannot be read: it is damaged, no PyTorch file, or holds more than tensors"),
+    "sparse": ([X.to_sparse(), Y], "holds no plain tensors with values"),
     "code": ([X, Harmful(Path("canary"))], "it holds more than tensors"),
 }
 
