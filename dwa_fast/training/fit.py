@@ -14,6 +14,7 @@ from dwa_fast.config import Normalisation, Progress, SqueezeConfig, TeacherMode,
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.memory import kept_memory
+from dwa_fast.engine.training_form import Forward, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
@@ -84,6 +85,7 @@ def fit(
                 raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
             if state:
                 state.save(model, optimizer, epoch + 1)
+        optimizer.zero_grad()  # the gradients' memory goes back too
 
 
 def cosine(step: float, steps: int, warmup: int = 0) -> float:
@@ -106,7 +108,7 @@ def resolve_precision(precision: TrainingPrecision, device: torch.device) -> Tra
 
 
 def predict(
-    model: nn.Module,
+    model: Forward,
     images: Tensor,  # [B, C, H, W]
     precision: TrainingPrecision,  # resolved
 ) -> Tensor:  # [B, classes] float32
@@ -183,13 +185,14 @@ def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, devi
         check_batches(lambda: copy.deepcopy(teacher).to(device), data, recipe.validation.batch_size, device, "teacher")
 
 
-def teacher_labels(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> SoftLabelFn:
+def teacher_labels(teacher: nn.Module, mode: TeacherMode, image_shape: tuple[int, int, int], device: torch.device) -> SoftLabelFn:
     """A function that gives the teacher's logits of a batch. It uses a copy, so train mode does not change the teacher's statistics."""
     module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(mode == "train")
+    forward = training_form(module, image_shape, device)
 
     @torch.no_grad()
     def soft_labels(batch: TrainingBatch) -> Tensor:
-        return predict(module, batch.images, "fp32")
+        return predict(forward, batch.images, "fp32")
 
     return soft_labels
 

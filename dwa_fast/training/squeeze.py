@@ -13,6 +13,7 @@ from dwa_fast.config import Progress
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.engine.training_form import training_form
 from dwa_fast.recipes import Recipe
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_batches, check_set, fit, new_network, predict, remedy, resolve_precision
@@ -45,16 +46,17 @@ def squeeze(
     model = new_network(recipe.architecture, **shape, seed=seed, device=device)
     check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=False
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
     loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)
     settings = {**recipe.settings("squeeze"), "architecture": recipe.architecture, "size": recipe.data.size, "seed": seed}
     settings |= {"precision": precision, "device": device.type, THREADS: threads_of(device)}
     del settings["memory_limit"]  # decides where the images are held, not their values
+    forward = training_form(model.train(), data.image_shape, device)
 
     def loss(batch: TrainingBatch) -> Tensor:
-        return F.cross_entropy(predict(model, batch.images, precision), batch.labels)
+        return F.cross_entropy(predict(forward, batch.images, precision), batch.labels)
 
     fit(
         model,

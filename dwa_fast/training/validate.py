@@ -18,6 +18,7 @@ from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.recipes import Recipe
@@ -227,7 +228,7 @@ class _StudentTrainer:
 
     def _soft_labels(self) -> SoftLabelFn:
         if self.live_teacher is not None:
-            return teacher_labels(self.live_teacher, self.config.teacher_mode, self.device)
+            return teacher_labels(self.live_teacher, self.config.teacher_mode, self.distilled.image_shape, self.device)
 
         def read(batch: TrainingBatch) -> Tensor:
             assert batch.plan.logits is not None
@@ -238,11 +239,12 @@ class _StudentTrainer:
     def train(self, student: nn.Module, seed: int, state: TrainingState | None, progress: Progress | None) -> None:
         """Train one student."""
         config, soft_labels = self.config, None if self.config.labels == "hard" else self._soft_labels()
+        forward = training_form(student.train(), self.distilled.image_shape, self.device)
 
         finite = torch.ones((), dtype=torch.bool, device=self.device)  # whether all soft labels so far are finite
 
         def loss(batch: TrainingBatch) -> Tensor:
-            logits = predict(student, batch.images, self._precision)
+            logits = predict(forward, batch.images, self._precision)
             if soft_labels is None:
                 return hard_loss(logits, batch)
             teacher_logits = soft_labels(batch)
@@ -272,8 +274,8 @@ def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Opti
     kept = [p for p in student.parameters() if not config.decay_vectors and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def soft_loss(
