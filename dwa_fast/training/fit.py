@@ -47,6 +47,8 @@ def fit(
     remedy: Callable[[], str],
     state: TrainingState | None = None,
     progress: Progress | None = None,
+    test: Callable[[int], object] | None = None,
+    test_every: int = 0,
 ) -> None:
     """Train a network for `epochs` epochs, resuming from `state` if it holds finished ones.
 
@@ -57,6 +59,8 @@ def fit(
         remedy: gives the advice in the error message about a diverged training.
         state: checkpoint, read at the start and written between epochs.
         progress: called with the finished steps, including those of an earlier run, and the total.
+        test: called with the number of finished epochs after every `test_every`-th, but not after the last one; may leave the network in
+            eval mode, and must not draw random numbers. test_every: 0: never.
     Raises:
         InputError: the loss or a weight is not finite after an epoch. The state of that epoch is not saved.
     """
@@ -83,6 +87,9 @@ def fit(
             if not losses.isfinite() or not has_finite_weights(model):
                 what = "weights" if losses.isfinite() else "loss"
                 raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
+            if test and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < epochs:
+                test(epoch + 1)
+                model.train()
             if state:
                 state.save(model, optimizer, epoch + 1)
         optimizer.zero_grad()  # the gradients' memory goes back too

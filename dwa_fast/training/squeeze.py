@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress
+from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
@@ -28,6 +29,8 @@ def squeeze(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint_file: str | Path | None = None,
+    test: Callable[[nn.Module, int], object] | None = None,
+    test_every: int = 0,
 ) -> nn.Module:
     """A teacher in eval mode, trained on all of `data` with SGD and a cosine learning rate.
 
@@ -35,6 +38,7 @@ def squeeze(
         recipe: architecture, size, mean, std and settings of the training.
         progress: called with the finished steps and the total.
         checkpoint_file: written between epochs. The same call resumes from it and gives the same bits. Remove it once the teacher is saved.
+        test: called with the network and the number of finished epochs after every `test_every`-th; 0: never.
     Raises:
         InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
             is too small for the architecture, or the training diverges.
@@ -45,9 +49,7 @@ def squeeze(
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
     model = new_network(recipe.architecture, **shape, seed=seed, device=device)
     check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = sgd(model, config)
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
     loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)
     settings = {**recipe.settings("squeeze"), "architecture": recipe.architecture, "size": recipe.data.size, "seed": seed}
@@ -69,5 +71,13 @@ def squeeze(
         remedy=lambda: remedy(config, precision),
         state=TrainingState(Path(checkpoint_file), settings | {"real_images": image_digest(data)}) if checkpoint_file else None,
         progress=progress,
+        test=(lambda epochs: test(model, epochs)) if test else None,
+        test_every=test_every,
     )
     return model.eval()
+
+
+def sgd(model: nn.Module, config: SqueezeConfig, fused: bool | None = True) -> torch.optim.SGD:
+    """SGD as the settings say; `fused` as in PyTorch."""
+    rate, momentum, decay = config.learning_rate, config.momentum, config.weight_decay
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=fused)
