@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from torch import nn
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, naming_bad_images, readable_images
@@ -28,6 +29,7 @@ class Squeeze(Data):
     architecture: Architecture
     overwrite: bool = False  # Replace a checkpoint that is already there.
     skip_bad_images: bool = False  # Skip files that are not complete images and report how many; otherwise stop at the first.
+    test_every: NonNegativeInt = 0  # Also test the network after every so many epochs; 0: only at the end.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
@@ -44,7 +46,22 @@ class Squeeze(Data):
             train = readable_images(console, self.load("train"), self.skip_bad_images)
             test = self._held_out(console)
             recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)
-            module = squeeze(train, recipe, device=device, seed=self.seed, progress=track("teacher"), checkpoint_file=checkpoint_file)
+            bar = track("teacher")
+
+            def tested(network: nn.Module, epochs: int) -> None:
+                if test is not None:
+                    bar.note(f"{top1(network, test, recipe.data, device):.2f} % after {epochs} epochs")
+
+            module = squeeze(
+                train,
+                recipe,
+                device=device,
+                seed=self.seed,
+                progress=bar,
+                checkpoint_file=checkpoint_file,
+                test=tested,
+                test_every=self.test_every,
+            )
         accuracy = None if test is None else top1(module, test, recipe.data, device)
         info = TeacherInfo(
             architecture=self.architecture,

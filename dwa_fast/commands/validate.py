@@ -38,6 +38,7 @@ class Validate(DistilledData):
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    test_every: NonNegativeInt = 0  # Also test each student after every so many epochs; 0: only at the end.
     output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
@@ -51,6 +52,11 @@ class Validate(DistilledData):
         with naming_bad_images(), console.bars() as track:
             distilled, test = self.open_both(console)
             teacher = self._teacher(test, device)
+            bar = track(f"{self.config.students} students")
+
+            def tested(student: int, epochs: int, accuracy: float) -> None:
+                bar.note(f"student {student + 1}: {accuracy:.2f} % after {epochs} epochs")
+
             result = validate(
                 distilled,
                 test,
@@ -59,9 +65,11 @@ class Validate(DistilledData):
                 recipe,
                 device=device,
                 seed=self.seed,
-                progress=track(f"{self.config.students} students"),
+                progress=bar,
                 resume_dir=self.output,
                 soft_labels=self.soft_labels,
+                test_every=self.test_every,
+                tested=tested,
             )
         console.print(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
         if self.output:
@@ -91,6 +99,7 @@ class Validate(DistilledData):
             "std": result.std,
             "accuracies": result.accuracies,
             "seeds": result.seeds,
+            **({"tests": result.tests} if self.test_every else {}),
         }
         return Record(
             kind="validate",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast.config import SqueezeConfig, ValidationConfig
+from dwa_fast.data.datasets import to_unit
 
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random resized crop of the published training recipes
 
@@ -49,18 +50,17 @@ def draw_views(count: int, config: SqueezeConfig | ValidationConfig, source: np.
 
 
 def apply_views(
-    pixels: Tensor,  # [B, C, H, W]
+    pixels: Tensor,  # [B, C, H, W], uint8 or in [0, 1]
     views: Views,
     padding: int,  # of pad-crop, pixels
-) -> Tensor:  # [B, C, H, W]
-    """Apply crops and flips."""
+) -> Tensor:  # [B, C, H, W], channels-last
+    """Apply crops and flips: pad-crop and flip gather the pixels as they are, resized crops give pixels in [0, 1]."""
     if views.crops is not None:
+        pixels = to_unit(pixels) if pixels.dtype == torch.uint8 else pixels
         return _resized_crop(pixels, views.crops.to(pixels))
-    if views.offsets is not None:
-        pixels = _pad_crop(pixels, padding, views.offsets.to(pixels.device, torch.int64))
-    if views.flipped is not None:
-        pixels = torch.where(views.flipped.to(pixels.device)[:, None, None, None], pixels.flip(3), pixels)
-    return pixels
+    if views.offsets is None and views.flipped is None:
+        return pixels
+    return _gather(pixels, padding if views.offsets is not None else 0, views)
 
 
 def mirror(
@@ -111,12 +111,17 @@ def apply_mix(
     return images
 
 
-def _pad_crop(pixels: Tensor, padding: int, offsets: Tensor) -> Tensor:
-    count, _, height, width = pixels.shape
-    padded = F.pad(pixels, [padding] * 4)
-    rows = offsets[:, :1] + torch.arange(height, device=pixels.device)
-    columns = offsets[:, 1:] + torch.arange(width, device=pixels.device)
-    image = torch.arange(count, device=pixels.device)[:, None, None]
+def _gather(pixels: Tensor, padding: int, views: Views) -> Tensor:
+    """Crop the padded pixels at the offsets and mirror what is flipped, in one gather."""
+    (count, _, height, width), device = pixels.shape, pixels.device
+    rows, columns = torch.arange(height, device=device).expand(count, -1), torch.arange(width, device=device).expand(count, -1)
+    if views.flipped is not None:
+        columns = torch.where(views.flipped.to(device)[:, None], columns.flip(1), columns)
+    if views.offsets is not None:
+        offsets = views.offsets.to(device, torch.int64)
+        rows, columns = rows + offsets[:, :1], columns + offsets[:, 1:]
+    padded = F.pad(pixels, [padding] * 4) if padding else pixels
+    image = torch.arange(count, device=device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwa_fast.config import Normalisation, SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views, mirror
-from dwa_fast.data.datasets import ImageSet, normalise, to_unit
+from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
@@ -158,7 +158,7 @@ class TrainingLoader:
         """The batches of one epoch, counted from 0."""
         plans = self._sampler.epoch(number)
         for plan, pixels in zip(plans, self._images.batches(plan.indices for plan in plans), strict=True):
-            images = normalise(apply_views(to_unit(pixels), plan.views, self._padding), self._normalisation)
+            images = normalise(apply_views(pixels, plan.views, self._padding), self._normalisation)
             yield TrainingBatch(apply_mix(images, plan.mix), self._labels[plan.indices.to(pixels.device)], plan)
 
 

@@ -113,12 +113,9 @@ def trace(
     traced = symbolic(module, images, layers.values())
     _erase_identities(traced)
     fused: dict[nn.Module, BatchNormAct] = {}
-    calls = [node for node in traced.graph.nodes if _submodule(traced, node) in layers.values()]
-    for node in calls:
-        layer = traced.get_submodule(str(node.target))
-        if is_plain(layer) and len(node.args) + len(node.kwargs) == 1:
-            fused[layer] = BatchNormAct(layer, operators)
-            _fuse(traced, node, fused[layer])
+    for layer in layers.values():
+        if is_plain(layer) and fuse_neighbours(traced, layer, new := BatchNormAct(layer, operators)):
+            fused[layer] = new
     _share(traced)
     replace_stems(traced)
     replace_convolutions(traced)
@@ -142,6 +139,15 @@ def _erase_identities(traced: torch.fx.GraphModule) -> None:
         if _is_identity(traced, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
+
+
+def fuse_neighbours(traced: torch.fx.GraphModule, layer: nn.Module, new: BatchNormAct) -> bool:
+    """Put `new` in place of a BatchNorm layer and of what follows it; False where it is not called exactly once."""
+    calls = [node for node in traced.graph.nodes if _submodule(traced, node) is layer]
+    if len(calls) != 1 or len(calls[0].args) + len(calls[0].kwargs) != 1:
+        return False
+    _fuse(traced, calls[0], new)
+    return True
 
 
 def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:

@@ -9,6 +9,7 @@ import importlib
 
 from dwa_fast.ops._library import built_with, cause, load
 from dwa_fast.ops.ascend import ascend_
+from dwa_fast.ops.batch_norm_act import batch_norm_act
 from dwa_fast.ops.bn_act import bn_act, partial_rows
 from dwa_fast.ops.losses import cross_entropy, record_
 from dwa_fast.ops.matching_loss import matching_gradient, matching_loss
@@ -19,6 +20,7 @@ from dwa_fast.ops.view_adam_clip import view_adam_clip_
 
 __all__ = [
     "ascend_",
+    "batch_norm_act",
     "bn_act",
     "built_with",
     "cause",

@@ -14,6 +14,7 @@ from dwa_fast.config import Normalisation, Progress, Schedule, SqueezeConfig, Te
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.memory import kept_memory
+from dwa_fast.engine.training_form import Forward, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
@@ -47,6 +48,8 @@ def fit(
     remedy: Callable[[], str],
     state: TrainingState | None = None,
     progress: Progress | None = None,
+    test: Callable[[int], object] | None = None,
+    test_every: int = 0,
 ) -> None:
     """Train a network for `epochs` epochs, resuming from `state` if it holds finished ones.
 
@@ -58,6 +61,8 @@ def fit(
         remedy: gives the advice in the error message about a diverged training.
         state: checkpoint, read at the start and written between epochs.
         progress: called with the finished steps, including those of an earlier run, and the total.
+        test: called with the number of finished epochs after every `test_every`-th, but not after the last one; may leave the network in
+            eval mode, and must not draw random numbers. test_every: 0: never.
     Raises:
         InputError: the loss or a weight is not finite after an epoch. The state of that epoch is not saved.
     """
@@ -85,8 +90,12 @@ def fit(
             if not losses.isfinite() or not has_finite_weights(model):
                 what = "weights" if losses.isfinite() else "loss"
                 raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
+            if test and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < epochs:
+                test(epoch + 1)
+                model.train()
             if state:
                 state.save(model, optimizer, epoch + 1)
+        optimizer.zero_grad()  # the gradients' memory goes back too
 
 
 def cosine(step: float, steps: int, warmup: int = 0) -> float:
@@ -114,7 +123,7 @@ def resolve_precision(precision: TrainingPrecision, device: torch.device) -> Tra
 
 
 def predict(
-    model: nn.Module,
+    model: Forward,
     images: Tensor,  # [B, C, H, W]
     precision: TrainingPrecision,  # resolved
 ) -> Tensor:  # [B, classes] float32
@@ -191,13 +200,14 @@ def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, devi
         check_batches(lambda: copy.deepcopy(teacher).to(device), data, recipe.validation.batch_size, device, "teacher")
 
 
-def teacher_labels(teacher: nn.Module, mode: TeacherMode, device: torch.device) -> SoftLabelFn:
+def teacher_labels(teacher: nn.Module, mode: TeacherMode, image_shape: tuple[int, int, int], device: torch.device) -> SoftLabelFn:
     """A function that gives the teacher's logits of a batch. It uses a copy, so train mode does not change the teacher's statistics."""
     module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(mode == "train")
+    forward = training_form(module, image_shape, device)
 
     @torch.no_grad()
     def soft_labels(batch: TrainingBatch) -> Tensor:
-        return predict(module, batch.images, "fp32")
+        return predict(forward, batch.images, "fp32")
 
     return soft_labels
 

@@ -83,7 +83,8 @@ def relabel(
     own = derive(seed, "student", 0)
     sampler = RandomSampler(distilled, config, seed=own)
     loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), sampler, recipe.data, config.padding)
-    soft_labels, done = teacher_labels(teacher, config.teacher_mode, device), (store.epochs - len(missing)) * loader.steps
+    soft_labels = teacher_labels(teacher, config.teacher_mode, distilled.image_shape, device)
+    done = (store.epochs - len(missing)) * loader.steps
     for epoch in missing:
         plans = []
         with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), kept_memory(device):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress
+from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.engine.training_form import training_form
 from dwa_fast.recipes import Recipe
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_batches, check_set, fit, new_network, predict, remedy, resolve_precision
@@ -29,6 +31,8 @@ def squeeze(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint_file: str | Path | None = None,
+    test: Callable[[nn.Module, int], object] | None = None,
+    test_every: int = 0,
 ) -> nn.Module:
     """A teacher in eval mode, trained on all of `data` with SGD and the schedule of the recipe.
 
@@ -36,6 +40,7 @@ def squeeze(
         recipe: architecture, size, mean, std and settings of the training.
         progress: called with the finished steps and the total.
         checkpoint_file: written between epochs. The same call resumes from it and gives the same bits. Remove it once the teacher is saved.
+        test: called with the network and the number of finished epochs after every `test_every`-th; 0: never.
     Raises:
         InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
             is too small for the architecture, or the training diverges.
@@ -47,17 +52,16 @@ def squeeze(
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
     model = new_network(recipe.architecture, **shape, seed=seed, device=device)
     check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=fast
-    )
+    optimizer = sgd(model, config)
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
     loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)
     settings = {**recipe.settings("squeeze"), "architecture": recipe.architecture, "size": recipe.data.size, "seed": seed}
     settings |= {"precision": precision, "device": device.type, THREADS: threads_of(device)}
     del settings["memory_limit"]  # decides where the images are held, not their values
+    forward = training_form(model.train(), data.image_shape, device)
 
     def loss(batch: TrainingBatch) -> Tensor:
-        logits = predict(model, batch.images, precision)
+        logits = predict(forward, batch.images, precision)
         return F.cross_entropy(logits, batch.labels, label_smoothing=_FAST_SMOOTHING if fast else 0.0)
 
     fit(
@@ -73,5 +77,15 @@ def squeeze(
         remedy=lambda: remedy(config, precision),
         state=TrainingState(Path(checkpoint_file), settings | {"real_images": image_digest(data)}) if checkpoint_file else None,
         progress=progress,
+        test=(lambda epochs: test(model, epochs)) if test else None,
+        test_every=test_every,
     )
     return model.eval()
+
+
+def sgd(model: nn.Module, config: SqueezeConfig, fused: bool | None = True) -> torch.optim.SGD:
+    """SGD as the settings say; `fused` as in PyTorch."""
+    rate, momentum, decay = config.learning_rate, config.momentum, config.weight_decay
+    return torch.optim.SGD(
+        model.parameters(), lr=rate, momentum=momentum, weight_decay=decay, nesterov=config.schedule == "fast", fused=fused
+    )

@@ -104,10 +104,11 @@ class FinishedStudents:
         self._file = folder / "students.json"
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.accuracies: dict[int, float] = {}
+        self.tests: dict[int, dict[int, float]] = {}  # of each student: accuracies by finished epochs, before the last one
         if self._file.exists():
             self._read()
         else:
-            self._write()
+            self.write()
         for index in self.accuracies:  # left if the process stopped between writing the accuracy and removing the checkpoint
             self.state(index).remove()
 
@@ -118,25 +119,29 @@ class FinishedStudents:
     def add(self, index: int, accuracy: float) -> None:
         """Record the accuracy of a finished student and remove its checkpoint."""
         self.accuracies[index] = accuracy
-        self._write()
+        self.write()
         self.state(index).remove()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write all accuracies so far."""
         accuracies = {str(number): value for number, value in sorted(self.accuracies.items())}
-        write_json(self._file, {"format": _FORMAT, "settings": self._settings, "accuracies": accuracies})
+        content = {"format": _FORMAT, "settings": self._settings, "accuracies": accuracies}
+        write_json(self._file, {**content, "tests": self.tests} if self.tests else content)
 
     def _read(self) -> None:
         try:
             content = json.loads(self._file.read_bytes())
             before = dict(content["settings"])
             accuracies = {int(number): float(value) for number, value in content["accuracies"].items()}
-            if content["format"] != _FORMAT or not all(0 <= value <= 100 for value in accuracies.values()):
+            early = {int(n): {int(e): float(value) for e, value in each.items()} for n, each in content.get("tests", {}).items()}
+            found = [*accuracies.values(), *(value for each in early.values() for value in each.values())]
+            if content["format"] != _FORMAT or not all(0 <= value <= 100 for value in found):
                 raise ValueError(f"expected format {_FORMAT} and accuracies in percent")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{self._file} cannot be read: {error}; remove it to train all students again") from error
         if not accuracies and not any(self._folder.glob("student*.state")):  # nothing is finished: the folder may take other settings
-            self._write()
+            self.write()
             return
         self._settings = with_recorded_threads(self._settings, before, str(self._folder))
         refuse_change(self._folder, "students", before, self._settings, "choose another folder")
-        self.accuracies = accuracies
+        self.accuracies, self.tests = accuracies, early

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.recipes import Recipe
@@ -50,6 +51,7 @@ class ValidationResult:
 
     accuracies: list[float]
     seeds: list[int]
+    tests: list[dict[int, float]] = field(default_factory=list)  # of each student: accuracies by finished epochs, before the last one
 
     @property
     def mean(self) -> float:
@@ -74,6 +76,8 @@ def validate(
     progress: Progress | None = None,
     resume_dir: str | Path | None = None,
     soft_labels: str | Path | None = None,
+    test_every: int = 0,
+    tested: Callable[[int, int, float], object] | None = None,
 ) -> ValidationResult:
     """Train `recipe.validation.students` students and test each.
 
@@ -88,6 +92,8 @@ def validate(
         resume_dir: folder for the accuracies of finished students and the checkpoint of the running one. The same call resumes from it and
             gives the same bits; a call with more students trains the missing ones.
         soft_labels: folder that `relabel` wrote. All students then get the same batches and differ in their initial weights.
+        test_every: also test a student after every so many epochs, which changes nothing else; 0: only in the end.
+        tested: called with the student's number, its finished epochs and the accuracy of each such test.
     Raises:
         InputError: the folder holds students of other settings, an image cannot be read, a set is empty or has a label that is not the
             number of a class, the sets have the same classes in another order, the stored labels are of another set, augmentation or
@@ -113,17 +119,26 @@ def validate(
     if resume_dir:
         own = {"student": student, "size": recipe.data.size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
         folder = FinishedStudents(Path(resume_dir), {**trainer.settings, **own, "held_out": image_digest(test)})
-    finished = folder.accuracies if folder else {}
+    finished, tests = (folder.accuracies, folder.tests) if folder else ({}, {})
     seeds = [derive(seed, "student", index) for index in range(config.students)]
     for index, each in enumerate(seeds):
         if index in finished:
             continue
         model = make(each)
-        trainer.train(model, each, folder.state(index) if folder else None, _share(progress, index, config.students))
+
+        def early(epochs: int, model: nn.Module = model, index: int = index) -> None:
+            accuracy = tests.setdefault(index, {})[epochs] = top1(model, test, recipe.data, device)
+            if folder:
+                folder.write()
+            if tested:
+                tested(index, epochs, accuracy)
+
+        state, shown = folder.state(index) if folder else None, _share(progress, index, config.students)
+        trainer.train(model, each, state, shown, early, test_every)
         finished[index] = top1(model, test, recipe.data, device)
         if folder:
             folder.add(index, finished[index])
-    return ValidationResult([finished[index] for index in range(config.students)], seeds)
+    return ValidationResult([finished[i] for i in range(config.students)], seeds, [tests.get(i, {}) for i in range(config.students)])
 
 
 def _compare_names(own: Sequence[str], wanted: Sequence[str]) -> None:
@@ -227,7 +242,7 @@ class _StudentTrainer:
 
     def _soft_labels(self) -> SoftLabelFn:
         if self.live_teacher is not None:
-            return teacher_labels(self.live_teacher, self.config.teacher_mode, self.device)
+            return teacher_labels(self.live_teacher, self.config.teacher_mode, self.distilled.image_shape, self.device)
 
         def read(batch: TrainingBatch) -> Tensor:
             assert batch.plan.logits is not None
@@ -235,14 +250,23 @@ class _StudentTrainer:
 
         return read
 
-    def train(self, student: nn.Module, seed: int, state: TrainingState | None, progress: Progress | None) -> None:
+    def train(
+        self,
+        student: nn.Module,
+        seed: int,
+        state: TrainingState | None,
+        progress: Progress | None,
+        test: Callable[[int], object],
+        test_every: int,
+    ) -> None:
         """Train one student."""
         config, soft_labels = self.config, None if self.config.labels == "hard" else self._soft_labels()
+        forward = training_form(student.train(), self.distilled.image_shape, self.device)
 
         finite = torch.ones((), dtype=torch.bool, device=self.device)  # whether all soft labels so far are finite
 
         def loss(batch: TrainingBatch) -> Tensor:
-            logits = predict(student, batch.images, self._precision)
+            logits = predict(forward, batch.images, self._precision)
             if soft_labels is None:
                 return hard_loss(logits, batch)
             teacher_logits = soft_labels(batch)
@@ -254,7 +278,7 @@ class _StudentTrainer:
 
         fit(
             student,
-            _optimizer(student, config),
+            optimiser_of(student, config),
             TrainingLoader(self._images, self._sampler(seed), self.recipe.data, config.padding),
             loss,
             epochs=config.epochs,
@@ -264,16 +288,19 @@ class _StudentTrainer:
             remedy=advice,
             state=state,
             progress=progress,
+            test=test,
+            test_every=test_every,
         )
 
 
-def _optimizer(student: nn.Module, config: ValidationConfig) -> torch.optim.Optimizer:
+def optimiser_of(student: nn.Module, config: ValidationConfig, fused: bool | None = True) -> torch.optim.Optimizer:
+    """AdamW or SGD as the settings say; `fused` as in PyTorch."""
     decayed = [p for p in student.parameters() if config.decay_vectors or p.dim() > 1]
     kept = [p for p in student.parameters() if not config.decay_vectors and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
 def soft_loss(

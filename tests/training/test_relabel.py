@@ -79,7 +79,7 @@ def test_stored_lessons_are_those_of_training(tmp_path: Path, config: Validation
             with torch.no_grad():
                 teacher_logits = predict(teacher, one.images, "fp32")
             assert two.plan.logits is not None
-            assert torch.equal(teacher_logits.half(), two.plan.logits)
+            assert torch.allclose(teacher_logits, two.plan.logits.float(), rtol=2**-10, atol=1e-5)  # rounded to float16
 
 
 @pytest.mark.parametrize("config", [QUICK, CUTMIX], ids=["pad and mixup", "crop and cutmix"])

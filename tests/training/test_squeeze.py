@@ -247,3 +247,17 @@ def test_labels_are_checked(labels: list[int], classes: int, message: str) -> No
     if classes == 10:
         with pytest.raises(InputError, match=message.format("training images")):
             squeeze(data, replace(DIGITS, squeeze=CONFIG), device=CPU)
+
+
+def test_early_tests_see_the_network_and_change_nothing() -> None:
+    recipe = replace(DIGITS, squeeze=replace(DIGITS.squeeze, epochs=3))
+    seen: list[tuple[int, float]] = []
+
+    def test(network: nn.Module, epochs: int) -> None:
+        seen.append((epochs, top1(network, small_set(), DIGITS.data, CPU)))
+
+    tested = squeeze(small_set(), recipe, device=CPU, test=test, test_every=1)
+    plain = squeeze(small_set(), recipe, device=CPU)
+    assert [epochs for epochs, _ in seen] == [1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(tested.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert not tested.training

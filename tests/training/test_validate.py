@@ -20,7 +20,7 @@ from dwa_fast.data.subsets import some_classes
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.threads import torch_threads
 from dwa_fast.training import fit, state
-from dwa_fast.training.validate import ValidationResult, _optimizer, hard_loss, soft_loss, validate
+from dwa_fast.training.validate import ValidationResult, hard_loss, optimiser_of, soft_loss, validate
 from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_weight_decay_may_leave_vectors_alone(optimiser: str, vectors: bool) -> 
     config = ValidationConfig(optimiser=optimiser, decay_vectors=vectors, weight_decay=0.5)  # type: ignore[arg-type]
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
-    _optimizer(student, config).step()
+    optimiser_of(student, config).step()
     for p, old in zip(student.parameters(), before, strict=True):
         assert torch.equal(p, old) == (not vectors and p.dim() == 1)
 
@@ -278,3 +278,24 @@ def test_classes_in_another_order_are_refused_and_other_names_said(caplog: pytes
     caplog.clear()
     validate(small_set(), test, None, "small-resnet", replace(DIGITS, validation=config), device=CPU)
     assert "classes" not in caplog.text
+
+
+def test_early_tests_change_nothing_and_are_kept(tmp_path: Path, dropping: str) -> None:
+    seen: list[tuple[int, int, float]] = []
+    config = replace(QUICK, epochs=5, students=2)
+    plain = students(config, student=dropping)
+    result = students(config, student=dropping, resume_dir=tmp_path, test_every=2, tested=lambda *each: seen.append(each))
+    assert result.accuracies == plain.accuracies
+    assert [(student, epochs) for student, epochs, _ in seen] == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    assert result.tests == [{2: seen[0][2], 4: seen[1][2]}, {2: seen[2][2], 4: seen[3][2]}]
+    assert students(config, student=dropping, resume_dir=tmp_path).tests == result.tests
+    after_two_epochs = students(config, student="small-resnet", test_every=1).tests[0]
+    assert sorted(after_two_epochs) == [1, 2, 3, 4]
+
+
+def test_early_tests_that_are_no_accuracies_are_refused(tmp_path: Path) -> None:
+    students(resume_dir=tmp_path, test_every=1)
+    path = tmp_path / "students.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tests": {"0": {"1": 101}}}))
+    with pytest.raises(InputError, match=r"students\.json cannot be read"):
+        students(resume_dir=tmp_path)

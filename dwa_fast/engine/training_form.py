@@ -1,0 +1,146 @@
+"""Networks made ready for training steps on a CPU: fused layers, channels-last, and the parameters of the network itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from dwa_fast import ops
+from dwa_fast.engine.capture import TRACING
+from dwa_fast.engine.fuse import BatchNormAct, fuse_neighbours
+from dwa_fast.engine.layers import StridedPointwise, replace_global_means, replace_pools, replace_strided_pointwise
+from dwa_fast.engine.symbolic import symbolic
+from dwa_fast.errors import first_line
+from dwa_fast.models.batchnorm import batchnorm_layers, is_plain, planes
+from dwa_fast.reference.ops import OPERATORS, Operators
+from dwa_fast.seeding import generator, normal
+from dwa_fast.threads import torch_threads
+
+log = logging.getLogger("dwa_fast")
+
+_TRIED = 8  # images that a network and its form are compared on
+_TOLERANCE = 1e-2  # a variance of so few values magnifies rounding
+
+Forward = Callable[[Tensor], Tensor]  # [N, C, H, W] → [N, classes]
+
+
+class _TrainedBatchNormAct(BatchNormAct):
+    """A BatchNorm layer in the mode that it was in, with what was fused into it; it keeps no moments."""
+
+    def __init__(self, layer: Any, operators: Operators) -> None:
+        super().__init__(layer, operators)
+        self.momentum, self.batches = getattr(layer, "momentum", None), getattr(layer, "num_batches_tracked", None)
+        self.trains = layer.training
+
+    def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
+        """f(BatchNorm(input) [+ skip])."""
+        y, added = planes(input), None if skip is None else planes(skip)
+        behind = added, self.activation, self.slope
+        if self.trains:
+            z = ops.batch_norm_act(y, self.running_mean, self.running_var, self.weight, self.bias, self._next_momentum(), self.eps, *behind)
+        else:
+            z, _ = ops.bn_act(y, self.running_mean, self.running_var, self.weight, self.bias, self.eps, *behind)
+        return z if input.dim() == 4 else z.view(input.shape)
+
+    def _next_momentum(self) -> float:
+        if self.batches is not None:
+            self.batches += 1
+        if self.momentum is not None:
+            return float(self.momentum)
+        return 0.0 if self.batches is None else 1 / float(self.batches)  # a plain average over all batches
+
+
+def training_form(
+    module: nn.Module,  # in the mode in which it will run
+    image_shape: tuple[int, int, int],  # channels, height, width
+    device: torch.device,
+) -> Forward:
+    """The forward pass of a module as its steps run it, in the module's present mode: on a CPU fused and channels-last.
+
+    It reads and changes the parameters and running statistics of the module, whatever is loaded into them later. It is compared with the
+    module on a few random images; where it cannot be made, or differs, it is the module itself, and the log says why.
+    """
+    if device.type != "cpu" or ops.cause() is not None:
+        return module
+    layout = torch.contiguous_format if any(map(StridedPointwise.suits, module.modules())) else torch.channels_last  # one of them crashes
+    try:
+        with TRACING, torch_threads(1), torch.enable_grad(), _undisturbed(module):
+            trial = normal(generator(0, "trial"), (_TRIED, *image_shape))
+            form = _traced(module, trial)
+            cause = _difference(module, form, trial)
+    except Exception as error:  # tracing runs the network's own code, which may raise anything
+        cause = first_line(error)
+    if cause is None:
+        return lambda images: form(_channels_last(images))
+    log.info("network runs layer by layer, not fused: %s", cause)
+    return lambda images: module(images.contiguous(memory_format=layout))
+
+
+def _traced(module: nn.Module, trial: Tensor) -> nn.Module:
+    layers = batchnorm_layers(module).values()
+    traced = symbolic(module, trial[:3], list(layers))
+    operators = Operators("fused", **{name: getattr(ops, name) for name in OPERATORS if hasattr(ops, name)})
+    for layer in layers:
+        if _is_fusible(layer):
+            fuse_neighbours(traced, layer, _TrainedBatchNormAct(layer, operators))
+    replace_pools(traced, ops.mean_pool)
+    replace_global_means(traced)
+    replace_strided_pointwise(traced)
+    for node in traced.graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(each, torch.dtype) for each in node.args):
+            node.target = "reshape"  # the layout of channels-last features may not allow a view
+    traced.recompile()
+    return traced
+
+
+def _is_fusible(layer: nn.Module) -> bool:
+    kept = all(isinstance(getattr(layer, name, None), Tensor) for name in ("running_mean", "running_var"))
+    return is_plain(layer) and kept and not (layer.training and isinstance(layer, nn.SyncBatchNorm))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The same images with their channels innermost; one channel too, whose strides alone say so."""
+    n, c, h, w = images.shape
+    return images.permute(0, 2, 3, 1).reshape(n, h * w * c).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers of the module, its gradients and the random numbers are what they were."""
+    buffers = {buffer: buffer.detach().clone() for buffer in module.buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+
+
+def _difference(module: nn.Module, form: nn.Module, trial: Tensor) -> str | None:
+    """What the form gives otherwise than the module: logits, running statistics or gradients of the weights; None if nothing."""
+    with _undisturbed(module):
+        expected = _response(module, module, trial)
+    for (what, value), got in zip(expected.items(), _response(form, module, _channels_last(trial)).values(), strict=True):
+        distance = float((got - value).norm())
+        if not distance <= _TOLERANCE * float(value.norm()):
+            return f"its {what} would be off by {distance:.2g} of {float(value.norm()):.2g}"
+    return None
+
+
+def _response(form: nn.Module, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    logits = form(images)
+    gradients = torch.autograd.grad(logits.square().mean(), weights, materialize_grads=True) if weights else ()
+
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.double), *(each.detach().double().flatten() for each in tensors)])
+
+    return {"logits": flat([logits]), "running statistics": flat(module.buffers()), "gradients": flat(gradients)}

@@ -1,0 +1,55 @@
+"""benchmarks/pipeline.py: that all peers take the same step, and that wrong numbers get no ratio."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def pipeline() -> ModuleType:
+    return importlib.import_module("pipeline")
+
+
+def run(pipeline: ModuleType, tmp_path: Path) -> tuple[int, list[dict[str, Any]]]:
+    target = tmp_path / "out.json"
+    status = pipeline.main(["--dry-run", "--batch-size", "6", "--json", str(target)])
+    return status, json.loads(target.read_text())["training_steps"]
+
+
+def test_all_peers_take_the_same_steps(pipeline: ModuleType, tmp_path: Path) -> None:
+    status, results = run(pipeline, tmp_path)
+    assert status == 0
+    assert [result["trains"] for result in results] == ["student", "teacher"]
+    for result in results:
+        assert result["matches"]
+        assert [row["peer"] for row in result["rows"]] == list(pipeline.PEERS)
+        assert all(row["ratio_to_before"] > 0 and row["ratio_to_released"] > 0 for row in result["rows"])
+        assert result["floor_seconds"] > 0
+
+
+def test_wrong_numbers_get_no_ratio(pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    right = pipeline.predict
+    monkeypatch.setattr(pipeline, "predict", lambda forward, images, precision: 1.001 * right(forward, images, precision))
+    monkeypatch.setattr(pipeline.Steps, "_before", pipeline.Steps._released)  # keeps its numbers
+    status, results = run(pipeline, tmp_path)
+    assert status == 1
+    assert "so no ratio: student small-resnet, teacher small-resnet" in capsys.readouterr().err
+    for result in results:
+        assert {row["peer"]: row["ratio_to_before"] is None for row in result["rows"]} == {"now": True, "before": False, "released": False}
+
+
+@pytest.mark.parametrize("trains", ["student", "teacher"])
+def test_the_released_loops_learn_and_repeat_their_bits(pipeline: ModuleType, trains: str) -> None:
+    case = pipeline.CASES["tiny"]
+    one, two = (pipeline.Steps("released", trains, case) for _ in range(2))
+    losses = one.advance(12, 0.01)
+    assert losses[-1] < losses[0]
+    assert two.advance(12, 0.01) == losses
+    assert all(torch.equal(a, b) for a, b in zip(one.network.parameters(), two.network.parameters(), strict=True))
