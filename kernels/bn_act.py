@@ -45,6 +45,8 @@ def _constants(mean, var, weight, bias, eps, channel, used):
 @triton.jit
 def _activated(x, slope, ACTIVATION: tl.constexpr):
     """f(x); slope, [columns], is read by leaky_relu alone."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0.0, 0.0, x)
     if ACTIVATION == "relu6":
         return tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 6.0, x))
     if ACTIVATION == "silu":

@@ -71,6 +71,7 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
     rows, step = schedule((1, 0, 3, 3, 1, 2, 1), "cpu")
     for ours, plain in (
         both("bn_act", y, mean, var, weight, bias, 1e-5, skip, "relu"),
+        both("bn_act_pool", y, mean, var, weight, bias, 1e-5, 3, 2, 1, "relu"),
         both("moments", y, mean),
         both("matching_loss", torch.rand(2, 5).requires_grad_(), var, *layers),
         both("matching_gradient", torch.rand(2, 5), var, *layers, torch.rand(2)),
@@ -102,10 +103,12 @@ def test_opcheck(calls: set[str]) -> None:
     layers = torch.tensor([0, 2, 5]), torch.tensor([24, 24]), torch.tensor([10.0, 1.0])
     rows, step = schedule((1, 0, 3, 3, 1, 2, 1), "cpu")
     operators, mask = torch.ops.dwa_fast, torch.zeros((y.numel() + 7) // 8, dtype=torch.uint8)
-    sums, values = torch.rand(2, 5), (mean, var, None, None, 1e-5)
+    sums, values, pooled = torch.rand(2, 5), (mean, var, None, None, 1e-5), features(2, 5, 2, 2)
     checked: dict[str, tuple[Any, ...]] = {
         "bn_act_forward": (y, *values, y, "relu", None),
         "bn_act_backward": (y, None, y, *values, None, mask, True, "relu", None, True),
+        "bn_act_pool_forward": (y, *values, "relu", None, 3, 2, 1),
+        "bn_act_pool_backward": (pooled, None, y, *values, pooled.byte(), "relu", None, 3, 2, 1, True),
         "moments_forward": (y, mean),
         "moments_backward": (sums, y, mean),
         "matching_loss_forward": (sums, var, *layers),
