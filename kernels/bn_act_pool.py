@@ -103,18 +103,20 @@ def _bn_act_pool_backward_kernel(
         h, w = pixel // width % height + PADDING, pixel % width + PADDING
         inside = (pixel < count)[:, None] & used[None, :]
         gradient = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], dtype=tl.float32)
-        for step in tl.static_range(REACH * REACH):
-            i, j = h // STRIDE - (REACH - 1 - step // REACH), w // STRIDE - (REACH - 1 - step % REACH)
-            down, right = h - i * STRIDE, w - j * STRIDE
-            exists = (i >= 0) & (i < pooled_height) & (down < WINDOW) & (j >= 0) & (j < pooled_width) & (right < WINDOW)
-            holds = inside & exists[:, None]
-            place = ((image * pooled_height + i) * pooled_width + j)[:, None] * channels + channel[None, :]
-            chosen = tl.load(index + place, mask=holds, other=0).to(tl.int32) == (down * WINDOW + right)[:, None]
-            part = tl.load(grad_z + place, mask=holds, other=0.0).to(tl.float32)
-            if grad_again is not None:
-                part += tl.load(grad_again + place, mask=holds, other=0.0).to(tl.float32)
-                part = part.to(grad_z.dtype.element_ty).to(tl.float32)
-            gradient += tl.where(holds & chosen, part, 0.0)
+        for before in range(REACH):  # not unrolled: a line of windows at a time keeps to the registers
+            i = h // STRIDE - (REACH - 1 - before)
+            for beside in tl.static_range(REACH):
+                j = w // STRIDE - (REACH - 1 - beside)
+                down, right = h - i * STRIDE, w - j * STRIDE
+                exists = (i >= 0) & (i < pooled_height) & (down < WINDOW) & (j >= 0) & (j < pooled_width) & (right < WINDOW)
+                holds = inside & exists[:, None]
+                place = ((image * pooled_height + i) * pooled_width + j)[:, None] * channels + channel[None, :]
+                chosen = tl.load(index + place, mask=holds, other=0).to(tl.int32) == (down * WINDOW + right)[:, None]
+                part = tl.load(grad_z + place, mask=holds, other=0.0).to(tl.float32)
+                if grad_again is not None:
+                    part += tl.load(grad_again + place, mask=holds, other=0.0).to(tl.float32)
+                    part = part.to(grad_z.dtype.element_ty).to(tl.float32)
+                gradient += tl.where(holds & chosen, part, 0.0)
         at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
         if grad_sums is not None or partials is not None or ACTIVATION != "none":
             shifted = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]

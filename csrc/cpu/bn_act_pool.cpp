@@ -24,8 +24,8 @@
 namespace dwa_fast {
 namespace {
 
-constexpr int64_t kPieceRows = 512;   // pixels of y at a time, or one line of windows
-constexpr int64_t kMostPlaces = 256;  // in a window: numbers of 8 bits
+constexpr int64_t kPieceRows = 512;  // pixels of y at a time, or one line of windows
+constexpr int64_t kLargestWindow = 3;
 
 // Lines [first, last) of y, whose sums a piece makes, and [pooled_first, pooled_last) of z, in one image.
 struct Piece {
@@ -35,7 +35,7 @@ struct Piece {
 // How an image is pooled, and cut into pieces.
 struct Cut {
   Cut(const at::Tensor& y, int64_t window, int64_t stride, int64_t padding) {
-    TORCH_CHECK(window >= 1 && window * window <= kMostPlaces, "window must be 1 to 16, got ", window);
+    TORCH_CHECK(window >= 1 && window <= kLargestWindow, "window must be 1 to ", kLargestWindow, ", got ", window);
     TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
     TORCH_CHECK(padding >= 0 && 2 * padding <= window, "padding must be 0 to half of the window, got ", padding, " with window ", window);
     const int64_t height = y.size(2) + 2 * padding - window, width = y.size(3) + 2 * padding - window;

@@ -1,13 +1,6 @@
 // The pooling of bn_act_pool on the vectors of one level; included inside its namespace. A line at a time, channels innermost.
 
 template <bool Partial>
-static inline Vec get_numbers(const uint8_t* p, int lanes) {
-  float numbers[kWidth] = {};
-  for (int i = 0; i < (Partial ? lanes : kWidth); ++i) numbers[i] = p[i];
-  return load(numbers);
-}
-
-template <bool Partial>
 static inline void put_numbers(uint8_t* p, Vec v, int lanes) {
   float numbers[kWidth];
   store(numbers, v);
@@ -81,13 +74,19 @@ static inline void gather_pixel(const MaxPool& p, const T* grad, const T* again,
   for (int64_t i = lines.first; i < lines.last; ++i) {
     const int64_t row = (line + p.padding - i * p.stride) * p.window;
     for (int64_t j = columns.first; j < columns.last; ++j) {
-      const Vec here = all(static_cast<float>(row + column + p.padding - j * p.stride));
+      const int place = static_cast<int>(row + column + p.padding - j * p.stride);
       const int64_t pooled = (i * p.pooled_width + j) * p.channels;
       for (int u = 0; u < U; ++u) {
         const int64_t at = pooled + u * kWidth;
         Vec each = get<Partial>(grad + at, lanes);
         if (again != nullptr) each = rounded<T>(add(each, get<Partial>(again + at, lanes)));
-        sum[u] = add(sum[u], keep_equal(get_numbers<Partial>(index + at, lanes), here, each));
+        if constexpr (Partial) {
+          uint8_t bytes[kWidth] = {};
+          for (int k = 0; k < lanes; ++k) bytes[k] = index[at + k];
+          sum[u] = add(sum[u], keep_equal(bytes, place, each));
+        } else {
+          sum[u] = add(sum[u], keep_equal(index + at, place, each));
+        }
       }
     }
   }

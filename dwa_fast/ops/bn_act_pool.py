@@ -12,7 +12,7 @@ from dwa_fast.ops import _library
 from dwa_fast.ops.activation import Activation
 from dwa_fast.ops.bn_act import _check, _check_activation
 
-LARGEST_WINDOW = 16  # pixels of a side: a place in it is a number of 8 bits
+LARGEST_WINDOW = 3  # pixels of a side: a kernel of a GPU has a load for each pixel of a window
 
 
 def bn_act_pool(
@@ -40,7 +40,7 @@ def bn_act_pool(
 
     Args:
         y, mean, var, weight, bias, eps, activation, slope, partials: as of bn_act.
-        window: k, 1 to 16.
+        window: k, 1 to 3.
         stride: s, at least 1.
         padding: p, 0 to k/2.
         twice: return z as two tensors in the same memory, one for each of two uses, whose gradients the backward pass adds.

@@ -1,8 +1,8 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, keeps its values in registers and moves 16 bytes at a time.
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, keeps its values in registers and moves 16 bytes at a time.
 
 Started as a program, without the interpreter that the other tests use, this file prints the table:
 
-    python tests/kernels/test_compile.py [--json] [--few] [80] [90]
+    python tests/kernels/test_compile.py [--json] [--few] [80] [90] [100]
 
 With --few, of the launches whose arguments have the same types only the first one, as in the tests that are not slow.
 
@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100)
 
 # Kernels that cost what their traffic costs: at even sizes and addresses they load and store 16 bytes per thread and access.
 WIDE = {
@@ -132,12 +132,14 @@ def record(few: bool = False) -> tuple[list[str], list[Launch]]:
     return sorted(f"{module}.{kernel.__name__}" for kernel, module in names.items()), list(found.values())
 
 
-def assembler() -> str:
-    """ptxas as Triton brings it, which knows the version of PTX that Triton writes; else the toolkit's."""
+def assembler(capability: int) -> str:
+    """ptxas as Triton brings it, which knows the version of PTX that Triton writes, one of its own from sm_100 on; else the toolkit's."""
     import triton
 
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    found = str(bundled) if bundled.exists() else shutil.which("ptxas")
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = ["ptxas-blackwell", "ptxas"] if capability >= 100 else ["ptxas"]
+    bundled = [str(folder / name) for name in names if (folder / name).exists()]
+    found = bundled[0] if bundled else shutil.which("ptxas")
     assert found is not None, "no ptxas: neither Triton nor a CUDA toolkit brings one"
     return found
 
@@ -178,7 +180,7 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [assembler(), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
+        command = [assembler(capability), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     assert registers, f"ptxas says nothing about registers: {said}"
