@@ -1,4 +1,4 @@
-"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and max-pooling behind it that can be traced, is one operator call."""
+"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and max-pooling behind it, is one operator call."""
 
 from __future__ import annotations
 

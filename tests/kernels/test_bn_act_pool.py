@@ -80,7 +80,7 @@ def plainly(
 
 
 def distinct(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Features without equals in a window, even where they and what follows them are rounded: of those only the first takes the gradient."""
+    """Features without equals in a window, even where they and what follows are rounded: of equals only the first takes the gradient."""
     places = torch.arange(math.prod(shape[2:])).view(shape[2:])
     spread = 0.25 * (places * 7 % 23 - 11) + 0.0625 * torch.randint(2, shape)
     return spread.to(device, dtype).contiguous(memory_format=torch.channels_last)

@@ -66,7 +66,8 @@ def run(operator: Callable[..., Any], inputs: Inputs, *, double: bool = False, m
     grad_sums = (1e-3 * torch.randn(sums.shape, generator=source)).to(sums)
     wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
     outputs, grads = ((z, sums), (grad_z, grad_sums)) if moments else ((z,), (grad_z,))
-    return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))}
+    gradients = torch.autograd.grad(outputs, list(wanted.values()), grads)
+    return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
 def in_two_steps(y: Tensor, window: int, stride: int, padding: int, **layer: Any) -> tuple[Tensor, Tensor]:
