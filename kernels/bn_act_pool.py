@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.bn_act import _activated, _constants, _derived, _of_layer, _per_channel, add_up, sums_to_write
+from dwa_fast.kernels.bn_act import _activated, _constants, _derived, _of_layer, _per_channel, add_up, backward_registers, sums_to_write
 from dwa_fast.kernels.layout import WARPS, channels_last, laid_out_like, on_device_of, tiles
 
 _CHANNELS = 64  # 128 bytes of bfloat16
@@ -143,6 +143,11 @@ def _bn_act_pool_backward_kernel(
             tl.store(row + 2 * programs.to(tl.int64) * channels, tl.sum(third, axis=0), mask=used)
 
 
+def registers(activation: str) -> int:
+    """Of a thread of the forward kernel, compiled for sm_80 or sm_90, at most."""
+    return 256 if activation == "gelu" else 128
+
+
 def bn_act_pool_forward(
     y: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
     mean: Tensor,  # [C] float32
@@ -171,7 +176,7 @@ def bn_act_pool_forward(
         return z, torch.zeros(2, channels, device=y.device), index
     _check_size(y)
     sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
-    rows = sums_to_write(partials, tiles(y), y, 2)
+    rows = sums_to_write(partials, tiles(y, registers=registers(activation)), y, 2)
     lines, columns = (max(pooled, triton.cdiv(size, stride)) for pooled, size in zip(shape[2:], (height, width), strict=True))
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     with on_device_of(y):
@@ -219,7 +224,7 @@ def bn_act_pool_backward(
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
-    partials = sums_to_write(None, tiles(y), y, sums) if parameters else None
+    partials = sums_to_write(None, tiles(y, registers=backward_registers(activation)), y, sums) if parameters else None
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     pixels = y.numel() // channels
     programs = triton.cdiv(triton.cdiv(pixels, _TILE // block), _TILES_EACH) if partials is None else partials.shape[1]

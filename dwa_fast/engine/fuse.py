@@ -69,7 +69,8 @@ class BatchNormAct(nn.Module):
             result = self.operators.bn_act_pool(y, *statistics, *self.windows, *behind)
         self.sums.append(result[-1])
         self.count = y.numel() // y.shape[1]
-        self.rows = self.operators.partial_rows(planes(y)) if self.operators.partial_rows else 1
+        if self.operators.partial_rows:
+            self.rows = self.operators.partial_rows(planes(y), self.activation, skip=self.skip, pools=self.windows is not None)
         if self.written is not None:
             self.written.record()
         z = [each if y.dim() == 4 else each.view(y.shape) for each in result[:-1]]

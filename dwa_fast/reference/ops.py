@@ -255,7 +255,7 @@ class Operators:
     view_adam_clip_: Callable[..., None] = view_adam_clip_
     ascend_: Callable[..., Tensor] = ascend_
     mean_pool: Callable[..., Tensor] = mean_pool
-    partial_rows: Callable[[Tensor], int] | None = None  # where bn_act and moments leave partial sums: how many rows
+    partial_rows: Callable[..., int] | None = None  # where bn_act and moments leave partial sums: how many rows
 
 
 OPERATORS = tuple(field.name for field in fields(Operators) if field.name not in ("name", "fuses", "partial_rows"))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwa_fast import ops
 from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.kernels.cases import Launches, meta
@@ -21,7 +22,6 @@ from tests.kernels.test_bn_act import batch, layer, slope_of
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.bn_act_pool")
-kernel_layout = importlib.import_module("dwa_fast.kernels.layout")
 
 EPS = 1e-5
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 2, 1), (2, 3, 0)]  # k, s, p
@@ -113,7 +113,7 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
     y, values = batch((2, 64, 13, 11), torch.float32, device), layer(64, device)
     given = y, values, (3, 2, 1), "relu", pooled(y, (3, 2, 1)), torch.randn(2, 64, device=device)
     expected = both_ways(*given)
-    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.resident", lambda *_: programs)
     for name, result in both_ways(*given).items():
         if name in ("z", "grad_y"):
             assert torch.equal(result, expected[name])
@@ -122,9 +122,9 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (5, 24, 9, 7)])
 def test_partial_sums_in_memory_that_is_given(shape: tuple[int, ...], device: torch.device) -> None:
-    """Their rows, as many as bn_act leaves, add up to the sums; memory of another shape is refused."""
+    """Their rows add up to the sums; memory of another shape is refused."""
     y, values = batch(shape, torch.float32, device), layer(shape[1], device)
-    partials = torch.full((2, kernel_layout.partial_rows(y.shape), shape[1]), math.nan, device=device)
+    partials = torch.full((2, ops.partial_rows(y, "relu", pools=True), shape[1]), math.nan, device=device)
     z, _, _ = kernel.bn_act_pool_forward(y, *values, EPS, "relu", None, 3, 2, 1, partials)
     expected, sums, _ = kernel.bn_act_pool_forward(y, *values, EPS, "relu", None, 3, 2, 1)
     assert torch.equal(z, expected)
