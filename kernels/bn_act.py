@@ -236,7 +236,7 @@ def _bn_act_backward_kernel(
 
 
 def registers(has_skip: bool, activation: str) -> int:
-    """Of a thread of the forward kernel, compiled for sm_80 or sm_90, at most: from this follows how many programs a GPU holds."""
+    """Of a thread of the forward kernel, compiled for sm_90, at most: from this follows how many programs a GPU holds."""
     return 96 if has_skip or activation not in ("none", "relu", "relu6") else 72
 
 

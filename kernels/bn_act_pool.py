@@ -144,7 +144,7 @@ def _bn_act_pool_backward_kernel(
 
 
 def registers(activation: str) -> int:
-    """Of a thread of the forward kernel, compiled for sm_80 or sm_90, at most."""
+    """Of a thread of the forward kernel, compiled for sm_90, at most."""
     return 256 if activation == "gelu" else 128
 
 
