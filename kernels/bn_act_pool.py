@@ -45,21 +45,23 @@ def _bn_act_pool_forward_kernel(
         top, left = i * STRIDE - PADDING, j * STRIDE - PADDING
         best = tl.full([BLOCK_WINDOWS, BLOCK_CHANNELS], float("-inf"), tl.float32)
         place = (tl.maximum(-top, 0) * WINDOW + tl.maximum(-left, 0))[:, None] + tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], tl.int32)
-        for down in tl.static_range(EXTENT):
+        for down in range(EXTENT):  # not unrolled: a line of a window at a time keeps to the registers
+            h = top + down
+            exists = (each < count) & (h >= 0) & (h < height)
+            line = (image * height + h) * width
             for right in tl.static_range(EXTENT):
-                h, w = top + down, left + right
-                exists = (each < count) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-                inside = exists[:, None] & used[None, :]
-                pixel = (image * height + h) * width + w
-                value = tl.load(y + pixel[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+                w = left + right
+                inside = (exists & (w >= 0) & (w < width))[:, None] & used[None, :]
+                value = tl.load(y + (line + w)[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
                 shifted = tl.where(inside, value - m[None, :], 0.0)
-                if down >= PADDING and down < PADDING + STRIDE and right >= PADDING and right < PADDING + STRIDE:
-                    first += shifted
-                    second += shifted * shifted
-                if down < WINDOW and right < WINDOW:
+                if right >= PADDING and right < PADDING + STRIDE:
+                    own = tl.where((down >= PADDING) & (down < PADDING + STRIDE), shifted, 0.0)
+                    first += own
+                    second += own * own
+                if right < WINDOW:
                     out = _activated(tl.fma(shifted, a[None, :], b[None, :]), s, ACTIVATION)
                     out = out.to(z.dtype.element_ty).to(tl.float32)
-                    above = inside & ((out > best) | (out != out))
+                    above = inside & (down < WINDOW) & ((out > best) | (out != out))
                     best = tl.where(above, out, best)
                     place = tl.where(above, down * WINDOW + right, place)
         written = ((each < count) & (i < pooled_height) & (j < pooled_width))[:, None] & used[None, :]
@@ -145,7 +147,7 @@ def _bn_act_pool_backward_kernel(
 
 def registers(activation: str) -> int:
     """Of a thread of the forward kernel, compiled for sm_90, at most."""
-    return 256 if activation == "gelu" else 128
+    return 160 if activation == "gelu" else 128
 
 
 def bn_act_pool_forward(
