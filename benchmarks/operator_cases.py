@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.engine.fuse import trace
+from dwa_fast.engine.pool_nodes import Windows
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.ops.activation import Activation, title
@@ -61,10 +62,12 @@ class Layer:
     shape: tuple[int, int, int, int]  # N, C, H, W of its input
     skip: bool
     activation: Activation = "none"
+    windows: Windows | None = None  # of a max-pooling
 
     def __str__(self) -> str:
         parts = ["×".join(map(str, self.shape)), *(["skip"] if self.skip else [])]
-        return " + ".join([*parts, *([title(self.activation, None)] if self.activation != "none" else [])])
+        parts += [title(self.activation, None)] if self.activation != "none" else []
+        return " + ".join([*parts, *([f"max-pooling {self.windows.window}/{self.windows.stride}"] if self.windows else [])])
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def layers(network: Network) -> tuple[Layer, ...]:
 
     def record(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
         inner = tuple(given[0].shape[1:])
-        seen.append(Layer((network.batch(math.prod(inner)), *inner), len(given) > 1, layer.activation))  # type: ignore[arg-type]
+        shape = network.batch(math.prod(inner)), *inner
+        seen.append(Layer(shape, len(given) > 1, layer.activation, layer.windows))  # type: ignore[arg-type]
 
     module = network.build()
     rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
@@ -124,7 +128,12 @@ def layers(network: Network) -> tuple[Layer, ...]:
 
 
 def _distinct_layers(network: Network) -> list[Subject]:
-    return sorted(dict.fromkeys(layers(network)), key=lambda layer: (math.prod(layer.shape[1:]), layer.skip), reverse=True)
+    found = dict.fromkeys(layer for layer in layers(network) if layer.windows is None)
+    return sorted(found, key=lambda layer: (math.prod(layer.shape[1:]), layer.skip), reverse=True)
+
+
+def _pooled_layers(network: Network) -> list[Subject]:
+    return [layer for layer in layers(network) if layer.windows is not None]
 
 
 def _inputs_of_layers(network: Network) -> list[Subject]:
@@ -173,14 +182,17 @@ def _features(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
         "eps": 1e-5,
         "skip": features(1.5, 0.3) if layer.skip else None,
         "activation": layer.activation,
+        **(layer.windows._asdict() if layer.windows else {}),
     }
     if layer.activation == "relu":
-        before, _ = Operators("exact").bn_act(**(doubled(inputs) | {"activation": "none"}))
+        before, _ = Operators("exact").bn_act(*(doubled(inputs)[name] for name in _BN_ACT[:-1]))
         inputs["y"] = torch.where(before.abs() < _CORNER, inputs["y"] + 1, inputs["y"])
     return inputs | {"grad_z": features(1e-3), "grad_sums": torch.randn(2, channels, device=device) * 1e-6}
 
 
-_BN_ACT = ("y", "mean", "var", "weight", "bias", "eps", "skip", "activation")
+_LAYER = ("y", "mean", "var", "weight", "bias", "eps")
+_BN_ACT = (*_LAYER, "skip", "activation")
+_BN_ACT_POOL = (*_LAYER, "window", "stride", "padding", "activation")
 
 
 def _bn_act(operators: Operators, inputs: Inputs) -> Call:
@@ -200,6 +212,34 @@ def _bn_act_backward_ascent(operators: Operators, inputs: Inputs) -> Call:
     leaves = [inputs[name].requires_grad_() for name in ("y", "skip", "weight", "bias") if inputs[name] is not None]
     z, _ = operators.bn_act(*(inputs[name] for name in _BN_ACT))
     return lambda: torch.autograd.grad(z, leaves, inputs["grad_z"], retain_graph=True)
+
+
+def _bn_act_pool(operators: Operators, inputs: Inputs) -> Call:
+    inputs["y"].requires_grad_()
+    return lambda: operators.bn_act_pool(*(inputs[name] for name in _BN_ACT_POOL))
+
+
+def _bn_act_pool_backward(operators: Operators, inputs: Inputs) -> Call:
+    """As in the inner loop, `_bn_act_backward`."""
+    leaf = inputs["y"].requires_grad_()
+    z, sums = operators.bn_act_pool(*(inputs[name] for name in _BN_ACT_POOL))
+    gradient = inputs["grad_z"][:, :, : z.shape[2], : z.shape[3]].contiguous(memory_format=torch.channels_last)
+    return lambda: torch.autograd.grad((z, sums), leaf, (gradient, inputs["grad_sums"]), retain_graph=True)
+
+
+def _bn_act_pool_traffic(inputs: Inputs) -> int:
+    """Reads y and m, v, γ, β; writes z, a place in 8 bits for each of it, and both sums."""
+    return inputs["y"].nbytes + 6 * inputs["mean"].nbytes + _pooled_elements(inputs) * (inputs["y"].element_size() + 1)
+
+
+def _bn_act_pool_backward_traffic(inputs: Inputs) -> int:
+    """Reads y, ∂L/∂z, the places, m, v, γ, β and two vectors; writes ∂L/∂y."""
+    return _bn_act_pool_traffic(inputs) + inputs["y"].nbytes
+
+
+def _pooled_elements(inputs: Inputs) -> int:
+    n, c, *sizes = inputs["y"].shape
+    return n * c * math.prod((size + 2 * inputs["padding"] - inputs["window"]) // inputs["stride"] + 1 for size in sizes)
 
 
 def _bn_act_traffic(inputs: Inputs) -> int:
@@ -370,6 +410,8 @@ OPERATORS = (
     Operator("bn_act", _distinct_layers, _features, _bn_act, _bn_act_traffic),
     Operator("bn_act backward", _distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
     Operator("bn_act backward, ascent", _distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
+    Operator("bn_act_pool", _pooled_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
+    Operator("bn_act_pool backward", _pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
     Operator("mean_pool", _pooled, _features, _mean_pool, _mean_pool_traffic),
     Operator("mean_pool backward", _pooled, _features, _mean_pool_backward, _mean_pool_traffic),
     Operator("moments", _inputs_of_layers, _features, _moments, _moments_traffic),

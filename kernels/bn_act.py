@@ -45,6 +45,8 @@ def _constants(mean, var, weight, bias, eps, channel, used):
 @triton.jit
 def _activated(x, slope, ACTIVATION: tl.constexpr):
     """f(x); slope, [columns], is read by leaky_relu alone."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0.0, 0.0, x)
     if ACTIVATION == "relu6":
         return tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 6.0, x))
     if ACTIVATION == "silu":
@@ -233,6 +235,16 @@ def _bn_act_backward_kernel(
             tl.store(place + 2 * programs * columns, tl.sum(third, axis=0), mask=used)
 
 
+def registers(has_skip: bool, activation: str) -> int:
+    """Of a thread of the forward kernel, compiled for sm_90, at most: from this follows how many programs a GPU holds."""
+    return 96 if has_skip or activation not in ("none", "relu", "relu6") else 72
+
+
+def backward_registers(activation: str) -> int:
+    """Of a thread of the backward kernel where it leaves sums."""
+    return 160 if activation == "gelu_tanh" else 128
+
+
 def sums_to_write(partials: Tensor | None, cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]
     """Where the programs leave that many sums per channel: what was given, if it fits, else new memory."""
     shape = sums, cut.programs * cut.columns // y.shape[1], y.shape[1]
@@ -283,7 +295,7 @@ def bn_act_forward(
         if partials is not None:
             partials.zero_()
         return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
-    cut = tiles(y)
+    cut = tiles(y, registers=registers(skip is not None, activation))
     sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
     rows = sums_to_write(partials, cut, y, 2)
     with on_device_of(y):
@@ -333,7 +345,7 @@ def bn_act_backward(
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
     grad_skip = torch.empty_like(y) if changes_skip else None
-    cut = tiles(y, sums=parameters)
+    cut = tiles(y, registers=backward_registers(activation) if parameters else None)
     partials = sums_to_write(None, cut, y, sums) if parameters else None
     with on_device_of(y):
         _bn_act_backward_kernel[(cut.column_blocks, cut.programs)](

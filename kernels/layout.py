@@ -13,7 +13,8 @@ from torch import Tensor
 BLOCK_COLUMNS = 64  # 128 bytes of bfloat16
 BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes in flight
 WARPS = 4
-PROGRAMS = 1024  # that leave sums: about what an A100, H100 or H200 holds at once; more tiles than that are looped over
+MULTIPROCESSORS = 132  # of an H100 or H200: where there is no GPU
+_REGISTERS = 65536  # of a multiprocessor
 _TILES_EACH = 4  # of a program that leaves none: small pieces of work, so that no few programs run alone at the end
 _MOST_PROGRAMS = 65535  # of the second axis of a grid
 
@@ -49,36 +50,52 @@ class Tiles(NamedTuple):
     column_blocks: int
 
 
-def tiles(features: Tensor, *, sums: bool = True) -> Tiles:
-    """How dense features, [N, C, H, W], are cut for a kernel that leaves sums per program, or none."""
+def resident(device: torch.device, registers: int) -> int:
+    """How many programs a GPU holds at once, if each of their threads takes that many registers."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+    return multiprocessors * (_REGISTERS // (32 * WARPS * registers))
+
+
+def tiles(
+    features: Tensor,  # [N, C, H, W], dense
+    *,
+    registers: int | None = None,
+) -> Tiles:
+    """How features are cut for a kernel.
+
+    Args:
+        registers: of a thread, where the programs leave sums: no more programs than a GPU holds at once. None: as many as it takes.
+    """
     if features.is_contiguous(memory_format=torch.channels_last):
-        cut = _channels_last_tiles(features.shape)
-    else:
-        cut = _cut(features.numel(), features.numel() // len(features), features.shape[2] * features.shape[3])
-    if sums:
-        return cut
-    blocks = triton.cdiv(cut.rows, BLOCK_ROWS)
-    return cut._replace(programs=triton.cdiv(blocks, max(_TILES_EACH, triton.cdiv(blocks, _MOST_PROGRAMS))))
+        return _channels_last_tiles(features.shape, features.device, registers)
+    inner = features.shape[2] * features.shape[3]
+    return _cut(features.numel(), features.numel() // len(features), inner, features.device, registers)
 
 
-def partial_rows(shape: torch.Size) -> int:
-    """Rows of partial sums, [rows, C], that the programs leave of channels-last features of a shape."""
-    cut = _channels_last_tiles(shape)
-    return cut.programs * cut.columns // shape[1]
+def partial_rows(
+    features: Tensor,  # [N, C, H, W]
+    registers: int,
+) -> int:
+    """Rows of partial sums, [rows, C], that the programs of a kernel leave of such features, channels-last."""
+    cut = _channels_last_tiles(features.shape, features.device, registers)
+    return cut.programs * cut.columns // features.shape[1]
 
 
-def _channels_last_tiles(shape: torch.Size) -> Tiles:
+def _channels_last_tiles(shape: torch.Size, device: torch.device, registers: int | None) -> Tiles:
     repeat = 16 // math.gcd(shape[1], 16)
     while repeat * shape[1] < BLOCK_COLUMNS:
         repeat *= 2
-    return _cut(shape.numel(), repeat * shape[1], 1)
+    return _cut(shape.numel(), repeat * shape[1], 1, device, registers)
 
 
-def _cut(count: int, columns: int, inner: int) -> Tiles:
+def _cut(count: int, columns: int, inner: int, device: torch.device, registers: int | None) -> Tiles:
     rows, column_blocks = triton.cdiv(count, columns), triton.cdiv(columns, BLOCK_COLUMNS)
     blocks = triton.cdiv(rows, BLOCK_ROWS)
-    blocks_each = triton.cdiv(blocks, max(1, PROGRAMS // column_blocks))
-    return Tiles(rows, columns, inner, triton.cdiv(blocks, blocks_each), column_blocks)
+    if registers is None:
+        each = max(_TILES_EACH, triton.cdiv(blocks, _MOST_PROGRAMS))
+    else:
+        each = triton.cdiv(blocks, max(1, resident(device, registers) // column_blocks))
+    return Tiles(rows, columns, inner, triton.cdiv(blocks, each), column_blocks)
 
 
 @triton.jit

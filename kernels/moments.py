@@ -10,6 +10,8 @@ from torch import Tensor
 from dwa_fast.kernels.bn_act import add_up, sums_to_write
 from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, dense, on_device_of, tiles
 
+REGISTERS = 72  # of a thread of the forward kernel, at most
+
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _moments_forward_kernel(
@@ -82,7 +84,7 @@ def moments_forward(
         if partials is not None:
             partials.zero_()
         return torch.zeros(2, channels, device=y.device)
-    cut = tiles(y)
+    cut = tiles(y, registers=REGISTERS)
     sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
     by_rows = cut.inner == 1
     rows = sums_to_write(partials, cut, y, 2) if by_rows else torch.empty(2, cut.programs * cut.columns, device=y.device)
@@ -109,7 +111,7 @@ def moments_backward(
     if y.numel() == 0:
         return grad_y
     grad_sums = grad_sums if grad_sums.stride(1) == 1 else grad_sums.contiguous()
-    cut = tiles(y, sums=False)
+    cut = tiles(y)
     with on_device_of(y):
         _moments_backward_kernel[(cut.column_blocks, cut.programs)](
             grad_sums, y, mean.contiguous(), grad_y, y.numel(), cut.rows, cut.columns, channels, cut.inner, cut.programs,

@@ -60,6 +60,19 @@ struct MeanPool {
   bool bfloat16;   // precision: bfloat16 or float32
 };
 
+// Windows over a channels-last tensor, [N, H, W, C]; pixels beyond its border do not count.
+struct MaxPool {
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  int64_t window;  // pixels of a side
+  int64_t stride;
+  int64_t padding;
+  int64_t pooled_height;
+  int64_t pooled_width;
+  bool bfloat16;  // precision: bfloat16 or float32
+};
+
 struct AdamClip {
   float* images;
   const float* gradient;
@@ -100,7 +113,11 @@ struct Kernels {
   void (*moments_backward)(const Moments&, int64_t, int64_t);  // as above
   void (*mean_pool)(const MeanPool&, const void*, void*);      // the first of the lines that it reads, the line that it writes
   void (*mean_pool_backward)(const MeanPool&, const void*, void*,
-                             bool);             // the line that it reads, the first that it writes, if none follow
+                             bool);  // the line that it reads, the first that it writes, if none follow
+  // What the windows of a pooled line read, from the first line that exists on; the pooled line; its line of the places that were largest
+  void (*max_pool)(const MaxPool&, const void*, int64_t, void*, uint8_t*);
+  // Of one image the gradient, or null or a second one, and the places; a line of the unpooled gradient
+  void (*max_pool_gather)(const MaxPool&, const void*, const void*, const uint8_t*, int64_t, void*);
   void (*adam_clip)(const AdamClip&, int64_t);  // the first elements, that many
   void (*view_adjoint)(const ViewAdjoint&);
 };

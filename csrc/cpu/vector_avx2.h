@@ -34,6 +34,15 @@ static inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 // a where z > 0, b where it is not or is NaN
 static inline Vec pick(Vec z, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_GT_OQ)); }
+// a where x > y or x is NaN, else b
+static inline Vec pick_above(Vec x, Vec y, Vec a, Vec b) {
+  return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ), _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+// The lanes whose byte is that number, 0 elsewhere.
+static inline Vec keep_equal(const uint8_t* bytes, int number, Vec v) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_set1_epi32(number))));
+}
 static inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // a·2ⁿ for an integer n of −200 to 200, in two steps: 2ⁿ alone may lie beyond the range
 static inline Vec scaled(Vec a, Vec n) {

@@ -41,6 +41,16 @@ static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // a where z > 0, b where it is not or is NaN
 static inline Vec pick(Vec z, Vec a, Vec b) { return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GT_OQ), a); }
+// a where x > y or x is NaN, else b
+static inline Vec pick_above(Vec x, Vec y, Vec a, Vec b) {
+  const auto above = static_cast<__mmask16>(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) | _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q));
+  return _mm512_mask_mov_ps(b, above, a);
+}
+// The lanes whose byte is that number, 0 elsewhere.
+static inline Vec keep_equal(const uint8_t* bytes, int number, Vec v) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(number)), v);
+}
 static inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // a·2ⁿ for an integer n
 static inline Vec scaled(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }

@@ -50,6 +50,13 @@ static inline Vec larger(Vec a, Vec b) { return choose(a > b, a, b); }
 static inline Vec smaller(Vec a, Vec b) { return choose(a < b, a, b); }
 // a where z > 0, b where it is not or is NaN
 static inline Vec pick(Vec z, Vec a, Vec b) { return choose(z > all(0), a, b); }
+// a where x > y or x is NaN, else b
+static inline Vec pick_above(Vec x, Vec y, Vec a, Vec b) { return choose((x > y) | (x != x), a, b); }
+// The lanes whose byte is that number, 0 elsewhere.
+static inline Vec keep_equal(const uint8_t* bytes, int number, Vec v) {
+  const Ints wide = {bytes[0], bytes[1], bytes[2], bytes[3]};
+  return choose(wide == Ints{number, number, number, number}, v, all(0));
+}
 // For |a| < 2²²: what is below 1 has no place beside 1.5·2²³.
 static inline Vec nearest(Vec a) { return (a + all(0x1.8p23f)) - all(0x1.8p23f); }
 // a·2ⁿ for an integer n of −200 to 200, in two steps: 2ⁿ alone may lie beyond the range

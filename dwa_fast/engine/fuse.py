@@ -1,4 +1,4 @@
-"""Rewrites a teacher: every BatchNorm layer, with the addition and activation behind it where they can be traced, is one operator call."""
+"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and max-pooling behind it, is one operator call."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.fx.node import Argument
 
 from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
 from dwa_fast.engine.layers import replace_convolutions, replace_global_means, replace_pools, replace_stems
+from dwa_fast.engine.pool_nodes import Windows, match_pool
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
@@ -46,6 +47,7 @@ class BatchNormAct(nn.Module):
         self.twice = False  # whether forward gives its result twice, for two uses whose gradients the operator adds
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
+        self.windows: Windows | None = None  # of a max-pooling behind it all
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
         self.rows = 1  # of partial sums that the last call leaves or would leave
@@ -56,15 +58,19 @@ class BatchNormAct(nn.Module):
         self,
         input: Tensor,  # [N, C], or with positions in one, two or three dimensions behind; named as in the layers that it replaces
         skip: Tensor | None = None,  # like the input
-    ) -> Tensor | tuple[Tensor, ...]:  # like the input
-        """f(BatchNorm(input) [+ skip]) with the running statistics."""
+    ) -> Tensor | tuple[Tensor, ...]:  # like the input, or smaller
+        """f(BatchNorm(input) [+ skip]) with the running statistics, or the largest of it in each window."""
         y = input
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        added = None if skip is None else planes(skip)
-        result = self.operators.bn_act(planes(y), *statistics, added, self.activation, self.slope, self.partials, self.twice)
+        behind = self.activation, self.slope, self.partials, self.twice
+        if self.windows is None:
+            result = self.operators.bn_act(planes(y), *statistics, None if skip is None else planes(skip), *behind)
+        else:
+            result = self.operators.bn_act_pool(y, *statistics, *self.windows, *behind)
         self.sums.append(result[-1])
         self.count = y.numel() // y.shape[1]
-        self.rows = self.operators.partial_rows(planes(y)) if self.operators.partial_rows else 1
+        if self.operators.partial_rows:
+            self.rows = self.operators.partial_rows(planes(y), self.activation, skip=self.skip, pools=self.windows is not None)
         if self.written is not None:
             self.written.record()
         z = [each if y.dim() == 4 else each.view(y.shape) for each in result[:-1]]
@@ -82,7 +88,7 @@ class BatchNormAct(nn.Module):
     def extra_repr(self) -> str:
         """What was fused, as `dwa-fast info` shows it."""
         parts = ["BatchNorm", *(["addition"] if self.skip else []), *([title(self.activation, self.slope)] if self.activates else [])]
-        return " + ".join(parts)
+        return " + ".join([*parts, *(["max-pooling"] if self.windows else [])])
 
     @property
     def activates(self) -> bool:
@@ -151,7 +157,7 @@ def fuse_neighbours(traced: torch.fx.GraphModule, layer: nn.Module, new: BatchNo
 
 
 def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:
-    """Put the layer in place of the node, and of the addition and activation that alone use its result."""
+    """Put the layer in place of the node, and of the addition, activation and max-pooling that alone use its result."""
     before = traced.get_submodule(str(node.target))
     replace_layers(traced, lambda each: layer if each is before else None)
     chain: list[torch.fx.Node] = [node]
@@ -162,9 +168,13 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
             layer.skip = True
         elif not layer.activates and (matched := _activation(traced, layer, user, arguments, chain[-1])) is not None:
             layer.activate(matched)
+        elif not layer.skip and (windows := match_pool(traced, user, chain[-1])) is not None:
+            layer.windows = windows
         else:
             break
         chain.append(user)
+        if layer.windows is not None:
+            break
     with traced.graph.inserting_before(chain[-1]):
         new = traced.graph.call_module(str(node.target), tuple(arguments))
     new.meta = dict(chain[-1].meta)

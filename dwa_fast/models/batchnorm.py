@@ -64,7 +64,7 @@ class Measures(Protocol):
         """That operator."""
 
     @property
-    def partial_rows(self) -> Callable[[Tensor], int] | None:
+    def partial_rows(self) -> Callable[..., int] | None:
         """Number of rows of partial sums; None if there are none."""
 
 
@@ -104,6 +104,6 @@ class Recorder:
             features = features.contiguous(memory_format=torch.channels_last)
         self.sums.append(self._operators.moments(features, self.running_mean, self.partials))
         self.count = y.numel() // y.shape[1]
-        self.rows = self._operators.partial_rows(features) if self._operators.partial_rows else 1
+        self.rows = self._operators.partial_rows(features, moments=True) if self._operators.partial_rows else 1
         if self.written is not None:
             self.written.record()

@@ -74,13 +74,26 @@ def bn_act(
 
 def partial_rows(
     y: Tensor,  # [N, C, H, W]
+    activation: Activation = "none",
+    *,
+    skip: bool = False,
+    pools: bool = False,
+    moments: bool = False,
 ) -> int:
-    """Rows of partial sums, [R, C], that `bn_act`, and `moments` of channels-last features, leave on CUDA for features of that shape.
+    """Rows of partial sums, [R, C], that an operator leaves on CUDA: `bn_act` as it is given, `bn_act_pool`, or `moments`.
+
+    `moments` leaves them of channels-last features alone. R depends on the shape, and on how many programs the GPU holds at once.
 
     Raises:
         ImportError: Triton cannot be used here.
     """
-    rows: int = importlib.import_module("dwa_fast.kernels.layout").partial_rows(y.shape)
+    if moments:
+        registers = importlib.import_module("dwa_fast.kernels.moments").REGISTERS
+    elif pools:
+        registers = importlib.import_module("dwa_fast.kernels.bn_act_pool").registers(activation)
+    else:
+        registers = importlib.import_module("dwa_fast.kernels.bn_act").registers(skip, activation)
+    rows: int = importlib.import_module("dwa_fast.kernels.layout").partial_rows(y, registers)
     return rows
 
 

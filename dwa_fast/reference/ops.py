@@ -49,6 +49,27 @@ def bn_act(
     return (z, z.view_as(z), sums) if twice else (z, sums)
 
 
+def bn_act_pool(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C] running mean m
+    var: Tensor,  # [C] running variance v
+    weight: Tensor | None,  # [C] γ
+    bias: Tensor | None,  # [C] β
+    eps: float,
+    window: int,
+    stride: int,
+    padding: int,
+    activation: Activation = "none",
+    slope: Tensor | None = None,  # [1] or [C], of leaky_relu
+    partials: Tensor | None = None,  # [2, R, C], written
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with twice z again, sums [2, C] float32 or wider
+    """`bn_act` and a max-pooling of square windows behind it."""
+    z, sums = bn_act(y, mean, var, weight, bias, eps, None, activation, slope, partials)
+    z = F.max_pool2d(z, window, stride, padding)
+    return (z, z.view_as(z), sums) if twice else (z, sums)
+
+
 def moments(
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C]
@@ -224,6 +245,7 @@ class Operators:
     name: str
     fuses: bool = False  # whether bn_act is worth tracing the teacher for
     bn_act: Callable[..., tuple[Tensor, ...]] = bn_act
+    bn_act_pool: Callable[..., tuple[Tensor, ...]] = bn_act_pool
     moments: Callable[..., Tensor] = moments
     matching_loss: Callable[..., Tensor] = matching_loss
     matching_gradient: Callable[..., tuple[Tensor, Tensor]] = matching_gradient
@@ -233,7 +255,7 @@ class Operators:
     view_adam_clip_: Callable[..., None] = view_adam_clip_
     ascend_: Callable[..., Tensor] = ascend_
     mean_pool: Callable[..., Tensor] = mean_pool
-    partial_rows: Callable[[Tensor], int] | None = None  # where bn_act and moments leave partial sums: how many rows
+    partial_rows: Callable[..., int] | None = None  # where bn_act and moments leave partial sums: how many rows
 
 
 OPERATORS = tuple(field.name for field in fields(Operators) if field.name not in ("name", "fuses", "partial_rows"))

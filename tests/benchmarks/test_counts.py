@@ -41,6 +41,18 @@ def test_kernels_of_a_cifar_resnet18(counts: ModuleType) -> None:
     assert kernels.total() <= 90
 
 
+def test_the_pooling_of_a_resnet18_at_224_pixels_is_one_kernel_each_way(counts: ModuleType) -> None:
+    """It reads y and writes z and the places; it reads y, both gradients and the places and writes the gradient."""
+    found = counted(counts, "imagenet-resnet18", 2)
+    assert found.kernels["bn_act_pool._bn_act_pool_forward_kernel"] == found.kernels["bn_act_pool._bn_act_pool_backward_kernel"] == 1
+    assert not [name for name in found.kernels if "max_pool2d" in name or name == "aten.add"]
+    assert found.kernels.total() <= 90
+    y, z, vectors = 2 * 2 * 64 * 112**2, 2 * 2 * 64 * 56**2, 6 * 64 * 4
+    forward, backward = (found.traffic[f"bn_act_pool._bn_act_pool_{way}_kernel"] for way in ("forward", "backward"))
+    assert 0 < forward - (y + z + z // 2 + vectors) <= 2 * 2 * 4 * 64 * 4 * 132  # the partial sums of four programs per multiprocessor
+    assert backward == 2 * y + 2 * z + z // 2 + vectors
+
+
 def test_bytes_grow_with_the_batch(counts: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (counted(counts, "digits", batch) for batch in (4, 8))
     assert one.kernels == two.kernels

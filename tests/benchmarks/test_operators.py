@@ -56,6 +56,7 @@ def small(networks: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
     subjects = {
         networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
+        networks._pooled_layers: networks.Layer((2, 20, 5, 3), False, "relu", networks.Windows(3, 2, 1)),
         networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
         networks._pooled: networks.Layer((2, 20, 5, 3), False, False),
         networks._all_layers: networks.Layers("small", (3, 8), (50, 20)),
@@ -83,6 +84,8 @@ def test_traffic(bench: ModuleType, small: list[Any]) -> None:
         ("bn_act", "bf16"): 3 * 2 * features + bits + vectors,
         ("bn_act backward", "bf16"): 4 * 2 * features + bits + vectors,
         ("bn_act backward, ascent", "fp32"): 4 * 4 * features + bits + vectors,
+        ("bn_act_pool", "bf16"): 2 * features + vectors + 3 * 2 * 20 * 3 * 2,
+        ("bn_act_pool backward", "fp32"): 2 * 4 * features + vectors + 5 * 2 * 20 * 3 * 2,
         ("mean_pool backward", "bf16"): 2 * features + 2 * 2 * 20 * 2 * 1,
         ("moments", "bf16"): 2 * features + vectors // 2,
         ("moments backward", "fp32"): 2 * 4 * features + vectors // 2,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwa_fast import ops
 from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.kernels.cases import Launches, meta
@@ -147,7 +148,7 @@ def test_several_column_blocks(shape: tuple[int, ...], dtype: torch.dtype, devic
 @pytest.mark.parametrize("programs", [1, 2, 3])
 def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
-    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.resident", lambda *_: programs)
     y, skip = batch((3, 64, 9, 7), torch.float32, device), batch((3, 64, 9, 7), torch.float32, device)
     assert_matches(y, layer(64, device), skip, "relu", torch.randn(2, 64, device=device))
 
@@ -155,9 +156,9 @@ def test_programs_loop_over_tiles(programs: int, monkeypatch: pytest.MonkeyPatch
 def test_programs_without_sums_take_few_tiles(device: torch.device) -> None:
     """As many as it takes, up to what a grid can have; the pointwise gradients keep their bits."""
     y = batch((9, 64, 9, 9), torch.float32, device)  # 23 tiles
-    assert (kernel_layout.tiles(y).programs, kernel_layout.tiles(y, sums=False).programs) == (23, 6)
+    assert (kernel_layout.tiles(y, registers=96).programs, kernel_layout.tiles(y).programs) == (23, 6)
     many = torch.empty(2**31 // (64 * 1024) + 3, 64, 32, 32, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
-    assert kernel_layout.tiles(many, sums=False).programs < 2**16
+    assert kernel_layout.tiles(many).programs < 2**16
     values, skip, of_sums = layer(64, device), torch.randn_like(y), torch.randn(2, 64, device=device)
     _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, "relu", None)
     behind = of_sums, y, *values, EPS, None, mask, True, "relu", None
@@ -165,12 +166,27 @@ def test_programs_without_sums_take_few_tiles(device: torch.device) -> None:
     assert all(torch.equal(*each) for each in zip(frozen[:2], asked[:2], strict=True))
 
 
+def test_programs_that_leave_sums_are_those_that_a_gpu_holds_at_once() -> None:
+    """A multiprocessor has 65536 registers; a program of four warps takes 128 times those of a thread."""
+    many = torch.empty(2**10, 64, 32, 32, device="meta", memory_format=torch.channels_last)  # 32768 tiles
+    cpu = torch.device("cpu")
+    held = {registers: kernel_layout.resident(cpu, registers) for registers in (64, 72, 96, 128)}
+    assert held == {64: 8 * 132, 72: 7 * 132, 96: 5 * 132, 128: 4 * 132}
+    for registers, most in held.items():
+        programs = kernel_layout.tiles(many, registers=registers).programs
+        assert most * 0.95 < programs <= most
+        assert kernel_layout.partial_rows(many, registers) == programs
+    assert [ops.partial_rows(many, "relu", skip=skip) for skip in (False, True)] == [
+        kernel_layout.partial_rows(many, registers) for registers in (72, 96)
+    ]
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 2, 2), (5, 24, 9, 7)])
 def test_partial_sums_in_memory_that_is_given(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Their rows add up to the sums, and nothing else changes; memory of another shape is refused."""
-    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", 2)
+    monkeypatch.setattr("dwa_fast.kernels.layout.resident", lambda *_: 2)
     y, values = batch(shape, torch.float32, device), layer(shape[1], device)
-    partials = torch.full((2, kernel_layout.partial_rows(y.shape), shape[1]), math.nan, device=device)
+    partials = torch.full((2, ops.partial_rows(y, "relu"), shape[1]), math.nan, device=device)
     z, _, _ = kernel.bn_act_forward(y, *values, EPS, None, "relu", None, partials)
     expected, sums, _ = kernel.bn_act_forward(y, *values, EPS, None, "relu", None)
     assert torch.equal(z, expected)

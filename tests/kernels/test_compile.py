@@ -1,8 +1,8 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, keeps its values in registers and moves 16 bytes at a time.
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, keeps its values in registers and moves 16 bytes at a time.
 
 Started as a program, without the interpreter that the other tests use, this file prints the table:
 
-    python tests/kernels/test_compile.py [--json] [--few] [80] [90]
+    python tests/kernels/test_compile.py [--json] [--few] [80] [90] [100]
 
 With --few, of the launches whose arguments have the same types only the first one, as in the tests that are not slow.
 
@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100)
 
 # Kernels that cost what their traffic costs: at even sizes and addresses they load and store 16 bytes per thread and access.
 WIDE = {
@@ -56,6 +56,9 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     aligned: frozenset[str]  # arguments that are multiples of 16
     warps: int
+
+    def has(self, argument: str) -> bool:
+        return argument not in self.constants or self.constants[argument] is not None
 
     def same_types(self) -> object:
         return self.kernel, tuple(self.signature.items()), self.aligned
@@ -132,12 +135,28 @@ def record(few: bool = False) -> tuple[list[str], list[Launch]]:
     return sorted(f"{module}.{kernel.__name__}" for kernel, module in names.items()), list(found.values())
 
 
-def assembler() -> str:
-    """ptxas as Triton brings it, which knows the version of PTX that Triton writes; else the toolkit's."""
+def counted(launch: Launch) -> int | None:
+    """The registers that the grid of a kernel which leaves sums counts with."""
+    from dwa_fast.kernels import bn_act, bn_act_pool, moments
+
+    activation = launch.constants.get("ACTIVATION", "")
+    if launch.kernel == "bn_act._bn_act_forward_kernel":
+        return bn_act.registers(launch.has("skip"), activation)
+    if launch.kernel == "bn_act_pool._bn_act_pool_forward_kernel":
+        return bn_act_pool.registers(activation)
+    if launch.kernel.endswith("_backward_kernel") and launch.kernel.startswith("bn_act") and launch.has("partials"):
+        return bn_act.backward_registers(activation)
+    return moments.REGISTERS if launch.kernel == "moments._moments_forward_kernel" else None
+
+
+def assembler(capability: int) -> str:
+    """ptxas as Triton brings it, which knows the version of PTX that Triton writes, one of its own from sm_100 on; else the toolkit's."""
     import triton
 
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    found = str(bundled) if bundled.exists() else shutil.which("ptxas")
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = ["ptxas-blackwell", "ptxas"] if capability >= 100 else ["ptxas"]
+    bundled = [str(folder / name) for name in names if (folder / name).exists()]
+    found = bundled[0] if bundled else shutil.which("ptxas")
     assert found is not None, "no ptxas: neither Triton nor a CUDA toolkit brings one"
     return found
 
@@ -178,7 +197,7 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [assembler(), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
+        command = [assembler(capability), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     assert registers, f"ptxas says nothing about registers: {said}"
@@ -189,6 +208,7 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
         "capability": capability,
         "warps": launch.warps,
         "registers": int(registers.group(1)),
+        "counted": counted(launch),
         "spills": sum(map(int, spills)),
         "shared": compiled.metadata.shared,
         "load": widest(ptx, "ld"),
@@ -234,6 +254,8 @@ else:
         assert set(result["kernels"]) >= WIDE
         for row in result["rows"]:
             assert row["spills"] == 0, row
+            if row["counted"] is not None and capability == 90 and "odd" not in row["case"]:
+                assert row["registers"] <= row["counted"], row
             if row["kernel"] not in ALONE:
                 assert row["registers"] * row["warps"] * 32 <= 32768, f"fewer than two programs fit a multiprocessor: {row}"
             if row["kernel"] in WIDE and "odd" not in row["case"]:
@@ -241,4 +263,7 @@ else:
                 assert row["store"] == SUMS.get(row["kernel"], 16), row
                 assert row["run"] >= 128, row
             if row["kernel"].startswith("view"):
+                assert row["run"] >= 64, row
+            if row["kernel"].startswith("bn_act_pool") and "odd" not in row["case"]:  # the places have a byte each
+                assert (row["load"], row["store"]) == (16, 16), row
                 assert row["run"] >= 64, row

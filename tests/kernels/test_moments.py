@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwa_fast import ops
 from dwa_fast.reference import ops as reference
 from tests.kernels.cases import Launches, meta
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
@@ -52,14 +53,14 @@ def test_programs_loop_over_tiles(
     layout: torch.memory_format, programs: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Fewer programs than tiles: each takes several, the last ones not all equally many."""
-    monkeypatch.setattr("dwa_fast.kernels.layout.PROGRAMS", programs)
+    monkeypatch.setattr("dwa_fast.kernels.layout.resident", lambda *_: programs)
     assert_matches(torch.randn(150, 8, 3, 2, device=device).contiguous(memory_format=layout))
 
 
 def test_partial_sums_in_memory_that_is_given(device: torch.device) -> None:
     y, mean = torch.randn(4, 6, 5, 9, device=device), torch.randn(6, device=device)
     rows = y.contiguous(memory_format=torch.channels_last)
-    partials = torch.full((2, kernel_layout.partial_rows(y.shape), 6), torch.nan, device=device)
+    partials = torch.full((2, ops.partial_rows(y, moments=True), 6), torch.nan, device=device)
     kernel.moments_forward(rows, mean, partials)
     torch.testing.assert_close(partials.double().sum(1).float(), kernel.moments_forward(rows, mean))
     with pytest.raises(ValueError, match="channels-last features alone"):

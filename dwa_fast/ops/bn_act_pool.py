@@ -1,0 +1,164 @@
+"""BatchNorm in eval mode, activation and max-pooling in one pass, with the moments that the matching loss needs (Eq. 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dwa_fast.ops import _library
+from dwa_fast.ops.activation import Activation
+from dwa_fast.ops.bn_act import _check, _check_activation
+
+LARGEST_WINDOW = 3  # pixels of a side: a kernel of a GPU has a load for each pixel of a window
+
+
+def bn_act_pool(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C], float32
+    var: Tensor,  # [C], float32
+    weight: Tensor | None,  # [C], float32
+    bias: Tensor | None,  # [C], float32
+    eps: float,
+    window: int,
+    stride: int,
+    padding: int,
+    activation: Activation = "none",
+    slope: Tensor | None = None,  # [1] or [C], float32
+    partials: Tensor | None = None,  # [2, R, C], float32, written
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with twice z again, sums [2, C] float32
+    """`bn_act` and a max-pooling behind it; what is pooled is never stored, nor is its gradient.
+
+        x = γ(y − m)/√(v + ε) + β,   z = the largest f(x) of each window,   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
+
+    with H' = ⌊(H + 2p − k)/s⌋ + 1 for windows of k × k pixels at every s-th pixel, p pixels beyond the border, where nothing counts.
+    Differentiable as bn_act, once. Of equals the first in a window takes the gradient, and NaN wins, as in PyTorch's max_pool2d; the place
+    is stored in 8 bits, and x is computed again in the backward pass. Precision and bits are as bn_act's; the result is channels-last.
+
+    Args:
+        y, mean, var, weight, bias, eps, activation, slope, partials: as of bn_act.
+        window: k, 1 to 3.
+        stride: s, at least 1.
+        padding: p, 0 to k/2.
+        twice: return z as two tensors in the same memory, one for each of two uses, whose gradients the backward pass adds.
+    Raises:
+        TypeError: an argument has the wrong type or precision.
+        ValueError: as bn_act, or window, stride or padding are out of range, or y has no room for a window.
+        ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
+    """
+    _check(y, mean, var, weight, bias, None)
+    _check_activation(activation, slope, y)
+    _check_windows(y, window, stride, padding)
+    _library.load()
+    layer = y, mean, var, weight, bias, float(eps), activation, slope, window, stride, padding
+    z, again, sums = _BnActPool.apply(*layer, partials, twice)
+    return (z, again, sums) if twice else (z, sums)
+
+
+class _BnActPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        activation: Activation,
+        slope: Tensor | None,
+        window: int,
+        stride: int,
+        padding: int,
+        partials: Tensor | None,
+        twice: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        layer, windows = (y, mean, var, weight, bias, eps), (window, stride, padding)
+        z, sums, index = torch.ops.dwa_fast.bn_act_pool_forward.default(*layer, activation, slope, *windows, partials)
+        ctx.save_for_backward(y, mean, var, weight, bias, index, slope)
+        ctx.eps, ctx.activation, ctx.windows = eps, activation, windows
+        ctx.set_materialize_grads(False)
+        return z, z.detach() if twice else None, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor | None, grad_again: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        y, mean, var, weight, bias, index, slope = ctx.saved_tensors
+        needs_y, _, _, needs_weight, needs_bias, _, _, needs_slope, *_ = ctx.needs_input_grad
+        if grad_z is None:
+            grad_z, grad_again = torch.zeros_like(index, dtype=y.dtype) if grad_again is None else grad_again, None
+        layer = y, mean, var, weight, bias, ctx.eps, index, ctx.activation, slope, *ctx.windows
+        parameters = needs_weight or needs_bias or needs_slope
+        grad_y, both, grad_slope = torch.ops.dwa_fast.bn_act_pool_backward.default(grad_z, grad_sums, *layer, parameters, grad_again)
+        return (
+            grad_y if needs_y else None,
+            None,
+            None,
+            both[0] if needs_weight else None,
+            both[1] if needs_bias else None,
+            None,
+            None,
+            grad_slope if needs_slope else None,
+            *[None] * 5,
+        )
+
+
+@_library.fake("bn_act_pool_forward", triton="bn_act_pool")
+def _forward_fake(
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation,
+    slope: Tensor | None,
+    window: int,
+    stride: int,
+    padding: int,
+    partials: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = *y.shape[:2], *((size + 2 * padding - window) // stride + 1 for size in y.shape[2:])
+    z = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    return z, torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device), torch.empty_like(z, dtype=torch.uint8)
+
+
+@_library.fake("bn_act_pool_backward", triton="bn_act_pool")
+def _backward_fake(
+    grad_z: Tensor,
+    grad_sums: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    index: Tensor,
+    activation: Activation,
+    slope: Tensor | None,
+    window: int,
+    stride: int,
+    padding: int,
+    parameters: bool = False,
+    grad_again: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
+    of_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
+    return torch.empty_like(y), of_parameters, of_slope
+
+
+def _check_windows(y: Tensor, window: int, stride: int, padding: int) -> None:
+    for name, number in (("window", window), ("stride", stride), ("padding", padding)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
+    if not 1 <= window <= LARGEST_WINDOW:
+        raise ValueError(f"window must be 1 to {LARGEST_WINDOW}, got {window}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    if not 0 <= 2 * padding <= window:
+        raise ValueError(f"padding must be 0 to half of the window, got {padding} with window {window}")
+    if min(y.shape[2:]) + 2 * padding < window:
+        raise ValueError(f"y must have room for a window of {window} pixels, got shape {tuple(y.shape)}")
