@@ -242,7 +242,7 @@ def registers(has_skip: bool, activation: str) -> int:
 
 def backward_registers(activation: str) -> int:
     """Of a thread of the backward kernel where it leaves sums."""
-    return 160 if activation == "gelu_tanh" else 128
+    return 160 if activation in ("relu6", "gelu_tanh") else 128
 
 
 def sums_to_write(partials: Tensor | None, cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]

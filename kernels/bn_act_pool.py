@@ -104,10 +104,13 @@ def _bn_act_pool_backward_kernel(
         image = (pixel // width // height).to(tl.int64)
         h, w = pixel // width % height + PADDING, pixel % width + PADDING
         inside = (pixel < count)[:, None] & used[None, :]
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        if grad_sums is not None or partials is not None or ACTIVATION != "none":
+            shifted = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         gradient = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], dtype=tl.float32)
-        for before in range(REACH):  # not unrolled: a line of windows at a time keeps to the registers
+        for before in range(REACH):  # neither loop is unrolled: that keeps to the registers
             i = h // STRIDE - (REACH - 1 - before)
-            for beside in tl.static_range(REACH):
+            for beside in range(REACH):
                 j = w // STRIDE - (REACH - 1 - beside)
                 down, right = h - i * STRIDE, w - j * STRIDE
                 exists = (i >= 0) & (i < pooled_height) & (down < WINDOW) & (j >= 0) & (j < pooled_width) & (right < WINDOW)
@@ -119,9 +122,6 @@ def _bn_act_pool_backward_kernel(
                     part += tl.load(grad_again + place, mask=holds, other=0.0).to(tl.float32)
                     part = part.to(grad_z.dtype.element_ty).to(tl.float32)
                 gradient += tl.where(holds & chosen, part, 0.0)
-        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-        if grad_sums is not None or partials is not None or ACTIVATION != "none":
-            shifted = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if ACTIVATION != "none":
             x = tl.fma(shifted, a[None, :], b[None, :])
             if partials is not None and slope is not None:
@@ -147,7 +147,7 @@ def _bn_act_pool_backward_kernel(
 
 def registers(activation: str) -> int:
     """Of a thread of the forward kernel, compiled for sm_90, at most."""
-    return 160 if activation == "gelu" else 128
+    return 160 if activation in ("gelu", "hardswish") else 128
 
 
 def bn_act_pool_forward(

@@ -26,6 +26,7 @@ from dwa_fast.reference.ops import Operators
 _ADDITIONS = {operator.add, torch.add}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
 _DROPPING = {F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+_UNPOOLED = {"hardswish"}  # activations whose gradient does not fit the registers of a GPU beside a pooling
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # by name: importing torchvision loads Triton, and teachers may do without it
 
 
@@ -168,7 +169,7 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
             layer.skip = True
         elif not layer.activates and (matched := _activation(traced, layer, user, arguments, chain[-1])) is not None:
             layer.activate(matched)
-        elif not layer.skip and (windows := match_pool(traced, user, chain[-1])) is not None:
+        elif not layer.skip and layer.activation not in _UNPOOLED and (windows := match_pool(traced, user, chain[-1])) is not None:
             layer.windows = windows
         else:
             break

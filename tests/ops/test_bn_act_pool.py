@@ -239,6 +239,7 @@ def stem(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
         (lambda x: torch.max_pool2d(torch.relu(x), kernel_size=3, stride=2), "BatchNorm + ReLU + max-pooling"),
         (stem(nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)), "BatchNorm + ReLU"),
         (stem(nn.ReLU(), nn.MaxPool2d(4)), "BatchNorm + ReLU"),
+        (stem(nn.Hardswish(), nn.MaxPool2d(2)), "BatchNorm + Hardswish"),
         (stem(nn.ReLU(), nn.MaxPool2d(2, dilation=2)), "BatchNorm + ReLU"),
         (stem(nn.ReLU(), nn.MaxPool2d((2, 3))), "BatchNorm + ReLU"),
         (stem(nn.ReLU(), nn.AvgPool2d(2)), "BatchNorm + ReLU"),
