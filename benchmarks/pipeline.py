@@ -308,13 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = ["tiny"] if options.dry_run else options.case
     steps, rounds = (1, 1) if options.dry_run else (options.steps, options.rounds)
     results: list[dict[str, Any]] = []
+    facts = machine.facts(CPU, sys.argv)
     for name in cases:
         for trains in options.trains:
             case = replace(CASES[name], batch=options.batch_size or CASES[name].batch)
             results.append(measure(case, trains, steps, rounds))
             if options.json:  # after each, so that a later one cannot lose it
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                content = {**machine.facts(CPU, sys.argv), "training_steps": results}
+                content = {**facts, "training_steps": results}
                 options.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     Console(width=170).print(table_of(results))
     wrong = [f"{each['trains']} {each['architecture']}" for each in results if not each["matches"]]
