@@ -15,7 +15,7 @@ BLOCK_ROWS = 32  # a tile of 2048 elements: 16 per thread, two loads of 16 bytes
 WARPS = 4
 MULTIPROCESSORS = 132  # of an H100 or H200: where there is no GPU
 _REGISTERS = 65536  # of a multiprocessor
-_TILES_EACH = 4  # of a program that leaves none: small pieces of work, so that no few programs run alone at the end
+_TILES_EACH = 4  # of a program that leaves none; few, so that the last programs end at about the same time
 _MOST_PROGRAMS = 65535  # of the second axis of a grid
 
 

@@ -24,7 +24,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 inline constexpr std::array<const char*, 8> kActivations = {"none",      "relu", "relu6",     "silu",
                                                             "hardswish", "gelu", "gelu_tanh", "leaky_relu"};
 
-inline constexpr int64_t kBlockRows = 256;       // at most: float32 sums of so few stay as exact as a tree of them
+inline constexpr int64_t kBlockRows = 256;       // at most: the error of a float32 sum of so few is near that of a pairwise one
 inline constexpr int64_t kGrainElements = 8192;  // elements that are worth waking a thread for
 
 inline void check_channels(const at::Tensor& tensor, const char* name, const at::Tensor& y) {

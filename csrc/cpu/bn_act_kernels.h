@@ -65,8 +65,8 @@ static inline Vec rounded(Vec v) {
   }
 }
 
-// A row of a strip that comes up kAhead rows later. Where a row is several strips the hardware does not foresee their order; where it is
-// one, memory is read straight on.
+// Rows of a strip that are prefetched ahead. Where a row is several strips, the hardware prefetcher cannot follow them; where it is one,
+// memory is read sequentially.
 constexpr int64_t kAhead = 16;
 constexpr int kWhole = kUnroll * kWidth;
 constexpr int kLine = 64;
@@ -93,10 +93,9 @@ struct Coefficients {
   }
 };
 
-// Sums per channel over the rows of a tile, two or three: in registers, then in a buffer, [·, kPanel], from which `flush` adds them to the
-// block's.
-// So they are two short chains of roundings, not a long one, and the sums of a block, which the tile has driven out of the first-level
-// cache, are fetched in their order.
+// Two or three sums per channel over the rows of a tile: in registers, then in a buffer, [·, kPanel], from which `flush` adds them to those
+// of the block. Two short chains of additions round less than a long one, and the sums of the block, which the tile has evicted from the
+// first-level cache, are read sequentially.
 constexpr int64_t kPanel = 2048;  // channels at a time, a multiple of kWidth: two sums take 16 KB
 
 template <int U>

@@ -1,4 +1,4 @@
-// The kernels for every other machine: whatever the compiler may assume of all of them.
+// The kernels for processors without AVX2, with the compiler's default instructions.
 #include "cpu/kernels.h"
 
 #define DWA_FAST_LEVEL baseline

@@ -19,7 +19,7 @@
 namespace dwa_fast {
 namespace {
 
-constexpr int64_t kBlockRows = 256;       // at most: float32 sums of so few stay as exact as a tree of them
+constexpr int64_t kBlockRows = 256;       // at most: the error of a float32 sum of so few is near that of a pairwise one
 constexpr int64_t kGrainElements = 8192;  // elements that are worth waking a thread for
 
 // y as one pass reads it: `pieces` blocks of rows, or planes.

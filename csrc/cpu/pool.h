@@ -6,7 +6,7 @@
 namespace dwa_fast {
 
 // Between these two calls tensors that this thread makes on the CPU take their memory from the pool; they may outlive it. Other threads
-// never do: oneDNN frees its memory through the allocator of that moment, and the pool would count such a block as handed out for ever.
+// never do: oneDNN frees its memory through the allocator that is installed at that time, and the pool would never get such a block back.
 void enter_pool();
 void leave_pool();
 

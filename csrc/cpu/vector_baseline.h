@@ -33,7 +33,7 @@ static inline Vec sub(Vec a, Vec b) { return a - b; }
 static inline Vec mul(Vec a, Vec b) { return a * b; }
 static inline Vec div(Vec a, Vec b) { return a / b; }
 static inline Vec root(Vec a) { return Vec{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])}; }
-// One rounding or two, but the same in every place: a compiler that contracts some of them would make two masks of one y.
+// One rounding or two, but the same in forward and backward: otherwise their ReLU masks differ.
 static inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
   return Vec{__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]), __builtin_fmaf(a[2], b[2], c[2]),
@@ -57,7 +57,7 @@ static inline Vec keep_equal(const uint8_t* bytes, int number, Vec v) {
   const Ints wide = {bytes[0], bytes[1], bytes[2], bytes[3]};
   return choose(wide == Ints{number, number, number, number}, v, all(0));
 }
-// For |a| < 2²²: what is below 1 has no place beside 1.5·2²³.
+// For |a| < 2²²: adding 1.5·2²³ rounds the fraction away.
 static inline Vec nearest(Vec a) { return (a + all(0x1.8p23f)) - all(0x1.8p23f); }
 // a·2ⁿ for an integer n of −200 to 200, in two steps: 2ⁿ alone may lie beyond the range
 static inline Vec scaled(Vec a, Vec n) {

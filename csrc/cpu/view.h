@@ -33,7 +33,8 @@ struct Readers {
   void add(int64_t entry, size_t o, float share);
 };
 
-// The adjoint of a view: for every source line in a fixed order what the seen pixels that read it have to say.
+// The adjoint of a view: the gradient of every source line is the weighted sum of the gradients of the pixels that sampled it, in a fixed
+// order.
 class Adjoint {
  public:
   Adjoint(const Adjoint&) = delete;

@@ -223,7 +223,7 @@ def _activation(
     matched = match(traced, node, value)
     if matched is None or not matched.fits(len(layer.running_mean), layer.running_mean.dtype):
         return None
-    # But for a ReLU the gradient needs the skip as it was: a later write into it would be refused.
+    # Every activation but ReLU reads the skip again in the backward pass, and autograd refuses a write into it before that.
     kept = [each for each in arguments[1:] if isinstance(each, torch.fx.Node)] if matched.activation != "relu" else []
     return None if any(changed_in_place(traced, each) for each in kept) else matched
 

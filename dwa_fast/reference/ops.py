@@ -139,7 +139,7 @@ def cross_entropy(
     logits: Tensor,  # [N, C]
     labels: Tensor,  # [N] int64
     scale: float,
-) -> tuple[Tensor, Tensor]:  # losses whose mean is the cross-entropy, here it alone, float32 or wider; [N, C]
+) -> tuple[Tensor, Tensor]:  # [1] the mean loss, where the operator returns [N] losses, float32 or wider; [N, C]
     """Cross-entropy, and the gradient of scale times it."""
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
