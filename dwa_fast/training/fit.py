@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation, Progress, Schedule, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
+from dwa_fast.engine.layers import StridedPointwise
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, training_form
 from dwa_fast.errors import InputError
@@ -20,7 +21,7 @@ from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
-from dwa_fast.training.state import TrainingState
+from dwa_fast.training.state import TrainingState, as_in_files
 
 SoftLabelFn = Callable[[TrainingBatch], Tensor]  # batch → teacher logits, [B, classes] float32
 
@@ -67,6 +68,8 @@ def fit(
         InputError: the loss or a weight is not finite after an epoch. The state of that epoch is not saved.
     """
     model.train()
+    if loader.device.type == "cpu" and not any(map(StridedPointwise.suits, model.modules())):
+        model.to(memory_format=torch.channels_last)  # as the images are: convolutions then copy no weights and no gradients
     finished = state.restore(model, optimizer) if state else 0
     factor = triangle if schedule == "fast" else cosine
     total, done = epochs * loader.steps, finished * loader.steps
@@ -96,6 +99,8 @@ def fit(
             if state:
                 state.save(model, optimizer, epoch + 1)
         optimizer.zero_grad()  # the gradients' memory goes back too
+    for weight in model.parameters():
+        weight.data = as_in_files(weight.data)
 
 
 def cosine(step: float, steps: int, warmup: int = 0) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import is_left_over, output_folder, write_json
@@ -30,6 +30,13 @@ def weight_digest(module: nn.Module) -> str:
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def as_in_files(value: Any) -> Any:
+    """A tensor of four dimensions in the contiguous layout that files have, with its strides; anything else as it is."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
 
 
 class TrainingState:
@@ -68,6 +75,8 @@ class TrainingState:
             refuse_change(self.path, "a checkpoint", before, self._settings, "remove it to start again")
             model.load_state_dict(content["weights"])
             optimizer.load_state_dict(content["optimiser"])
+            for weight, values in optimizer.state.items():  # fused optimisers read weights and their own values in one order
+                values.update({name: torch.empty_like(weight).copy_(v) for name, v in values.items() if v.shape == weight.shape})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -80,8 +89,13 @@ class TrainingState:
         """Write a checkpoint after `epochs` epochs, unless the last one is less than 30 seconds old."""
         if time.monotonic() - self._saved < _SECONDS:
             return
-        content = {"settings": json.dumps(self._settings), "epochs": epochs, "weights": model.state_dict()}
-        write_archive(self.path, {**content, "optimiser": optimizer.state_dict()})
+        weights = {name: as_in_files(value) for name, value in model.state_dict().items()}
+        optimiser = optimizer.state_dict()
+        optimiser["state"] = {
+            number: {name: as_in_files(value) for name, value in values.items()} for number, values in optimiser["state"].items()
+        }
+        content = {"settings": json.dumps(self._settings), "epochs": epochs, "weights": weights, "optimiser": optimiser}
+        write_archive(self.path, content)
         self._saved = time.monotonic()
 
     def remove(self) -> None:

@@ -261,3 +261,11 @@ def test_early_tests_see_the_network_and_change_nothing() -> None:
     assert [epochs for epochs, _ in seen] == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(tested.state_dict().values(), plain.state_dict().values(), strict=True))
     assert not tested.training
+
+
+def test_weights_come_back_in_the_layout_of_files() -> None:
+    recipe = replace(DIGITS, squeeze=replace(DIGITS.squeeze, epochs=1))
+    network = squeeze(small_set(), recipe, device=CPU)
+    for weight in network.parameters():
+        assert weight.stride() == torch.empty(weight.shape).stride()
+        assert weight.grad is None
