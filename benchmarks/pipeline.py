@@ -246,7 +246,7 @@ def measure(case: Case, trains: str, steps: int, rounds: int) -> dict[str, Any]:
     rows = []
     for peer in PEERS:
         times = [sample[0] for sample in samples[peer]]
-        median, low, high = harness.spread(times)
+        median, low, high = harness.quantiles(times)
         compared = matches or peer != "now"
         rows.append(
             {
