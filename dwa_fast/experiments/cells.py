@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig
@@ -24,7 +23,7 @@ from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.io.files import checksum, output_folder, write_json
-from dwa_fast.models.architectures import build
+from dwa_fast.models.architectures import build_on_meta
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, Recipe, recipe
 from dwa_fast.report.published import EXECUTION_SETTINGS
@@ -247,8 +246,7 @@ def _set_settings(setup: Setup, source: DistilledSource) -> dict[str, Any]:
     if source.synthesis is None:
         return {**base, "method": REAL, "initial": _initial_settings(setup)}
     config = source.synthesis
-    with torch.device("meta"):  # no values: only the kinds of its layers count
-        layers = build(setup.recipe.architecture, classes=2, channels=setup.recipe.data.channels, size=setup.recipe.data.size)
+    layers = build_on_meta(setup.recipe.architecture, classes=2, channels=setup.recipe.data.channels, size=setup.recipe.data.size)
     computed = resolve(config.backend, config.precision, config.device, layers).describe()
     threads = setup.threads if computed["device"] == "cpu" else None
     initial = _initial_settings(setup, patches=config.initial == "patches") if config.sees_images else {}

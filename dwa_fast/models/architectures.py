@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dwa_fast.config import check_choice, check_integer
 from dwa_fast.errors import InputError
@@ -254,3 +257,17 @@ def build(name: str, *, classes: int, channels: int = 3, size: int = 224) -> nn.
     if name.startswith(TIMM):
         return _timm(name.removeprefix(TIMM), classes, channels, size)
     return ARCHITECTURES[name](classes, channels, size)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Inside, random values are not drawn: on the meta device that takes most of the time of building a network."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=256)
+def build_on_meta(name: str, *, classes: int, channels: int = 3, size: int = 224) -> nn.Module:
+    """As `build`, without memory or values: layers, names and shapes alone. Callers share the network and must not change it."""
+    with torch.device("meta"), _NoInitialisation():
+        return build(name, classes=classes, channels=channels, size=size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections import Counter
@@ -14,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dwa_fast.errors import InputError
 from dwa_fast.io.pickles import StandIn
-from dwa_fast.models.architectures import ARCHITECTURES, TIMM, build
+from dwa_fast.models.architectures import ARCHITECTURES, TIMM, build_on_meta
 
 log = logging.getLogger("dwa_fast")
 
@@ -99,18 +97,9 @@ def find_weights(
     return best.weights, classes
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Inside, random values are not drawn: on the meta device that takes most of the time of building a network."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
-
-
-@functools.lru_cache(maxsize=256)
 def _on_paper(architecture: str, *, classes: int, channels: int, size: int) -> Mapping[str, Tensor]:
     """Names and shapes of a network's weights, without memory for them."""
-    with torch.device("meta"), _NoInitialisation():
-        return MappingProxyType(build(architecture, classes=classes, channels=channels, size=size).state_dict())
+    return MappingProxyType(build_on_meta(architecture, classes=classes, channels=channels, size=size).state_dict())
 
 
 def _candidates(content: Any, expected: Mapping[str, Tensor]) -> Iterator[_Found]:

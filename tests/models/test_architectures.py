@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast import InputError
-from dwa_fast.models.architectures import ARCHITECTURES, TokenBatchNorm, build
+from dwa_fast.models.architectures import ARCHITECTURES, TokenBatchNorm, build, build_on_meta
 
 WEIGHTS = {  # of 1000 classes, as torchvision and the authors of DeiT publish them
     "resnet18": 11_689_512,
@@ -105,3 +105,11 @@ REFUSED = {
 def test_refuses(name: str, size: int, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         build(name, classes=7, size=size)
+
+
+def test_networks_on_the_meta_device_have_names_and_shapes_and_no_memory() -> None:
+    network, real = build_on_meta("resnet18-cifar", classes=7, channels=1, size=32), build("resnet18-cifar", classes=7, channels=1, size=32)
+    assert {name: (value.shape, value.device.type) for name, value in network.state_dict().items()} == {
+        name: (value.shape, "meta") for name, value in real.state_dict().items()
+    }
+    assert build_on_meta("resnet18-cifar", classes=7, channels=1, size=32) is network
