@@ -1,0 +1,77 @@
+"""Tasks in one and in several processes: results, progress, errors."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dwa_fast import InputError
+from dwa_fast.config import Progress
+from dwa_fast.processes import Running, Task, processes
+
+# Functions in functions travel to other processes by value, so these need not import this file.
+
+
+def square(value: int) -> Task:
+    def call(progress: Progress) -> tuple[int, int]:
+        progress(1, 2)
+        progress(2, 2)
+        return value**2, os.getpid()
+
+    return Task(str(value), call)
+
+
+def wait_for(file: Path) -> Task:
+    def call(progress: Progress) -> None:
+        progress(3, 7)
+        while not file.exists():
+            time.sleep(0.01)
+
+    return Task(file.name, call)
+
+
+def fail(progress: Progress) -> None:
+    raise InputError("no image")
+
+
+def test_one_process() -> None:
+    seen: list[Running] = []
+    with processes(1) as run:
+        assert list(run([square(1), square(2)], seen.append)) == [(0, (1, os.getpid())), (1, (4, os.getpid()))]
+        assert seen == [{0: (1, 2)}, {0: (2, 2)}, {1: (1, 2)}, {1: (2, 2)}]
+        with pytest.raises(InputError, match=r"^student 3: no image$"):
+            list(run([Task("student 3", fail)], seen.append))
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    files = [tmp_path / "first", tmp_path / "second"]
+
+    def fails(progress: Progress) -> None:
+        raise InputError("no image")
+
+    def end(running: Running) -> None:
+        """Lets the first task end when both are running, and then the second."""
+        if running == {0: (3, 7), 1: (3, 7)}:
+            files[0].touch()
+        if running == {1: (3, 7)}:
+            files[1].touch()
+
+    with processes(2) as run:
+        found = dict(run([square(value) for value in range(5)], lambda _: None))
+        assert [found[place][0] for place in range(5)] == [0, 1, 4, 9, 16]
+        assert os.getpid() not in {process for _, process in found.values()}
+        assert [place for place, _ in run([wait_for(file) for file in files], end)] == [0, 1]
+        with pytest.raises(InputError, match=r"^student 3: no image$"):
+            list(run([Task("student 3", fails)], lambda _: None))
+
+
+def test_death_of_a_process() -> None:
+    def die(progress: Progress) -> None:
+        os._exit(3)
+
+    message = r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"
+    with pytest.raises(InputError, match=message), processes(2) as run:
+        list(run([Task("a large cell", die)] * 2, lambda _: None))
