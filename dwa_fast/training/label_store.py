@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix, Views
-from dwa_fast.data.loader import BatchPlan, batch_sizes
+from dwa_fast.data.loader import BatchPlan, batch_size_of, batch_sizes
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
@@ -29,7 +29,7 @@ INDEX = "labels.json"
 _FORMAT = 1
 _ARCHIVE, _ENTRY = 1600, 280  # approximate overhead in bytes of an epoch's file, and of each tensor in it
 # Settings that batch plans depend on.
-_PLAN_SETTINGS = (
+PLAN_SETTINGS = (
     "mean",
     "std",
     "batch_size",
@@ -45,7 +45,7 @@ TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def tensor_specs(config: ValidationConfig, images: int, classes: int) -> TensorSpecs:
     """Name, type and shape of each tensor in an epoch's file: all batches concatenated, `images` rows in total."""
-    steps = len(batch_sizes(images, config.batch_size))
+    steps = len(batch_sizes(images, batch_size_of(config, images, classes)))
     parts: TensorSpecs = {"indices": (torch.int32, (images,))}
     if config.augmentation == "resized-crop":
         parts["crops"] = torch.float32, (images, 4)
@@ -69,7 +69,7 @@ def epoch_bytes(config: ValidationConfig, images: int, classes: int) -> int:
 def view_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that batch plans depend on, as JSON values."""
     settings: dict[str, Any] = json.loads(json.dumps(recipe.settings("validation")))
-    return {name: settings[name] for name in _PLAN_SETTINGS}
+    return {name: settings[name] for name in PLAN_SETTINGS if name in settings}
 
 
 class LabelStore:
@@ -189,7 +189,7 @@ class StoredSampler:
     """
 
     def __init__(self, store: LabelStore, config: ValidationConfig, images: int, classes: int, *, seed: int) -> None:
-        self._sizes = batch_sizes(images, config.batch_size)
+        self._sizes = batch_sizes(images, batch_size_of(config, images, classes))
         self.steps = len(self._sizes)
         self._store, self._parts, self._seed, self._padding = store, tensor_specs(config, images, classes), seed, config.padding
 

@@ -17,7 +17,7 @@ from dwa_fast import InputError
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views, mirror
 from dwa_fast.data.datasets import image_folder
-from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_sizes, batches
+from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_size_of, batch_sizes, batches, parts
 from dwa_fast.recipes import recipe
 from dwa_fast.seeding import generator
 from tests.nets import DIGITS, small_set
@@ -161,3 +161,26 @@ def test_images_beyond_the_memory_limit_are_read_from_disk(tmp_path: Path, caplo
     (tmp_path / "0" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"0\.png is no image that can be read: it is empty"):
         list(TrainingLoader(read, sampler, DIGITS.data, 1).epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "expected"),
+    # RDED: 10, 50 and 100 for ipc 1, 10 and 50, doubled from 100 classes on; between them as the next lower; never more than the images
+    [
+        (10, 10, 10), (100, 10, 50), (500, 10, 100), (100, 100, 20), (1000, 100, 100), (50_000, 1000, 200),
+        (20, 10, 10), (490, 10, 50), (5, 10, 5), (100, 2, 100), (10_000, 10, 100), (15, 100, 15),
+    ],
+)  # fmt: skip
+def test_batch_size_by_images_per_class(images: int, classes: int, expected: int) -> None:
+    assert batch_size_of(ValidationConfig(batch_size=None), images, classes) == expected
+    assert batch_size_of(ValidationConfig(batch_size=7), images, classes) == 7
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "sizes"), [(16, 1, [16]), (16, 2, [8, 8]), (10, 3, [3, 3, 4]), (3, 2, [3]), (5, 4, [2, 3]), (1, 2, [1])]
+)
+def test_parts_of_a_batch_have_two_images_at_least(count: int, wanted: int, sizes: list[int]) -> None:
+    rows = torch.arange(count)
+    found = [rows[part] for part in parts(count, wanted)]
+    assert list(map(len, found)) == sizes
+    assert torch.equal(torch.cat(found), rows)
