@@ -296,6 +296,10 @@ class ValidationConfig(Config):
     augmentation: Augmentation = "pad-crop"  # Random crop after padding, random resized crop, or none.
     padding: NonNegativeInt = 4  # Padding of pad-crop, pixels.
     flip: Fraction = 0.5  # Probability of a horizontal flip.
+    smallest_crop: PositiveFraction = 0.08  # Smallest area of resized-crop, share of the image.
+    shuffle_cells: Annotated[int, Range(1, 16)] = 1  # Cut images into n × n cells, shuffled as columns and as rows before the crop; 1: not.
+    rand_augment: NonNegativeInt = 0  # RandAugment before the crop: torchvision's operations per image, drawn for each; 0: not.
+    rand_magnitude: Annotated[int, Range(0, 30)] = 9  # Strength of RandAugment.
     mixing: Mixing = "mixup"  # Mixing of images: none, mixup, cutmix.
     mixing_alpha: Positive = 0.8  # Parameter of the Beta distribution of the mixing.
     labels: SoftOrHard = "soft"  # Soft (the teacher's probabilities for each batch) or hard (the class).
