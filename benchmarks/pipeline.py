@@ -84,7 +84,7 @@ class Steps:
         image_shape = (3, case.size, case.size)
         self.forward = training_form(self.network, image_shape, CPU) if peer == "now" else self.network
         if peer == "now":
-            self.soft_labels = teacher_labels(self.teacher, "eval", image_shape, CPU)
+            self.soft_labels = teacher_labels([self.teacher], self.recipe.validation, image_shape, CPU)
         squeezed, validated = self.recipe.squeeze, self.recipe.validation
         fused = peer == "now" or None
         self.optimizer = sgd(self.network, squeezed, fused) if trains == "teacher" else optimiser_of(self.network, validated, fused)
@@ -101,7 +101,7 @@ class Steps:
                 self.network,
                 self.optimizer,
                 _Loader(self._batches(steps), steps),  # type: ignore[arg-type]
-                self._loss,
+                lambda batch: [self._loss(batch)],
                 epochs=1,
                 learning_rate=rate,
                 seed=harness.SEED,

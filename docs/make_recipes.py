@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.recipes import METHODS, RECIPES, Recipe
+from dwa_fast.recipes import METHODS, PRESETS, RECIPES, Recipe
 
 TARGET = Path(__file__).with_name("recipes.md")
 _HEAD = """\
@@ -19,13 +19,46 @@ dashes those of the flags: `dwa-fast synthesize --help` says what each means.
 _STAGES = {"synthesis": "Synthesis", "squeeze": "Squeeze: the teacher", "validation": "Validation: the students"}
 
 
+_PRESETS_HEAD = """\
+## Presets: trainings of the students
+
+`--preset`, or `recipe(..., preset=)`, trains students as another publication does; `paper` is DWA's training. A preset changes nothing but the
+settings of the validation, and other flags change single settings of it. Values are those for ResNet-18 and 10 images per class. `folder` has
+those of imagenet; digits keep their own epochs, learning rate, crops and flips. `batch_size` by rule is 10, 50 and 100 images for 1, 10 and 50
+images per class (between them the lower value), twice that for 100 classes or more, and never more than there are images.
+"""
+_PRESETS_ALL = """\
+All: the last epoch counts, where most of the programs report the best one of those that they test. Pixels are normalised as the recipe says,
+where RDED takes ImageNet's mean and standard deviation for every data set. The learning rate falls by the step, theirs by the epoch.
+Soft labels are computed in fp32. Only the optimiser's settings for ResNet-18 are here."""
+PRESET_NOTES = {
+    "rded": "CVPR 2024, LINs-lab/RDED 3f6453d. Its batch sizes are for ipc 1, 10 and 50; the rule between them is ours. Up to 64 pixels its crops "
+    "cover the whole image, so there are none. Its other learning rates: 0.002 for EfficientNet, 0.0025 for MobileNetV2.",
+    "edc": "NeurIPS 2024, tables 6 to 10, and shaoshitong/EDC 80116a7. On CIFAR-10 it multiplies the learning rate by 0.5 in epochs 800, 900 and "
+    "950, for which the stretched cosine is ours. The strength of RandAugment was not found: torchvision's default. Tiny-ImageNet at ipc 1: "
+    "`--epochs 1000`; ImageNet-10: `--epochs 1000 --batch-size 50`. Its scripts take SGD and another schedule on CIFAR-100 and Tiny-ImageNet. "
+    "Its labels are the mean of several teachers: `--teacher A.pt B.pt`.",
+    "fadrm": "NeurIPS 2025, Jiacheng8/FADRM f445e38. At ipc 50 `--cosine-stretch 1`; CIFAR-100 at ipc 1 `--learning-rate 5e-4`; ImageNette "
+    "`--batch-size 10 --learning-rate 5e-4`. CIFAR-10 was not published: CIFAR-100's. Its labels are computed in fp16. FADRM+ takes the mean "
+    "of several teachers, in train mode on Tiny-ImageNet too.",
+    "cv-dd": "arXiv 2501.07575, Jiacheng8/CV-DD 24097e9. It weights five teachers by their accuracies; here their mean is plain. At other ipc "
+    "ζ is 1 on CIFAR-100, 2 on Tiny-ImageNet; on ImageNet 1 at ipc 50. CIFAR-10 at ipc 1: `--batch-size 10`.",
+    "rd3": "ICLR 2026; known from a summary, no program was found. Temperature, smallest crop and weight decay were not found: 20, 0.08 and "
+    "0.01 are ours. Networks other than ResNet-18: `--cosine-stretch 2`.",
+    "rethinkdc": "arXiv 2502.06434, ArmandXiao/Rethinking-Dataset-Compression 91d1ef0. It evaluates ImageNet-1K alone, as `paper` does; its "
+    "settings for other data sets are ours. Its hard labels: `--labels hard --mixing none`.",
+    "ddranking": "NUS-HPC-AI-Lab/DD-Ranking 9ee9a165, its configuration for DWA. It chooses the learning rate among 0.001, 0.005, 0.01, 0.05 and "
+    "0.1; here it is 0.001. `dwa_fast.evaluation.ranking.label_robust_score` is its score.",
+}
+
+
 def page() -> str:
     """The whole document."""
     own = [recipe for recipe in RECIPES.values() if not recipe.name.endswith("-released")]
     parts = [_HEAD, _data(own)]
     names = [recipe.name for recipe in own]
     parts += [f"## {title}\n\n{_stage(names, [_fields(recipe)[stage] for recipe in own])}" for stage, title in _STAGES.items()]
-    return "\n".join([*parts, _released(), _methods()])
+    return "\n".join([*parts, _presets(), _released(), _methods()])
 
 
 def _fields(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -46,8 +79,18 @@ def _stage(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
     """One row per field, one column per recipe; a field that never differs is named below."""
     differing = [field for field in settings[0] if any(each[field] != settings[0][field] for each in settings)]
     same = [f"`{field}` {_shown(value)}" for field, value in settings[0].items() if field not in differing]
-    rows = [(f"`{field}`", *(_shown(each[field]) for each in settings)) for field in differing]
+    rows = [(f"`{field}`", *("by rule" if each[field] is None else _shown(each[field]) for each in settings)) for field in differing]
     return _table([("field", *names), *rows]) + f"\nAll: {', '.join(same)}.\n"
+
+
+def _presets() -> str:
+    """One table per data set, with a column per preset, and how each differs from what was published."""
+    parts = [_PRESETS_HEAD]
+    for name in ("cifar10", "cifar100", "tiny", "imagenet"):
+        settings = [asdict(preset(RECIPES[name])) for preset in PRESETS.values()]
+        parts.append(f"### {name}\n\n{_stage(list(PRESETS), settings)}")
+    notes = "\n".join(f"- `{name}`: {note}" for name, note in PRESET_NOTES.items())
+    return "\n".join([*parts, f"### Where the presets differ from what was published\n\n{_PRESETS_ALL}\n\n{notes}\n"])
 
 
 def _released() -> str:

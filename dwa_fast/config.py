@@ -31,11 +31,15 @@ Mixing = Literal["none", "mixup", "cutmix"]
 Optimiser = Literal["adamw", "sgd"]
 SoftOrHard = Literal["soft", "hard"]
 TeacherMode = Literal["eval", "train"]
+TeacherMean = Literal["plain", "balanced"]
+SoftLoss = Literal["kl", "mse"]
 ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 # Settings that older files do not have, with the values that these were made with.
 LATER_SETTINGS = {"batch_ipc": 1, "schedule": "cosine"}
+LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
+LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
 
 Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
 
@@ -280,9 +284,11 @@ class ValidationConfig(Config):
     """Training of students on the distilled images, with the teacher's soft labels."""
 
     epochs: PositiveInt = 400  # Passes over the distilled images.
-    batch_size: PositiveInt = 128  # Images of one step.
+    batch_size: PositiveInt | None = 128  # Images of one step; None: by images per class and classes, as RDED has it.
+    accumulation: PositiveInt = 1  # Parts of a batch that pass through the networks one by one, at least two images each; one step for all.
     optimiser: Optimiser = "adamw"  # AdamW or SGD with momentum.
     learning_rate: Positive = 1e-3  # First learning rate; falls to 0 on a cosine.
+    cosine_stretch: Annotated[float, Range(at_least=1)] = 1.0  # ζ: the cosine would reach 0 after ζ × epochs; 2: it ends at half the rate.
     momentum: Fraction = 0.9  # Momentum of SGD.
     weight_decay: NonNegative = 0.01  # Weight decay.
     decay_vectors: bool = True  # Weight decay of biases and normalisation layers too.
@@ -290,12 +296,25 @@ class ValidationConfig(Config):
     augmentation: Augmentation = "pad-crop"  # Random crop after padding, random resized crop, or none.
     padding: NonNegativeInt = 4  # Padding of pad-crop, pixels.
     flip: Fraction = 0.5  # Probability of a horizontal flip.
+    smallest_crop: PositiveFraction = 0.08  # Smallest area of resized-crop, share of the image.
+    shuffle_cells: Annotated[int, Range(1, 16)] = 1  # Cut images into n × n cells, shuffled as columns and as rows before the crop; 1: not.
+    rand_augment: NonNegativeInt = 0  # RandAugment before the crop: torchvision's operations per image, drawn for each; 0: not.
+    rand_magnitude: Annotated[int, Range(0, 30)] = 9  # Strength of RandAugment.
     mixing: Mixing = "mixup"  # Mixing of images: none, mixup, cutmix.
     mixing_alpha: Positive = 0.8  # Parameter of the Beta distribution of the mixing.
     labels: SoftOrHard = "soft"  # Soft (the teacher's probabilities for each batch) or hard (the class).
     temperature: Positive = 30.0  # Temperature of the soft labels.
     scale_loss: bool = False  # Multiply the soft loss by temperature².
+    loss: SoftLoss = "kl"  # With soft labels: kl (divergence at the temperature), mse (mean squared error of the logits).
+    hard_weight: NonNegative = 0.0  # c: weight of the cross-entropy with each image's own class, added to the soft loss.
     teacher_mode: TeacherMode = "eval"  # The published CIFAR script leaves the teacher in train mode.
+    teacher_mean: TeacherMean = "plain"  # Logits of several teachers: plain mean, or balanced (first scaled to equal norms over a batch).
+    weight_ema: Fraction = 0.0  # Rate per step of an average of the weights that is tested in their place, below 1; 0: none.
     students: PositiveInt = 3  # Students trained, each from a seed of its own.
     precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
     memory_limit: NonNegative = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_ema == 1:
+            raise InputError("weight_ema must be below 1, at which the average would never move")

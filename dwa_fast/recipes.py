@@ -45,6 +45,87 @@ METHODS: dict[str, Callable[[SynthesisConfig], SynthesisConfig]] = {
 }
 
 
+_OF_NO_PRESET = ("students", "precision", "memory_limit")  # settings of the validation that are not compared with those of a preset
+
+
+def _family(of: Recipe, **changes: Any) -> ValidationConfig:
+    """What most of the family shares, with these changes. Digits keep their own epochs, learning rate and views."""
+    shared: dict[str, Any] = {"epochs": 300, "decay_vectors": False, "augmentation": "resized-crop", "temperature": 20.0}
+    shared |= {"mixing": "cutmix", "mixing_alpha": 1.0, **{name: getattr(of.validation, name) for name in _OF_NO_PRESET}, **changes}
+    if of.data.layout == "digits":
+        own = ("epochs", "learning_rate", "augmentation", "padding", "flip", "smallest_crop", "shuffle_cells", "rand_augment")
+        shared |= {name: getattr(of.validation, name) for name in own}
+    return ValidationConfig(**shared)
+
+
+def _rded(of: Recipe) -> ValidationConfig:
+    views = {"shuffle_cells": 2, "smallest_crop": 0.5} if of.data.size > 64 else {"augmentation": "none"}  # crops of the whole image
+    return _family(of, cosine_stretch=2.0, batch_size=100 if of.data.layout == "tiny" else None, **views)
+
+
+def _edc(of: Recipe) -> ValidationConfig:
+    cifar = {"epochs": 1000, "rand_augment": 2}
+    own: dict[str, dict[str, Any]] = {
+        "digits": {"batch_size": 25},
+        "cifar10": {**cifar, "batch_size": 25},
+        "cifar100": {**cifar, "batch_size": 50, "smallest_crop": 0.5},
+        "tiny": {"batch_size": 100, "rand_augment": 2, "smallest_crop": 0.5},
+        "folder": {"batch_size": 100, "shuffle_cells": 2, "smallest_crop": 0.5},
+    }
+    return _family(of, cosine_stretch=2.0, loss="mse", hard_weight=0.025, weight_ema=0.99, **own[of.data.layout])
+
+
+def _fadrm(of: Recipe) -> ValidationConfig:
+    mode = "eval" if of.data.layout == "tiny" else "train"
+    epochs = 1000 if of.data.layout in ("cifar10", "cifar100") else 300
+    return _family(of, epochs=epochs, batch_size=16, accumulation=2, cosine_stretch=2.0, teacher_mode=mode)
+
+
+def _cv_dd(of: Recipe) -> ValidationConfig:
+    stretch = 2.0 if of.data.layout in ("cifar100", "folder") else 1.0
+    return _family(of, batch_size=16, accumulation=2, cosine_stretch=stretch, teacher_mode="train")
+
+
+# Trainings of students by which results of the family are published, as functions of a recipe; docs/recipes.md says how they differ from
+# what was published. Where settings depend on the images per class, these are for 10.
+PRESETS: dict[str, Callable[[Recipe], ValidationConfig]] = {
+    "paper": lambda of: of.validation,
+    "rded": _rded,
+    "edc": _edc,
+    "fadrm": _fadrm,
+    "cv-dd": _cv_dd,
+    "rd3": lambda of: _family(of, epochs=400, batch_size=50),
+    "rethinkdc": _family,
+    "ddranking": lambda of: _family(of, decay_vectors=True, students=5),
+}
+
+
+def nearest_preset(own: Recipe) -> tuple[str, dict[str, Any]]:
+    """The preset with the fewest settings that differ from a recipe's validation, and those settings.
+
+    Of presets with the same settings for this data set, such as fadrm and cv-dd on ImageNet, all are named: "fadrm = cv-dd"; paper alone.
+    """
+    published = RECIPES.get(own.name, own)
+
+    def compared(validation: ValidationConfig) -> dict[str, Any]:
+        return {field: value for field, value in asdict(validation).items() if field not in _OF_NO_PRESET}
+
+    known = {name: compared(preset(published)) for name, preset in PRESETS.items()}
+    changes = {name: dict(compared(own.validation).items() - settings.items()) for name, settings in known.items()}
+    nearest = min(known, key=lambda name: len(changes[name]))
+    names = [name for name, settings in known.items() if settings == known[nearest]]
+    return "paper" if "paper" in names else " = ".join(names), {
+        name: value for name, value in asdict(own.validation).items() if name in changes[nearest]
+    }
+
+
+def preset_text(own: Recipe) -> str:
+    """A recipe's preset for a reader, with what was changed of it: "preset rded (epochs 100)"; "" for the paper's, changed or not."""
+    name, changes = nearest_preset(own)
+    changed = ", ".join(f"{field} {value}" for field, value in changes.items())
+    return "" if name == "paper" else f"preset {name}" + (f" ({changed})" if changed else "")
+
+
 def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
     return Recipe(
         name=name,
@@ -147,7 +228,7 @@ def _fast(published: SqueezeConfig) -> SqueezeConfig:
 _DATA, _OTHERS = [field.name for field in fields(DataConfig)], ["architecture", "squeeze", "validation"]
 
 
-def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", **changes: Any) -> Recipe:
+def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", preset: str = "paper", **changes: Any) -> Recipe:
     """All settings of a data set, with the synthesis of a method, and with single fields changed: `recipe("cifar100", iterations=200)`.
 
     Args:
@@ -155,15 +236,17 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", **c
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
             refined), real-start (no step), random-step, coupled (λ_mean = λ_var).
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
+        preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.
     Raises:
-        InputError: no such recipe or method, or a value that cannot be used.
+        InputError: no such recipe, method or preset, or a value that cannot be used.
         TypeError: no such field.
     """
     check_choice("recipe", name, list(RECIPES))
     check_choice("method", method, list(METHODS))
     check_choice("schedule", schedule, Schedule)
-    chosen = RECIPES[name]
+    check_choice("preset", preset, list(PRESETS))
+    chosen = replace(RECIPES[name], validation=PRESETS[preset](RECIPES[name]))
     if schedule == "fast":
         chosen = replace(chosen, squeeze=_fast(chosen.squeeze))
     data, others = ({field: changes.pop(field) for field in own if field in changes} for own in (_DATA, _OTHERS))

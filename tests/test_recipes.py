@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dwa_fast.recipes import METHODS, RECIPES, recipe
+from dwa_fast.recipes import METHODS, PRESETS, RECIPES, nearest_preset, preset_text, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = {"iterations": 1000, "batch_size": 100, "learning_rate": 0.25, "lambda_mean": 0.01, "lambda_var": 0.11, "rho": 0.015, "steps": 12}
@@ -40,6 +40,54 @@ CHANGES: dict[str, dict[str, Any]] = {
     "random-step": {"ascent": "random"},
     "rded": {"ascent": "none", "rho": 0.0, "initial": "patches", "iterations": 0},
     "coupled": {"lambda_mean": 0.11},
+}
+
+
+# Students of the family, ResNet-18, 10 images per class: released programs and papers (LINs-lab/RDED, shaoshitong/EDC, Jiacheng8/FADRM and
+# CV-DD, RD3, ArmandXiao/Rethinking-Dataset-Compression, NUS-HPC-AI-Lab/DD-Ranking).
+FAMILY = {
+    "optimiser": "adamw",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "decay_vectors": False,
+    "mixing": "cutmix",
+    "mixing_alpha": 1.0,
+}
+FAMILY |= {"epochs": 300, "warmup_epochs": 0, "labels": "soft", "temperature": 20.0, "scale_loss": False, "flip": 0.5, "students": 3}
+SMALL = {"augmentation": "none", "shuffle_cells": 1}
+LARGE = {"augmentation": "resized-crop", "shuffle_cells": 2, "smallest_crop": 0.5}
+EDC = {"loss": "mse", "hard_weight": 0.025, "weight_ema": 0.99, "cosine_stretch": 2.0, "augmentation": "resized-crop", "rand_augment": 2}
+HALVES = {"batch_size": 16, "accumulation": 2, "teacher_mode": "train", "augmentation": "resized-crop", "smallest_crop": 0.08}
+PLAIN = {"augmentation": "resized-crop", "smallest_crop": 0.08, "teacher_mode": "eval", "loss": "kl", "weight_ema": 0.0, "accumulation": 1}
+PRESET_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    "rded": {
+        "cifar10": {**SMALL, "cosine_stretch": 2.0, "batch_size": None},
+        "tiny": {**SMALL, "cosine_stretch": 2.0, "batch_size": 100},
+        "imagenet": {**LARGE, "cosine_stretch": 2.0, "batch_size": None},
+        "folder": {**LARGE, "cosine_stretch": 2.0, "batch_size": None},
+    },
+    "edc": {
+        "cifar10": {**EDC, "epochs": 1000, "batch_size": 25, "smallest_crop": 0.08},
+        "cifar100": {**EDC, "epochs": 1000, "batch_size": 50, "smallest_crop": 0.5},
+        "tiny": {**EDC, "batch_size": 100, "smallest_crop": 0.5},
+        "imagenet": {**EDC, **LARGE, "batch_size": 100, "rand_augment": 0},
+    },
+    "fadrm": {
+        "cifar100": {**HALVES, "epochs": 1000, "cosine_stretch": 2.0},
+        "tiny": {**HALVES, "cosine_stretch": 2.0, "teacher_mode": "eval"},
+        "imagenet": {**HALVES, "cosine_stretch": 2.0},
+    },
+    "cv-dd": {
+        "cifar10": {**HALVES, "cosine_stretch": 1.0},
+        "cifar100": {**HALVES, "cosine_stretch": 2.0},
+        "tiny": {**HALVES, "cosine_stretch": 1.0},
+        "imagenet": {**HALVES, "cosine_stretch": 2.0},
+    },
+    "rd3": {
+        name: {**PLAIN, "epochs": 400, "batch_size": 50, "cosine_stretch": 1.0} for name in ("cifar10", "cifar100", "tiny", "imagenet")
+    },
+    "rethinkdc": {"imagenet": {**PLAIN, "batch_size": 128, "cosine_stretch": 1.0}},
+    "ddranking": {name: {**PLAIN, "batch_size": 128, "decay_vectors": True, "students": 5} for name in ("cifar10", "tiny", "imagenet")},
 }
 
 
@@ -80,6 +128,42 @@ def test_a_method_changes_this_and_nothing_else(method: str) -> None:
 def test_every_recipe_goes_with_every_method(name: str) -> None:
     for method in METHODS:
         assert recipe(name, method=method).name == name
+
+
+@pytest.mark.parametrize(("preset", "name"), [(preset, name) for preset, each in PRESET_VALUES.items() for name in each])
+def test_presets_train_students_as_published(preset: str, name: str) -> None:
+    found, expected = asdict(recipe(name, preset=preset).validation), {**FAMILY, **PRESET_VALUES[preset][name]}
+    assert {field: found[field] for field in expected} == expected
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_goes_with_every_preset(name: str) -> None:
+    """Digits keep their views, since no digit may be mirrored; what is left of a recipe does not change."""
+    for preset in PRESETS:
+        chosen = recipe(name, preset=preset)
+        assert replace(chosen, validation=recipe(name).validation) == recipe(name)
+        found, changes = nearest_preset(chosen)
+        assert preset in found.split(" = ") or PRESETS[preset](RECIPES[name]) == RECIPES[name].validation
+        assert changes == {}
+        if name == "digits":
+            views = ("augmentation", "padding", "flip", "shuffle_cells", "rand_augment", "epochs")
+            assert [getattr(chosen.validation, each) for each in views] == ["pad-crop", 2, 0.0, 1, 0, 200]
+
+
+def test_the_nearest_preset_and_its_changes() -> None:
+    edc = recipe("cifar10", preset="edc")
+    changed = replace(edc, validation=replace(edc.validation, epochs=7, batch_size=None, students=1, precision="bf16"))
+    assert nearest_preset(edc) == ("edc", {})
+    assert nearest_preset(changed) == ("edc", {"epochs": 7, "batch_size": None})
+    assert preset_text(changed) == "preset edc (epochs 7, batch_size None)"
+    assert nearest_preset(recipe("imagenet", preset="cv-dd")) == ("fadrm = cv-dd", {})  # the same settings
+    assert nearest_preset(recipe("imagenet", preset="rethinkdc")) == ("paper", {})
+    few = replace(recipe("cifar10"), validation=replace(recipe("cifar10").validation, epochs=7))
+    assert (nearest_preset(few), preset_text(few)) == (("paper", {"epochs": 7}), "")
+
+
+def test_the_page_tells_how_each_preset_differs_from_what_was_published() -> None:
+    assert set(documentation().PRESET_NOTES) == set(PRESETS) - {"paper"}
 
 
 def test_the_page_is_what_the_code_says() -> None:

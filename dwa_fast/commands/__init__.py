@@ -25,13 +25,21 @@ from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
 
 
-def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule = "cosine") -> Mapping[str, Any]:
+def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule = "cosine", preset: str = "paper") -> Mapping[str, Any]:
     """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
-    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule)
+    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule, preset=preset)
     missing: Any = tyro.MISSING
     data: dict[str, Any] = {"recipe": chosen.name if recipe else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
     data["normalisation"] = Normalisation(mean=chosen.data.mean, std=chosen.data.std)
-    study = {**data, "teacher": missing, "output": missing, "synthesis": chosen.synthesis, "validation": chosen.validation}
+    students: dict[str, Any] = {"preset": preset, "config": chosen.validation}
+    study = {
+        **data,
+        "teacher": missing,
+        "output": missing,
+        "preset": preset,
+        "synthesis": chosen.synthesis,
+        "validation": chosen.validation,
+    }
     sets = {**data, "teacher": missing, "sets": missing, "output": missing}
     return {
         "info": Info(),
@@ -39,13 +47,13 @@ def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule 
         "squeeze": Squeeze(**data, output=missing, architecture=chosen.architecture, config=chosen.squeeze),
         "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=chosen.synthesis),
         "verify": Verify(images=missing),
-        "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, config=chosen.validation),
-        "validate": Validate(**data, images=missing, student=chosen.architecture, config=chosen.validation),
+        "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, **students),
+        "validate": Validate(**data, images=missing, student=chosen.architecture, **students),
         "compare": Compare(**study, student=chosen.architecture),
         "ablate": Ablate(**study, student=chosen.architecture, study=missing),
         "cross": Cross(**study, student=missing),
         "diversity": Diversity(**sets, config=DiversityConfig()),
-        "incremental": Incremental(**sets, student=chosen.architecture, config=replace(chosen.validation, students=1)),
+        "incremental": Incremental(**sets, student=chosen.architecture, preset=preset, config=replace(chosen.validation, students=1)),
         "report": Report(folders=missing),
         "export": Export(images=missing, to=missing, output=missing),
         "import": Import(files=missing, output=missing),

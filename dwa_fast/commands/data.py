@@ -22,11 +22,13 @@ from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.architectures import ARCHITECTURES
-from dwa_fast.recipes import Recipe, recipe
+from dwa_fast.recipes import PRESETS, Recipe, recipe
 
 log = logging.getLogger("dwa_fast")
 
 Architecture = Annotated[str, tyro.conf.arg(help=f"One of {', '.join(ARCHITECTURES)}. Or timm:NAME, a network of timm.")]
+
+Preset = Annotated[str, tyro.conf.arg(help=f"Training of the students, of which other flags change settings: {', '.join(PRESETS)}.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,16 @@ class DistilledData(TeacherData):
         )
         report_skipped(console, skipped)
         return distilled, test
+
+    def open_teachers(self, paths: Sequence[Path], architecture: str | None, test: ImageSet, device: torch.device) -> list[PairedTeacher]:
+        """The teachers of soft labels, each compared with the set and tried on held-out images; without any, the set alone is checked."""
+        if not paths:
+            compare_normalisation(self.images, self.normalisation, None)
+        teachers = [self.open_teacher(path, architecture, test.class_names) for path in paths]
+        for each in teachers:
+            compare_normalisation(self.images, self.normalisation, each)
+            try_teacher(each, test, self.normalisation, device)
+        return teachers
 
 
 def try_teacher(teacher: PairedTeacher, data: ImageSet, normalisation: Normalisation, device: torch.device) -> None:

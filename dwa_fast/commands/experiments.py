@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import TeacherData, readable_images, try_teacher
+from dwa_fast.commands.data import Preset, TeacherData, readable_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
@@ -36,6 +36,7 @@ class Study(TeacherData):
     jobs: PositiveInt | None = None  # Processes that compute sets and cells at the same time; default: as many as fill the CPU, 1 on a GPU.
     threads: PositiveInt = 1  # CPU threads of each process; the last bits depend on it, but not on --jobs.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
+    preset: Preset = "paper"
     synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
     validation: ValidationConfig  # Training of the students.
 

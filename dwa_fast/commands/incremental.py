@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import compare_normalisation, naming_bad_images, try_teacher
+from dwa_fast.commands.data import Preset, compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt, SynthesisConfig, ValidationConfig
@@ -24,7 +24,8 @@ from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
-from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, format_mean_std
+from dwa_fast.recipes import preset_text
+from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, format_mean_std, preset_data
 from dwa_fast.training.validate import ValidationResult
 
 _STEPS = "steps"  # folder of the finished steps
@@ -46,6 +47,7 @@ class Incremental(DistilledSets):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
+    preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:
@@ -95,8 +97,10 @@ class Incremental(DistilledSets):
             "cells": cells,
             "class orders": [[[names[label] for label in part] for part in order] for order in orders],
             "top-1 % by set, order, task and student": accuracies,
+            "preset": preset_data(recipe),
         }
-        labels = f"{self.config.labels} labels"
+        labels, text = f"{self.config.labels} labels", preset_text(recipe)
+        labels += f" and {text}" if text else ""
         finish(console, self.output, as_record(accuracies, seen, labels, data=data, seconds=time.perf_counter() - started, **facts))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import DistilledData, compare_normalisation, naming_bad_images, try_teacher
+from dwa_fast.commands.data import DistilledData, Preset, naming_bad_images
 from dwa_fast.config import NonNegativeInt, PositiveInt, ValidationConfig
 from dwa_fast.engine import backend
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
@@ -21,13 +21,14 @@ class Relabel(DistilledData):
     Views, mixes and batches are those of validate with the same settings and seed; settings of the students are not used.
     """
 
-    teacher: Path  # Checkpoint of the teacher.
+    teacher: tuple[Path, ...]  # Checkpoint of the teacher; of several, the mean of the logits counts.
     output: Path  # Folder for the labels, for validate --soft-labels.
     pool: PositiveInt = 1  # Store one epoch of labels in this many; students reuse them. 1: every epoch.
     dry_run: bool = False  # Only print how much disk space the labels would take.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:
@@ -40,9 +41,7 @@ class Relabel(DistilledData):
             console.print(f"soft labels of {epochs} epochs × {images} images × {classes} classes: {size:.3g} MiB on the disk")
             if self.dry_run:
                 return
-            teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
-            compare_normalisation(self.images, self.normalisation, teacher)
-            try_teacher(teacher, test, self.normalisation, device)
+            teachers = [each.module for each in self.open_teachers(self.teacher, self.architecture, test, device)]
             recipe, progress = self.full_recipe(validation=self.config), track("soft labels")
-            relabel(distilled, teacher.module, recipe, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)
+            relabel(distilled, teachers, recipe, output=self.output, device=device, seed=self.seed, pool=self.pool, progress=progress)
         console.print(f"{self.output}: complete; dwa-fast validate --soft-labels {self.output} takes them in the teacher's place")

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, DistilledData, compare_normalisation, naming_bad_images, try_teacher
+from dwa_fast.commands.data import Architecture, DistilledData, Preset, naming_bad_images
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import NonNegativeInt, ValidationConfig
-from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.manifest import read_manifest
-from dwa_fast.data.pairing import PairedTeacher
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder
 from dwa_fast.models.checkpoint import TeacherInfo
-from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std
+from dwa_fast.recipes import preset_text
+from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std, preset_data, preset_note
 from dwa_fast.training.validate import ValidationResult, validate
 
 
@@ -32,7 +31,7 @@ from dwa_fast.training.validate import ValidationResult, validate
 class Validate(DistilledData):
     """Train students on a distilled set and test them on the held-out real images. Run the same command again to resume."""
 
-    teacher: Path | None = None  # Checkpoint of the teacher, which gives the soft labels; not needed with --soft-labels or hard labels.
+    teacher: tuple[Path, ...] = ()  # Checkpoint of the teacher, or of several; not needed with --soft-labels or hard labels.
     soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed during training.
     student: Architecture
     seed: NonNegativeInt = 0  # Seed of all random numbers.
@@ -40,6 +39,7 @@ class Validate(DistilledData):
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     test_every: NonNegativeInt = 0  # Also test each student after every so many epochs; 0: only at the end.
     output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.
+    preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
     def run(self, console: Console) -> None:
@@ -51,7 +51,7 @@ class Validate(DistilledData):
         recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
         with naming_bad_images(), console.bars() as track:
             distilled, test = self.open_both(console)
-            teacher = self._teacher(test, device)
+            teachers = self.open_teachers(self.teacher, self.architecture, test, device)
             bar = track(f"{self.config.students} students")
 
             def tested(student: int, epochs: int, accuracy: float) -> None:
@@ -60,7 +60,7 @@ class Validate(DistilledData):
             result = validate(
                 distilled,
                 test,
-                teacher.module if teacher else None,
+                [each.module for each in teachers] or None,
                 self.student,
                 recipe,
                 device=device,
@@ -71,22 +71,15 @@ class Validate(DistilledData):
                 test_every=self.test_every,
                 tested=tested,
             )
-        console.print(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students")
+        preset = preset_text(recipe)
+        training = f", {preset}" if preset else ""
+        console.print(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students{training}")
         if self.output:
-            record = self._record(result, images_per_class(distilled), teacher.info if teacher else None)
+            record = self._record(result, images_per_class(distilled), [each.info for each in teachers])
             finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
 
-    def _teacher(self, test: ImageSet, device: torch.device) -> PairedTeacher | None:
-        if self.teacher is None:
-            compare_normalisation(self.images, self.normalisation, None)
-            return None
-        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
-        compare_normalisation(self.images, self.normalisation, teacher)
-        try_teacher(teacher, test, self.normalisation, device)
-        return teacher
-
-    def _record(self, result: ValidationResult, ipc: int | str, teacher: TeacherInfo | None) -> Record:
-        made = self._set_settings()
+    def _record(self, result: ValidationResult, ipc: int | str, teachers: Sequence[TeacherInfo]) -> Record:
+        made, recipe = self._set_settings(), self.full_recipe(validation=self.config)
         name = set_folder(self.images).name
         title = f"{self.student} on {name}, ipc {ipc}"
         rows = [[str(seed), f"{accuracy:.2f}"] for seed, accuracy in zip(result.seeds, result.accuracies, strict=True)]
@@ -111,12 +104,19 @@ class Validate(DistilledData):
                     for name, value in asdict(self).items()
                     if name not in ("config", "normalisation")
                 },
-                "teacher": {"file": str(self.teacher), "architecture": teacher.architecture} if teacher else {},
-                "validation": self.full_recipe(validation=self.config).settings("validation"),
+                "teacher": _described(self.teacher, teachers),
+                "validation": recipe.settings("validation"),
                 "synthesis": made,
             },
-            tables=[Table(title=title, columns=["student", "top-1 %"], rows=[*rows, ["mean", format_mean_std(result.mean, result.std)]])],
-            data={"cells": [cell]},
+            tables=[
+                Table(
+                    title=title,
+                    columns=["student", "top-1 %"],
+                    rows=[*rows, ["mean", format_mean_std(result.mean, result.std)]],
+                    note=preset_note(recipe),
+                )
+            ],
+            data={"cells": [cell], "preset": preset_data(recipe)},
         )
 
     def _set_settings(self) -> dict[str, Any]:
@@ -124,3 +124,8 @@ class Validate(DistilledData):
         with suppress(InputError):
             return dict(read_manifest(self.images)["settings"])
         return {}
+
+
+def _described(paths: Sequence[Path], teachers: Sequence[TeacherInfo]) -> dict[str, str]:
+    """The teachers' files and architectures for a record; one teacher is compared with published results."""
+    return {"file": ", ".join(map(str, paths)), "architecture": ", ".join(each.architecture for each in teachers)} if teachers else {}

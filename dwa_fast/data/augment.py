@@ -16,16 +16,27 @@ from torch import Tensor
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.datasets import to_unit
 
-_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random resized crop of the published training recipes
+_SMALLEST, _RATIO = 0.08, (3 / 4, 4 / 3)  # random resized crop of the published training recipes
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """torchvision's RandAugment on a batch, with operations drawn for each image from one seed."""
+
+    operations: int  # of each image
+    magnitude: int  # 0 to 30
+    seed: int
 
 
 @dataclass(frozen=True)
 class Views:
-    """Crops and flips of each image of a batch; None: not applied. Tensors are on the CPU."""
+    """Cells, crops and flips of each image of a batch; None: not applied. Tensors are on the CPU."""
 
     offsets: Tensor | None = None  # [B, 2] int16: first row and column of the crop, in the padded image
     flipped: Tensor | None = None  # [B] bool
     crops: Tensor | None = None  # [B, 4] float32: width (negative: mirrored) and height, shares of the image; centre x and y, −1 … 1
+    cells: Tensor | None = None  # [B, 2, n] uint8: new order of the n columns and of the n rows of cells
+    rand_augment: RandAugment | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,23 @@ class Mix:
 
 
 def draw_views(count: int, config: SqueezeConfig | ValidationConfig, source: np.random.Generator) -> Views:
-    """Draw the crops and flips of `count` images."""
+    """Draw the crops and flips of `count` images, and for students cells and RandAugment."""
+    views = _draw_crops_and_flips(count, config, source)
+    if not isinstance(config, ValidationConfig):
+        return views
+    cells = rand_augment = None
+    if config.shuffle_cells > 1:
+        orders = np.tile(np.arange(config.shuffle_cells, dtype=np.uint8), (count, 2, 1))
+        cells = torch.from_numpy(source.permuted(orders, axis=2))
+    if config.rand_augment > 0:
+        rand_augment = RandAugment(config.rand_augment, config.rand_magnitude, int(source.integers(2**63)))
+    return replace(views, cells=cells, rand_augment=rand_augment)
+
+
+def _draw_crops_and_flips(count: int, config: SqueezeConfig | ValidationConfig, source: np.random.Generator) -> Views:
     if config.augmentation == "resized-crop":
-        return Views(crops=_draw_crops(count, config.flip, source))
+        smallest = config.smallest_crop if isinstance(config, ValidationConfig) else _SMALLEST
+        return Views(crops=_draw_crops(count, config.flip, smallest, source))
     offsets = flipped = None
     if config.augmentation == "pad-crop":
         offsets = torch.from_numpy(source.integers(0, 2 * config.padding + 1, (2, count)).T.astype(np.int16))
@@ -54,7 +79,11 @@ def apply_views(
     views: Views,
     padding: int,  # of pad-crop, pixels
 ) -> Tensor:  # [B, C, H, W], channels-last
-    """Apply crops and flips: pad-crop and flip gather the pixels as they are, resized crops give pixels in [0, 1]."""
+    """Shuffle cells, apply RandAugment, then crop and flip: the last give pixels in [0, 1] for resized crops, else as they are."""
+    if views.cells is not None:
+        pixels = _shuffle_cells(pixels, views.cells.to(pixels.device))
+    if views.rand_augment is not None:
+        pixels = _rand_augment(pixels, views.rand_augment)
     if views.crops is not None:
         pixels = to_unit(pixels) if pixels.dtype == torch.uint8 else pixels
         return _resized_crop(pixels, views.crops.to(pixels))
@@ -125,9 +154,35 @@ def _gather(pixels: Tensor, padding: int, views: Views) -> Tensor:
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _draw_crops(count: int, flip: float, source: np.random.Generator) -> Tensor:
+def _shuffle_cells(
+    pixels: Tensor,  # [B, C, H, W]
+    cells: Tensor,  # [B, 2, n]
+) -> Tensor:
+    """Put the columns of cells into their new order, and the rows; the last cell takes the pixels that are left over (RDED)."""
+    count, _, height, width = pixels.shape
+    number = cells.shape[2]
+    places = cells.argsort(2)  # where each old strip comes
+
+    def order(side: int, axis: int) -> Tensor:
+        strip = (torch.arange(side, device=pixels.device) // max(1, side // number)).clamp_max(number - 1)
+        return places[:, axis, strip].argsort(stable=True, dim=1)
+
+    image = torch.arange(count, device=pixels.device)[:, None, None]
+    return pixels.permute(0, 2, 3, 1)[image, order(height, 1)[:, :, None], order(width, 0)[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _rand_augment(pixels: Tensor, drawn: RandAugment) -> Tensor:
+    from torchvision.transforms.v2 import RandAugment as Transform
+
+    transform = Transform(drawn.operations, drawn.magnitude)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(drawn.seed)
+        return torch.stack([transform(image) for image in pixels])
+
+
+def _draw_crops(count: int, flip: float, smallest: float, source: np.random.Generator) -> Tensor:
     """Crops of random area and aspect ratio, clipped to the image."""
-    area = source.uniform(*_SCALE, count)
+    area = source.uniform(smallest, 1.0, count)
     ratio = np.exp(source.uniform(math.log(_RATIO[0]), math.log(_RATIO[1]), count))
     width, height = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
     x, y = source.uniform(-1, 1, count) * (1 - width), source.uniform(-1, 1, count) * (1 - height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import deque
@@ -23,6 +24,7 @@ log = logging.getLogger("dwa_fast")
 
 _PREFETCH = 2  # batches that are read from disk in advance
 _CHUNK = 256  # images that are copied to the device at once
+_MANY_CLASSES = 100  # from which RDED doubles its batches
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class RandomSampler:
         seed: int,
         purpose: str = "training",
     ) -> None:
-        self.steps = len(batch_sizes(len(data.labels), config.batch_size))
+        self._batch_size = batch_size_of(config, len(data.labels), len(data.class_names))
+        self.steps = len(batch_sizes(len(data.labels), self._batch_size))
         self._count, self._image_size, self._config = len(data.labels), data.image_shape[1:], config
         self._seed, self._purpose = seed, purpose
         self._source, self._next = generator(seed, purpose), 0
@@ -84,7 +87,7 @@ class RandomSampler:
 
     def _next_epoch(self) -> list[BatchPlan]:
         self._next += 1
-        return [self._plan(order) for order in batches(self._count, self._config.batch_size, self._source)]
+        return [self._plan(order) for order in batches(self._count, self._batch_size, self._source)]
 
     def _plan(self, order: np.ndarray) -> BatchPlan:
         views = draw_views(len(order), self._config, self._source)
@@ -160,6 +163,26 @@ class TrainingLoader:
         for plan, pixels in zip(plans, self._images.batches(plan.indices for plan in plans), strict=True):
             images = normalise(apply_views(pixels, plan.views, self._padding), self._normalisation)
             yield TrainingBatch(apply_mix(images, plan.mix), self._labels[plan.indices.to(pixels.device)], plan)
+
+
+def batch_size_of(config: SqueezeConfig | ValidationConfig, images: int, classes: int) -> int:
+    """The batch size of a training: the configured one, or by images per class (ipc) and classes.
+
+    RDED's values for ipc 1, 10 and 50 are 10, 50 and 100, doubled for 100 classes or more; any other ipc has the value of the next lower
+    one. At most the number of images.
+    """
+    if config.batch_size is not None:
+        return config.batch_size
+    ipc = images // classes
+    size = 100 if ipc >= 50 else 50 if ipc >= 10 else 10
+    return min(images, 2 * size if classes >= _MANY_CLASSES else size)
+
+
+def parts(count: int, wanted: int) -> list[slice]:
+    """The rows of a batch in at most `wanted` parts of about equal size, at least two images each where the batch has as many."""
+    number = max(1, min(wanted, count // 2))
+    edges = [count * place // number for place in range(number + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges)]
 
 
 def batch_sizes(count: int, batch_size: int) -> list[int]:

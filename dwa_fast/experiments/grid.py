@@ -118,12 +118,14 @@ def note(setup: Setup, grid: Grid) -> str:
     """How the numbers of a table are computed, for its note."""
     count = setup.recipe.validation.students
     students = "one student" if count == 1 else f"{count} students"
+    preset = records.preset_note(setup.recipe)
     if len(grid.seeds) == 1:
-        return f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."
+        text = f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."
+        return f"{text} {preset}".rstrip()
     text = f"Mean ± standard deviation over {len(grid.seeds)} synthesis seeds, of the mean of {students} each."
     if any(variant.external for variant in grid.variants):
         text += f" Sets that were made elsewhere: over {students} of the one set."
-    return text
+    return f"{text} {preset}".rstrip()
 
 
 def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:

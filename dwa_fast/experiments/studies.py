@@ -27,7 +27,7 @@ from dwa_fast.experiments.grid import (
     study_settings,
 )
 from dwa_fast.recipes import METHODS
-from dwa_fast.report.records import Chart, HeatMap, Record, Table
+from dwa_fast.report.records import Chart, HeatMap, Record, Table, preset_data
 
 AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial"]
 
@@ -190,6 +190,6 @@ def _record(setup: Setup, grid: Grid, outcomes: Outcomes, kind: str, title: str,
         summary=best(grid, outcomes),
         settings=study_settings(setup, grid),
         environment=environment(setup),
-        data={"cells": cell_rows(setup, grid, outcomes)},
+        data={"cells": cell_rows(setup, grid, outcomes), "preset": preset_data(setup.recipe)},
         **parts,
     )

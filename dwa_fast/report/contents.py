@@ -14,9 +14,10 @@ from dwa_fast.report.plots import Figure, as_png
 from dwa_fast.report.published import beside_published
 from dwa_fast.report.records import Picture, Scatter, Table
 from dwa_fast.report.search import ReportRecord
-from dwa_fast.report.values import duration, groups
+from dwa_fast.report.values import duration, groups, shown
 
 _LARGEST = 2000  # pixels of the longer side of a picture
+_TITLES = 5  # of the runs with a preset, at most
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Contents:
     title: str
     runs: Sequence[Section]
     sets: Sequence[Section]
+    runs_note: str  # whether students of different runs were trained with different presets
     sets_note: str  # how many of them are not shown
     left_out: Sequence[str]  # one error message each
 
@@ -89,6 +91,20 @@ def run_section(anchor: str, run: ReportRecord) -> Section:
         command=record.command,
         facts=list(_facts(record.settings, record.environment)),
     )
+
+
+def presets_note(runs: Sequence[ReportRecord]) -> str:
+    """A warning where students of the runs were trained with different presets, else "". Records that name none have the paper's."""
+    titles: dict[str, list[str]] = {}
+    for run in runs:
+        if "validation" in run.record.settings:
+            preset = run.record.data.get("preset", {"name": "paper"})
+            name = preset.get("name") if isinstance(preset, dict) else None
+            titles.setdefault(shown(name), []).append(shown(run.record.title))
+    if len(titles) < 2:
+        return ""
+    lists = [f"{name} ({'; '.join([*own[:_TITLES], *(['…'] if len(own) > _TITLES else [])])})" for name, own in titles.items()]
+    return f"Students were trained with different presets, which makes their numbers differ: {', '.join(lists)}."
 
 
 def _facts(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[Facts]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dwa_fast.config import LATER_SETTINGS
 from dwa_fast.recipes import METHODS, RECIPES, recipe
 from dwa_fast.report.records import Record, Table, format_mean_std
 
@@ -148,7 +149,8 @@ def _changed(stated: Mapping[str, Any], wanted: Mapping[str, Any], name: str) ->
     if not stated:
         yield name
         return
-    yield from (field for field, value in _plain(wanted).items() if stated.get(field) != value)
+    stated, wanted = {**LATER_SETTINGS, **stated}, {**LATER_SETTINGS, **_plain(wanted)}
+    yield from (field for field, value in wanted.items() if stated.get(field) != value)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

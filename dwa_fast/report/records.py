@@ -16,6 +16,7 @@ import torch
 from dwa_fast._version import __version__
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import write_json
+from dwa_fast.recipes import Recipe, nearest_preset, preset_text
 
 RECORD = "record.json"
 _FORMAT = 1
@@ -162,6 +163,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = {"device name": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     versions = {"dwa_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {**versions, "device": device.type, **cuda, "threads": torch.get_num_threads()}
+
+
+def preset_data(recipe: Recipe) -> dict[str, Any]:
+    """The preset of the students' training, for the data of a record, with what was changed of it."""
+    name, changed = nearest_preset(recipe)
+    return {"name": name, "changed": changed}
+
+
+def preset_note(recipe: Recipe) -> str:
+    """A sentence for the note of a table; "" for the paper's training of the students."""
+    text = preset_text(recipe)
+    return f"Students trained with {text}." if text else ""
 
 
 def command_line() -> str:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, Progress, Schedule, SqueezeConfig, TeacherMode, TrainingPrecision, ValidationConfig
+from dwa_fast.config import (
+    LATER_SETTINGS,
+    Normalisation,
+    Progress,
+    Schedule,
+    SqueezeConfig,
+    TeacherMean,
+    TrainingPrecision,
+    ValidationConfig,
+)
 from dwa_fast.data.datasets import ImageSet, normalise
-from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_sizes
+from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
 from dwa_fast.engine.layers import StridedPointwise
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, training_form
@@ -21,10 +32,11 @@ from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
-from dwa_fast.training.state import TrainingState, as_in_files
+from dwa_fast.training.state import TrainingState, WeightAverage, as_in_files, weight_digest
 
 SoftLabelFn = Callable[[TrainingBatch], Tensor]  # batch → teacher logits, [B, classes] float32
 
+TEACHER_SETTINGS = ("teacher", "teacher_mode", "teacher_mean", "accumulation")  # what teacher_settings may hold
 _EVALUATION_BATCH = 500
 
 
@@ -39,12 +51,14 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: TrainingLoader,
-    loss: Callable[[TrainingBatch], Tensor],
+    losses: Callable[[TrainingBatch], Iterable[Tensor]],
     *,
     epochs: int,
     learning_rate: float,
     schedule: Schedule = "cosine",
+    stretch: float = 1,
     warmup_epochs: float = 0,
+    weight_ema: float = 0,
     seed: int,
     remedy: Callable[[], str],
     state: TrainingState | None = None,
@@ -55,9 +69,10 @@ def fit(
     """Train a network for `epochs` epochs, resuming from `state` if it holds finished ones.
 
     Args:
-        loss: the loss of one batch; the network is in train mode.
+        losses: the losses of the parts of a batch, whose gradients are added up for one step; the network is in train mode.
         learning_rate: highest learning rate; falls to 0 on a cosine, or in a straight line where the schedule is fast.
-        warmup_epochs: epochs in which the learning rate rises to it.
+        stretch: ζ of the cosine. warmup_epochs: epochs in which the learning rate rises to it.
+        weight_ema: rate per step of an average of the weights, which is tested in their place and becomes the result; 0: none.
         seed: seeds dropout and other random layers, separately for each epoch. The global generators of torch are not advanced.
         remedy: gives the advice in the error message about a diverged training.
         state: checkpoint, read at the start and written between epochs.
@@ -70,44 +85,58 @@ def fit(
     model.train()
     if loader.device.type == "cpu" and not any(map(StridedPointwise.suits, model.modules())):
         model.to(memory_format=torch.channels_last)  # as the images are: convolutions then copy no weights and no gradients
-    finished = state.restore(model, optimizer) if state else 0
-    factor = triangle if schedule == "fast" else cosine
+    average = WeightAverage(model, weight_ema) if weight_ema else None
+    finished = state.restore(model, optimizer, average) if state else 0
     total, done = epochs * loader.steps, finished * loader.steps
+    warmup = round(warmup_epochs * loader.steps)
+
+    def factor(step: int) -> float:
+        return triangle(step, total, warmup) if schedule == "fast" else cosine(step, total, warmup, stretch)
+
     if progress and done:
         progress(done, total)
     with kept_memory(loader.device):
         for epoch in range(finished, epochs):
-            losses = torch.zeros((), device=loader.device)
+            total_loss = torch.zeros((), device=loader.device)
             with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable():
                 for batch in loader.epoch(epoch):
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate * factor(done, total, round(warmup_epochs * loader.steps))
+                        group["lr"] = learning_rate * factor(done)
                     optimizer.zero_grad()
-                    value = loss(batch)
-                    value.backward()
+                    for value in losses(batch):
+                        value.backward()
+                        total_loss += value.detach()
                     optimizer.step()
-                    losses += value.detach()
+                    if average:
+                        average.update()
                     done += 1
                     if progress:
                         progress(done, total)
-            if not losses.isfinite() or not has_finite_weights(model):
-                what = "weights" if losses.isfinite() else "loss"
+            if not total_loss.isfinite() or not has_finite_weights(model):
+                what = "weights" if total_loss.isfinite() else "loss"
                 raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
             if test and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < epochs:
-                test(epoch + 1)
+                with average.in_place() if average else nullcontext():
+                    test(epoch + 1)
                 model.train()
             if state:
-                state.save(model, optimizer, epoch + 1)
+                state.save(model, optimizer, epoch + 1, average)
         optimizer.zero_grad()  # the gradients' memory goes back too
+    if average:
+        average.swap()
     for weight in model.parameters():
         weight.data = as_in_files(weight.data)
 
 
-def cosine(step: float, steps: int, warmup: int = 0) -> float:
-    """Learning rate factor of a step: linear from 0.01 to 1 during warm-up, then ½(1 + cos πt) to 0."""
+def cosine(step: float, steps: int, warmup: int = 0, stretch: float = 1) -> float:
+    """Learning rate factor of a step: linear from 0.01 to 1 during warm-up, then ½(1 + cos(πt/ζ)) for t from 0 to 1.
+
+    Args:
+        stretch: ζ ≥ 1; 1 ends at 0, 2 at ½ (RDED and EDC, whose rate changes by the epoch, not by the step).
+    """
     if step < warmup:
         return 0.01 + 0.99 * step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup) / stretch))
 
 
 def triangle(step: float, steps: int, warmup: int) -> float:
@@ -202,19 +231,77 @@ def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, devi
     """
     check_teacher_logits(teacher, data, recipe.data, device)
     if recipe.validation.teacher_mode == "train":
-        check_batches(lambda: copy.deepcopy(teacher).to(device), data, recipe.validation.batch_size, device, "teacher")
+        size = batch_size_of(recipe.validation, len(data.labels), len(data.class_names))
+        check_batches(lambda: copy.deepcopy(teacher).to(device), data, size, device, "teacher")
 
 
-def teacher_labels(teacher: nn.Module, mode: TeacherMode, image_shape: tuple[int, int, int], device: torch.device) -> SoftLabelFn:
-    """A function that gives the teacher's logits of a batch. It uses a copy, so train mode does not change the teacher's statistics."""
-    module = copy.deepcopy(teacher).to(device).requires_grad_(False).train(mode == "train")
-    forward = training_form(module, image_shape, device)
+def with_batch_size(recipe: Recipe, data: ImageSet) -> Recipe:
+    """The recipe with the batch size of the validation as a number."""
+    size = batch_size_of(recipe.validation, len(data.labels), len(data.class_names))
+    return replace(recipe, validation=replace(recipe.validation, batch_size=size))
+
+
+def teacher_settings(teachers: Sequence[nn.Module], config: ValidationConfig) -> dict[str, Any]:
+    """What soft labels depend on besides the views: the teachers and how their logits are computed."""
+    digests = [weight_digest(each) for each in teachers]
+    settings: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests, "teacher_mode": config.teacher_mode}
+    if config.teacher_mode == "train":
+        settings["accumulation"] = config.accumulation
+    if len(digests) > 1:
+        settings["teacher_mean"] = config.teacher_mean
+    return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
+
+
+def as_teachers(teacher: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """The teachers of an argument that may hold none, one or several.
+
+    Raises:
+        InputError: it is an empty sequence.
+    """
+    if teacher is None or isinstance(teacher, nn.Module):
+        return [] if teacher is None else [teacher]
+    if not teacher:
+        raise InputError("expected at least one teacher, got an empty list")
+    return list(teacher)
+
+
+def teacher_labels(
+    teachers: Sequence[nn.Module], config: ValidationConfig, image_shape: tuple[int, int, int], device: torch.device
+) -> SoftLabelFn:
+    """A function that gives the mean logits of the teachers for a batch, whose parts (`accumulation`) they see one by one.
+
+    It uses copies, so train mode does not change the teachers' statistics. Train mode with two parts is BSSL of CV-DD and FADRM.
+    """
+
+    def form(teacher: nn.Module) -> Forward:
+        return training_form(
+            copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train"), image_shape, device
+        )
+
+    forwards = [form(each) for each in teachers]
 
     @torch.no_grad()
     def soft_labels(batch: TrainingBatch) -> Tensor:
-        return predict(forward, batch.images, "fp32")
+        rows = parts(len(batch.images), config.accumulation)
+        return mean_logits(
+            [torch.cat([predict(each, batch.images[part], "fp32") for part in rows]) for each in forwards], config.teacher_mean
+        )
 
     return soft_labels
+
+
+def mean_logits(
+    logits: Sequence[Tensor],  # of each teacher, [B, classes]
+    kind: TeacherMean,
+) -> Tensor:  # [B, classes]
+    """The mean of several teachers' logits; balanced: each first scaled so that its Frobenius norm is the mean of all norms (G-VBSM)."""
+    if len(logits) == 1:
+        return logits[0]
+    stacked = torch.stack(list(logits))
+    if kind == "balanced":
+        norms = stacked.flatten(1).norm(dim=1)
+        stacked = stacked * (norms.mean() / norms)[:, None, None]
+    return stacked.mean(0)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ A folder holds `labels.json` (the settings and a checksum per epoch) and one fil
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import ValidationConfig
-from dwa_fast.data.augment import Mix, Views
-from dwa_fast.data.loader import BatchPlan, batch_sizes
+from dwa_fast.data.augment import Mix, RandAugment, Views
+from dwa_fast.data.loader import BatchPlan, batch_size_of, batch_sizes
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
@@ -29,7 +31,7 @@ INDEX = "labels.json"
 _FORMAT = 1
 _ARCHIVE, _ENTRY = 1600, 280  # approximate overhead in bytes of an epoch's file, and of each tensor in it
 # Settings that batch plans depend on.
-_PLAN_SETTINGS = (
+PLAN_SETTINGS = (
     "mean",
     "std",
     "batch_size",
@@ -38,6 +40,11 @@ _PLAN_SETTINGS = (
     "flip",
     "mixing",
     "mixing_alpha",
+    "smallest_crop",
+    "shuffle_cells",
+    "rand_augment",
+    "rand_magnitude",
+    "torchvision",
 )
 
 TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -45,7 +52,7 @@ TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def tensor_specs(config: ValidationConfig, images: int, classes: int) -> TensorSpecs:
     """Name, type and shape of each tensor in an epoch's file: all batches concatenated, `images` rows in total."""
-    steps = len(batch_sizes(images, config.batch_size))
+    steps = len(batch_sizes(images, batch_size_of(config, images, classes)))
     parts: TensorSpecs = {"indices": (torch.int32, (images,))}
     if config.augmentation == "resized-crop":
         parts["crops"] = torch.float32, (images, 4)
@@ -53,6 +60,10 @@ def tensor_specs(config: ValidationConfig, images: int, classes: int) -> TensorS
         parts["offsets"] = torch.int16, (images, 2)
     if config.augmentation != "resized-crop" and config.flip > 0:
         parts["flipped"] = torch.bool, (images,)
+    if config.shuffle_cells > 1:
+        parts["cells"] = torch.uint8, (images, 2, config.shuffle_cells)
+    if config.rand_augment > 0:
+        parts["augment_seed"] = torch.int64, (steps,)
     if config.mixing != "none":
         parts |= {"partner": (torch.int32, (images,)), "share": (torch.float64, (steps,))}
     if config.mixing == "cutmix":
@@ -69,7 +80,9 @@ def epoch_bytes(config: ValidationConfig, images: int, classes: int) -> int:
 def view_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that batch plans depend on, as JSON values."""
     settings: dict[str, Any] = json.loads(json.dumps(recipe.settings("validation")))
-    return {name: settings[name] for name in _PLAN_SETTINGS}
+    if recipe.validation.rand_augment > 0:
+        settings["torchvision"] = importlib.metadata.version("torchvision")  # whose RandAugment makes other pixels of the same seed
+    return {name: settings[name] for name in PLAN_SETTINGS if name in settings}
 
 
 class LabelStore:
@@ -153,11 +166,11 @@ class LabelStore:
         sums = {str(epoch): value for epoch, value in sorted(self._sums.items())}
         write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.epochs, "checksums": sums})
 
-    def read(self, number: int, parts: TensorSpecs, sizes: Sequence[int], padding: int) -> list[BatchPlan]:
+    def read(self, number: int, parts: TensorSpecs, sizes: Sequence[int], config: ValidationConfig) -> list[BatchPlan]:
         """The batch plans of one epoch.
 
         Args:
-            parts: tensors that the file must hold. sizes: images per batch. padding: padding of pad-crop, pixels.
+            parts: tensors that the file must hold. sizes: images per batch. config: the views are of.
         Raises:
             InputError: the file is missing, has changed, or holds logits that are not finite.
         """
@@ -166,11 +179,11 @@ class LabelStore:
             raise InputError(f"{path} is missing or has changed since it was written; the command that made the labels makes it again")
         content = read_archive(path, "file of soft labels")
         found = {name: (value.dtype, tuple(value.shape)) for name, value in content.items()} if isinstance(content, dict) else {}
-        if found != parts or not _in_range(content, sizes, padding):
+        if found != parts or not _in_range(content, sizes, config.padding):
             raise InputError(f"{path} does not hold the labels that {INDEX} says; remove the folder, and make them again")
         if not bool(content["logits"].isfinite().all()):
             raise InputError(f"{path} holds logits that are not finite; remove the folder, and make them again with a sound teacher")
-        return _unpacked(content, sizes)
+        return _unpacked(content, sizes, config)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"epoch{number:03d}.pt"
@@ -189,13 +202,13 @@ class StoredSampler:
     """
 
     def __init__(self, store: LabelStore, config: ValidationConfig, images: int, classes: int, *, seed: int) -> None:
-        self._sizes = batch_sizes(images, config.batch_size)
+        self._sizes = batch_sizes(images, batch_size_of(config, images, classes))
         self.steps = len(self._sizes)
-        self._store, self._parts, self._seed, self._padding = store, tensor_specs(config, images, classes), seed, config.padding
+        self._store, self._parts, self._seed, self._config = store, tensor_specs(config, images, classes), seed, config
 
     def epoch(self, number: int) -> list[BatchPlan]:
         """The plans of one epoch, counted from 0."""
-        return self._store.read(self.entry(number), self._parts, self._sizes, self._padding)
+        return self._store.read(self.entry(number), self._parts, self._sizes, self._config)
 
     def entry(self, number: int) -> int:
         """The stored epoch that serves as epoch `number` of the training."""
@@ -206,10 +219,13 @@ class StoredSampler:
 def _packed(plans: Sequence[BatchPlan]) -> dict[str, Tensor]:
     """Concatenate the batches, as `tensor_specs` lists them."""
     content = {"indices": torch.cat([plan.indices for plan in plans]).to(torch.int32)}
-    for name in ("crops", "offsets", "flipped"):
+    for name in ("crops", "offsets", "flipped", "cells"):
         parts = [getattr(plan.views, name) for plan in plans]
         if parts[0] is not None:
             content[name] = torch.cat(parts)
+    seeds = [plan.views.rand_augment.seed for plan in plans if plan.views.rand_augment]
+    if seeds:
+        content["augment_seed"] = torch.tensor(seeds, dtype=torch.int64)
     if plans[0].mix.partner is not None:
         content["partner"] = torch.cat([plan.mix.partner for plan in plans]).to(torch.int32)  # type: ignore[misc]
         content["share"] = torch.tensor([plan.mix.share for plan in plans], dtype=torch.float64)
@@ -223,18 +239,20 @@ def _in_range(content: Mapping[str, Tensor], sizes: Sequence[int], padding: int)
     """Whether indices, partners, crops and shares are valid."""
     counts = torch.tensor(sizes)
     limits = {"partner": counts.repeat_interleave(counts), "offsets": torch.tensor(2 * padding + 1)}
-    shares = content.get("share", torch.zeros(0))
+    shares, cells = content.get("share", torch.zeros(0)), content.get("cells", torch.zeros(0, 2, 1))
     return (
         torch.equal(content["indices"].sort().values, torch.arange(sum(sizes), dtype=torch.int32))
         and all(bool(((content[name] >= 0) & (content[name] < limit)).all()) for name, limit in limits.items() if name in content)
         and bool(((shares >= 0) & (shares <= 1)).all())
         and bool(content.get("crops", torch.zeros(0)).isfinite().all())
+        and bool((cells.sort(2).values == torch.arange(cells.shape[2])).all())
+        and bool((content.get("augment_seed", torch.zeros(0)) >= 0).all())
     )
 
 
-def _unpacked(content: Mapping[str, Tensor], sizes: Sequence[int]) -> list[BatchPlan]:
+def _unpacked(content: Mapping[str, Tensor], sizes: Sequence[int], config: ValidationConfig) -> list[BatchPlan]:
     """The inverse of `_packed`."""
-    rows = {name: value.split(list(sizes)) for name, value in content.items() if name not in ("share", "box")}
+    rows = {name: value.split(list(sizes)) for name, value in content.items() if name not in ("share", "box", "augment_seed")}
     plans = []
     for step in range(len(sizes)):
         own = {name: parts[step] for name, parts in rows.items()}
@@ -242,6 +260,9 @@ def _unpacked(content: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Batch
         if "partner" in own:
             box = tuple(content["box"][step].tolist()) if "box" in content else None
             mix = Mix(own["partner"].to(torch.int64), float(content["share"][step]), box)
-        views = Views(own.get("offsets"), own.get("flipped"), own.get("crops"))
+        views = Views(own.get("offsets"), own.get("flipped"), own.get("crops"), own.get("cells"))
+        if "augment_seed" in content:
+            drawn = RandAugment(config.rand_augment, config.rand_magnitude, int(content["augment_seed"][step]))
+            views = replace(views, rand_augment=drawn)
         plans.append(BatchPlan(own["indices"].to(torch.int64), views, mix, own["logits"]))
     return plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,17 @@ from dwa_fast.models.finite import check_logits
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, threads_of
-from dwa_fast.training.fit import check_label_teacher, check_set, repeatable, seeded_layers, teacher_labels
+from dwa_fast.training.fit import (
+    as_teachers,
+    check_label_teacher,
+    check_set,
+    repeatable,
+    seeded_layers,
+    teacher_labels,
+    teacher_settings,
+    with_batch_size,
+)
 from dwa_fast.training.label_store import LabelStore, epoch_bytes, view_settings
-from dwa_fast.training.state import weight_digest
 
 
 def stored_epochs(config: ValidationConfig, pool: int) -> int:
@@ -41,7 +50,7 @@ def label_bytes(config: ValidationConfig, images: int, classes: int, pool: int =
 
 def relabel(
     distilled: ImageSet,
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     recipe: Recipe,
     *,
     output: str | Path,
@@ -53,7 +62,7 @@ def relabel(
     """Write the soft labels of the first student that `validate` would train with this recipe and seed.
 
     Args:
-        teacher: copied, never changed.
+        teacher: one, or several whose mean logits are stored; copied, never changed.
         recipe: mean and std; of the validation augmentation, mixing, batch size, epochs and teacher mode. Other fields are ignored.
         output: folder of the labels. The same call resumes an interrupted run and gives the same bits.
         pool: store the labels of one epoch in `pool`; students reuse them.
@@ -62,15 +71,17 @@ def relabel(
         InputError: the folder holds labels of other settings, the disk has too little space, or the teacher gives no finite logits of the
             set's classes.
     """
-    config, output, device = recipe.validation, Path(output), torch.device(device)
     check_set(distilled, "distilled images")
-    check_label_teacher(teacher, distilled, recipe, device)
+    recipe, output, device = with_batch_size(recipe, distilled), Path(output), torch.device(device)
+    config, teachers = recipe.validation, as_teachers(teacher)
+    for each in teachers:
+        check_label_teacher(each, distilled, recipe, device)
     classes = len(distilled.class_names)
     settings = {
         **view_settings(recipe),
         "teacher_mode": config.teacher_mode,
         "images": image_digest(distilled),
-        "teacher": weight_digest(teacher),
+        **teacher_settings(teachers, config),
         "classes": classes,
         "seed": seed,
         THREADS: threads_of(device),
@@ -83,7 +94,7 @@ def relabel(
     own = derive(seed, "student", 0)
     sampler = RandomSampler(distilled, config, seed=own)
     loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), sampler, recipe.data, config.padding)
-    soft_labels = teacher_labels(teacher, config.teacher_mode, distilled.image_shape, device)
+    soft_labels = teacher_labels(teachers, config, distilled.image_shape, device)
     done = (store.epochs - len(missing)) * loader.steps
     for epoch in missing:
         plans = []

@@ -60,15 +60,15 @@ def squeeze(
     del settings["memory_limit"]  # decides where the images are held, not their values
     forward = training_form(model.train(), data.image_shape, device)
 
-    def loss(batch: TrainingBatch) -> Tensor:
+    def losses(batch: TrainingBatch) -> list[Tensor]:
         logits = predict(forward, batch.images, precision)
-        return F.cross_entropy(logits, batch.labels, label_smoothing=_FAST_SMOOTHING if fast else 0.0)
+        return [F.cross_entropy(logits, batch.labels, label_smoothing=_FAST_SMOOTHING if fast else 0.0)]
 
     fit(
         model,
         optimizer,
         loader,
-        loss,
+        losses,
         epochs=config.epochs,
         learning_rate=config.learning_rate,
         schedule=config.schedule,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import is_left_over, output_folder, write_json
@@ -39,6 +41,36 @@ def as_in_files(value: Any) -> Any:
     return torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
 
 
+class WeightAverage:
+    """A moving average of a network's parameters: average ← rate · average + (1 − rate) · parameters, from their initial values (EDC)."""
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self._parameters = list(model.parameters())
+        self.values = [p.detach().clone() for p in self._parameters]
+        self._update = get_ema_multi_avg_fn(rate)
+
+    def update(self) -> None:
+        """Take in the parameters after a step."""
+        self._update(self.values, self._parameters, None)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange average and parameters."""
+        for value, parameter in zip(self.values, self._parameters, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the network has the average as its parameters; running statistics stay its own."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
 class TrainingState:
     """Checkpoint of one training in one file: weights, optimiser and number of finished epochs.
 
@@ -55,8 +87,8 @@ class TrainingState:
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._saved = time.monotonic()
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the checkpoint into the model and the optimiser, if the file exists.
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None) -> int:
+        """Load the checkpoint into the model, the optimiser and the average of the weights, if the file exists.
 
         Returns:
             the number of finished epochs.
@@ -75,6 +107,9 @@ class TrainingState:
             refuse_change(self.path, "a checkpoint", before, self._settings, "remove it to start again")
             model.load_state_dict(content["weights"])
             optimizer.load_state_dict(content["optimiser"])
+            if average:
+                for value, stored in zip(average.values, content["average"], strict=True):
+                    value.copy_(stored)
             for weight, values in optimizer.state.items():  # fused optimisers read weights and their own values in one order
                 values.update({name: torch.empty_like(weight).copy_(v) for name, v in values.items() if v.shape == weight.shape})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -85,7 +120,7 @@ class TrainingState:
             raise InputError(f"{self.path} holds weights that are not finite, of a training that diverged; remove it to start again")
         return epochs
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, average: WeightAverage | None = None) -> None:
         """Write a checkpoint after `epochs` epochs, unless the last one is less than 30 seconds old."""
         if time.monotonic() - self._saved < _SECONDS:
             return
@@ -94,7 +129,9 @@ class TrainingState:
         optimiser["state"] = {
             number: {name: as_in_files(value) for name, value in values.items()} for number, values in optimiser["state"].items()
         }
-        content = {"settings": json.dumps(self._settings), "epochs": epochs, "weights": weights, "optimiser": optimiser}
+        content: dict[str, Any] = {"settings": json.dumps(self._settings), "epochs": epochs, "weights": weights, "optimiser": optimiser}
+        if average:
+            content["average"] = [as_in_files(value) for value in average.values]
         write_archive(self.path, content)
         self._saved = time.monotonic()
 

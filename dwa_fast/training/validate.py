@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, parts
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
@@ -25,7 +25,9 @@ from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import (
+    TEACHER_SETTINGS,
     SoftLabelFn,
+    as_teachers,
     check_batches,
     check_label_teacher,
     check_set,
@@ -35,10 +37,12 @@ from dwa_fast.training.fit import (
     remedy,
     resolve_precision,
     teacher_labels,
+    teacher_settings,
     top1,
+    with_batch_size,
 )
-from dwa_fast.training.label_store import LabelStore, StoredSampler, view_settings
-from dwa_fast.training.state import FinishedStudents, TrainingState, weight_digest
+from dwa_fast.training.label_store import PLAN_SETTINGS, LabelStore, StoredSampler, view_settings
+from dwa_fast.training.state import FinishedStudents, TrainingState
 
 log = logging.getLogger("dwa_fast")
 
@@ -67,7 +71,7 @@ class ValidationResult:
 def validate(
     distilled: ImageSet,
     test: ImageSet,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
     student: str,
     recipe: Recipe,
     *,
@@ -85,7 +89,7 @@ def validate(
 
     Args:
         distilled: training images. test: held-out real images.
-        teacher: gives the soft labels; copied, never changed. Not needed for stored labels or hard labels.
+        teacher: gives the soft labels, or several whose mean does; copied, never changed. Not needed for stored labels or hard labels.
         student: a name of `architectures.ARCHITECTURES`.
         recipe: size, mean, std and settings of the training.
         progress: called with the finished steps and the total, over all students.
@@ -100,21 +104,24 @@ def validate(
             teacher, the teacher gives no finite logits of these classes, a batch of one image is too small for the student, or a training
             diverges. Finished students stay in the folder.
     """
-    config, device = recipe.validation, torch.device(device)
     check_set(distilled, "distilled images")
+    recipe, device, teachers = with_batch_size(recipe, distilled), torch.device(device), as_teachers(teacher)
+    config = recipe.validation
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):
         raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
     _compare_names(distilled.class_names, test.class_names)
-    trainer = _StudentTrainer(distilled, teacher, _stored(soft_labels, recipe, distilled, teacher), recipe, device)
-    if trainer.live_teacher is not None:
-        check_label_teacher(trainer.live_teacher, distilled, recipe, device)
+    trainer = _StudentTrainer(distilled, teachers, _stored(soft_labels, recipe, distilled, teachers), recipe, device)
+    for each_teacher in trainer.live_teachers:
+        check_label_teacher(each_teacher, distilled, recipe, device)
 
     def make(own_seed: int) -> nn.Module:
         shape = {"classes": len(test.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
         return new_network(student, **shape, seed=own_seed, device=device)
 
-    check_batches(lambda: make(seed), distilled, config.batch_size, device, "student")
+    check_batches(
+        lambda: make(seed), distilled, batch_size_of(config, len(distilled.labels), len(distilled.class_names)), device, "student"
+    )
     folder = None
     if resume_dir:
         own = {"student": student, "size": recipe.data.size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
@@ -161,7 +168,7 @@ def _share(progress: Progress | None, index: int, students: int) -> Progress | N
     return (lambda done, total: progress(index * total + done, students * total)) if progress else None
 
 
-def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teacher: nn.Module | None) -> LabelStore | None:
+def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teachers: Sequence[nn.Module]) -> LabelStore | None:
     """Open the stored soft labels; None if the labels come from the teacher or are hard.
 
     Raises:
@@ -170,7 +177,7 @@ def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teac
     """
     config = recipe.validation
     if folder is None:
-        if teacher is None and config.labels == "soft":
+        if not teachers and config.labels == "soft":
             raise InputError("soft labels come from a teacher or from the disk; name a teacher, or the folder that dwa-fast relabel wrote")
         return None
     if config.labels == "hard":
@@ -178,9 +185,11 @@ def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teac
     folder = Path(folder)
     store = LabelStore(folder)
     wanted = {**view_settings(recipe), "images": image_digest(distilled), "classes": len(distilled.class_names)}
-    if teacher is not None:
-        wanted |= {"teacher": weight_digest(teacher), "teacher_mode": config.teacher_mode}
-    own = {name: value for name, value in store.settings.items() if name in wanted}
+    compared = {*PLAN_SETTINGS, "images", "classes"}
+    if teachers:
+        wanted |= teacher_settings(teachers, config)
+        compared |= {*TEACHER_SETTINGS}
+    own = {name: value for name, value in store.settings.items() if name in compared}
     refuse_change(folder, "soft labels", own, wanted, "relabel with these settings, or validate with those")
     if not store.complete:
         raise InputError(f"{folder} is incomplete; the dwa-fast relabel command that wrote it resumes it")
@@ -201,7 +210,7 @@ class _StudentTrainer:
     """Trains students one after the other on the same images."""
 
     distilled: ImageSet
-    teacher: nn.Module | None
+    teachers: Sequence[nn.Module]
     labels: LabelStore | None
     recipe: Recipe
     device: torch.device
@@ -218,14 +227,12 @@ class _StudentTrainer:
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}
-        if self.live_teacher is not None:
-            return {**settings, "teacher": weight_digest(self.live_teacher)}
-        return settings
+        return {**settings, **teacher_settings(self.live_teachers, self.config)} if self.live_teachers else settings
 
     @property
-    def live_teacher(self) -> nn.Module | None:
-        """The teacher, if it computes soft labels during training."""
-        return self.teacher if self.labels is None and self.config.labels == "soft" else None
+    def live_teachers(self) -> Sequence[nn.Module]:
+        """The teachers, if they compute soft labels during training."""
+        return self.teachers if self.labels is None and self.config.labels == "soft" else []
 
     @cached_property
     def _images(self) -> ImageCache:
@@ -241,8 +248,8 @@ class _StudentTrainer:
         return StoredSampler(self.labels, self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
 
     def _soft_labels(self) -> SoftLabelFn:
-        if self.live_teacher is not None:
-            return teacher_labels(self.live_teacher, self.config.teacher_mode, self.distilled.image_shape, self.device)
+        if self.live_teachers:
+            return teacher_labels(self.live_teachers, self.config, self.distilled.image_shape, self.device)
 
         def read(batch: TrainingBatch) -> Tensor:
             assert batch.plan.logits is not None
@@ -265,13 +272,20 @@ class _StudentTrainer:
 
         finite = torch.ones((), dtype=torch.bool, device=self.device)  # whether all soft labels so far are finite
 
-        def loss(batch: TrainingBatch) -> Tensor:
-            logits = predict(forward, batch.images, self._precision)
-            if soft_labels is None:
-                return hard_loss(logits, batch)
-            teacher_logits = soft_labels(batch)
-            finite.logical_and_(teacher_logits.isfinite().all())
-            return soft_loss(logits, teacher_logits, config)
+        def losses(batch: TrainingBatch) -> Iterator[Tensor]:
+            count, teacher_logits = len(batch.images), None
+            for rows in parts(count, config.accumulation):
+                logits = predict(forward, batch.images[rows], self._precision)
+                if soft_labels is None:
+                    value = hard_loss(logits, batch, rows)
+                else:
+                    if teacher_logits is None:
+                        teacher_logits = soft_labels(batch)
+                        finite.logical_and_(teacher_logits.isfinite().all())
+                    value = soft_loss(logits, teacher_logits[rows], config)
+                    if config.hard_weight:
+                        value = value + config.hard_weight * F.cross_entropy(logits, batch.labels[rows])
+                yield value if len(logits) == count else value * (len(logits) / count)
 
         def advice() -> str:
             return remedy(config, self._precision) if finite else "the teacher's logits for its images are not finite"
@@ -280,9 +294,11 @@ class _StudentTrainer:
             student,
             optimiser_of(student, config),
             TrainingLoader(self._images, self._sampler(seed), self.recipe.data, config.padding),
-            loss,
+            losses,
             epochs=config.epochs,
             learning_rate=config.learning_rate,
+            stretch=config.cosine_stretch,
+            weight_ema=config.weight_ema,
             warmup_epochs=config.warmup_epochs,
             seed=seed,
             remedy=advice,
@@ -308,7 +324,12 @@ def soft_loss(
     teacher_logits: Tensor,  # [B, classes], the teacher's
     config: ValidationConfig,
 ) -> Tensor:
-    """KL(teacher ‖ student) of the probabilities at `temperature`, mean over the batch; × temperature² if `scale_loss`."""
+    """KL(teacher ‖ student) of the probabilities at `temperature`, mean over the batch; × temperature² if `scale_loss`.
+
+    For loss mse the mean squared difference of the logits (G-VBSM, EDC).
+    """
+    if config.loss == "mse":
+        return F.mse_loss(logits, teacher_logits)
     target = F.log_softmax(teacher_logits / config.temperature, 1)
     loss = F.kl_div(F.log_softmax(logits / config.temperature, 1), target, reduction="batchmean", log_target=True)
     return loss * config.temperature**2 if config.scale_loss else loss
@@ -317,11 +338,12 @@ def soft_loss(
 def hard_loss(
     logits: Tensor,  # [B, classes]
     batch: TrainingBatch,
+    rows: slice = slice(None),  # of the batch, that the logits are for
 ) -> Tensor:
     """Cross-entropy; for mixed images share·CE(own label) + (1 − share)·CE(partner's label)."""
-    own = F.cross_entropy(logits, batch.labels)
+    own = F.cross_entropy(logits, batch.labels[rows])
     mix = batch.plan.mix
     if mix.partner is None:
         return own
-    other = F.cross_entropy(logits, batch.labels[mix.partner.to(logits.device)])
+    other = F.cross_entropy(logits, batch.labels[mix.partner[rows].to(logits.device)])
     return mix.share * own + (1 - mix.share) * other

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import RandAugment
 
 from dwa_fast import InputError
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views, mirror
 from dwa_fast.data.datasets import image_folder
-from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_sizes, batches
+from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_size_of, batch_sizes, batches, parts
 from dwa_fast.recipes import recipe
 from dwa_fast.seeding import generator
 from tests.nets import DIGITS, small_set
@@ -161,3 +162,78 @@ def test_images_beyond_the_memory_limit_are_read_from_disk(tmp_path: Path, caplo
     (tmp_path / "0" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"0\.png is no image that can be read: it is empty"):
         list(TrainingLoader(read, sampler, DIGITS.data, 1).epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "expected"),
+    # RDED: 10, 50 and 100 for ipc 1, 10 and 50, doubled from 100 classes on; between them as the next lower; never more than the images
+    [
+        (10, 10, 10), (100, 10, 50), (500, 10, 100), (100, 100, 20), (1000, 100, 100), (50_000, 1000, 200),
+        (20, 10, 10), (490, 10, 50), (5, 10, 5), (100, 2, 100), (10_000, 10, 100), (15, 100, 15),
+    ],
+)  # fmt: skip
+def test_batch_size_by_images_per_class(images: int, classes: int, expected: int) -> None:
+    assert batch_size_of(ValidationConfig(batch_size=None), images, classes) == expected
+    assert batch_size_of(ValidationConfig(batch_size=7), images, classes) == 7
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "sizes"), [(16, 1, [16]), (16, 2, [8, 8]), (10, 3, [3, 3, 4]), (3, 2, [3]), (5, 4, [2, 3]), (1, 2, [1])]
+)
+def test_parts_of_a_batch_have_two_images_at_least(count: int, wanted: int, sizes: list[int]) -> None:
+    rows = torch.arange(count)
+    found = [rows[part] for part in parts(count, wanted)]
+    assert list(map(len, found)) == sizes
+    assert torch.equal(torch.cat(found), rows)
+
+
+@pytest.mark.parametrize(("size", "number"), [((6, 4), 2), ((7, 8), 3), ((5, 5), 5)])
+def test_cells_are_shuffled_as_columns_and_as_rows(size: tuple[int, int], number: int) -> None:
+    """Strip by strip; the last one has what is left over."""
+    pixels = torch.randint(256, (9, 2, *size), dtype=torch.uint8)
+    config = ValidationConfig(augmentation="none", flip=0.0, shuffle_cells=number)
+    views = draw_views(9, config, source())
+    assert views.cells is not None
+    assert len(views.cells.flatten(1).unique(dim=0)) > 1
+    for image, found, (columns, rows) in zip(pixels, apply_views(pixels, views, 0), views.cells.tolist(), strict=True):
+        for axis, order in ((2, columns), (1, rows)):
+            assert sorted(order) == list(range(number))
+            width = image.shape[axis] // number
+            strips = [
+                *image.split(width, axis)[: number - 1],
+                image.narrow(axis, (number - 1) * width, image.shape[axis] - (number - 1) * width),
+            ]
+            image = torch.cat([strips[place] for place in order], axis)
+        assert torch.equal(found, image)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_is_torchvisions_for_each_image(channels: int) -> None:
+    pixels = torch.randint(256, (12, channels, 8, 8), dtype=torch.uint8)
+    config = ValidationConfig(augmentation="none", flip=0.0, rand_augment=2, rand_magnitude=20)
+    views = draw_views(12, config, source())
+    assert views.rand_augment is not None
+    before = torch.random.get_rng_state()
+    found = apply_views(pixels, views, 0)
+    assert torch.equal(found, apply_views(pixels, views, 0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(views.rand_augment.seed)
+    assert torch.equal(found, torch.stack(list(map(RandAugment(2, 20), pixels))))
+    other = replace(views, rand_augment=replace(views.rand_augment, seed=views.rand_augment.seed ^ 1))
+    assert not torch.equal(found, apply_views(pixels, other, 0))
+
+
+def test_crops_are_as_large_as_the_smallest_one() -> None:
+    """Where a crop of that area and ratio fits into the image; a longer side is cut off."""
+    views = draw_views(2000, ValidationConfig(augmentation="resized-crop", smallest_crop=0.5), source())
+    assert views.crops is not None
+    width, height = views.crops[:, 0].abs(), views.crops[:, 1]
+    inside = (width < 1) & (height < 1)
+    assert 0.5 <= float((width * height)[inside].min()) < 0.51
+
+
+def test_what_students_alone_have_changes_no_other_view() -> None:
+    plain, more = CONFIG, replace(CONFIG, shuffle_cells=2, rand_augment=1)
+    one, two = draw_views(7, plain, source()), draw_views(7, more, source())
+    assert torch.equal(one.offsets, two.offsets)  # type: ignore[arg-type]
+    assert torch.equal(one.flipped, two.flipped)  # type: ignore[arg-type]

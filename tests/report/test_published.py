@@ -153,3 +153,17 @@ def test_images_that_were_cut_otherwise_are_not_compared() -> None:
         assert table
         assert not table.rows
         assert "published in: test_crop." in table.note
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"), [("validation", "accumulation", 2), ("validation", "weight_ema", 0.9), ("synthesis", "batch_ipc", 5)]
+)
+def test_a_setting_that_the_paper_leaves_alone_is_not_compared(stage: str, name: str, value: float) -> None:
+    """Records hold such a setting only where it was changed."""
+    record = study()
+    assert name not in record.settings[stage]
+    record.settings[stage][name] = value
+    table = beside_published(record)
+    assert table
+    assert not table.rows
+    assert f"published in: {name}." in table.note

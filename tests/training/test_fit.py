@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from dwa_fast.training.fit import cosine, new_network, predict, resolve_precision, triangle
+from dwa_fast.training.fit import cosine, mean_logits, new_network, predict, resolve_precision, triangle
 from tests.nets import real_images, small_teacher
 
 CPU = torch.device("cpu")
@@ -14,6 +16,24 @@ CPU = torch.device("cpu")
 
 def test_learning_rate_warms_up_and_falls() -> None:
     assert [cosine(step, 10, 4) for step in (0, 2, 4, 7, 10)] == pytest.approx([0.01, 0.505, 1.0, 0.5, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("stretch", "last"), [(1.0, 0.0), (2.0, 0.5), (4.0, 0.5 + 0.25 * 2**0.5)])
+def test_a_stretched_cosine_ends_above_0(stretch: float, last: float) -> None:
+    """½(1 + cos(πi/(ζE)))."""
+    assert cosine(0, 10, stretch=stretch) == 1
+    assert cosine(10, 10, stretch=stretch) == pytest.approx(last, abs=1e-12)
+    assert cosine(5, 10, stretch=stretch) == pytest.approx(math.cos(math.pi / 4 / stretch) ** 2)
+    assert [cosine(step, 10, 4, stretch) for step in (0, 4, 10)] == pytest.approx([0.01, 1, last], abs=1e-12)
+
+
+def test_mean_logits_of_several_teachers() -> None:
+    one, two = torch.randn(5, 3), 7 * torch.randn(5, 3)
+    assert mean_logits([one], "balanced") is one
+    assert torch.equal(mean_logits([one, two], "plain"), (one + two) / 2)
+    norms = [float(each.double().square().sum().sqrt()) for each in (one, two)]
+    expected = sum(each.double() * (sum(norms) / 2 / norm) for each, norm in zip((one, two), norms, strict=True)) / 2
+    assert torch.allclose(mean_logits([one, two], "balanced").double(), expected, rtol=1e-6)
 
 
 def test_learning_rate_rises_and_falls_in_straight_lines() -> None:

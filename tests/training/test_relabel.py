@@ -37,6 +37,7 @@ CPU = torch.device("cpu")
 QUICK = replace(DIGITS.validation, epochs=4, batch_size=20, padding=1, flip=0.5, students=1)  # three steps an epoch
 CUTMIX = replace(QUICK, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0)
 PLAIN = replace(QUICK, augmentation="none", flip=0.0, mixing="none")
+VARIED = replace(CUTMIX, smallest_crop=0.5, shuffle_cells=2, rand_augment=2, rand_magnitude=5)
 
 
 class Halved(nn.Module):
@@ -51,11 +52,11 @@ class Halved(nn.Module):
         return logits
 
 
-def store(folder: Path, config: ValidationConfig = QUICK, teacher: nn.Module | None = None, **more: Any) -> LabelStore:
+def store(folder: Path, config: ValidationConfig = QUICK, teacher: Any = None, **more: Any) -> LabelStore:
     return relabel(small_set(), teacher or small_teacher(), replace(DIGITS, validation=config), output=folder, device=CPU, **more)
 
 
-def students(config: ValidationConfig, teacher: nn.Module | None, **more: Any) -> ValidationResult:
+def students(config: ValidationConfig, teacher: Any, **more: Any) -> ValidationResult:
     return validate(small_set(), small_set(8), teacher, "small-resnet", replace(DIGITS, validation=config), device=CPU, **more)
 
 
@@ -63,7 +64,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("config", [QUICK, CUTMIX, PLAIN, replace(QUICK, teacher_mode="train")], ids=["pad", "crop", "plain", "train mode"])
+@pytest.mark.parametrize(
+    "config",
+    [QUICK, CUTMIX, PLAIN, VARIED, replace(QUICK, teacher_mode="train")],
+    ids=["pad", "crop", "plain", "cells and RandAugment", "train mode"],
+)
 def test_stored_lessons_are_those_of_training(tmp_path: Path, config: ValidationConfig) -> None:
     """Images bit for bit, logits as the teacher gives them for exactly these images, rounded to half precision."""
     data, teacher, found = small_set(), small_teacher(), store(tmp_path, config)
@@ -253,7 +258,7 @@ def test_teachers_that_are_not_finite_are_refused_before_anything_is_written(tmp
     store(tmp_path / "labels", replace(QUICK, batch_size=1, epochs=1), tight(10, 1, SIZE).eval())
 
 
-@pytest.mark.parametrize("config", [QUICK, CUTMIX, PLAIN], ids=["pad", "crop", "plain"])
+@pytest.mark.parametrize("config", [QUICK, CUTMIX, PLAIN, VARIED], ids=["pad", "crop", "plain", "cells and RandAugment"])
 def test_size_on_disk_is_told_beforehand(tmp_path: Path, config: ValidationConfig) -> None:
     store(tmp_path, config)
     written = sum(path.stat().st_size for path in tmp_path.glob("epoch*.pt"))
@@ -302,3 +307,51 @@ def test_fewer_epochs_of_labels_than_of_the_training_are_said(
         students(replace(QUICK, epochs=epochs), None, soft_labels=tmp_path)
     said = [record.levelname for record in caplog.records if f"soft labels of 4 epochs, and the training has {epochs}" in record.message]
     assert said == ([level] if level else [])
+
+
+@pytest.mark.parametrize("name", ["smallest_crop", "shuffle_cells", "rand_augment", "rand_magnitude"])
+def test_labels_of_other_views_are_refused(tmp_path: Path, name: str) -> None:
+    """Also those that are stored without the setting, as older ones are."""
+    varied, plain = replace(VARIED, epochs=1), replace(VARIED, epochs=1, **{name: getattr(ValidationConfig(), name)})
+    for number, (written, read) in enumerate(((varied, plain), (plain, varied))):
+        store(tmp_path / str(number), written)
+        with pytest.raises(InputError, match=f"holds soft labels of other settings .*{name} was "):
+            students(read, None, soft_labels=tmp_path / str(number))
+
+
+def test_labels_of_another_torchvision_are_refused(tmp_path: Path) -> None:
+    config = replace(VARIED, epochs=1)
+    store(tmp_path, config)
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["settings"]["torchvision"] = "0.1"
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"torchvision was '0\.1', is '"):
+        students(config, None, soft_labels=tmp_path)
+
+
+def test_labels_of_several_teachers_in_parts(tmp_path: Path) -> None:
+    """What was computed otherwise is refused where teachers are named; the batch size may be a rule, and is stored as a number."""
+    config = replace(QUICK, epochs=1, batch_size=None, teacher_mode="train", accumulation=2, teacher_mean="balanced")
+    teachers = [small_teacher(), small_teacher(1)]
+    found = store(tmp_path, config, teachers)
+    expected = {"batch_size": 10, "accumulation": 2, "teacher_mean": "balanced", "teacher_mode": "train"}
+    assert {name: found.settings[name] for name in expected} == expected
+    assert students(replace(config, batch_size=10), teachers, soft_labels=tmp_path).accuracies
+    assert students(config, None, soft_labels=tmp_path).accuracies
+    for changes in ({"accumulation": 1}, {"teacher_mean": "plain"}):
+        with pytest.raises(InputError, match=f"other settings .{next(iter(changes))} was "):
+            students(replace(config, **changes), teachers, soft_labels=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"other settings \(teacher was "):
+        students(config, teachers[:1], soft_labels=tmp_path)
+
+
+def test_cells_in_no_order_are_refused(tmp_path: Path) -> None:
+    store(tmp_path, replace(VARIED, epochs=1))
+    path, index = tmp_path / "epoch000.pt", json.loads((tmp_path / "labels.json").read_text())
+    content = torch.load(path, weights_only=True)
+    for name, value in (("cells", torch.ones_like(content["cells"])), ("augment_seed", -1 - content["augment_seed"])):
+        torch.save({**content, name: value}, path)
+        index["checksums"]["0"] = checksum(path)
+        (tmp_path / "labels.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match=r"does not hold the labels that labels\.json says"):
+            students(replace(VARIED, epochs=1), None, soft_labels=tmp_path)
