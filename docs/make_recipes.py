@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,21 +107,30 @@ def _released() -> str:
 
 def _methods() -> str:
     """What each method changes of a recipe's synthesis."""
-    rows = []
-    for name in METHODS:
-        changes = [_changes(name, recipe) for recipe in RECIPES.values()]
-        rows.append((name, "; ".join(dict.fromkeys(change for each in changes for change in each)) or "nothing"))
+    rows = [(name, "; ".join(_changes(name)) or "nothing") for name in METHODS]
     return f"## Methods\n\nWhat `--method` changes of a recipe's synthesis, which is DWA's.\n\n{_table([('method', 'changes'), *rows])}"
 
 
-def _changes(method: str, recipe: Recipe) -> list[str]:
-    before, after = asdict(recipe.synthesis), asdict(METHODS[method](recipe.synthesis))
+def _changes(method: str) -> Iterator[str]:
+    """Every field that a method changes; with its recipes, where it has several values in them."""
     if method == "coupled":
-        return ["`lambda_mean` = the recipe's `lambda_var`"]
-    return [f"`{field}` {_shown(value)}" for field, value in after.items() if value != before[field]]
+        yield "`lambda_mean` = the recipe's `lambda_var`"
+        return
+    before = {recipe.name: asdict(recipe.synthesis) for recipe in RECIPES.values()}
+    after = {recipe.name: asdict(METHODS[method](recipe.synthesis, recipe.data)) for recipe in RECIPES.values()}
+    for field in after["digits"]:
+        values: dict[str, list[str]] = {}
+        for name, settings in after.items():
+            if not name.endswith("-released"):
+                values.setdefault(_shown(settings[field]), []).append(name)
+        if any(settings[field] != before[name][field] for name, settings in after.items()):
+            several = len(values) > 1
+            yield f"`{field}` " + ", or ".join(value + f" ({', '.join(names)})" * several for value, names in values.items())
 
 
 def _shown(value: Any) -> str:
+    if value == ():
+        return "none"
     if isinstance(value, (tuple, list)):
         return ", ".join(_shown(part) for part in value)
     if isinstance(value, bool):

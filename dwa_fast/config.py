@@ -37,7 +37,7 @@ ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 # Settings that older files do not have, with the values that these were made with.
-LATER_SETTINGS = {"batch_ipc": 1, "schedule": "cosine"}
+LATER_SETTINGS = {"batch_ipc": 1, "schedule": "cosine", "stage_sizes": (), "stage_mix": 0.5}
 LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
 LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
 
@@ -209,6 +209,8 @@ class SynthesisConfig(Config):
     milestone: Fraction = 1.0  # Fraction of the iterations that the curriculum takes.
     flip: Fraction = 0.5  # Probability of a horizontal flip in the crop view.
     jitter: NonNegativeInt = 4  # Largest roll in each direction, pixels.
+    stage_sizes: tuple[PositiveInt, ...] = ()  # Sizes of the refinement's stages, pixels; the last is the images' own. Empty: one stage.
+    stage_mix: Fraction = 0.5  # α: share of the refined images where a stage begins; the rest is the initial images (FADRM).
     backend: BackendName = "auto"  # fused (our operators), compiled (TorchInductor), reference (plain PyTorch), auto (the best that runs).
     precision: Precision = "auto"  # Arithmetic of the networks; images, statistics and losses stay in fp32.
     concurrent_batches: PositiveInt = 1  # Batches in flight at once on a GPU, each with its own weights.
@@ -218,6 +220,8 @@ class SynthesisConfig(Config):
         super().__post_init__()
         if self.adjusts:
             check_integer("steps", self.steps, 1)
+        if 0 < self.iterations < len(self.stage_sizes):
+            raise InputError(f"iterations must be at least the number of stages, {len(self.stage_sizes)}, got {self.iterations}")
 
     @property
     def adjusts(self) -> bool:

@@ -30,18 +30,35 @@ class Recipe:
         return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
 
 
-def _sre2l(dwa: SynthesisConfig) -> SynthesisConfig:
+def _sre2l(dwa: SynthesisConfig, _: DataConfig) -> SynthesisConfig:
     return replace(dwa, ascent="none", rho=0.0, initial="noise", lambda_mean=0.01, lambda_var=0.01)
 
 
-METHODS: dict[str, Callable[[SynthesisConfig], SynthesisConfig]] = {
-    "dwa": lambda dwa: dwa,
+def _sre2l_plus(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
+    """SRe2L++ (arXiv 2501.07575); the digits, which are not in the paper, keep their iterations."""
+    iterations = dwa.iterations if data.layout == "digits" else 4000
+    return replace(_sre2l(dwa, data), initial="patches", view="crop", iterations=iterations, learning_rate=0.25)
+
+
+def _fadrm(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
+    """FADRM: every other stage of images of more than 64 pixels is at 25/28 of their size, 200 of 224 pixels."""
+    start = _sre2l_plus(dwa, data)
+    low = data.size * 25 // 28 if data.size > 64 else data.size
+    iterations = dwa.iterations if data.layout == "digits" else 2000
+    rate = 0.01 if data.layout == "tiny" else start.learning_rate
+    return replace(start, iterations=iterations, learning_rate=rate, stage_sizes=(low, data.size) * 2)
+
+
+METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
+    "dwa": lambda dwa, _: dwa,
     "sre2l": _sre2l,
-    "cda": lambda dwa: replace(_sre2l(dwa), view="crop", curriculum="cosine"),
-    "rded": lambda dwa: replace(dwa, ascent="none", rho=0.0, initial="patches", iterations=0),
-    "real-start": lambda dwa: replace(dwa, ascent="none", rho=0.0),
-    "random-step": lambda dwa: replace(dwa, ascent="random"),
-    "coupled": lambda dwa: replace(dwa, lambda_mean=dwa.lambda_var),
+    "cda": lambda dwa, data: replace(_sre2l(dwa, data), view="crop", curriculum="cosine"),
+    "rded": lambda dwa, _: replace(dwa, ascent="none", rho=0.0, initial="patches", iterations=0),
+    "real-start": lambda dwa, _: replace(dwa, ascent="none", rho=0.0),
+    "random-step": lambda dwa, _: replace(dwa, ascent="random"),
+    "coupled": lambda dwa, _: replace(dwa, lambda_mean=dwa.lambda_var),
+    "sre2l++": _sre2l_plus,
+    "fadrm": _fadrm,
 }
 
 
@@ -234,7 +251,8 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", pre
     Args:
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
-            refined), real-start (no step), random-step, coupled (λ_mean = λ_var).
+            refined), real-start (no step), random-step, coupled (λ_mean = λ_var), sre2l++ (sre2l that starts from patches, with crops),
+            fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again).
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.
@@ -250,5 +268,5 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", pre
     if schedule == "fast":
         chosen = replace(chosen, squeeze=_fast(chosen.squeeze))
     data, others = ({field: changes.pop(field) for field in own if field in changes} for own in (_DATA, _OTHERS))
-    synthesis = replace(METHODS[method](chosen.synthesis), **changes)
-    return replace(chosen, data=replace(chosen.data, **data), synthesis=synthesis, **others)
+    own = replace(chosen.data, **data)
+    return replace(chosen, data=own, synthesis=replace(METHODS[method](chosen.synthesis, own), **changes), **others)

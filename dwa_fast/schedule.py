@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dwa_fast.config import SynthesisConfig
+from dwa_fast.errors import InputError
 from dwa_fast.seeding import generator
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, DOWN, RIGHT = range(7)  # columns of Schedule.rows
@@ -34,26 +37,62 @@ class Schedule:
         """The same schedule on a device."""
         return Schedule(self.rows.to(device), self.learning_rates.to(device))
 
+    def part(self, start: int, stop: int) -> Schedule:
+        """Iterations start … stop − 1."""
+        return Schedule(self.rows[start:stop], self.learning_rates[start:stop])
+
+
+class Stage(NamedTuple):
+    """Iterations start … stop − 1, which refine images of one size."""
+
+    height: int
+    width: int
+    start: int
+    stop: int
+
+
+def make_stages(config: SynthesisConfig, height: int, width: int) -> list[Stage]:
+    """The stages of a refinement: those of `config.stage_sizes`, or a single one of the images' own size.
+
+    S stages have T/S iterations each; where S does not divide T, the first T mod S stages have one more than the others.
+
+    Args:
+        height, width: of the images, pixels.
+    Raises:
+        InputError: the last stage has another size.
+    """
+    sizes = [(size, size) for size in config.stage_sizes] or [(height, width)]
+    if sizes[-1] != (height, width):
+        given = ", ".join(map(str, config.stage_sizes))
+        raise InputError(f"the last of stage_sizes must be the size of the images, {height} × {width} pixels, got {given}")
+    each, more = divmod(config.iterations, len(sizes))
+    ends = accumulate((each + (number < more) for number in range(len(sizes))), initial=0)
+    return [Stage(*size, *span) for size, span in zip(sizes, pairwise(ends), strict=True)]
+
 
 def make_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int, batch: int) -> Schedule:
     """Views and learning rates of all T iterations of one batch.
 
     Learning rate: lr_t = ½(1 + cos(π t/T))·lr. Views: method of SRe2L; roll by (dy, dx), each uniform in {0..jitter}, after one random
     resized crop and flip where `config.view` is "crop". Where `config.curriculum` is set, the smallest crop of iteration t has the share
-    low + (high − low)·f(t / (milestone·T)) of the area, f falling from 1 to 0 (CDA, arXiv 2311.18838).
+    low + (high − low)·f(t / (milestone·T)) of the area, f falling from 1 to 0 (CDA, arXiv 2311.18838). In stages, crops are those of
+    images of the stage's size; the learning rate, the curriculum and the roll are the same as in a single one.
 
     Args:
         height, width: of the images, pixels.
         seed, batch: select the random stream.
+    Raises:
+        InputError: as `make_stages`.
     """
     source = generator(seed, "views", batch)
     rows = np.zeros((config.iterations, 7), dtype=np.int32)
-    rows[:, HEIGHT], rows[:, WIDTH] = height, width
+    for stage in make_stages(config, height, width):
+        rows[stage.start : stage.stop, HEIGHT : WIDTH + 1] = stage.height, stage.width
     rows[:, DOWN : RIGHT + 1] = (source.random((config.iterations, 2)) * (config.jitter + 1)).astype(np.int32)
     if config.view == "crop":
         rows[:, FLIP] = source.random(config.iterations) < config.flip
         for row, smallest in zip(rows, _smallest_crops(config), strict=True):
-            row[TOP : WIDTH + 1] = _random_crop(source, config, smallest, height, width)
+            row[TOP : WIDTH + 1] = _random_crop(source, config, smallest, *map(int, row[HEIGHT : WIDTH + 1]))
     cosine = [0.5 * (1 + math.cos(math.pi * t / config.iterations)) * config.learning_rate for t in range(config.iterations)]
     return Schedule(torch.from_numpy(rows), torch.tensor(cosine, dtype=torch.float32))
 

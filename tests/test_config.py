@@ -30,7 +30,7 @@ def test_every_number_has_a_range_and_keeps_to_it(config: type) -> None:
         assert allowed, f"{field.name} has no range"
         low = allowed.at_least if allowed.above else allowed.at_least - 1
         value = getattr(config(), field.name)
-        wrong = (low,) * len(value) if isinstance(value, tuple) else low
+        wrong = (low,) * max(1, len(value)) if isinstance(value, tuple) else low
         with pytest.raises(InputError, match=rf"^{field.name} must be "):
             config(**{field.name: wrong})
 

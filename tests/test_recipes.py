@@ -40,6 +40,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "random-step": {"ascent": "random"},
     "rded": {"ascent": "none", "rho": 0.0, "initial": "patches", "iterations": 0},
     "coupled": {"lambda_mean": 0.11},
+    "sre2l++": {**NOISE, "initial": "patches", "view": "crop", "iterations": 4000},
+    "fadrm": {**NOISE, "initial": "patches", "view": "crop", "iterations": 2000, "stage_sizes": (32, 32, 32, 32)},
 }
 
 
@@ -122,6 +124,16 @@ def test_a_released_recipe_shares_all_else_with_the_paper() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_changes_this_and_nothing_else(method: str) -> None:
     assert asdict(recipe("cifar100", method=method).synthesis) == {**asdict(recipe("cifar100").synthesis), **CHANGES[method]}
+
+
+def test_stages_of_fadrm_by_size() -> None:
+    """Sizes, iterations and learning rates of the released commands (recover/scripts of Jiacheng8/FADRM)."""
+    tiny, imagenet = (recipe(name, method="fadrm").synthesis for name in ("tiny", "imagenet"))
+    assert (tiny.stage_sizes, tiny.iterations, tiny.learning_rate, tiny.jitter) == ((64, 64, 64, 64), 2000, 0.01, 4)
+    assert (imagenet.stage_sizes, imagenet.iterations, imagenet.learning_rate, imagenet.jitter) == ((200, 224, 200, 224), 2000, 0.25, 32)
+    assert recipe("folder", method="fadrm", size=112).synthesis.stage_sizes == (100, 112, 100, 112)
+    assert recipe("tiny", method="sre2l++").synthesis.learning_rate == 0.25
+    assert recipe("digits", method="fadrm").synthesis.iterations == recipe("digits").synthesis.iterations
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -26,7 +26,7 @@ class Synthesize(TeacherData):
 
     teacher: Path  # Checkpoint of the teacher.
     output: Path  # Folder for the images and their manifest.
-    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled.
+    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.

@@ -50,11 +50,11 @@ class Refinement:
         self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
-        """Set every buffer for a new batch; the networks already hold its weights θ̃."""
+        """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
         self.images.copy_(images)
         self.labels.copy_(labels)
-        self.rows.copy_(schedule.rows)
-        self.learning_rates.copy_(schedule.learning_rates)
+        self.rows[: len(schedule.rows)].copy_(schedule.rows)
+        self.learning_rates[: len(schedule.rows)].copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
         self._refresh()
@@ -67,14 +67,6 @@ class Refinement:
     def close(self) -> None:
         """Free what was captured; the device must have finished with it."""
         self._captured.close()
-
-    def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W]; losses [T, 3]: cross-entropy, R_mean, R_var
-        """Images and losses as they are now.
-
-        Raises:
-            InputError: a loss is not finite.
-        """
-        return self.images.clone(), _finite(self.losses.clone(), self.execution.precision)
 
     def _refresh(self) -> None:
         for network in {self.classifier, self.matcher}:
@@ -130,7 +122,11 @@ def matching_dominates(
     )
 
 
-def _finite(losses: Tensor, precision: str) -> Tensor:
+def finite(
+    losses: Tensor,  # [T, 3]
+    precision: str,
+) -> Tensor:  # [T, 3]
+    """The losses; raises InputError if one is not finite."""
     bad = (~torch.isfinite(losses).all(1)).nonzero()
     if not len(bad):
         return losses

@@ -16,10 +16,11 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.capture import return_stream, take_stream
-from dwa_fast.engine.refine import Refinement, matching_dominates, noise
+from dwa_fast.engine.refine import matching_dominates, noise
+from dwa_fast.engine.stages import StagedRefinement, resized
 from dwa_fast.engine.teacher import Network, check_precision, prepare
 from dwa_fast.errors import InputError
-from dwa_fast.schedule import make_schedule
+from dwa_fast.schedule import make_schedule, make_stages
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
@@ -52,24 +53,23 @@ class Replica:
         self._stream = take_stream(execution.device) if cuda else None
         self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
         self._ascent = Ascent(network, config, execution, self._graph_memory)
-        self._refinements: dict[torch.Size, Refinement] = {}
-        self._refinement: Refinement  # of the current batch
+        self._refinement = StagedRefinement(network, self._matcher, config, normalisation, execution, self._graph_memory)
         self._norms: Tensor | None = None  # of the current batch's ascent, until they have been checked
 
     def begin(self, batch: Batch, seed: int) -> None:
-        """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images. On a GPU this is only queued."""
+        """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images. On a GPU this is only queued.
+
+        Where the refinement has stages, the weights are adjusted once, before the first stage, on images of its size.
+        """
         config, execution = self.config, self.execution
         with self._active():
             images = self._to_device(batch.images, execution.master_dtype)
             labels = batch.labels.to(execution.device, torch.int64)
             schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
-            view = self._network.operators.view(images, schedule.rows, first, execution.dtype)
-            shape = images.shape
-            if shape not in self._refinements:
-                networks, settings = (self._network, self._matcher), (config, self.normalisation)
-                self._refinements[shape] = Refinement(*networks, shape, *settings, execution, self._graph_memory)
-            self._refinement = self._refinements[shape]
+            seen = resized(images, make_stages(config, *images.shape[2:])[0])
+            view = self._network.operators.view(seen, schedule.rows, first, execution.dtype)
+            self._refinement.record(images.shape)
             self._norms = self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
             self._refinement.load(initial(replace(batch, images=images), config, seed), labels, schedule)
 
@@ -112,8 +112,7 @@ class Replica:
             return
         self._stream.synchronize()
         self._ascent.close()
-        for refinement in self._refinements.values():
-            refinement.close()
+        self._refinement.close()
         for network in {self._network, self._matcher}:
             network.close()
         return_stream(self._stream)
@@ -124,8 +123,9 @@ class Replica:
         images: Tensor,  # [B, C, H, W], from `finish`
         iteration: int,
     ) -> Tensor:  # [B, C, H, W]
-        """The images in the view of an iteration of the current batch."""
-        return self._network.operators.view(images, self._refinement.rows, torch.tensor(iteration, device=images.device), images.dtype)
+        """The images in the view of an iteration of the current batch, at the size of its stage."""
+        rows, row = self._refinement.schedule.rows, torch.tensor(iteration, device=images.device)
+        return self._network.operators.view(images, rows, row, images.dtype)
 
     def logits(
         self,
@@ -169,7 +169,8 @@ class Synthesizer:
         """
         self.config, self.normalisation = config, normalisation
         self.execution = resolve(config.backend, config.precision, config.device, teacher)
-        network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes)
+        sizes = [(stage.height, stage.width) for stage in make_stages(config, *images.shape[2:])]
+        network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes, sizes=sizes)
         copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
         with check_precision(network, images, self.execution), self.execution.arithmetic():
             self.replicas = [Replica(each, config, normalisation, self.execution) for each in copies]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -222,6 +223,7 @@ def prepare(
     execution: Execution,
     *,
     batch_sizes: Sequence[int] = (),  # numbers of images of the batches that will run
+    sizes: Sequence[tuple[int, int]] = (),  # heights and widths that they will have
 ) -> tuple[Network, int]:
     """A checked, recording copy of the teacher on the device, and its number of classes. The teacher itself is not changed.
 
@@ -245,10 +247,15 @@ def prepare(
         layers = _layers(module)
         check_finite_weights(module)
         expected = _check_teacher(module, layers, trial)
+        resized = [F.interpolate(trial, size, mode="bilinear") for size in dict.fromkeys(sizes) if size != trial.shape[2:]]
+        for each in resized:
+            with _taking(each):
+                _check_logits(module(each))
         layers = {name: layer for name, layer in layers.items() if name in expected.gaps}
         with _perturbed_weights(module):
             perturbed = teacher_response(module, layers, trial, gradients=False)
-        network = _verified_network(module, layers, expected, perturbed, trial, execution, batch_sizes)
+        others = [_tiled(trial, size) for size in {*batch_sizes} - {len(trial)}] + resized
+        network = _verified_network(module, layers, expected, perturbed, trial, execution, others)
     return network, expected.logits.shape[1]
 
 
@@ -280,15 +287,11 @@ def _check_teacher(module: nn.Module, layers: Mapping[str, nn.Module], trial: Te
     """The teacher's own response to the trial images, checked."""
     with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
         torch.manual_seed(0)
-        try:
+        with _taking(trial):
             first = module(trial)
             _check_logits(first)
             first = first.detach()
             expected = teacher_response(module, layers, trial, gradients=True)
-        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"teacher cannot take images of shape {tuple(trial.shape[1:])}: {first_line(error)}") from error
     if expected.gradients and not (expected.gradients.logits.isfinite().all() and expected.gradients.matching.isfinite().all()):
         raise InputError("gradients of the teacher are not finite, though its logits are: some weights are too large, or damaged")
     if not expected.gaps:
@@ -311,6 +314,17 @@ def _check_teacher(module: nn.Module, layers: Mapping[str, nn.Module], trial: Te
     return expected
 
 
+@contextmanager
+def _taking(images: Tensor) -> Iterator[None]:
+    """Inside, an error of the teacher says which images it cannot take."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"teacher cannot take images of shape {tuple(images.shape[1:])}: {first_line(error)}") from error
+
+
 def _alike(logits: Tensor, others: Tensor) -> bool:
     return torch.allclose(logits, others, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
 
@@ -329,7 +343,7 @@ def _verified_network(
     perturbed: Response,  # with perturbed weights
     trial: Tensor,
     execution: Execution,
-    batch_sizes: Sequence[int],
+    others: Sequence[Tensor],  # images of other numbers and sizes
 ) -> Network:
     """The fastest copy of the teacher that computes what the teacher does."""
     inputs = trial.to(memory_format=torch.channels_last) if execution.channels_last else trial
@@ -337,12 +351,13 @@ def _verified_network(
         replace_strided_pointwise(module)
 
     if execution.operators.fuses:
-        larger = {size: teacher_response(module, layers, _tiled(trial, size), gradients=False) for size in {*batch_sizes} - {len(trial)}}
+        responses = [teacher_response(module, layers, each, gradients=False) for each in others]
         try:
             network = Network(trace(module, layers, execution.operators, trial), execution)
             cause = difference(expected, network_response(network, module, inputs, gradients=True), layers)
-            for size, response in larger.items():
-                cause = cause or difference(response, network_response(network, module, _tiled(inputs, size), gradients=False), layers)
+            for each, response in zip(others, responses, strict=True):
+                given = each.to(memory_format=execution.memory_format)
+                cause = cause or difference(response, network_response(network, module, given, gradients=False), layers)
             if cause is None:
                 with _perturbed_weights(module):
                     mismatch = difference(perturbed, network_response(network, module, inputs, gradients=False), layers)

@@ -119,7 +119,7 @@ def nearest_method(setup: Setup, synthesis: SynthesisConfig) -> tuple[str, dict[
     own = _result_settings(replace(setup.recipe, synthesis=synthesis))
 
     def changes(method: str) -> dict[str, Any]:
-        published = _result_settings(recipe(setup.recipe.name, method=method))
+        published = _result_settings(recipe(setup.recipe.name, method=method, size=setup.recipe.data.size))
         return {name: value for name, value in own.items() if value != published[name]}
 
     name = min(METHODS, key=lambda method: len(changes(method)))

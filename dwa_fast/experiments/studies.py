@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dwa_fast.config import SynthesisConfig, check_choice
+from dwa_fast.config import DataConfig, SynthesisConfig, check_choice
 from dwa_fast.data.set_layout import set_folder
 from dwa_fast.errors import InputError, escape_control_chars
 from dwa_fast.experiments.cells import REAL, Setup
@@ -26,7 +26,7 @@ from dwa_fast.experiments.grid import (
     series,
     study_settings,
 )
-from dwa_fast.recipes import METHODS
+from dwa_fast.recipes import METHODS, recipe
 from dwa_fast.report.records import Chart, HeatMap, Record, Table, preset_data
 
 AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial"]
@@ -39,6 +39,8 @@ TITLES = {
     "real-start": "real start",
     "random-step": "random step",
     "coupled": "coupled λ",
+    "sre2l++": "SRe2L++",
+    "fadrm": "FADRM",
     "dwa": "DWA",
 }
 
@@ -51,7 +53,10 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
     """
     for method in methods:
         check_choice("method", method, list(TITLES))
-    derived = {name: method(setup.recipe.synthesis) for name, method in METHODS.items()}
+    dwa, data = setup.recipe.synthesis, setup.recipe.data
+    derived = {name: METHODS[name](dwa, data) for name in methods if name != REAL}
+    if dwa.iterations != recipe(setup.recipe.name).synthesis.iterations:  # then for methods with a number of their own too
+        derived = {name: replace(each, iterations=dwa.iterations if each.iterations else 0) for name, each in derived.items()}
     return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
 
 
@@ -106,27 +111,27 @@ def ablate(
     if study == "k-rho":
         return _k_rho(run, setup, grid, steps, rhos)
     variants, title = _CATEGORIES[study]
-    return _categories(run, setup, grid(variants(setup.recipe.synthesis)), "ablation", f"{title} on {setup.recipe.name}")
+    return _categories(run, setup, grid(variants(setup.recipe.synthesis, setup.recipe.data)), "ablation", f"{title} on {setup.recipe.name}")
 
 
-def _adjustment(dwa: SynthesisConfig) -> list[Variant]:
+def _adjustment(dwa: SynthesisConfig, data: DataConfig) -> list[Variant]:
     names = {"no step": "real-start", "random step": "random-step", "directed step": "dwa"}
-    return [Variant(name=name, synthesis=METHODS[method](dwa)) for name, method in names.items()]
+    return [Variant(name=name, synthesis=METHODS[method](dwa, data)) for name, method in names.items()]
 
 
-def _matching_weights(dwa: SynthesisConfig) -> list[Variant]:
+def _matching_weights(dwa: SynthesisConfig, _: DataConfig) -> list[Variant]:
     adjusted, original = replace(dwa, matching_weights="adjusted"), replace(dwa, matching_weights="original")
     return [Variant(name="adjusted (published code)", synthesis=adjusted), Variant(name="original (Eq. 15)", synthesis=original)]
 
 
-def _initial(dwa: SynthesisConfig) -> list[Variant]:
+def _initial(dwa: SynthesisConfig, _: DataConfig) -> list[Variant]:
     return [
         Variant(name="real images", synthesis=replace(dwa, initial="real")),
         Variant(name="noise", synthesis=replace(dwa, initial="noise")),
     ]
 
 
-_CATEGORIES: dict[str, tuple[Callable[[SynthesisConfig], list[Variant]], str]] = {
+_CATEGORIES: dict[str, tuple[Callable[[SynthesisConfig, DataConfig], list[Variant]], str]] = {
     "adjustment": (_adjustment, "Weight adjustment"),
     "matching-weights": (_matching_weights, "Weights of the matching terms"),
     "initial": (_initial, "Initial images"),

@@ -90,7 +90,8 @@ def recover(
             model.zero_grad()
         model.requires_grad_(True)
         schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
-        leak = _adjust(model, images[start:stop], labels[start:stop], config, schedule, seed, number)
+        first = config.stage_sizes[0] if config.stage_sizes else tuple(images.shape[2:])
+        leak = _adjust(model, _resize(images[start:stop], first), labels[start:stop], config, schedule, seed, number)
         model.requires_grad_(quirks.keep_weight_gradients)
         batch = images[start:stop].clone()
         if config.initial == "noise":
@@ -122,6 +123,11 @@ def apply_view(images: Tensor, schedule: Schedule, step: int) -> Tensor:
     if flip:
         images = images.flip(3)
     return torch.roll(images, shifts=(down, right), dims=(2, 3))
+
+
+def _resize(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    """Bilinear, without antialiasing."""
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
 def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
@@ -170,11 +176,17 @@ def _refine(
     schedule: Schedule,
     leak: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    images = images.requires_grad_(True)
-    optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
     low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in normalisation.bounds)
     losses = []
+    initial, sizes = images, config.stage_sizes or (tuple(images.shape[2:]),)
+    length, longer = config.iterations // len(sizes), config.iterations % len(sizes)
+    starts = [stage * length + min(stage, longer) for stage in range(len(sizes))]
     for step in range(config.iterations):
+        if step in starts:
+            size, share = sizes[starts.index(step)], config.stage_mix if step else 0.0
+            images = share * _resize(images.detach(), size) + (1 - share) * _resize(initial, size)
+            images.requires_grad_(True)
+            optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=(0.5, 0.9), eps=1e-8)
         optimizer.param_groups[0]["lr"] = float(schedule.learning_rates[step])
         optimizer.zero_grad()
         if step == 0 and leak is not None:

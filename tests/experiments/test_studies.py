@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ def ablation(setup: Setup, study: AblationName, *ipc: int) -> Record:
 
 def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
+    setup = replace(setup, recipe=replace(setup.recipe, synthesis=replace(setup.recipe.synthesis, iterations=5)))
     variants = by_method(setup, ["real", *METHODS])
     assert variants[0].synthesis is None
-    assert all(variant.synthesis and variant.synthesis.iterations == (0 if variant.name == "RDED" else 2) for variant in variants[1:])
+    assert all(variant.synthesis and variant.synthesis.iterations == (0 if variant.name == "RDED" else 5) for variant in variants[1:])
     assert len({variant.name for variant in variants}) == 1 + len(METHODS)
-    with pytest.raises(InputError, match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, dwa"):
+    with pytest.raises(
+        InputError, match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, dwa"
+    ):
         by_method(setup, ["mtt"])
 
 

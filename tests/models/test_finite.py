@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dwa_fast import InputError, synthesize
 from dwa_fast.engine.ascent import check_norms
-from dwa_fast.engine.refine import _finite, matching_dominates
+from dwa_fast.engine.refine import finite, matching_dominates
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from tests.nets import real_images, small_recipe, small_teacher
 
@@ -104,10 +104,10 @@ def test_losses_that_overflow_are_named() -> None:
     }
     for message, losses in rows.items():
         with pytest.raises(InputError, match=message):
-            _finite(torch.tensor(losses), "bf16")
+            finite(torch.tensor(losses), "bf16")
     with pytest.raises(InputError, match=r"activations overflow; take --precision bf16 or another teacher$"):
-        _finite(torch.tensor([[1.0, 2.0, big]]), "fp16")
-    assert torch.equal(_finite(torch.tensor([good]), "fp32"), torch.tensor([good]))
+        finite(torch.tensor([[1.0, 2.0, big]]), "fp16")
+    assert torch.equal(finite(torch.tensor([good]), "fp32"), torch.tensor([good]))
 
 
 def test_a_gradient_of_the_teacher_itself_is_not_blamed_on_rho() -> None:

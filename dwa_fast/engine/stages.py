@@ -1,0 +1,115 @@
+"""The refinement of a batch in stages, each at a size of its own (FADRM, arXiv 2506.24125)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwa_fast.config import Normalisation, SynthesisConfig
+from dwa_fast.engine.backend import Execution
+from dwa_fast.engine.capture import GraphMemory
+from dwa_fast.engine.refine import Refinement, finite
+from dwa_fast.engine.teacher import Network
+from dwa_fast.schedule import Schedule, Stage, make_stages
+
+
+class StagedRefinement:
+    """Refines one batch after the other, from stage to stage.
+
+    A stage of size D begins with new moments of Adam, and with the images
+
+        x ← α·resize(x, D) + (1 − α)·resize(p, D)          α = config.stage_mix, p: the initial images
+
+    The first one begins with resize(p, D). Learning rate and views are those of the schedule, which runs over all stages.
+    """
+
+    def __init__(
+        self,
+        classifier: Network,  # as of Refinement
+        matcher: Network,
+        config: SynthesisConfig,
+        normalisation: Normalisation,
+        execution: Execution,
+        graph_memory: GraphMemory | None = None,  # see CapturedStep
+    ) -> None:
+        fixed = partial(Refinement, config=config, normalisation=normalisation, execution=execution, graph_memory=graph_memory)
+        self._make = partial(fixed, classifier, matcher)
+        self._config, self._precision = config, execution.precision
+        self._refinements: dict[torch.Size, Refinement] = {}
+        self._losses = torch.zeros(config.iterations, 3, dtype=execution.master_dtype, device=execution.device)
+        self.schedule: Schedule  # this and the rest: of the current batch
+        self._initial: Tensor
+        self._labels: Tensor
+        self._stages: list[Stage]
+        self._current: Refinement
+        self._done: int  # iterations
+
+    def record(
+        self,
+        shape: torch.Size,  # [B, C, H, W]
+    ) -> None:
+        """Record the step of every stage of such images, once for each size."""
+        for stage in make_stages(self._config, *shape[2:]):
+            own = torch.Size((*shape[:2], stage.height, stage.width))
+            if own not in self._refinements:
+                self._refinements[own] = self._make(own)
+
+    def load(
+        self,
+        images: Tensor,  # [B, C, H, W], of a shape that has been recorded: where the refinement starts
+        labels: Tensor,  # [B]
+        schedule: Schedule,
+    ) -> None:
+        """Begin a batch; the networks already hold its weights θ̃."""
+        self.schedule, self._initial, self._labels, self._done = schedule, images, labels, 0
+        self._stages = make_stages(self._config, *images.shape[2:])
+        self._begin_stage(resized(images, self._stages[0]))
+
+    def advance(self, iterations: int) -> None:
+        """Do that many iterations, T at most for a batch; on a GPU this only queues them."""
+        while iterations:
+            now = min(iterations, self._stages[0].stop - self._done)
+            self._current.advance(now)
+            self._done += now
+            iterations -= now
+            if self._done == self._stages[0].stop and len(self._stages) > 1:
+                self._keep_losses()
+                stage, share = self._stages[1], self._config.stage_mix
+                mixed = share * resized(self._current.images, stage) + (1 - share) * resized(self._initial, stage)
+                del self._stages[0]
+                self._begin_stage(mixed)
+
+    def result(self) -> tuple[Tensor, Tensor]:  # images [B, C, H, W] of the stage's size; losses [T, 3]: cross-entropy, R_mean, R_var
+        """Images and losses as they are now.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        self._keep_losses()
+        return self._current.images.clone(), finite(self._losses.clone(), self._precision)
+
+    def close(self) -> None:
+        """Free what was recorded; the device must have finished with it."""
+        for refinement in self._refinements.values():
+            refinement.close()
+
+    def _begin_stage(self, images: Tensor) -> None:
+        stage = self._stages[0]
+        self._current = self._refinements[images.shape]
+        self._current.load(images, self._labels, self.schedule.part(stage.start, stage.stop))
+
+    def _keep_losses(self) -> None:
+        stage = self._stages[0]
+        self._losses[stage.start : stage.stop].copy_(self._current.losses[: stage.stop - stage.start])
+
+
+def resized(
+    images: Tensor,  # [B, C, H, W]
+    stage: Stage,
+) -> Tensor:  # [B, C, stage.height, stage.width]
+    """The images at the size of a stage, bilinear without antialiasing; themselves where they have it."""
+    size = stage.height, stage.width
+    return images if images.shape[2:] == size else F.interpolate(images, size, mode="bilinear", align_corners=False)
