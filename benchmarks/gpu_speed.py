@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision.models  # noqa: F401  # here once, not in every step: it takes seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
