@@ -26,7 +26,7 @@ class Call:
 
 
 def count(peer: harness.Ours) -> list[Call]:
-    """The calls of one iteration of our engine, as it records them: weights frozen, one pass per BatchNorm layer each way."""
+    """The calls of one iteration of our engine, as it captures them: weights frozen, one pass per BatchNorm layer each way."""
     with peer.execution.arithmetic():
         graph = trace_step(peer.refinement._iterate)
     peer.reset()

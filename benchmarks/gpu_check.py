@@ -33,6 +33,7 @@ from dwa_fast.engine.backend import resolve
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 400.0  # seconds after the build
 _TOOLS = ("memcheck", "racecheck", "initcheck")
+_TESTS = ("tests/kernels", "tests/ops", "tests/engine", "tests/compat")  # the folders that have tests for a GPU
 _REPORTED = 30  # lines of a tool's report that are kept
 _SMALL = 2**16  # elements at most of a case that a tool watches
 
@@ -49,28 +50,31 @@ class Plan:
     precisions: tuple[str, str]
     network: tuple[int, str]  # whose largest inputs the operators get
     cases: int  # of the operators at most
+    ceilings: int  # copies tried for the most that the memory can do
     patience: float = 1.0  # factor of the steps' limits
 
 
 FULL = Plan(
     torch.device("cuda"),
-    ("-m", "gpu", "-n", "6", "tests/kernels", "tests/ops", "tests/engine", "tests/compat"),
+    ("-m", "gpu", "-n", "6", *_TESTS),
     "cifar100-resnet18",
     batch=None,
     iterations=300,
     precisions=("fp32", "bf16"),
     network=(18, "imagenet-resnet18"),
     cases=14,
+    ceilings=15,
 )
 TINY = Plan(
     torch.device("cpu"),
-    ("tests/ops/test_library.py",),
+    ("-k", "gpu or test_library", *_TESTS),  # those for a GPU are collected and skipped
     "digits",
     batch=3,
     iterations=3,
     precisions=("fp32", "fp32"),
-    network=(18, "cifar100-resnet18"),
+    network=(18, "digits"),
     cases=2,
+    ceilings=1,
     patience=20.0,
 )
 
@@ -79,7 +83,9 @@ def steps(plan: Plan, rows: Rows) -> list[Step]:
     """In the order of their worth."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "--timeout", "60", "-p", "no:cacheprovider"]
     tools = _TOOLS if plan.device.type == "cuda" else _TOOLS[:1]
-    tests = [*pytest, "--rows", str(rows.path.resolve()), "--rootdir", str(ROOT), *(_absolute(argument) for argument in plan.tests)]
+    # Named, since pytest looks for its settings above all paths among its arguments, and the rows may lie anywhere.
+    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    tests = [*pytest, *settings, "--rows", str(rows.path.resolve()), *(_absolute(argument) for argument in plan.tests)]
     found = [
         Step("facts", functools.partial(facts_of, plan.device), 20),
         Step("tests", tests, 200),
@@ -122,7 +128,7 @@ def chosen_cases(plan: Plan) -> list[operator_cases.Case]:
 
 def operators(plan: Plan, rows: Rows) -> None:
     """Errors, milliseconds and share of the copy ceiling of the chosen cases."""
-    ceiling = machine.copy_ceiling(plan.device)
+    ceiling = machine.copy_ceiling(plan.device, plan.ceilings)
     for case in chosen_cases(plan):
         inputs, exact, allowed = bench_operators.oracle(case, plan.device)
         fused = resolve("fused", case.precision, str(plan.device)).operators  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision.models  # noqa: F401  # here once, not in every step: it takes seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
@@ -121,11 +122,11 @@ def state(plan: Plan, rows: Rows) -> None:
 
 
 def first_look(plan: Plan, rows: Rows) -> None:
-    """Whether the fused step is right at all: traced, near the exact gradient, the same recorded and called, the same twice."""
+    """Whether the fused step is right at all: traced, near the exact gradient, the same captured and called, the same twice."""
     problem = _problem(plan, plan.workloads[0])
     exact = harness.numbers(harness.Published(problem, torch.float64, frozen=True), _CHECKED)
     execution = resolve("fused", plan.precision, str(plan.device))  # type: ignore[arg-type]
-    fused, called = harness.Ours(problem, execution), harness.Ours(problem, replace(execution, records=False))
+    fused, called = harness.Ours(problem, execution), harness.Ours(problem, replace(execution, captures=False))
     errors = harness.errors(fused, exact, _CHECKED)
     plain = harness.errors(harness.make_peer("eager", problem, plan.precision), exact, _CHECKED)
     results = []
@@ -133,7 +134,7 @@ def first_look(plan: Plan, rows: Rows) -> None:
         peer.reset()
         peer.advance(_CHECKED)
         results.append((peer.refinement.images.clone(), peer.recorded()))
-    recorded, direct, again = results
+    captured, direct, again = results
     rows.add(
         "first look",
         workload=problem.workload.name,
@@ -141,8 +142,8 @@ def first_look(plan: Plan, rows: Rows) -> None:
         errors=errors,
         errors_of_pytorch=plain,
         right=fused.network.traced and all(own <= 2 * other for own, other in zip(errors, plain, strict=True)),
-        recorded_equals_called=all(torch.equal(a, b) for a, b in zip(recorded, direct, strict=True)),
-        same_twice=all(torch.equal(a, b) for a, b in zip(recorded, again, strict=True)),
+        recorded_equals_called=all(torch.equal(a, b) for a, b in zip(captured, direct, strict=True)),
+        same_twice=all(torch.equal(a, b) for a, b in zip(captured, again, strict=True)),
         milliseconds=1e3 * harness.seconds(fused, plan.iterations, plan.device),
     )
 
@@ -192,7 +193,7 @@ def batches_in_flight(plan: Plan, rows: Rows) -> None:
         engine = Synthesizer(problem.teacher, problem.images, config, problem.recipe.data, batch_sizes=[len(problem.images)])
         batches = [Batch(number, problem.images, problem.labels) for number in range(count)]
         run = functools.partial(engine.run, batches, seed=harness.SEED)
-        run()  # records the steps
+        run()  # captures the steps
         samples = [machine.timed(run, plan.device) / plan.iterations / count for _ in range(plan.rounds)]
         rows.add("batches in flight", workload=problem.workload.name, count=count, milliseconds=_milliseconds(samples), with_ascent=True)
         del engine, run

@@ -99,7 +99,7 @@ def _ascents(speed: Sequence[Row]) -> list[str]:
 def _first_look(speed: Sequence[Row]) -> list[str]:
     return [
         f"Fused step on {row['workload']}: relative errors {_errors(row['errors'])} of gradient and losses "
-        f"(PyTorch's own operators: {_errors(row['errors_of_pytorch'])}); recorded and called steps give "
+        f"(PyTorch's own operators: {_errors(row['errors_of_pytorch'])}); captured and called steps give "
         f"{'the same' if row['recorded_equals_called'] else 'OTHER'} bits, two runs {'the same' if row['same_twice'] else 'OTHER'} bits."
         for row in _of(speed, "first look")
     ]

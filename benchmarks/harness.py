@@ -246,7 +246,7 @@ def make_peer(name: str, problem: Problem, precision: str) -> Peer:
     if name == "published":
         return Published(problem)
     if name in ("eager", "eager+graph"):
-        return Ours(problem, Tuned(name, graph_operators(name), problem.device, precision, records=name == "eager+graph"))
+        return Ours(problem, Tuned(name, graph_operators(name), problem.device, precision, captures=name == "eager+graph"))
     execution = resolve(name, precision, str(problem.device))  # type: ignore[arg-type]
     return Ours(problem, execution if name == "fused" else Tuned.of(execution))
 

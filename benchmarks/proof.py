@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -109,6 +110,7 @@ def _work(step: Step, rows: Rows) -> NoReturn:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.update(step.environment)
+        gc.freeze()  # what was imported is no garbage: searching it takes longer than a small step
         if not callable(step.work):
             os.execvp(step.work[0], list(step.work))
         step.work(rows)

@@ -29,7 +29,7 @@ from dwa_fast.seeding import generator
 def ascents(problem: harness.Problem, peers: dict[str, harness.Peer], rounds: int) -> dict[str, list[float]]:
     """Seconds of all K steps of the ascent, for every peer that has one of its own, taken in turns.
 
-    Those that record their steps, and all on a GPU, do it once for nothing before.
+    Those that capture their steps, and all on a GPU, do it once for nothing before.
     """
     steps: dict[str, Callable[[], None]] = {}
     for key, peer in peers.items():
@@ -122,7 +122,7 @@ def whole_batches(problem: harness.Problem, precision: str, iterations: int) -> 
         "precision": precision,
         "iterations": iterations,
         "seconds": second,
-        "setup_seconds": moments[0] - start + max(0.0, both - 2 * second),  # the first batch also records its steps
+        "setup_seconds": moments[0] - start + max(0.0, both - 2 * second),  # the first batch also captures its steps
         "published_seconds": published,
     }
 

@@ -159,7 +159,7 @@ class Swapped:
         self.batch = Batch(0, problem.images, problem.labels)
 
     def begin(self) -> None:
-        """Views, ascent and start of the batch; the first time the steps are recorded too."""
+        """Views, ascent and start of the batch; the first time the steps are captured too."""
         self.replica.begin(self.batch, harness.SEED)
         self.step = 0
 

@@ -1,4 +1,4 @@
-"""Triton twins of dwa_fast.ops.cross_entropy and record_: what an iteration does with its losses, in two launches."""
+"""Triton twins of dwa_fast.ops.cross_entropy and log_losses_: what an iteration does with its losses, in two launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwa_fast.kernels.layout import on_device_of
 
-_ROWS = 256  # losses that record_ adds up at a time
+_ROWS = 256  # losses that log_losses_ adds up at a time
 
 
 @triton.jit(do_not_specialize=["classes", "images"])
@@ -25,19 +25,19 @@ def _cross_entropy_kernel(logits, labels, losses, gradient, scale, classes, imag
     total = tl.sum(powers, axis=0)
     chosen = tl.sum(tl.where(column == label, x, 0.0), axis=0)
     tl.store(losses + image, tl.log(total) + largest - chosen)
-    of_logits = (tl.div_rn(powers, total) - tl.where(column == label, 1.0, 0.0)) * (scale / images)
-    tl.store(gradient + image * classes + column, of_logits.to(gradient.dtype.element_ty), mask=inside)
+    grad_logits = (tl.div_rn(powers, total) - tl.where(column == label, 1.0, 0.0)) * (scale / images)
+    tl.store(gradient + image * classes + column, grad_logits.to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["images", "iterations"])
-def _record_kernel(losses, step, of_images, matching, images, iterations, BLOCK: tl.constexpr):
-    """losses_t = (Σ of_images / N, R_mean, R_var),   t ← (t + 1) mod T;   one program, so that the order is fixed."""
+def _log_losses_kernel(losses, step, image_losses, matching, images, iterations, BLOCK: tl.constexpr):
+    """losses_t = (Σ image_losses / N, R_mean, R_var),   t ← (t + 1) mod T;   one program, so that the order is fixed."""
     t = tl.load(step)
     total = tl.zeros([BLOCK], dtype=tl.float64)
     start = 0
     while start < images:
         image = start + tl.arange(0, BLOCK)
-        total += tl.load(of_images + image, mask=image < images, other=0.0).to(tl.float64)
+        total += tl.load(image_losses + image, mask=image < images, other=0.0).to(tl.float64)
         start += BLOCK
     tl.store(losses + 3 * t, (tl.sum(total, axis=0) / images).to(tl.float32))
     tl.store(losses + 3 * t + 1, tl.load(matching))
@@ -64,12 +64,12 @@ def cross_entropy(
     return losses, gradient
 
 
-def record_(
+def log_losses_(
     losses: Tensor,  # [T, 3] float32, row t written
     step: Tensor,  # [] int64: t, advanced
-    of_images: Tensor,  # [N] float32
+    image_losses: Tensor,  # [N] float32
     matching: Tensor,  # [2] float32
 ) -> None:
-    """losses_t = (mean of of_images, R_mean, R_var); t ← (t + 1) mod T. One launch."""
+    """losses_t = (mean of image_losses, R_mean, R_var); t ← (t + 1) mod T. One launch."""
     with on_device_of(losses):
-        _record_kernel[(1,)](losses, step, of_images, matching, len(of_images), len(losses), BLOCK=_ROWS, num_warps=1)
+        _log_losses_kernel[(1,)](losses, step, image_losses, matching, len(image_losses), len(losses), BLOCK=_ROWS, num_warps=1)

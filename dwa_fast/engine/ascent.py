@@ -89,7 +89,7 @@ class Ascent:
         if view.shape not in self._steps:
             inputs = view.clone(), labels.clone()
             captured = CapturedStep(
-                lambda: self._step(*inputs), self.execution, records=not self.network.recording_error, graph_memory=self._graph_memory
+                lambda: self._step(*inputs), self.execution, captures=not self.network.capture_error, graph_memory=self._graph_memory
             )
             self._steps[view.shape] = (*inputs, captured)
         static_view, static_labels, captured = self._steps[view.shape]
@@ -115,7 +115,7 @@ class Ascent:
         return self.network.operators.ascend_(arena.weights, arena.gradients, self.config.rho, compute=arena.compute)[None]
 
     def _step(self, view: Tensor, labels: Tensor) -> None:
-        """One step; everything in it lies at fixed places, so that it can be recorded."""
+        """One step; everything in it lies at fixed places, so that it can be captured."""
         arena, config = self.arena, self.config
         with self.network.trainable():
             loss = F.cross_entropy(self.network(view, deferred=True).to(self.execution.master_dtype), labels)

@@ -37,7 +37,7 @@ class Execution:
     operators: Operators
     device: torch.device
     precision: str  # fp32, tf32, bf16, fp16 or fp64
-    records: bool = False  # whether steps are recorded once and then replayed without the interpreter
+    captures: bool = False  # whether steps are captured once and then replayed without the interpreter
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,8 +139,8 @@ def resolve(backend: BackendName, precision: Precision, device: str, teacher: ob
         slow = precision == "auto" and chosen != "reference" and where.type == "cpu" and arithmetic == "fp32"
         cause = "the teacher's depthwise convolutions are slow in bf16" if depthwise else "no AVX-512 BF16 for bf16"
         _announce(f"back-end {chosen} in {arithmetic} on {where}{why}" + (f" ({cause})" if slow else ""))
-    records = chosen == "fused" or (chosen == "compiled" and where.type == "cuda")
-    return Execution(chosen, _operators(chosen, where), where, arithmetic, records)
+    captures = chosen == "fused" or (chosen == "compiled" and where.type == "cuda")
+    return Execution(chosen, _operators(chosen, where), where, arithmetic, captures)
 
 
 def precisions(backend: str, device: torch.device) -> list[str]:
@@ -246,4 +246,4 @@ def _implementations(device: torch.device) -> dict[str, str]:
     """What computes each operator of the fused back-end."""
     if device.type == "cuda":
         return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN}
-    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++", "cross_entropy": _PLAIN, "record_": _PLAIN}
+    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++", "cross_entropy": _PLAIN, "log_losses_": _PLAIN}

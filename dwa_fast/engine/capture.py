@@ -1,4 +1,4 @@
-"""Records a step on fixed tensors and replays it without the interpreter: in C++ on a CPU, as a CUDA graph on a GPU."""
+"""Captures a step on fixed tensors and replays it without the interpreter: in C++ on a CPU, as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dwa_fast.engine.packing import pack_convolutions
 
 GraphMemory = Any  # of a GPU's memory: what `torch.cuda.graph_pool_handle` gives, whose type has no public name
 
-TRACING = threading.RLock()  # held while a step or a teacher is traced or recorded: torch.fx patches nn.Module for all threads of a process
+TRACING = threading.RLock()  # held while a step or a teacher is traced or captured: torch.fx patches nn.Module for all threads of a process
 _STREAMS = 32  # streams of a device in PyTorch's pool, which gives them out round-robin
 _WARM_UPS = 3  # before a capture: libraries choose their algorithms and allocate their workspaces
 
@@ -75,42 +75,42 @@ def compile_step(step: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-class OpTape:
+class CallList:
     """A step as a flat list of operator calls: forward, backward and updates in the order in which Python made them once.
 
     The step must read and write only tensors that stay where they are, and take the same path every time. The bits of the result are
     those of the step itself. Convolutions take weights that the step leaves alone in oneDNN's format: `refresh` packs them,
-    once when the OpTape is made, and is to be called after such weights have been changed. Making an OpTape runs the step once.
+    once when it is made, and is to be called after such weights have been changed. Making one runs the step once.
     """
 
     def __init__(self, step: Callable[[], None]) -> None:
         ops.load()
         graph = trace_step(step)
         once = pack_convolutions(graph)
-        self._tape = importlib.import_module("dwa_fast._C").Program()
+        self._calls = importlib.import_module("dwa_fast._C").Program()
         slots: dict[Node, Any] = {}
         for node in graph.graph.nodes:
             if node.op == "get_attr":
-                slots[node] = self._tape.hold(operator.attrgetter(str(node.target))(graph).detach())
+                slots[node] = self._calls.hold(operator.attrgetter(str(node.target))(graph).detach())
             elif node.op == "call_function" and node.target is operator.getitem:
                 slots[node] = slots[node.args[0]][node.args[1]]
             elif node.op == "call_function":
                 slots[node] = self._append(node, slots, node in once)
             elif node.op not in ("placeholder", "output"):
-                raise RuntimeError(f"a recorded step holds {node.format_node()}, which is no operator call")
-        self._tape.seal()
+                raise RuntimeError(f"a captured step holds {node.format_node()}, which is no operator call")
+        self._calls.seal()
         self.refresh()
 
     def refresh(self) -> None:
         """Pack the frozen weights again."""
-        self._tape.refresh()
+        self._calls.refresh()
 
     def run(self, times: int) -> None:
         """Replay the step; other Python threads run meanwhile."""
-        self._tape.run(times)
+        self._calls.run(times)
 
     def __len__(self) -> int:
-        return int(self._tape.size)
+        return int(self._calls.size)
 
     def _append(self, node: Node, slots: dict[Node, Any], once: bool) -> Any:
         """The slot of the node's result, or a list of slots if there are several results."""
@@ -123,17 +123,17 @@ class OpTape:
         value = node.meta["val"] if schema.returns else ()
         several = not isinstance(value, Tensor)
         count = len(value) if several else 1
-        results = self._tape.call(schema.name, schema.overload_name, arguments, count, once)
+        results = self._calls.call(schema.name, schema.overload_name, arguments, count, once)
         return results if several else results[0]
 
 
 class CapturedStep:
     """Replays a step any number of times. Creating one executes the step, so buffers that it changes must be initialised afterwards.
 
-    An execution that records does so once: on a CPU the operator calls, which C++ repeats with the interpreter lock released; on a GPU
-    the kernels, as a CUDA graph. The back-end "compiled" compiles the step first. Without recording, every repeat calls the step.
+    An execution that captures does so once: on a CPU the operator calls, which C++ repeats with the interpreter lock released; on a GPU
+    the kernels, as a CUDA graph. The back-end "compiled" compiles the step first. Without a capture, every repeat calls the step.
 
-    A recorded step no longer refers to the function that it was made from, so that its memory is freed with the last reference to it.
+    A captured step no longer refers to the function that it was made from, so that its memory is freed with the last reference to it.
     """
 
     def __init__(
@@ -142,43 +142,43 @@ class CapturedStep:
         execution: Execution,
         *,
         compiles: bool = False,
-        records: bool = True,  # whether the step always makes the same calls, which a branch on values would change
+        captures: bool = True,  # whether the step always makes the same calls, which a branch on values would change
         graph_memory: GraphMemory | None = None,
     ) -> None:
-        """Record the step.
+        """Capture the step.
 
         Args:
             graph_memory: shared by captured steps that never run at the same time.
         """
         self._execution = execution
         self._step: Callable[[], None] | None = step
-        self._tape: OpTape | None = None
+        self._calls: CallList | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._launch: Callable[[int, int, int], None] | None = None  # repeats the graph from C++; PyTorch does where that was not built
-        if not records:
+        if not captures:
             return
         with TRACING:
             if compiles and execution.backend == "compiled":
                 self._step = step = compile_step(step)
-            if not execution.records:
+            if not execution.captures:
                 return
             if execution.device.type == "cuda":
                 self._graph = _captured(step, execution.device, graph_memory)
                 if ops.cause() is None and ops.built_with()["has_cuda"]:
                     self._launch = importlib.import_module("dwa_fast._C").launch_graph
             else:
-                self._tape = OpTape(step)
+                self._calls = CallList(step)
         self._step = None
 
     def refresh(self) -> None:
         """Call this before the first replay, and whenever weights that the step only reads have changed."""
-        if self._tape is not None:
-            self._tape.refresh()
+        if self._calls is not None:
+            self._calls.refresh()
 
     def run(self, times: int) -> None:
         """Repeat the step; on a GPU this only queues the work."""
-        if self._tape is not None:
-            self._tape.run(times)
+        if self._calls is not None:
+            self._calls.run(times)
         elif self._launch is not None and self._graph is not None:
             stream = torch.cuda.current_stream(self._execution.device).cuda_stream
             self._launch(self._graph.raw_cuda_graph_exec(), stream, times)

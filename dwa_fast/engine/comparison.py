@@ -103,15 +103,15 @@ def _respond(
             direction = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).view(logits.shape)
             terms = [torch.cat(each).norm() for each in zip(*gap_pairs.values(), strict=True)]
             matching = torch.stack([term / term.detach().clamp_min(torch.finfo(term.dtype).tiny) for term in terms]).sum()
-            of_logits = torch.autograd.grad((logits * direction).sum(), [leaf, *weights.values()], retain_graph=True, allow_unused=True)
-            (of_matching,) = torch.autograd.grad(matching, leaf, allow_unused=True) if matching.requires_grad else (None,)
+            logit_grads = torch.autograd.grad((logits * direction).sum(), [leaf, *weights.values()], retain_graph=True, allow_unused=True)
+            (grad_matching,) = torch.autograd.grad(matching, leaf, allow_unused=True) if matching.requires_grad else (None,)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-    of_images, *of_weights = of_logits
+    grad_images, *grad_weights = logit_grads
     nothing = torch.zeros_like(leaf)
-    named = {name: gradient for name, gradient in zip(weights, of_weights, strict=True) if gradient is not None}
-    grads = Gradients(nothing if of_images is None else of_images, nothing if of_matching is None else of_matching, named)
+    named = {name: gradient for name, gradient in zip(weights, grad_weights, strict=True) if gradient is not None}
+    grads = Gradients(nothing if grad_images is None else grad_images, nothing if grad_matching is None else grad_matching, named)
     return Response(logits.detach(), {name: (mean.detach(), var.detach()) for name, (mean, var) in gap_pairs.items()}, grads)
 
 

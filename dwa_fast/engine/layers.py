@@ -57,8 +57,8 @@ class LeanConv(nn.Module):
         sizes = [len(weight)] if self.bias is not None else None
         shape = self.stride, self.padding, self.dilation, False, [0, 0], self.groups
         gradients = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *shape, needed)
-        of_input, of_weight, of_bias = (each if used else None for each, used in zip(gradients, needed, strict=True))
-        return of_input, of_weight, of_bias
+        grad_input, grad_weight, grad_bias = (each if used else None for each, used in zip(gradients, needed, strict=True))
+        return grad_input, grad_weight, grad_bias
 
 
 class _LeanConv(torch.autograd.Function):
@@ -138,8 +138,8 @@ class StemConv(LeanConv):
         needed: list[bool],  # of the input, of the weights, of the bias
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the three; None where it is not needed."""
-        _, of_weight, of_bias = super().gradients(gradient, weight, x, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
-        return self.image_gradient(gradient, *x.shape[2:]) if needed[0] else None, of_weight, of_bias
+        _, grad_weight, grad_bias = super().gradients(gradient, weight, x, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
+        return self.image_gradient(gradient, *x.shape[2:]) if needed[0] else None, grad_weight, grad_bias
 
     def image_gradient(
         self,

@@ -1,4 +1,4 @@
-"""Packs the convolution weights that a recorded step does not change into oneDNN's format."""
+"""Packs the convolution weights that a captured step does not change into oneDNN's format."""
 
 from __future__ import annotations
 

@@ -43,11 +43,11 @@ class Refinement:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.low, self.high = (torch.tensor(bound, dtype=dtype, device=device) for bound in normalisation.bounds)
         lambdas = torch.tensor([config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
-        self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
-        self.of_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
+        self.grad_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
+        self.grad_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
         self._refresh()
-        records = not (classifier.recording_error or matcher.recording_error)
-        self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
+        captures = not (classifier.capture_error or matcher.capture_error)
+        self._captured = CapturedStep(self._iterate, execution, compiles=True, captures=captures, graph_memory=graph_memory)
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
         """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
@@ -77,22 +77,22 @@ class Refinement:
 
         On CUDA the launches are: `view`; for each layer a convolution of cuDNN and `bn_act`, which leaves partial sums of the moments;
         pooling, linear layer and `cross_entropy`, beside `matching_gradient` on a second stream; backwards the same layers in reverse
-        order, `bn_act` with the gradients of the moments; `view_adam_clip_`; `record_`.
+        order, `bn_act` with the gradients of the moments; `view_adam_clip_`; `log_losses_`.
         """
         operators, scale = self.classifier.operators, self.execution.loss_scale
         view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
         logits = self.classifier(view, deferred=True)
         if self.matcher is not self.classifier:
             self.matcher(view, deferred=True)
-        matching, moments, of_moments = self.matcher.matching_gradient(self.config.first_layer_weight, self.of_matching)
-        ce, of_logits = operators.cross_entropy(logits, self.labels, scale)
+        matching, moments, grad_moments = self.matcher.matching_gradient(self.config.first_layer_weight, self.grad_matching)
+        ce, grad_logits = operators.cross_entropy(logits, self.labels, scale)
         priors = self._priors(view)
         self.matcher.join()
-        results, gradients = [logits, *priors, *moments], [of_logits, *[self.of_prior] * len(priors), *of_moments]
+        results, gradients = [logits, *priors, *moments], [grad_logits, *[self.grad_prior] * len(priors), *grad_moments]
         (gradient,) = torch.autograd.grad(results, view, gradients)
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
-        operators.record_(self.losses, self.step, ce, matching)
+        operators.log_losses_(self.losses, self.step, ce, matching)
 
     def _priors(self, view: Tensor) -> list[Tensor]:
         """SRe2L's weighted priors, where they have a weight."""

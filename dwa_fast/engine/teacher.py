@@ -101,7 +101,7 @@ class Network(nn.Module):
         self.module = rewritten.module
         self.layers = rewritten.layers
         self.traced = rewritten.traced
-        self.recording_error: str | None = None  # why steps with this network cannot be recorded, if so
+        self.capture_error: str | None = None  # why steps with this network cannot be captured, if so
         self._plans: dict[tuple[float, ...], MatchingPlan] = {}
         self._arena_plans: dict[torch.Size, MatchingPlan] = {}  # those with an arena of partial sums, by shape of the images
         self._arena_plan: MatchingPlan | None = None  # the one whose arena holds the partial sums of the last forward pass
@@ -376,27 +376,27 @@ def _verified_network(
         cause = first_line(error)
     if cause is not None:
         raise InputError(f"back-end {execution.backend!r} does not compute what the teacher does: {cause}; another back-end may")
-    if execution.records or execution.backend == "compiled":
-        network.recording_error = _recording_error(network, module, inputs)
+    if execution.captures or execution.backend == "compiled":
+        network.capture_error = _capture_error(network, module, inputs)
     return network
 
 
-def _recording_error(network: Network, module: nn.Module, images: Tensor) -> str | None:
-    """Why the forward pass of a network that was not traced cannot be recorded, such as branches on values; None where it can."""
-    recorded = torch.zeros_like(network(images).detach())
+def _capture_error(network: Network, module: nn.Module, images: Tensor) -> str | None:
+    """Why the forward pass of a network that was not traced cannot be captured, such as branches on values; None where it can."""
+    captured = torch.zeros_like(network(images).detach())
 
     def step() -> None:
-        recorded.copy_(network(images).detach())
+        captured.copy_(network(images).detach())
 
     try:
         repeat = trace_step(step)
         with _perturbed_weights(module), torch.no_grad():
             repeat(torch.empty(0))
-            if not _alike(network(images), recorded):
+            if not _alike(network(images), captured):
                 raise RuntimeError("it computes with numbers that it reads from its weights")
     except Exception as error:  # of any kind: this traces the teacher's own code
         cause = first_line(error)
-        log.warning("teacher cannot be recorded (%s); its own code is called in every step, which is a little slower", cause)
+        log.warning("teacher cannot be captured (%s); its own code is called in every step, which is a little slower", cause)
         return cause
     finally:
         network.forget()

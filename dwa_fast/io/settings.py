@@ -1,4 +1,4 @@
-"""Compares recorded settings with the present ones."""
+"""Compares stored settings with the present ones."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.batch_norm_act import batch_norm_act
 from dwa_fast.ops.bn_act import bn_act, partial_rows
 from dwa_fast.ops.bn_act_pool import bn_act_pool
-from dwa_fast.ops.losses import cross_entropy, record_
+from dwa_fast.ops.losses import cross_entropy, log_losses_
 from dwa_fast.ops.matching_loss import matching_gradient, matching_loss
 from dwa_fast.ops.mean_pool import mean_pool
 from dwa_fast.ops.moments import moments
@@ -29,12 +29,12 @@ __all__ = [
     "cpu_level",
     "cross_entropy",
     "load",
+    "log_losses_",
     "matching_gradient",
     "matching_loss",
     "mean_pool",
     "moments",
     "partial_rows",
-    "record_",
     "view",
     "view_adam_clip_",
 ]

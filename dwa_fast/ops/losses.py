@@ -46,13 +46,13 @@ def cross_entropy(
     return losses, gradient
 
 
-def record_(
+def log_losses_(
     losses: Tensor,  # [T, 3], float32, row t written
     step: Tensor,  # [], int64: t, advanced
-    of_images: Tensor,  # [N], float32
+    image_losses: Tensor,  # [N], float32
     matching: Tensor,  # [2], float32
 ) -> None:
-    """losses_t = (mean of of_images, R_mean, R_var), then t ← (t + 1) mod T, in one launch, on CUDA alone.
+    """losses_t = (mean of image_losses, R_mean, R_var), then t ← (t + 1) mod T, in one launch, on CUDA alone.
 
     Raises:
         TypeError: an argument has the wrong precision.
@@ -62,18 +62,18 @@ def record_(
     for name, tensor, dtype in (
         ("losses", losses, torch.float32),
         ("step", step, torch.int64),
-        ("of_images", of_images, torch.float32),
+        ("image_losses", image_losses, torch.float32),
         ("matching", matching, torch.float32),
     ):
         if tensor.dtype is not dtype:
             raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if losses.dim() != 2 or losses.size(1) != 3 or step.dim() != 0 or of_images.dim() != 1 or matching.shape != (2,):
-        shapes = ", ".join(str(tuple(each.shape)) for each in (losses, step, of_images, matching))
-        raise ValueError(f"losses, step, of_images and matching must be [T, 3], [], [N] and [2], got {shapes}")
+    if losses.dim() != 2 or losses.size(1) != 3 or step.dim() != 0 or image_losses.dim() != 1 or matching.shape != (2,):
+        shapes = ", ".join(str(tuple(each.shape)) for each in (losses, step, image_losses, matching))
+        raise ValueError(f"losses, step, image_losses and matching must be [T, 3], [], [N] and [2], got {shapes}")
     _library.load()
-    torch.ops.dwa_fast.record_.default(losses, step, of_images, matching)
+    torch.ops.dwa_fast.log_losses_.default(losses, step, image_losses, matching)
 
 
 @_library.fake("cross_entropy", triton="losses", schema="(Tensor logits, Tensor labels, float scale) -> (Tensor losses, Tensor gradient)")
@@ -81,6 +81,6 @@ def _cross_entropy_fake(logits: Tensor, labels: Tensor, scale: float) -> tuple[T
     return logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@_library.fake("record_", triton="losses", schema="(Tensor(a!) losses, Tensor(b!) step, Tensor of_images, Tensor matching) -> ()")
-def _record_fake(losses: Tensor, step: Tensor, of_images: Tensor, matching: Tensor) -> None:
+@_library.fake("log_losses_", triton="losses", schema="(Tensor(a!) losses, Tensor(b!) step, Tensor image_losses, Tensor matching) -> ()")
+def _log_losses_fake(losses: Tensor, step: Tensor, image_losses: Tensor, matching: Tensor) -> None:
     return None

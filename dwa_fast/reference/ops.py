@@ -147,14 +147,14 @@ def cross_entropy(
     return loss.detach()[None], torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
 
 
-def record_(
+def log_losses_(
     losses: Tensor,  # [T, 3], row t written
     step: Tensor,  # [] int64: t, advanced
-    of_images: Tensor,  # [N]
+    image_losses: Tensor,  # [N]
     matching: Tensor,  # [2]
 ) -> None:
-    """losses_t = (mean of of_images, R_mean, R_var); t ← (t + 1) mod T."""
-    losses.index_copy_(0, step[None], torch.cat([of_images.mean(0, keepdim=True), matching])[None])
+    """losses_t = (mean of image_losses, R_mean, R_var); t ← (t + 1) mod T."""
+    losses.index_copy_(0, step[None], torch.cat([image_losses.mean(0, keepdim=True), matching])[None])
     step.add_(1).remainder_(len(losses))
 
 
@@ -250,7 +250,7 @@ class Operators:
     matching_loss: Callable[..., Tensor] = matching_loss
     matching_gradient: Callable[..., tuple[Tensor, Tensor]] = matching_gradient
     cross_entropy: Callable[..., tuple[Tensor, Tensor]] = cross_entropy
-    record_: Callable[..., None] = record_
+    log_losses_: Callable[..., None] = log_losses_
     view: Callable[..., Tensor] = view
     view_adam_clip_: Callable[..., None] = view_adam_clip_
     ascend_: Callable[..., Tensor] = ascend_

@@ -1,4 +1,4 @@
-"""A recorded step does what the step does, bit for bit, as often as asked."""
+"""A captured step does what the step does, bit for bit, as often as asked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dwa_fast import synthesize
 from dwa_fast.engine import ascent, capture, synthesis
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import Execution
-from dwa_fast.engine.capture import CapturedStep, OpTape, compile_step
+from dwa_fast.engine.capture import CallList, CapturedStep, compile_step
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.reference.ops import Operators
 from tests.nets import real_images, small_recipe, small_teacher
@@ -43,24 +43,24 @@ def test_repeats_a_training_step_bit_for_bit() -> None:
             losses.index_copy_(0, count[None], loss[None])
             count.add_(1)
 
-    plain, recorded = make(), make()
+    plain, captured = make(), make()
     for _ in range(5):
         step(*plain)
-    tape = OpTape(lambda: step(*recorded))  # runs the step once
-    tape.run(4)
-    assert len(tape) > 20
-    assert torch.equal(plain[1], recorded[1])
+    calls = CallList(lambda: step(*captured))  # runs the step once
+    calls.run(4)
+    assert len(calls) > 20
+    assert torch.equal(plain[1], captured[1])
     assert (plain[1].diff() < 0).all()
-    for one, two in zip(plain[0], recorded[0], strict=True):
+    for one, two in zip(plain[0], captured[0], strict=True):
         assert torch.equal(one, two)
 
 
 def test_other_threads_go_on_meanwhile() -> None:
     values, ticks, done = torch.randn(400, 400), 0, threading.Event()
-    tape = OpTape(lambda: values.copy_(torch.tanh(values @ values)))
+    calls = CallList(lambda: values.copy_(torch.tanh(values @ values)))
 
     def work() -> None:
-        tape.run(200)
+        calls.run(200)
         done.set()
 
     thread = threading.Thread(target=work)
@@ -78,10 +78,10 @@ def test_error_in_a_repeat_is_an_exception() -> None:
     def step() -> None:
         values.index_copy_(0, index, torch.ones(1))
 
-    tape = OpTape(step)
+    calls = CallList(step)
     index.fill_(7)
     with pytest.raises(IndexError, match=r"out of (bounds|range)"):
-        tape.run(1)
+        calls.run(1)
 
 
 def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
@@ -89,11 +89,11 @@ def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
     sources = [torch.randn(300, 300, dtype=torch.float64) for _ in range(2)]
     results = [torch.zeros_like(source) for source in sources]
 
-    def make(source: Tensor, result: Tensor) -> OpTape:
-        return OpTape(lambda: result.copy_((source @ source.T).tanh() + (source * 2).sin()))
+    def make(source: Tensor, result: Tensor) -> CallList:
+        return CallList(lambda: result.copy_((source @ source.T).tanh() + (source * 2).sin()))
 
     programs = [make(*pair) for pair in zip(sources, results, strict=True)]
-    threads = [threading.Thread(target=tape.run, args=(60,)) for tape in programs]
+    threads = [threading.Thread(target=calls.run, args=(60,)) for calls in programs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -107,9 +107,9 @@ def test_programs_in_several_threads_share_the_pool_of_memory() -> None:
 def test_a_tensor_as_index_leaves_a_gap_in_a_list_of_optional_tensors() -> None:
     """x[:, i] gives the operator [None, i]; the gap has no slot."""
     x, index, result = torch.randn(4, 5), torch.tensor([2, 0, 1]), torch.zeros(4, 3)
-    tape = OpTape(lambda: result.copy_((2 * x)[:, index]))
+    calls = CallList(lambda: result.copy_((2 * x)[:, index]))
     result.zero_()
-    tape.run(3)
+    calls.run(3)
     assert torch.equal(result, 2 * x[:, [2, 0, 1]])
 
 
@@ -160,7 +160,7 @@ def test_graph_is_replayed_by_pytorch_where_the_extension_has_no_cuda(monkeypatc
     graph = Graph()
     monkeypatch.setattr(capture, "_captured", lambda *_: graph)
     monkeypatch.setattr(capture.ops, "built_with", lambda: {"has_cuda": False})
-    step = CapturedStep(lambda: None, Execution("compiled", Operators("compiled"), torch.device("cuda"), "fp32", records=True))
+    step = CapturedStep(lambda: None, Execution("compiled", Operators("compiled"), torch.device("cuda"), "fp32", captures=True))
     step.run(3)
     assert graph.replays == 3
     step.close()

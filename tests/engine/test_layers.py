@@ -105,7 +105,7 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     torch.manual_seed(0)
     teacher = build(architecture, classes=10, channels=3, size=32).eval()
     config = SynthesisConfig(batch_size=2, iterations=2, ascent="none", device="cpu", backend="fused", precision="fp32")
-    execution = replace(resolve(config.backend, config.precision, config.device), records=False)  # it is traced below
+    execution = replace(resolve(config.backend, config.precision, config.device), captures=False)  # it is traced below
     images = torch.randn(2, 3, 32, 32)
     network, _ = prepare(teacher, images, execution)
     Arena(network, execution, moves=False)

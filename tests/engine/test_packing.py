@@ -1,4 +1,4 @@
-"""A recorded step gives oneDNN the weights that it never changes packed, once; the bits stay."""
+"""A captured step gives oneDNN the weights that it never changes packed, once; the bits stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.engine.capture import OpTape, trace_step
+from dwa_fast.engine.capture import CallList, trace_step
 from dwa_fast.engine.packing import frozen_tensors, pack_convolutions
 
 CONSTANT = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
@@ -47,16 +47,16 @@ def test_bits_are_those_of_the_step_and_follow_changed_weights(layer: object, dt
     convolution = layer().to(dtype, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[operator]
     images = torch.randn(3, 16, 10, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     plain = images.clone(), torch.zeros(()), torch.zeros_like(images)
-    recorded = images.clone(), torch.zeros(()), torch.zeros_like(images)
-    tape = OpTape(lambda: step_of(convolution, *recorded))
+    captured = images.clone(), torch.zeros(()), torch.zeros_like(images)
+    calls = CallList(lambda: step_of(convolution, *captured))
     step_of(convolution, *plain)
     for _ in range(2):
         convolution.weight.mul_(0.5).add_(0.01)
-        tape.refresh()
-        tape.run(2)
+        calls.refresh()
+        calls.run(2)
         for _ in range(2):
             step_of(convolution, *plain)
-    for ours, theirs in zip(recorded, plain, strict=True):
+    for ours, theirs in zip(captured, plain, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -83,8 +83,8 @@ def test_weights_that_the_step_changes_are_not_constant() -> None:
         flat.add_(F.conv2d(x, weight).mean())
 
     before = flat.clone()
-    tape = OpTape(step)
-    tape.run(3)
+    calls = CallList(step)
+    calls.run(3)
     for _ in range(4):
         before.add_(F.conv2d(x, before.view(4, 3, 3, 3)).mean())
     assert torch.equal(flat, before)
@@ -114,20 +114,20 @@ def test_what_is_computed_from_weights_alone_is_computed_in_every_repeat() -> No
         value += 1.0
         result.copy_(value)
 
-    tape = OpTape(step)
-    tape.run(3)
+    calls = CallList(step)
+    calls.run(3)
     assert torch.equal(result, weight.t().reshape(-1) + 1)
 
 
 @pytest.mark.parametrize(("make", "shape"), [(nn.Conv1d, (3, 16, 8)), (nn.Conv3d, (3, 16, 4, 8, 8))], ids=["1d", "3d"])
 def test_other_dimensions_are_called_as_they_are(make: type[nn.Module], shape: tuple[int, ...]) -> None:
     layer = make(16, 8, 3, padding=1).requires_grad_(False)
-    plain, recorded = ((torch.ones(shape), torch.zeros(()), torch.zeros(shape)) for _ in range(2))
-    tape = OpTape(lambda: step_of(layer, *recorded))
-    tape.run(2)
+    plain, captured = ((torch.ones(shape), torch.zeros(()), torch.zeros(shape)) for _ in range(2))
+    calls = CallList(lambda: step_of(layer, *captured))
+    calls.run(2)
     for _ in range(3):
         step_of(layer, *plain)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recorded, plain, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, plain, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_convolutions_that_cannot_be_packed_are_called_as_they_are(call: Callabl
 
     step()
     wanted = result.clone()
-    tape = OpTape(step)
+    calls = CallList(step)
     result.zero_()
-    tape.run(2)
+    calls.run(2)
     assert torch.equal(result, wanted)
 
 
@@ -164,7 +164,7 @@ def test_packing_leaves_the_global_random_numbers_alone() -> None:
     layer = CONVOLUTIONS["3x3"]().to(memory_format=torch.channels_last).requires_grad_(False)
     images = torch.randn(3, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(3)
-    OpTape(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
+    CallList(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
     assert torch.equal(torch.rand(2), wanted)
 
 
@@ -173,16 +173,16 @@ def test_packed_weights_are_not_in_the_pool_that_they_would_not_return_to() -> N
     extension = importlib.import_module("dwa_fast._C")
     layer = nn.Conv2d(64, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last).requires_grad_(False)
     images = torch.randn(20, 64, 8, 8).contiguous(memory_format=torch.channels_last)
-    tape = OpTape(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
+    calls = CallList(lambda: step_of(layer, images, torch.zeros(()), torch.zeros_like(images)))
     values = torch.randn(300, 300)
-    other = OpTape(lambda: values.copy_(torch.tanh(values @ values)))  # holds the pool open in its thread
+    other = CallList(lambda: values.copy_(torch.tanh(values @ values)))  # holds the pool open in its thread
     thread = threading.Thread(target=other.run, args=(300,))
     thread.start()
     for _ in range(3):
-        tape.refresh()
-        tape.run(2)
+        calls.refresh()
+        calls.run(2)
     thread.join()
-    del tape
+    del calls
     gc.collect()
     assert extension.pool_in_use() == 0
 
@@ -196,9 +196,9 @@ def test_other_threads_use_onednn_while_a_program_runs() -> None:
         wanted = layer(x)
 
     def repeat() -> None:
-        tape = OpTape(lambda: values.copy_(torch.tanh(values @ values)))
+        calls = CallList(lambda: values.copy_(torch.tanh(values @ values)))
         for _ in range(400):
-            tape.run(1)
+            calls.run(1)
         done.set()
 
     thread = threading.Thread(target=repeat)

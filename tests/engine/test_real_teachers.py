@@ -155,7 +155,7 @@ def hooked(register: str) -> nn.Module:
 
 
 class NumberOfWeights(Net):
-    """A recorded step must not take a number of θ for that of θ̃."""
+    """A captured step must not take a number of θ for that of θ̃."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def test_ascent_of_a_part_without_gradients(backend: str) -> None:
 def test_value_branch_is_called_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dwa_fast"):
         synthesize(teacher("branch on values"), torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 3]), config())
-    assert [record.message.split(" (")[0] for record in caplog.records] == ["teacher cannot be traced", "teacher cannot be recorded"]
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["teacher cannot be traced", "teacher cannot be captured"]
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

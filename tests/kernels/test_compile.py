@@ -4,7 +4,8 @@ Started as a program, without the interpreter that the other tests use, this fil
 
     python tests/kernels/test_compile.py [--json] [--few] [80] [90] [100]
 
-With --few, of the launches whose arguments have the same types only the first one, as in the tests that are not slow.
+With --few, as in the tests that are not slow: of the launches in bfloat16 whose arguments have the same types the first one, of a kernel's
+launches in float32 the first one, and of those in float16 none.
 
 What is compiled is what the launchers launch: they run on meta tensors of real shapes, and their launches are written down instead of run.
 """
@@ -60,6 +61,11 @@ class Launch(NamedTuple):
     def has(self, argument: str) -> bool:
         return argument not in self.constants or self.constants[argument] is not None
 
+    @property
+    def precision(self) -> str:
+        """That of the features: sums are float32 beside any."""
+        return next((kind for kind in ("bf16", "fp16") if f"*{kind}" in self.signature.values()), "fp32")
+
     def same_types(self) -> object:
         return self.kernel, tuple(self.signature.items()), self.aligned
 
@@ -107,8 +113,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "odd address", partial(ascend.ascend_, arena[1:], arena[1:], 0.1)
 
 
-def record(few: bool = False) -> tuple[list[str], list[Launch]]:
-    """Names of all kernels, and one launch for every code that the launchers would have compiled, or a few of them."""
+def collect() -> tuple[list[str], list[Launch]]:
+    """Names of all kernels, and one launch for every code that the launchers would have compiled."""
     from triton.runtime.jit import JITFunction
 
     import dwa_fast.kernels
@@ -126,13 +132,24 @@ def record(few: bool = False) -> tuple[list[str], list[Launch]]:
         assert grid[0] < 2**31
         assert all(0 < size < 2**16 for size in grid[1:])
         launch = specialise(names[self], case, self, self.signature.bind(*args, **kwargs).arguments, num_warps)
-        found.setdefault(launch.same_types() if few else launch.same_code(), launch)
+        found.setdefault(launch.same_code(), launch)
 
     JITFunction.run = write_down
     for label, call in launches():
         case = label
         call()
     return sorted(f"{module}.{kernel.__name__}" for kernel, module in names.items()), list(found.values())
+
+
+def a_few(found: list[Launch]) -> list[Launch]:
+    """See the top of this file."""
+    low = {launch.kernel for launch in found if launch.precision == "bf16"}
+    chosen: dict[object, Launch] = {}
+    for launch in found:
+        if launch.precision != "fp16":
+            first_suffices = launch.precision == "fp32" and launch.kernel in low
+            chosen.setdefault(launch.kernel if first_suffices else launch.same_types(), launch)
+    return list(chosen.values())
 
 
 def counted(launch: Launch) -> int | None:
@@ -228,8 +245,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     capabilities = [int(argument) for argument in arguments if argument.isdigit()] or list(CAPABILITIES)
-    kernels, found = record("--few" in arguments)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
+    kernels, found = collect()
+    found = a_few(found) if "--few" in arguments else found
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as workers:  # with everything imported
         rows = list(workers.map(compile_launch, *zip(*itertools.product(found, capabilities), strict=True), chunksize=4))
     print(json.dumps({"kernels": kernels, "rows": rows}) if "--json" in arguments else table(rows))
 

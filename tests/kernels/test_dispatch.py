@@ -100,7 +100,7 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
     ]
     for result, expected in zip((norms[0], *arenas[0]), (norms[1], *arenas[1]), strict=True):
         torch.testing.assert_close(result, expected)
-    ops.record_(torch.zeros(3, 3), step.clone(), ops.cross_entropy(torch.rand(4, 5), torch.arange(4), 1.0)[0], torch.zeros(2))
+    ops.log_losses_(torch.zeros(3, 3), step.clone(), ops.cross_entropy(torch.rand(4, 5), torch.arange(4), 1.0)[0], torch.zeros(2))
     assert calls == set(_library._launchers)
 
 
@@ -118,7 +118,7 @@ def test_opcheck(calls: set[str]) -> None:
         "matching_gradient": (sums, var, *layers, torch.rand(2), None, torch.zeros(1, dtype=torch.int32)),
         "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2)),
         "cross_entropy": (torch.rand(4, 5), torch.arange(4), 2.0),
-        "record_": (torch.rand(3, 3), torch.tensor(1), torch.rand(4), torch.rand(2)),
+        "log_losses_": (torch.rand(3, 3), torch.tensor(1), torch.rand(4), torch.rand(2)),
         "ascend_": (torch.rand(9), torch.rand(9), 0.5, True, torch.zeros(9, dtype=torch.bfloat16)),
         "view": (y, rows, step, torch.bfloat16),
         "view_adam_clip_": (y, y.bfloat16(), y.clone(), y.abs(), rows, torch.rand(3), step, -mean.abs(), mean.abs(), 2.0, 0.5, 0.9, 1e-8),
@@ -154,4 +154,4 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
         assert bool(network._arena_plans) == (name == "fused")
     for exact, plain, ours in zip(*results.values(), strict=True):
         assert distance(ours, exact) <= max(2 * distance(plain, exact), 1e-6)
-    assert {"bn_act_forward", "bn_act_backward", "matching_gradient", "cross_entropy", "record_", "view", "view_adam_clip_"} <= calls
+    assert {"bn_act_forward", "bn_act_backward", "matching_gradient", "cross_entropy", "log_losses_", "view", "view_adam_clip_"} <= calls

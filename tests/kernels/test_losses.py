@@ -1,4 +1,4 @@
-"""cross_entropy and record_ in Triton, interpreted on a CPU and real on a GPU, against their plain twins in float64."""
+"""cross_entropy and log_losses_ in Triton, interpreted on a CPU and real on a GPU, against their plain twins in float64."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def test_extremes(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("images", [1, 3, 257])
-def test_record(images: int, device: torch.device) -> None:
+def test_log_losses(images: int, device: torch.device) -> None:
     losses, step = torch.zeros(3, 3, device=device), torch.tensor(1, device=device)
     for t in (1, 2, 0):
         assert step.item() == t
-        of_images, matching = torch.rand(images, device=device), torch.rand(2, device=device)
-        kernel.record_(losses, step, of_images, matching)
-        expected = [of_images.double().mean().float(), *matching]
+        image_losses, matching = torch.rand(images, device=device), torch.rand(2, device=device)
+        kernel.log_losses_(losses, step, image_losses, matching)
+        expected = [image_losses.double().mean().float(), *matching]
         assert torch.equal(losses[t], torch.stack(expected))
     assert losses.all()
 
 
 def both(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     losses, step = torch.zeros(2, 3, device=logits.device), torch.zeros((), dtype=torch.int64, device=logits.device)
-    of_images, gradient = kernel.cross_entropy(logits, labels, 1.0)
-    kernel.record_(losses, step, of_images, of_images[:2])
+    image_losses, gradient = kernel.cross_entropy(logits, labels, 1.0)
+    kernel.log_losses_(losses, step, image_losses, image_losses[:2])
     return losses, step, gradient
 
 
@@ -79,4 +79,4 @@ def launches() -> Launches:
         for classes in (10, 100, 1000):
             labels = meta(100, dtype=torch.int64)
             yield f"{dtype} {classes} classes", partial(kernel.cross_entropy, meta(100, classes, dtype=dtype), labels, 1.0)
-    yield "2000 iterations", partial(kernel.record_, meta(2000, 3), meta(dtype=torch.int64), meta(100), meta(2))
+    yield "2000 iterations", partial(kernel.log_losses_, meta(2000, 3), meta(dtype=torch.int64), meta(100), meta(2))

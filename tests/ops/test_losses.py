@@ -1,4 +1,4 @@
-"""The plain twins of cross_entropy and record_ against PyTorch, and what the operators refuse."""
+"""The plain twins of cross_entropy and log_losses_ against PyTorch, and what the operators refuse."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_cross_entropy_has_pytorchs_bits(dtype: torch.dtype) -> None:
     assert torch.equal(gradient, expected)
 
 
-def test_record() -> None:
+def test_log_losses() -> None:
     losses, step = torch.zeros(2, 3), torch.tensor(1)
-    reference.record_(losses, step, torch.tensor([1.0, 3.0]), torch.tensor([4.0, 5.0]))
+    reference.log_losses_(losses, step, torch.tensor([1.0, 3.0]), torch.tensor([4.0, 5.0]))
     assert (losses.tolist(), step.item()) == ([[0.0] * 3, [2.0, 4.0, 5.0]], 0)
 
 
@@ -50,7 +50,7 @@ LOSSES, STEP, MATCHING = torch.zeros(4, 3), torch.tensor(0), torch.zeros(2)
 
 
 @pytest.mark.parametrize(
-    ("losses", "step", "of_images", "matching", "kind", "message"),
+    ("losses", "step", "image_losses", "matching", "kind", "message"),
     [
         (LOSSES.double(), STEP, MATCHING, MATCHING, TypeError, "losses must be float32, got float64"),
         (LOSSES, STEP.int(), MATCHING, MATCHING, TypeError, "step must be int64, got int32"),
@@ -58,6 +58,6 @@ LOSSES, STEP, MATCHING = torch.zeros(4, 3), torch.tensor(0), torch.zeros(2)
         (LOSSES, STEP, MATCHING, MATCHING[:1], ValueError, "must be [T, 3], [], [N] and [2], got (4, 3), (), (2,), (1,)"),
     ],
 )
-def test_wrong_record(losses: Tensor, step: Tensor, of_images: Tensor, matching: Tensor, kind: type[Exception], message: str) -> None:
+def test_wrong_losses(losses: Tensor, step: Tensor, image_losses: Tensor, matching: Tensor, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=re.escape(message)):
-        ops.record_(losses, step, of_images, matching)
+        ops.log_losses_(losses, step, image_losses, matching)
