@@ -75,12 +75,12 @@ def _family(of: Recipe, **changes: Any) -> ValidationConfig:
     return ValidationConfig(**shared)
 
 
-def _rded(of: Recipe) -> ValidationConfig:
+def _rded_training(of: Recipe) -> ValidationConfig:
     views = {"shuffle_cells": 2, "smallest_crop": 0.5} if of.data.size > 64 else {"augmentation": "none"}  # crops of the whole image
     return _family(of, cosine_stretch=2.0, batch_size=100 if of.data.layout == "tiny" else None, **views)
 
 
-def _edc(of: Recipe) -> ValidationConfig:
+def _edc_training(of: Recipe) -> ValidationConfig:
     cifar = {"epochs": 1000, "rand_augment": 2}
     own: dict[str, dict[str, Any]] = {
         "digits": {"batch_size": 25},
@@ -92,13 +92,13 @@ def _edc(of: Recipe) -> ValidationConfig:
     return _family(of, cosine_stretch=2.0, loss="mse", hard_weight=0.025, weight_ema=0.99, **own[of.data.layout])
 
 
-def _fadrm(of: Recipe) -> ValidationConfig:
+def _fadrm_training(of: Recipe) -> ValidationConfig:
     mode = "eval" if of.data.layout == "tiny" else "train"
     epochs = 1000 if of.data.layout in ("cifar10", "cifar100") else 300
     return _family(of, epochs=epochs, batch_size=16, accumulation=2, cosine_stretch=2.0, teacher_mode=mode)
 
 
-def _cv_dd(of: Recipe) -> ValidationConfig:
+def _cv_dd_training(of: Recipe) -> ValidationConfig:
     stretch = 2.0 if of.data.layout in ("cifar100", "folder") else 1.0
     return _family(of, batch_size=16, accumulation=2, cosine_stretch=stretch, teacher_mode="train")
 
@@ -107,10 +107,10 @@ def _cv_dd(of: Recipe) -> ValidationConfig:
 # what was published. Where settings depend on the images per class, these are for 10.
 PRESETS: dict[str, Callable[[Recipe], ValidationConfig]] = {
     "paper": lambda of: of.validation,
-    "rded": _rded,
-    "edc": _edc,
-    "fadrm": _fadrm,
-    "cv-dd": _cv_dd,
+    "rded": _rded_training,
+    "edc": _edc_training,
+    "fadrm": _fadrm_training,
+    "cv-dd": _cv_dd_training,
     "rd3": lambda of: _family(of, epochs=400, batch_size=50),
     "rethinkdc": _family,
     "ddranking": lambda of: _family(of, decay_vectors=True, students=5),
