@@ -3,7 +3,8 @@
 python benchmarks/pipeline.py --json benchmark-output/pipeline.json
 
 Peers: `now`, the package's own loop (`training.fit`); `before`, the same in plain PyTorch as the package had it: channels-last images,
-the optimiser's default implementation, memory as the C library gives it; `released`, the loops of the published programs.
+the optimiser's default implementation, memory as the C library gives it; `released`, the loops of the published programs. All are in fp32;
+where the processor computes in bf16, `now bf16` and `before bf16` are too.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 import machine
 
+from dwa_fast.config import TrainingPrecision
 from dwa_fast.data.augment import Mix, Views
 from dwa_fast.data.loader import BatchPlan, TrainingBatch
+from dwa_fast.engine.backend import precisions
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
@@ -45,8 +48,9 @@ from dwa_fast.training.validate import optimiser_of, soft_loss
 
 CPU = torch.device("cpu")
 PEERS = ("now", "before", "released")
+BF16_PEERS = ("now bf16", "before bf16")
 _FACTOR = 2  # an error may be this many times the larger one of plain PyTorch
-_LEAST = 1e-6  # relative, what rounding does anyway
+_LEAST, _LEAST_BF16 = 1e-6, 2.0**-8  # relative, what rounding does anyway
 _SMALLEST_RATE = 1e-9  # of the steps whose numbers are compared
 _COLUMNS = "step|peer|ms/step|10 … 90 %|CPU ms|× before|× released|% of convolutions|faults|peak MiB|gradient|loss".split("|")
 
@@ -68,7 +72,8 @@ class Steps:
     """Steps of one peer on one case; each call goes on with the same network."""
 
     def __init__(self, peer: str, trains: str, case: Case, dtype: torch.dtype = torch.float32) -> None:
-        self.peer, self.trains, self.dtype = peer, trains, dtype
+        self.peer, self.trains, self.dtype = peer.removesuffix(" bf16"), trains, dtype
+        self.precision: TrainingPrecision = "bf16" if peer in BF16_PEERS else "fp32"
         shape = {"classes": case.classes, "channels": 3, "size": case.size}
         torch.manual_seed(harness.SEED)
         self.network = build(case.architecture, **shape).to(dtype).train()
@@ -82,11 +87,11 @@ class Steps:
         self.recipe: Recipe = recipe("cifar10", size=case.size)
         self.clocks: list[tuple[float, float, int]] = []
         image_shape = (3, case.size, case.size)
-        self.forward = training_form(self.network, image_shape, CPU) if peer == "now" else self.network
-        if peer == "now":
+        self.forward = training_form(self.network, image_shape, CPU) if self.peer == "now" else self.network
+        if self.peer == "now":
             self.soft_labels = teacher_labels([self.teacher], self.recipe.validation, image_shape, CPU)
         squeezed, validated = self.recipe.squeeze, self.recipe.validation
-        fused = peer == "now" or None
+        fused = self.peer == "now" or None
         self.optimizer = sgd(self.network, squeezed, fused) if trains == "teacher" else optimiser_of(self.network, validated, fused)
 
     def advance(self, steps: int, rate: float = 1e-3) -> list[float]:
@@ -115,7 +120,7 @@ class Steps:
             yield TrainingBatch(self.images, self.labels, BatchPlan(torch.arange(len(self.images)), Views(), Mix()))
 
     def _loss(self, batch: TrainingBatch) -> Tensor:
-        logits = predict(self.forward, batch.images, "fp32") if self.dtype is torch.float32 else self.forward(batch.images)
+        logits = predict(self.forward, batch.images, self.precision) if self.dtype is torch.float32 else self.forward(batch.images)
         if self.trains == "teacher":
             loss = F.cross_entropy(logits, batch.labels)
         elif self.peer == "now":
@@ -227,27 +232,32 @@ def convolutions(case: Case, trains: str) -> Callable[[], float]:
     return seconds
 
 
-def measure(case: Case, trains: str, steps: int, rounds: int) -> dict[str, Any]:
+def measure(case: Case, trains: str, steps: int, rounds: int, peers: Sequence[str] = PEERS) -> dict[str, Any]:
     """All peers of one kind of step, checked and timed in turns in one process."""
     exact, errors = numbers("before", trains, case, torch.float64), {}
-    for peer in PEERS:
+    for peer in peers:
         gradient, loss = numbers(peer, trains, case)
         errors[peer] = harness.distance(gradient, exact[0]), abs(loss - exact[1]) / abs(exact[1])
-    allowed = [max(_LEAST, _FACTOR * max(errors[peer][k] for peer in PEERS if peer != "now")) for k in range(2)]
-    matches = all(error <= limit for error, limit in zip(errors["now"], allowed, strict=True))
+    allowed, wrong = {}, set()
+    for own, *plain in (PEERS, BF16_PEERS):
+        if own in errors:
+            least_error = _LEAST_BF16 if own in BF16_PEERS else _LEAST
+            allowed[own] = [max(least_error, _FACTOR * max(errors[peer][k] for peer in plain)) for k in range(2)]
+            if any(error > limit for error, limit in zip(errors[own], allowed[own], strict=True)):
+                wrong.add(own)
     made, peaks = {}, {}
-    for peer in PEERS:
+    for peer in peers:
         made[peer], peaks[peer] = machine.peak_memory_of(lambda peer=peer: Steps(peer, trains, case), lambda each: each.advance(2), CPU)  # type: ignore[misc]
     floor = convolutions(case, trains)
     jobs: dict[str, Callable[[], Any]] = {peer: (lambda each=each: each.sample(steps)) for peer, each in made.items()}  # type: ignore[misc]
     samples = harness.in_turns({**jobs, "floor": floor}, rounds)
-    seconds = {peer: statistics.median(sample[0] for sample in samples[peer]) for peer in PEERS}
+    seconds = {peer: statistics.median(sample[0] for sample in samples[peer]) for peer in peers}
     least = statistics.median(samples["floor"])
     rows = []
-    for peer in PEERS:
+    for peer in peers:
         times = [sample[0] for sample in samples[peer]]
         median, low, high = harness.quantiles(times)
-        compared = matches or peer != "now"
+        compared = peer not in wrong
         rows.append(
             {
                 "peer": peer,
@@ -257,7 +267,7 @@ def measure(case: Case, trains: str, steps: int, rounds: int) -> dict[str, Any]:
                 "cpu_seconds": statistics.median(sample[1] for sample in samples[peer]),
                 "ratio_to_before": seconds["before"] / median if compared else None,
                 "ratio_to_released": seconds["released"] / median if compared else None,
-                "percent_of_floor": 100 * least / median,
+                "percent_of_floor": None if peer in BF16_PEERS else 100 * least / median,
                 "faults": statistics.median(sample[2] for sample in samples[peer]),
                 "peak_memory_mib": peaks[peer],
                 "gradient_error": errors[peer][0],
@@ -265,13 +275,13 @@ def measure(case: Case, trains: str, steps: int, rounds: int) -> dict[str, Any]:
                 "samples": samples[peer],
             }
         )
-    facts = {"architecture": case.architecture, "batch": case.batch, "size": case.size, "trains": trains, "matches": matches}
+    facts = {"architecture": case.architecture, "batch": case.batch, "size": case.size, "trains": trains, "matches": not wrong}
     return {**facts, "allowed": allowed, "floor_seconds": least, "floor_samples": samples["floor"], "rows": rows}
 
 
 def table_of(results: Sequence[dict[str, Any]]) -> Table:
     """All peers of all steps."""
-    table = Table(*_COLUMNS, title="training steps, fp32")
+    table = Table(*_COLUMNS, title="training steps")
     for result in results:
         for row in result["rows"]:
             ratios = [row["ratio_to_before"], row["ratio_to_released"]]
@@ -282,7 +292,7 @@ def table_of(results: Sequence[dict[str, Any]]) -> Table:
                 f"{1e3 * row['low']:.4g} … {1e3 * row['high']:.4g}",
                 f"{1e3 * row['cpu_seconds']:.4g}",
                 *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                f"{row['percent_of_floor']:.0f}",
+                "–" if row["percent_of_floor"] is None else f"{row['percent_of_floor']:.0f}",
                 f"{row['faults']:.0f}",
                 "–" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
                 f"{row['gradient_error']:.1e}",
@@ -308,11 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = ["tiny"] if options.dry_run else options.case
     steps, rounds = (1, 1) if options.dry_run else (options.steps, options.rounds)
     results: list[dict[str, Any]] = []
+    peers = [*PEERS, *(BF16_PEERS if precisions("fused", CPU)[0] == "bf16" else ())]
     facts = machine.facts(CPU, sys.argv)
     for name in cases:
         for trains in options.trains:
             case = replace(CASES[name], batch=options.batch_size or CASES[name].batch)
-            results.append(measure(case, trains, steps, rounds))
+            results.append(measure(case, trains, steps, rounds, peers))
             if options.json:  # after each, so that a later one cannot lose it
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 content = {**facts, "training_steps": results}
