@@ -32,25 +32,28 @@ All: the last epoch counts, where most of the programs report the best of those 
 RDED takes ImageNet's mean and standard deviation for every data set. The learning rate falls from step to step, theirs from epoch to epoch.
 Soft labels are computed in fp32."""
 PRESET_NOTES = {
-    "rded": "CVPR 2024, LINs-lab/RDED 3f6453d. Up to 64 pixels its crops are the whole image, so there are none here. Its program passes each "
-    "batch through the student twice, which moves the running statistics twice. Its other learning rates: 0.002 for EfficientNet, "
-    "0.0025 for MobileNetV2.",
-    "edc": "NeurIPS 2024, tables 6 to 10, and shaoshitong/EDC 80116a7. On CIFAR-10 it halves the learning rate after 800, 900 and 950 epochs; "
-    "the stretched cosine there is ours. RandAugment is torchvision's with its default settings, here in its version for tensors. "
-    "Tiny-ImageNet at ipc 1: `--epochs 1000`; ImageNet-10: `--epochs 1000 --batch-size 50 --shuffle-cells 1 --rand-augment 2`. Its "
-    "scripts take SGD and another schedule on CIFAR-100 and Tiny-ImageNet. Its labels are the mean of several teachers: `--teacher A.pt "
-    "B.pt`.",
-    "fadrm": "NeurIPS 2025, Jiacheng8/FADRM f445e38. At ipc 50 `--cosine-stretch 1`; CIFAR-100 at ipc 1 `--learning-rate 5e-4`; ImageNette at "
-    "ipc 10 `--batch-size 10 --learning-rate 5e-4 --cosine-stretch 1`. It has no CIFAR-10: CIFAR-100's settings are taken. Its labels "
-    "are computed in fp16. FADRM+ takes the mean of several teachers, in train mode on Tiny-ImageNet too.",
-    "cv-dd": "arXiv 2501.07575, Jiacheng8/CV-DD 24097e9. It weights five teachers by what they achieve; several teachers have a plain mean here. "
-    "At other ipc ζ is 1 on CIFAR-100 and 2 on Tiny-ImageNet; on ImageNet it is 1 at ipc 50. CIFAR-10 at ipc 1: `--batch-size 10`.",
-    "rd3": "ICLR 2026, known from a summary alone. Temperature, smallest crop and weight decay were not found: 20, 0.08 and 0.01 are ours. "
-    "Other networks than ResNet-18: `--cosine-stretch 2`.",
-    "rethinkdc": "arXiv 2502.06434, ArmandXiao/Rethinking-Dataset-Compression 91d1ef0. It evaluates ImageNet-1K alone, where it is the same as "
-    "`paper`; for other data sets the same settings are ours. With hard labels: `--labels hard --mixing none`.",
-    "ddranking": "NUS-HPC-AI-Lab/DD-Ranking 9ee9a165, its configuration for DWA. It tries the learning rates 0.001, 0.005, 0.01, 0.05 and 0.1 and "
-    "keeps the best; here it is 0.001. `dwa_fast.evaluation.ranking.label_robust_score` computes its score (LRS).",
+    "rded": "CVPR 2024, LINs-lab/RDED 3f6453d. Up to 64 pixels its crops are the whole image, so there are none here. Its program "
+    "passes each batch through the student twice, which moves the running statistics twice. Its other learning rates: 0.002 "
+    "for EfficientNet, 0.0025 for MobileNetV2.",
+    "edc": "NeurIPS 2024, tables 6 to 10, and shaoshitong/EDC 80116a7. On CIFAR-10 it halves the learning rate after 800, 900 and "
+    "950 epochs; the stretched cosine there is ours. RandAugment is torchvision's with its default settings, here in its "
+    "version for tensors. Tiny-ImageNet at ipc 1: `--epochs 1000`; ImageNet-10: `--epochs 1000 --batch-size 50 "
+    "--shuffle-cells 1 --rand-augment 2`. Its scripts take SGD and another schedule on CIFAR-100 and Tiny-ImageNet. Its "
+    "labels are the mean of several teachers: `--teacher A.pt B.pt`.",
+    "fadrm": "NeurIPS 2025, Jiacheng8/FADRM f445e38. At ipc 50 `--cosine-stretch 1`; CIFAR-100 at ipc 1 `--learning-rate 5e-4`; "
+    "ImageNette at ipc 10 `--batch-size 10 --learning-rate 5e-4 --cosine-stretch 1`. It has no CIFAR-10: CIFAR-100's "
+    "settings are taken. Its labels are computed in fp16. FADRM+ takes the mean of several teachers, in train mode on "
+    "Tiny-ImageNet too.",
+    "cv-dd": "arXiv 2501.07575, Jiacheng8/CV-DD 24097e9. It weights five teachers by what they achieve; several teachers have a "
+    "plain mean here. At other ipc ζ is 1 on CIFAR-100 and 2 on Tiny-ImageNet; on ImageNet it is 1 at ipc 50. CIFAR-10 at "
+    "ipc 1: `--batch-size 10`.",
+    "rd3": "ICLR 2026, known from a summary alone. Temperature, smallest crop and weight decay were not found: 20, 0.08 and 0.01 "
+    "are ours. Other networks than ResNet-18: `--cosine-stretch 2`.",
+    "rethinkdc": "arXiv 2502.06434, ArmandXiao/Rethinking-Dataset-Compression 91d1ef0. It evaluates ImageNet-1K alone, where it is the "
+    "same as `paper`; for other data sets the same settings are ours. With hard labels: `--labels hard --mixing none`.",
+    "ddranking": "NUS-HPC-AI-Lab/DD-Ranking 9ee9a165, its configuration for DWA. It tries the learning rates 0.001, 0.005, 0.01, 0.05 "
+    "and 0.1 and keeps the best; here it is 0.001. `dwa_fast.evaluation.ranking.label_robust_score` computes its score "
+    "(LRS).",
 }
 
 
