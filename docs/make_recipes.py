@@ -22,33 +22,38 @@ _STAGES = {"synthesis": "Synthesis", "squeeze": "Squeeze: the teacher", "validat
 _PRESETS_HEAD = """\
 ## Presets: trainings of the students
 
-`--preset`, or `recipe(..., preset=)`, trains students as another publication does; `paper` is DWA's training. A preset changes nothing but the
-settings of the validation, and other flags change single settings of it. Values are those for ResNet-18 and 10 images per class. `folder` has
-those of imagenet; digits keep their own epochs, learning rate, crops and flips. `batch_size` by rule is 10, 50 and 100 images for 1, 10 and 50
-images per class (between them the lower value), twice that for 100 classes or more, and never more than there are images.
+`--preset`, or `recipe(..., preset=)`, trains students as another publication does; `paper` is DWA's training. A preset sets the validation
+alone, and other flags change single settings of it. Values are those for ResNet-18 and 10 images per class (ipc). `folder` has those of
+imagenet; digits keep their own epochs, learning rate, crops and flips. `batch_size` by rule, RDED's: 10, 50 and 100 images for ipc 1, 10
+and 50, between them the lower value (ours); twice that for 100 classes or more; never more than there are images.
 """
 _PRESETS_ALL = """\
-All: the last epoch counts, where most of the programs report the best one of those that they test. Pixels are normalised as the recipe says,
-where RDED takes ImageNet's mean and standard deviation for every data set. The learning rate falls by the step, theirs by the epoch.
-Soft labels are computed in fp32. Only the optimiser's settings for ResNet-18 are here."""
+All: the last epoch counts, where most of the programs report the best of those that they test. Pixels are normalised as the recipe says;
+RDED takes ImageNet's mean and standard deviation for every data set. The learning rate falls from step to step, theirs from epoch to epoch.
+Soft labels are computed in fp32."""
 PRESET_NOTES = {
-    "rded": "CVPR 2024, LINs-lab/RDED 3f6453d. Its batch sizes are for ipc 1, 10 and 50; the rule between them is ours. Up to 64 pixels its crops "
-    "cover the whole image, so there are none. Its other learning rates: 0.002 for EfficientNet, 0.0025 for MobileNetV2.",
-    "edc": "NeurIPS 2024, tables 6 to 10, and shaoshitong/EDC 80116a7. On CIFAR-10 it multiplies the learning rate by 0.5 in epochs 800, 900 and "
-    "950, for which the stretched cosine is ours. The strength of RandAugment was not found: torchvision's default. Tiny-ImageNet at ipc 1: "
-    "`--epochs 1000`; ImageNet-10: `--epochs 1000 --batch-size 50`. Its scripts take SGD and another schedule on CIFAR-100 and Tiny-ImageNet. "
-    "Its labels are the mean of several teachers: `--teacher A.pt B.pt`.",
-    "fadrm": "NeurIPS 2025, Jiacheng8/FADRM f445e38. At ipc 50 `--cosine-stretch 1`; CIFAR-100 at ipc 1 `--learning-rate 5e-4`; ImageNette "
-    "`--batch-size 10 --learning-rate 5e-4`. CIFAR-10 was not published: CIFAR-100's. Its labels are computed in fp16. FADRM+ takes the mean "
-    "of several teachers, in train mode on Tiny-ImageNet too.",
-    "cv-dd": "arXiv 2501.07575, Jiacheng8/CV-DD 24097e9. It weights five teachers by their accuracies; here their mean is plain. At other ipc "
-    "ζ is 1 on CIFAR-100, 2 on Tiny-ImageNet; on ImageNet 1 at ipc 50. CIFAR-10 at ipc 1: `--batch-size 10`.",
-    "rd3": "ICLR 2026; known from a summary, no program was found. Temperature, smallest crop and weight decay were not found: 20, 0.08 and "
-    "0.01 are ours. Networks other than ResNet-18: `--cosine-stretch 2`.",
-    "rethinkdc": "arXiv 2502.06434, ArmandXiao/Rethinking-Dataset-Compression 91d1ef0. It evaluates ImageNet-1K alone, as `paper` does; its "
-    "settings for other data sets are ours. Its hard labels: `--labels hard --mixing none`.",
-    "ddranking": "NUS-HPC-AI-Lab/DD-Ranking 9ee9a165, its configuration for DWA. It chooses the learning rate among 0.001, 0.005, 0.01, 0.05 and "
-    "0.1; here it is 0.001. `dwa_fast.evaluation.ranking.label_robust_score` is its score.",
+    "rded": "CVPR 2024, LINs-lab/RDED 3f6453d. Up to 64 pixels its crops are the whole image, so there are none here. Its program "
+    "passes each batch through the student twice, which moves the running statistics twice. Its other learning rates: 0.002 "
+    "for EfficientNet, 0.0025 for MobileNetV2.",
+    "edc": "NeurIPS 2024, tables 6 to 10, and shaoshitong/EDC 80116a7. On CIFAR-10 it halves the learning rate after 800, 900 and "
+    "950 epochs; the stretched cosine there is ours. RandAugment is torchvision's with its default settings, here in its "
+    "version for tensors. Tiny-ImageNet at ipc 1: `--epochs 1000`; ImageNet-10: `--epochs 1000 --batch-size 50 "
+    "--shuffle-cells 1 --rand-augment 2`. Its scripts take SGD and another schedule on CIFAR-100 and Tiny-ImageNet. Its "
+    "labels are the mean of several teachers: `--teacher A.pt B.pt`.",
+    "fadrm": "NeurIPS 2025, Jiacheng8/FADRM f445e38. At ipc 50 `--cosine-stretch 1`; CIFAR-100 at ipc 1 `--learning-rate 5e-4`; "
+    "ImageNette at ipc 10 `--batch-size 10 --learning-rate 5e-4 --cosine-stretch 1`. It has no CIFAR-10: CIFAR-100's "
+    "settings are taken. Its labels are computed in fp16. FADRM+ takes the mean of several teachers, in train mode on "
+    "Tiny-ImageNet too.",
+    "cv-dd": "arXiv 2501.07575, Jiacheng8/CV-DD 24097e9. It weights five teachers by what they achieve; several teachers have a "
+    "plain mean here. At other ipc ζ is 1 on CIFAR-100 and 2 on Tiny-ImageNet; on ImageNet it is 1 at ipc 50. CIFAR-10 at "
+    "ipc 1: `--batch-size 10`.",
+    "rd3": "ICLR 2026, known from a summary alone. Temperature, smallest crop and weight decay were not found: 20, 0.08 and 0.01 "
+    "are ours. Other networks than ResNet-18: `--cosine-stretch 2`.",
+    "rethinkdc": "arXiv 2502.06434, ArmandXiao/Rethinking-Dataset-Compression 91d1ef0. It evaluates ImageNet-1K alone, where it is the "
+    "same as `paper`; for other data sets the same settings are ours. With hard labels: `--labels hard --mixing none`.",
+    "ddranking": "NUS-HPC-AI-Lab/DD-Ranking 9ee9a165, its configuration for DWA. It tries the learning rates 0.001, 0.005, 0.01, 0.05 "
+    "and 0.1 and keeps the best; here it is 0.001. `dwa_fast.evaluation.ranking.label_robust_score` computes its score "
+    "(LRS).",
 }
 
 

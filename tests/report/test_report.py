@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from dwa_fast.data.set_layout import MANIFEST
 from dwa_fast.report.page import write_report
 from dwa_fast.report.records import RECORD
 from tests.hostile import contents
-from tests.report.material import make_run, make_set
+from tests.report.material import BRIEF, make_run, make_set
 
 
 def files(folder: Path) -> dict[str, bytes | str]:
@@ -166,3 +168,24 @@ def test_record_of_foreign_types_does_no_harm(tmp_path: Path) -> None:
     shown = write_report([tmp_path / "good", tmp_path / "runs"], tmp_path / "page.html", "t")
     assert len(shown.runs) + len(shown.left_out) == 1 + 5 * len(content)
     assert len(shown.left_out) > 2 * len(content)
+
+
+def test_runs_of_different_presets_are_told_apart(tmp_path: Path) -> None:
+    """Records that name none were trained as the paper says; a run without students has none."""
+
+    def run_of(name: str, title: str, data: Any, settings: Any) -> None:
+        make_run(tmp_path / "runs" / name, replace(BRIEF, title=title, settings=settings, data=data))
+
+    students = {"validation": {"epochs": 3}}
+    run_of("a", "older", {}, students)
+    run_of("b", "diversity", {}, {})
+    report = write_report([tmp_path / "runs"], tmp_path / "report.html", "t")
+    assert report.runs_note == ""
+    run_of("c", "newer", {"preset": {"name": "rded", "changed": {}}}, students)
+    run_of("d", "odd", {"preset": ["edc"]}, students)
+    report = write_report([tmp_path / "runs"], tmp_path / "report.html", "t")
+    assert report.runs_note == (
+        "Students were trained with different presets, which makes their numbers differ: paper (older), rded (newer), – (odd)."
+    )
+    for file in ("report.html", "report.md"):
+        assert "which makes their numbers differ: paper" in (tmp_path / file).read_text(encoding="utf-8").replace("\\", "")
