@@ -28,7 +28,7 @@ _EVERY = 0.5  # seconds between two reports of a process
 class Task:
     """Work that may be done in another process."""
 
-    title: str  # for error messages
+    title: str  # before error messages; empty: they stay as they are
     call: Callable[..., Any]  # takes `progress`; it and its result can be pickled
 
     def run(self, progress: Progress) -> Any:
@@ -36,6 +36,8 @@ class Task:
         try:
             return self.call(progress=progress)
         except InputError as error:  # a subclass may not be picklable
+            if not self.title:
+                raise
             raise InputError(f"{self.title}: {error}") from None
 
 

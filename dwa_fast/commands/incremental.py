@@ -16,7 +16,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Preset, compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
-from dwa_fast.config import NonNegativeInt, SynthesisConfig, ValidationConfig
+from dwa_fast.config import NonNegativeInt, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.manifest import read_manifest
@@ -46,6 +46,7 @@ class Incremental(DistilledSets):
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    jobs: PositiveInt = 1  # Tasks learned at the same time, each in a process with its share of the CPU's threads.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)
     preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
@@ -82,6 +83,7 @@ class Incremental(DistilledSets):
                 device=device,
                 resume_dir=resume_dir,
                 seed=self.seed,
+                jobs=self.jobs,
                 progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
             )
         names = test.class_names

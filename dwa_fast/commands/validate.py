@@ -14,7 +14,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, DistilledData, Preset, naming_bad_images
 from dwa_fast.commands.finish import finish
-from dwa_fast.config import NonNegativeInt, ValidationConfig
+from dwa_fast.config import NonNegativeInt, PositiveInt, ValidationConfig
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.data.subsets import images_per_class
@@ -38,6 +38,7 @@ class Validate(DistilledData):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     test_every: NonNegativeInt = 0  # Also test each student after every so many epochs; 0: only at the end.
+    jobs: PositiveInt = 1  # Students trained at the same time, each in a process with its share of the CPU's threads.
     output: Path | None = None  # Folder for record.json and for the state from which an interrupted run resumes.
     preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
@@ -70,6 +71,7 @@ class Validate(DistilledData):
                 soft_labels=self.soft_labels,
                 test_every=self.test_every,
                 tested=tested,
+                jobs=self.jobs,
             )
         preset = preset_text(recipe)
         training = f", {preset}" if preset else ""

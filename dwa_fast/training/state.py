@@ -84,6 +84,7 @@ class TrainingState:
             settings: everything that the training depends on; JSON values. Resuming with another number of `threads` is allowed and logged.
         """
         self.path = path
+        self.tests: dict[int, float] = {}  # accuracies by finished epochs, of tests on the way; stored with the checkpoint
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._saved = time.monotonic()
 
@@ -103,6 +104,7 @@ class TrainingState:
         content = read_archive(self.path, "checkpoint of a training")
         try:
             before, epochs = json.loads(content["settings"]), int(content["epochs"])
+            self.tests.update(_accuracies(json.loads(content.get("tests", "{}"))))
             self._settings = with_recorded_threads(self._settings, before, str(self.path))
             refuse_change(self.path, "a checkpoint", before, self._settings, "remove it to start again")
             model.load_state_dict(content["weights"])
@@ -130,6 +132,8 @@ class TrainingState:
             number: {name: as_in_files(value) for name, value in values.items()} for number, values in optimiser["state"].items()
         }
         content: dict[str, Any] = {"settings": json.dumps(self._settings), "epochs": epochs, "weights": weights, "optimiser": optimiser}
+        if self.tests:
+            content["tests"] = json.dumps(self.tests)
         if average:
             content["average"] = [as_in_files(value) for value in average.values]
         write_archive(self.path, content)
@@ -167,9 +171,11 @@ class FinishedStudents:
         """The checkpoint of student `index`."""
         return TrainingState(self._folder / f"student{index}.state", {**self._settings, "student_number": index})
 
-    def add(self, index: int, accuracy: float) -> None:
-        """Record the accuracy of a finished student and remove its checkpoint."""
+    def add(self, index: int, accuracy: float, tests: Mapping[int, float]) -> None:
+        """Write the accuracies of a finished student and remove its checkpoint."""
         self.accuracies[index] = accuracy
+        if tests:
+            self.tests[index] = dict(tests)
         self.write()
         self.state(index).remove()
 
@@ -183,11 +189,10 @@ class FinishedStudents:
         try:
             content = json.loads(self._file.read_bytes())
             before = dict(content["settings"])
-            accuracies = {int(number): float(value) for number, value in content["accuracies"].items()}
-            early = {int(n): {int(e): float(value) for e, value in each.items()} for n, each in content.get("tests", {}).items()}
-            found = [*accuracies.values(), *(value for each in early.values() for value in each.values())]
-            if content["format"] != _FORMAT or not all(0 <= value <= 100 for value in found):
-                raise ValueError(f"expected format {_FORMAT} and accuracies in percent")
+            accuracies = _accuracies(content["accuracies"])
+            early = {int(number): _accuracies(each) for number, each in content.get("tests", {}).items()}
+            if content["format"] != _FORMAT:
+                raise ValueError(f"expected format {_FORMAT}, got {content['format']}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{self._file} cannot be read: {error}; remove it to train all students again") from error
         if not accuracies and not any(self._folder.glob("student*.state")):  # nothing is finished: the folder may take other settings
@@ -196,3 +201,15 @@ class FinishedStudents:
         self._settings = with_recorded_threads(self._settings, before, str(self._folder))
         refuse_change(self._folder, "students", before, self._settings, "choose another folder")
         self.accuracies, self.tests = accuracies, early
+
+
+def _accuracies(content: Mapping[str, Any]) -> dict[int, float]:
+    """Accuracies by number, from a file.
+
+    Raises:
+        ValueError: one is not in 0 … 100.
+    """
+    found = {int(number): float(value) for number, value in content.items()}
+    if not all(0 <= value <= 100 for value in found.values()):
+        raise ValueError("expected accuracies in percent")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig
+from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, parts
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
+from dwa_fast.processes import Running, Task, processes
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
-from dwa_fast.threads import THREADS, threads_of
+from dwa_fast.threads import THREADS, torch_threads
 from dwa_fast.training.fit import (
     TEACHER_SETTINGS,
     SoftLabelFn,
@@ -82,6 +84,7 @@ def validate(
     soft_labels: str | Path | None = None,
     test_every: int = 0,
     tested: Callable[[int, int, float], object] | None = None,
+    jobs: int = 1,
 ) -> ValidationResult:
     """Train `recipe.validation.students` students and test each.
 
@@ -97,7 +100,9 @@ def validate(
             gives the same bits; a call with more students trains the missing ones.
         soft_labels: folder that `relabel` wrote. All students then get the same batches and differ in their initial weights.
         test_every: also test a student after every so many epochs, which changes nothing else; 0: only in the end.
-        tested: called with the student's number, its finished epochs and the accuracy of each such test.
+        tested: called with the student's number, its finished epochs and the accuracy of each such test, where jobs is 1.
+        jobs: students that are trained at the same time, each in a process of its own, on a CPU with its share of PyTorch's threads, on
+            which the last bits depend.
     Raises:
         InputError: the folder holds students of other settings, an image cannot be read, a set is empty or has a label that is not the
             number of a class, the sets have the same classes in another order, the stored labels are of another set, augmentation or
@@ -105,46 +110,47 @@ def validate(
             diverges. Finished students stay in the folder.
     """
     check_set(distilled, "distilled images")
+    check_integer("jobs", jobs, 1)
     recipe, device, teachers = with_batch_size(recipe, distilled), torch.device(device), as_teachers(teacher)
     config = recipe.validation
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):
         raise InputError(f"distilled images have {len(distilled.class_names)} classes, the held-out images {len(test.class_names)}")
     _compare_names(distilled.class_names, test.class_names)
-    trainer = _StudentTrainer(distilled, teachers, _stored(soft_labels, recipe, distilled, teachers), recipe, device)
+    trainer = _StudentTrainer(distilled, test, teachers, _stored(soft_labels, recipe, distilled, teachers), student, recipe, device)
     for each_teacher in trainer.live_teachers:
         check_label_teacher(each_teacher, distilled, recipe, device)
-
-    def make(own_seed: int) -> nn.Module:
-        shape = {"classes": len(test.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
-        return new_network(student, **shape, seed=own_seed, device=device)
-
-    check_batches(
-        lambda: make(seed), distilled, batch_size_of(config, len(distilled.labels), len(distilled.class_names)), device, "student"
-    )
+    batch_size = batch_size_of(config, len(distilled.labels), len(distilled.class_names))
+    check_batches(lambda: trainer.network(seed), distilled, batch_size, device, "student")
+    threads = max(1, torch.get_num_threads() // jobs) if device.type == "cpu" else None
     folder = None
     if resume_dir:
-        own = {"student": student, "size": recipe.data.size, "seed": seed, "device": device.type, THREADS: threads_of(device)}
+        own = {"student": student, "size": recipe.data.size, "seed": seed, "device": device.type, THREADS: threads}
         folder = FinishedStudents(Path(resume_dir), {**trainer.settings, **own, "held_out": image_digest(test)})
     finished, tests = (folder.accuracies, folder.tests) if folder else ({}, {})
     seeds = [derive(seed, "student", index) for index in range(config.students)]
-    for index, each in enumerate(seeds):
-        if index in finished:
-            continue
-        model = make(each)
+    missing = [index for index in range(config.students) if index not in finished]
+    tasks = []
+    for index in missing:
+        tell = functools.partial(tested, index) if tested and jobs == 1 else None
+        state = folder.state(index) if folder else None
+        train = functools.partial(trainer.train, seeds[index], state, test_every, threads, tell)
+        tasks.append(Task(f"student {index + 1}" if jobs > 1 else "", train))
 
-        def early(epochs: int, model: nn.Module = model, index: int = index) -> None:
-            accuracy = tests.setdefault(index, {})[epochs] = top1(model, test, recipe.data, device)
+    def report(running: Running) -> None:
+        if progress:
+            steps = trainer.steps
+            progress(len(finished) * steps + sum(done for done, total in running.values() if total == steps), config.students * steps)
+
+    with processes(max(1, min(jobs, len(tasks)))) as run:
+        for place, (accuracy, early) in run(tasks, report):
+            index = missing[place]
             if folder:
-                folder.write()
-            if tested:
-                tested(index, epochs, accuracy)
-
-        state, shown = folder.state(index) if folder else None, _share(progress, index, config.students)
-        trainer.train(model, each, state, shown, early, test_every)
-        finished[index] = top1(model, test, recipe.data, device)
-        if folder:
-            folder.add(index, finished[index])
+                folder.add(index, accuracy, early)
+            else:
+                finished[index], tests[index] = accuracy, early
+            if jobs > 1:
+                report({})
     return ValidationResult([finished[i] for i in range(config.students)], seeds, [tests.get(i, {}) for i in range(config.students)])
 
 
@@ -161,11 +167,6 @@ def _compare_names(own: Sequence[str], wanted: Sequence[str]) -> None:
     if sorted(own) == sorted(wanted):
         raise InputError(f"{difference}: the classes are the same in another order; expected one order, by which labels are numbers")
     log.warning("%s; classes are taken to be the same by their numbers", difference)
-
-
-def _share(progress: Progress | None, index: int, students: int) -> Progress | None:
-    """Report the progress of one of several students as progress over all."""
-    return (lambda done, total: progress(index * total + done, students * total)) if progress else None
 
 
 def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teachers: Sequence[nn.Module]) -> LabelStore | None:
@@ -207,11 +208,13 @@ def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teac
 
 @dataclass(frozen=True)
 class _StudentTrainer:
-    """Trains students one after the other on the same images."""
+    """Trains and tests students on the same images, one at a time; other processes may do so with a copy of it."""
 
     distilled: ImageSet
+    test: ImageSet
     teachers: Sequence[nn.Module]
     labels: LabelStore | None
+    student: str
     recipe: Recipe
     device: torch.device
 
@@ -257,16 +260,47 @@ class _StudentTrainer:
 
         return read
 
+    @property
+    def steps(self) -> int:
+        """Steps of the training of a student."""
+        return self.config.epochs * self._sampler(0).steps
+
+    def network(self, seed: int) -> nn.Module:
+        """A student that has not been trained."""
+        data = self.recipe.data
+        shape = {"classes": len(self.test.class_names), "channels": data.channels, "size": data.size}
+        return new_network(self.student, **shape, seed=seed, device=self.device)
+
     def train(
+        self,
+        seed: int,
+        state: TrainingState | None,
+        test_every: int,
+        threads: int | None,
+        tested: Callable[[int, float], object] | None,
+        progress: Progress,
+    ) -> tuple[float, dict[int, float]]:
+        """Train a student with that many CPU threads: its accuracy, and those on the way by finished epochs."""
+        student, tests = self.network(seed), state.tests if state else {}
+
+        def test(epochs: int) -> None:
+            tests[epochs] = top1(student, self.test, self.recipe.data, self.device)
+            if tested:
+                tested(epochs, tests[epochs])
+
+        with torch_threads(threads):
+            self._fit(student, seed, state, progress, test, test_every)
+            return top1(student, self.test, self.recipe.data, self.device), tests
+
+    def _fit(
         self,
         student: nn.Module,
         seed: int,
         state: TrainingState | None,
-        progress: Progress | None,
+        progress: Progress,
         test: Callable[[int], object],
         test_every: int,
     ) -> None:
-        """Train one student."""
         config, soft_labels = self.config, None if self.config.labels == "hard" else self._soft_labels()
         forward = training_form(student.train(), self.distilled.image_shape, self.device)
 

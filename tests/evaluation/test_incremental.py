@@ -20,7 +20,7 @@ QUICK = replace(DIGITS, validation=replace(DIGITS.validation, epochs=2, padding=
 SHORT = IncrementalConfig(tasks=2, seeds=2)
 
 
-def run(resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, **sets: Any) -> dict[str, list[list[list[float]]]]:
+def run(resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, jobs: int = 1, **sets: Any) -> dict[str, list[list[list[float]]]]:
     return learn(
         sets or {"few": small_set(3)},
         digits("test", SIZE),
@@ -31,6 +31,7 @@ def run(resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, **se
         device=torch.device("cpu"),
         resume_dir=resume_dir,
         seed=seed,
+        jobs=jobs,
     )
 
 
@@ -108,9 +109,11 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: 
     assert not trained
 
 
-def test_more_orders_go_on(tmp_path: Path) -> None:
-    first = run(tmp_path, IncrementalConfig(tasks=2, seeds=1))["few"]
-    assert run(tmp_path, SHORT)["few"][:1] == first
+def test_more_orders_go_on_in_two_processes(tmp_path: Path) -> None:
+    first = run(tmp_path / "two", IncrementalConfig(tasks=2, seeds=1))["few"]
+    both = run(tmp_path / "two", SHORT, jobs=2)
+    assert both["few"][:1] == first
+    assert both == run(tmp_path / "one", SHORT)
 
 
 @pytest.mark.parametrize(

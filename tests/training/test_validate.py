@@ -175,7 +175,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "students.json").write_text(json.dumps({"format": 1, "settings": {}, "accuracies": {"0": 101}}))
     with pytest.raises(
         InputError,
-        match=r"students\.json cannot be read: expected format 1 and accuracies in percent; remove it to train all students again",
+        match=r"students\.json cannot be read: expected accuracies in percent; remove it to train all students again",
     ):
         students(config, resume_dir=tmp_path)
 
@@ -300,6 +300,21 @@ def test_early_tests_change_nothing_and_are_kept(tmp_path: Path, dropping: str) 
     assert students(config, student=dropping, resume_dir=tmp_path).tests == result.tests
     after_two_epochs = students(config, student="small-resnet", test_every=1).tests[0]
     assert sorted(after_two_epochs) == [1, 2, 3, 4]
+
+
+def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also early tests, from a student that had been interrupted after its first test."""
+    counts: list[tuple[int, int]] = []
+    alone = students(test_every=2)
+    monkeypatch.setattr(state, "_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        students(resume_dir=tmp_path, test_every=2, progress=stop_at(10))
+    assert json.loads((tmp_path / "students.json").read_text())["accuracies"] == {}
+    together = students(resume_dir=tmp_path, test_every=2, jobs=2, progress=lambda *count: counts.append(count))
+    assert together == alone
+    assert counts[-1] == (24, 24)
+    assert counts == sorted(counts)
+    assert students(resume_dir=tmp_path) == alone
 
 
 def test_early_tests_that_are_no_accuracies_are_refused(tmp_path: Path) -> None:
