@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from dwa_fast import InputError
 from dwa_fast.experiments import jobs
-from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, measure
+from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, make_set, measure
 from dwa_fast.experiments.jobs import default_jobs, run_cells
 from tests.experiments.setups import small_setup
 
@@ -79,21 +80,32 @@ def test_what_is_finished_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stamps(tmp_path) == after
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_errors_name_their_cell(tmp_path: Path, jobs: int) -> None:
-    setup = small_setup(tmp_path)
-    greedy = {Cell(DistilledSource(None, seed), 10_000, "small-resnet"): f"greedy {seed}" for seed in range(2)}
-    with pytest.raises(InputError, match=r"^making greedy \d: .*ipc 10000 needs as many initial ones"):
-        run_cells(setup, greedy, jobs=jobs)
+def too_many(seed: int) -> Cell:
+    return Cell(DistilledSource(None, seed), 10_000, "small-resnet")
 
 
-def test_death_of_a_process(tmp_path: Path) -> None:
-    def die(progress: object) -> None:
-        os._exit(3)
+def test_errors_name_their_cell(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^making greedy: .*ipc 10000 needs as many initial ones"):
+        run_cells(small_setup(tmp_path), {too_many(0): "greedy"}, jobs=1)
 
-    message = r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"
-    with pytest.raises(InputError, match=message), jobs._processes(2) as executor:
-        list(jobs._run_in_processes(executor, [jobs._Task("a large cell", die)] * 2, 2, None))
+
+def die(progress: object) -> None:
+    os._exit(3)
+
+
+def test_errors_in_processes_name_their_cell(tmp_path: Path) -> None:
+    """In one pool, whose start takes seconds: first an error, then the death of a process."""
+    greedy = jobs._Task("making greedy", functools.partial(make_set, small_setup(tmp_path), too_many(0).source, 10_000))
+    deadly = jobs._Task("a large cell", die)
+
+    def fail_then_die() -> None:
+        with jobs._processes(2) as executor:
+            with pytest.raises(InputError, match=r"^making greedy: .*ipc 10000 needs as many initial ones"):
+                list(jobs._run_in_processes(executor, [greedy], 2, None))
+            list(jobs._run_in_processes(executor, [deadly, deadly], 2, None))
+
+    with pytest.raises(InputError, match=r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"):
+        fail_then_die()
 
 
 @pytest.mark.usefixtures("two_threads")
