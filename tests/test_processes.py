@@ -52,6 +52,9 @@ def test_several_processes(tmp_path: Path) -> None:
     def fails(progress: Progress) -> None:
         raise InputError("no image")
 
+    def dies(progress: Progress) -> None:
+        os._exit(3)
+
     def end(running: Running) -> None:
         """Lets the first task end when both are running, and then the second."""
         if running == {0: (3, 7), 1: (3, 7)}:
@@ -66,12 +69,5 @@ def test_several_processes(tmp_path: Path) -> None:
         assert [place for place, _ in run([wait_for(file) for file in files], end)] == [0, 1]
         with pytest.raises(InputError, match=r"^student 3: no image$"):
             list(run([Task("student 3", fails)], lambda _: None))
-
-
-def test_death_of_a_process() -> None:
-    def die(progress: Progress) -> None:
-        os._exit(3)
-
-    message = r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"
-    with pytest.raises(InputError, match=message), processes(2) as run:
-        list(run([Task("a large cell", die)] * 2, lambda _: None))
+        with pytest.raises(InputError, match=r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"):
+            list(run([Task("a large cell", dies)] * 2, lambda _: None))

@@ -51,7 +51,7 @@ def test_equals_reference_loop(settings: dict[str, Any], device: torch.device) -
 def test_equals_reference_loop_in_single_precision(backend: str, settings: dict[str, Any], device: torch.device) -> None:
     images, labels = real_images()
     images, labels = images.to(device), labels.to(device)
-    config = small_recipe(backend=backend, precision="fp32", device=device.type, learning_rate=0.01, **settings)
+    config = small_recipe(backend=backend, precision="fp32", device=device.type, iterations=8, learning_rate=0.01, **settings)
     got = synthesize(small_teacher(), images, labels, config)
     assert_as_near(got, recover(small_teacher(), images, labels, config), recover(small_teacher(), images.double(), labels, config))
 
@@ -59,7 +59,8 @@ def test_equals_reference_loop_in_single_precision(backend: str, settings: dict[
 @pytest.mark.parametrize(("prior", "measure"), [("tv_l2", total_variation), ("l2_scale", mean_norm)])
 def test_a_prior_lowers_what_it_measures(prior: str, measure: Callable[[Tensor], Tensor]) -> None:
     images, labels = real_images()
-    without, little, much = (synthesize(small_teacher(), images, labels, small_recipe(**{prior: w})).images for w in (0.0, 0.02, 1.0))
+    settings = [small_recipe(batch_size=12, **{prior: weight}) for weight in (0.0, 0.02, 1.0)]
+    without, little, much = (synthesize(small_teacher(), images, labels, each).images for each in settings)
     assert measure(without) > measure(little) > measure(much)
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dwa_fast.commands.cli import run
+from dwa_fast.data.datasets import FileSet, MemorySet
 from dwa_fast.data.manifest import read_manifest
+from dwa_fast.experiments import demo
 from dwa_fast.io.files import checksum
 from dwa_fast.io.pictures import contact_sheet, mosaic
+from dwa_fast.recipes import Recipe
 from dwa_fast.report.records import read_record
+from dwa_fast.training.squeeze import squeeze
 
-ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "2", "--jobs", "1"]
+ARGUMENTS = ["demo", "--ipc", "1", "2", "--students", "2", "--iterations", "3", "--epochs", "1", "--jobs", "1"]
 TITLES = {
     "real": "random real images",
     "sre2l": "SRe2L",
@@ -25,17 +32,33 @@ TITLES = {
 }
 
 
-def test_demo_writes_record_images_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+def short_squeeze(train: FileSet | MemorySet, recipe: Recipe, **more: Any) -> nn.Module:
+    return squeeze(train, replace(recipe, squeeze=replace(recipe.squeeze, epochs=4)), **more)
+
+
+@pytest.mark.parametrize(
+    ("methods", "least"),
+    [
+        pytest.param(["real", "sre2l", "dwa"], 60, id="short"),
+        pytest.param(list(TITLES), 98, id="whole", marks=pytest.mark.slow),
+    ],
+)
+def test_demo_writes_record_images_and_picture(
+    methods: list[str], least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*ARGUMENTS, "--output", str(tmp_path), "--methods", *methods]
+    if methods != list(TITLES):
+        monkeypatch.setattr(demo, "squeeze", short_squeeze)
+    assert run(arguments) == 0
     printed = capsys.readouterr().out
     record = read_record(tmp_path / "record.json")
-    assert record.data["teacher"]["accuracy"] >= 98
+    assert record.data["teacher"]["accuracy"] >= least
     assert record.data["teacher"]["test_images"] == 450
     assert f"Teacher: {record.data['teacher']['accuracy']:.1f} % top-1 on 450 held-out digits." in printed
     found = {(row["method"], row["ipc"]): row for row in record.data["cells"]}
-    assert found.keys() == {(method, ipc) for ipc in (1, 2) for method in TITLES}
+    assert found.keys() == {(method, ipc) for ipc in (1, 2) for method in methods}
     lines = {(row[0], row[1]): row[2:] for row in record.tables[0].rows}
-    assert list(lines) == [(title, ipc) for ipc in "12" for title in TITLES.values()]
+    assert list(lines) == [(title, ipc) for ipc in "12" for title in (TITLES[method] for method in methods)]
     for (method, ipc), row in found.items():
         assert len(row["accuracies"]) == 2
         assert np.mean(row["accuracies"]) == pytest.approx(row["mean"])
@@ -45,7 +68,7 @@ def test_demo_writes_record_images_and_picture(tmp_path: Path, capsys: pytest.Ca
         assert reached in printed
         assert (diversity == "–") == (ipc == 1)
     sets = list((tmp_path / "sets").iterdir())
-    assert len(sets) == len(TITLES)
+    assert len(sets) == len(methods)
     for folder in sets:
         manifest = read_manifest(folder)
         assert manifest["complete"]
@@ -55,7 +78,7 @@ def test_demo_writes_record_images_and_picture(tmp_path: Path, capsys: pytest.Ca
         assert np.asarray(picture.convert("L")).std() > 30
 
     before = {path: checksum(path) for path in tmp_path.rglob("*.p*") if path.suffix in (".png", ".pt")}
-    assert run([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+    assert run(arguments) == 0
     assert {path: checksum(path) for path in before} == before
     assert read_record(tmp_path / "record.json").data == record.data
 
