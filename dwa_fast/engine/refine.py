@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,20 +21,26 @@ _TERMS = ("cross-entropy", "R_mean", "R_var")
 _DOMINATES = 100.0  # times the cross-entropy
 
 
+class Teacher(NamedTuple):
+    """The networks of a teacher in the refinement."""
+
+    classifier: Network  # θ̃: gives the cross-entropy
+    matcher: Network  # gives the matching terms: the same network, or θ
+
+
 class Refinement:
     """The inner loop for batches of one shape: all buffers lie at fixed places, and an iteration neither allocates nor waits."""
 
     def __init__(
         self,
-        classifier: Network,  # θ̃: gives the cross-entropy
-        matcher: Network,  # gives the matching terms: the same network, or θ
+        teachers: Sequence[Teacher],  # which take turns from iteration to iteration
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
         normalisation: Normalisation,
         execution: Execution,
         graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
-        self.classifier, self.matcher = classifier, matcher
+        self.teachers = teachers
         self.config, self.execution = config, execution
         dtype, device = execution.master_dtype, execution.device
         self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=execution.memory_format)
@@ -46,8 +56,7 @@ class Refinement:
         self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
         self.of_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
         self._refresh()
-        records = not (classifier.recording_error or matcher.recording_error)
-        self._captured = CapturedStep(self._iterate, execution, compiles=True, records=records, graph_memory=graph_memory)
+        self._captured = [self._record(teacher, graph_memory) for teacher in teachers]
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
         """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
@@ -58,36 +67,50 @@ class Refinement:
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
         self._refresh()
-        self._captured.refresh()
+        for captured in self._captured:
+            captured.refresh()
 
-    def advance(self, iterations: int) -> None:
-        """Do that many iterations; on a GPU this only queues them."""
-        self._captured.run(iterations)
+    def advance(self, iterations: int, before: int = 0) -> None:
+        """Do that many iterations; on a GPU this only queues them.
+
+        Args:
+            before: iterations that the batch has had: the next one is that of teacher `before` mod the number of teachers.
+        """
+        if len(self._captured) == 1:
+            self._captured[0].run(iterations)
+            return
+        for iteration in range(before, before + iterations):
+            self._captured[iteration % len(self._captured)].run(1)
 
     def close(self) -> None:
         """Free what was captured; the device must have finished with it."""
-        self._captured.close()
+        for captured in self._captured:
+            captured.close()
+
+    def _record(self, teacher: Teacher, graph_memory: GraphMemory | None) -> CapturedStep:
+        records = not any(network.recording_error for network in teacher)
+        return CapturedStep(partial(self._iterate, *teacher), self.execution, compiles=True, records=records, graph_memory=graph_memory)
 
     def _refresh(self) -> None:
-        for network in {self.classifier, self.matcher}:
+        for network in {network for teacher in self.teachers for network in teacher}:
             network.refresh()
 
-    def _iterate(self) -> None:
+    def _iterate(self, classifier: Network, matcher: Network) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter.
 
         On CUDA the launches are: `view`; for each layer a convolution of cuDNN and `bn_act`, which leaves partial sums of the moments;
         pooling, linear layer and `cross_entropy`, beside `matching_gradient` on a second stream; backwards the same layers in reverse
         order, `bn_act` with the gradients of the moments; `view_adam_clip_`; `record_`.
         """
-        operators, scale = self.classifier.operators, self.execution.loss_scale
+        operators, scale = self.execution.operators, self.execution.loss_scale
         view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
-        logits = self.classifier(view, deferred=True)
-        if self.matcher is not self.classifier:
-            self.matcher(view, deferred=True)
-        matching, moments, of_moments = self.matcher.matching_gradient(self.config.first_layer_weight, self.of_matching)
+        logits = classifier(view, deferred=True)
+        if matcher is not classifier:
+            matcher(view, deferred=True)
+        matching, moments, of_moments = matcher.matching_gradient(self.config.first_layer_weight, self.of_matching)
         ce, of_logits = operators.cross_entropy(logits, self.labels, scale)
         priors = self._priors(view)
-        self.matcher.join()
+        matcher.join()
         results, gradients = [logits, *priors, *moments], [of_logits, *[self.of_prior] * len(priors), *of_moments]
         (gradient,) = torch.autograd.grad(results, view, gradients)
         schedule = self.rows, self.learning_rates, self.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import GraphMemory
-from dwa_fast.engine.refine import Refinement, finite
-from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.refine import Refinement, Teacher, finite
 from dwa_fast.schedule import Schedule, Stage, make_stages
 
 
@@ -28,15 +28,14 @@ class StagedRefinement:
 
     def __init__(
         self,
-        classifier: Network,  # as of Refinement
-        matcher: Network,
+        teachers: Sequence[Teacher],  # which take turns from iteration to iteration, through all stages
         config: SynthesisConfig,
         normalisation: Normalisation,
         execution: Execution,
         graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
         fixed = partial(Refinement, config=config, normalisation=normalisation, execution=execution, graph_memory=graph_memory)
-        self._make = partial(fixed, classifier, matcher)
+        self._make = partial(fixed, teachers)
         self._config, self._precision = config, execution.precision
         self._refinements: dict[torch.Size, Refinement] = {}
         self._losses = torch.zeros(config.iterations, 3, dtype=execution.master_dtype, device=execution.device)
@@ -72,7 +71,7 @@ class StagedRefinement:
         """Do that many iterations, T at most for a batch; on a GPU this only queues them."""
         while iterations:
             now = min(iterations, self._stages[0].stop - self._done)
-            self._current.advance(now)
+            self._current.advance(now, self._done)
             self._done += now
             iterations -= now
             if self._done == self._stages[0].stop and len(self._stages) > 1:

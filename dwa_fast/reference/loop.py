@@ -6,9 +6,11 @@ It shares the configuration and the drawn schedules with the package, and no ari
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ class StatisticsHook:
 
 
 def recover(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],  # several take turns, from iteration to iteration of each batch
     images: Tensor,  # [N, C, H, W], normalised
     labels: Tensor,  # [N] int64
     recipe: Recipe,
@@ -75,43 +77,51 @@ def recover(
     seed: int = 0,
     quirks: Quirks | None = None,
 ) -> LoopResult:
-    """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed."""
+    """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed.
+
+    The published program has one teacher; with several, all of its quirks but the leak into the images' gradient are those of each.
+    """
     config, quirks = recipe.synthesis, quirks or Quirks()
-    model = copy.deepcopy(teacher).to(images.device, images.dtype).eval()
-    original = copy.deepcopy(model).requires_grad_(False)
-    source = original if config.matching_weights == "original" else model
-    hooks = [StatisticsHook(layer) for layer in batchnorm_layers(source).values()]
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    models = [copy.deepcopy(each).to(images.device, images.dtype).eval() for each in teachers]
+    originals = [copy.deepcopy(model).requires_grad_(False) for model in models]
+    on_original = config.matching_weights == "original"
+    hooks = [[StatisticsHook(layer) for layer in batchnorm_layers(each).values()] for each in (originals if on_original else models)]
     finished, losses = [], []
     for number, start in enumerate(range(0, len(images), config.batch_size)):
         stop = start + config.batch_size
-        if number and not quirks.keep_adjusted_weights:
-            _copy_parameters(original, model)
-        if not quirks.keep_weight_gradients:
-            model.zero_grad()
-        model.requires_grad_(True)
         schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
         first = config.stage_sizes[0] if config.stage_sizes else tuple(images.shape[2:])
-        leak = _adjust(model, _resize(images[start:stop], first), labels[start:stop], config, schedule, seed, number)
-        model.requires_grad_(quirks.keep_weight_gradients)
+        real, leak = _resize(images[start:stop], first), None
+        for place, (original, model) in enumerate(zip(originals, models, strict=True)):
+            if number and not quirks.keep_adjusted_weights:
+                _copy_parameters(original, model)
+            if not quirks.keep_weight_gradients:
+                model.zero_grad()
+            model.requires_grad_(True)
+            source = generator(seed, f"ascent {place}" if place else "ascent", number)
+            leak = _adjust(model, real, labels[start:stop], config, schedule, source)
+            model.requires_grad_(quirks.keep_weight_gradients)
         batch = images[start:stop].clone()
         if config.initial == "noise":
             batch = normal(generator(seed, "noise", number), tuple(batch.shape)).to(batch)
         batch, rows = _refine(
-            model,
-            original if config.matching_weights == "original" else None,
+            models,
+            originals if on_original else None,
             hooks,
             batch,
             labels[start:stop],
             config,
             recipe.data,
             schedule,
-            leak if quirks.leak_image_gradient else None,
+            leak if quirks.leak_image_gradient and len(models) == 1 else None,
         )
         finished.append(batch)
         losses.append(rows)
-    for hook in hooks:
+    for hook in (hook for own in hooks for hook in own):
         hook.close()
-    return LoopResult(torch.cat(finished), torch.stack(losses).float().cpu(), [p.detach().clone() for p in model.parameters()])
+    parameters = [p.detach().clone() for model in models for p in model.parameters()]
+    return LoopResult(torch.cat(finished), torch.stack(losses).float().cpu(), parameters)
 
 
 def apply_view(images: Tensor, schedule: Schedule, step: int) -> Tensor:
@@ -137,7 +147,7 @@ def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 def _adjust(
-    model: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig, schedule: Schedule, seed: int, number: int
+    model: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig, schedule: Schedule, source: np.random.Generator
 ) -> Tensor | None:
     """θ → θ̃ in K steps along the normalised gradient of the cross-entropy; returns what the passes leave in the images' gradient."""
     if not config.adjusts:
@@ -145,7 +155,7 @@ def _adjust(
     parameters = list(model.parameters())
     if config.ascent == "random":
         total = sum(p.numel() for p in parameters)
-        noise = normal(generator(seed, "ascent", number), (total,)).to(images).split([p.numel() for p in parameters])
+        noise = normal(source, (total,)).to(images).split([p.numel() for p in parameters])
         _step(parameters, [part.view_as(p) for part, p in zip(noise, parameters, strict=True)], config.rho, True)
         return None
     images = images.clone().requires_grad_(True)
@@ -166,9 +176,9 @@ def _step(parameters: list[nn.Parameter], directions: list[Tensor], radius: floa
 
 
 def _refine(
-    model: nn.Module,
-    original: nn.Module | None,
-    hooks: list[StatisticsHook],
+    models: list[nn.Module],
+    originals: list[nn.Module] | None,
+    all_hooks: list[list[StatisticsHook]],
     images: Tensor,
     labels: Tensor,
     config: SynthesisConfig,
@@ -192,9 +202,10 @@ def _refine(
         if step == 0 and leak is not None:
             images.grad = leak.clone()
         view = apply_view(images, schedule, step)
-        ce = F.cross_entropy(model(view), labels)
-        if original is not None:
-            original(view)
+        turn = step % len(models)
+        ce, hooks = F.cross_entropy(models[turn](view), labels), all_hooks[turn]
+        if originals is not None:
+            originals[turn](view)
         factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
         used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
         mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
