@@ -135,10 +135,10 @@ def count(teacher: nn.Module, workload: harness.Workload, batch: int, precision:
     with execution.arithmetic():
         refinement = Refinement([Teacher(network, network)], images.shape, own.synthesis, own.data, execution)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            refinement._iterate(network, network)  # what is made once per shape of the batch
+            refinement._iterate()  # what is made once per shape of the batch
             counting = Counting()
             with counting:
-                refinement._iterate(network, network)
+                refinement._iterate()
     return counting
 
 

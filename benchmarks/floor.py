@@ -28,7 +28,7 @@ class Call:
 def count(peer: harness.Ours) -> list[Call]:
     """The calls of one iteration of our engine, as it records them: weights frozen, one pass per BatchNorm layer each way."""
     with peer.execution.arithmetic():
-        graph = trace_step(lambda: peer.refinement._iterate(peer.network, peer.network))
+        graph = trace_step(peer.refinement._iterate)
     peer.reset()
 
     def value(node: Node) -> Any:

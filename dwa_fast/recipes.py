@@ -65,8 +65,9 @@ METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "fadrm": _fadrm,
     "fadrm+": _fadrm_plus,
     "dwa+": lambda dwa, data: replace(_fadrm_plus(dwa, data), ascent=dwa.ascent, rho=dwa.rho),
+    "cv-dd": lambda dwa, data: replace(_sre2l_plus(dwa, data), teachers_together=2, teacher_turns="index"),
 }
-SEVERAL_TEACHERS = ("fadrm+", "dwa+")  # methods that are for several teachers
+SEVERAL_TEACHERS = ("fadrm+", "dwa+", "cv-dd")  # methods that are for several teachers
 
 
 def _cifar(name: Literal["cifar10", "cifar100"], classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
@@ -179,7 +180,8 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", **c
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
             refined), real-start (no step), random-step, coupled (λ_mean = λ_var), sre2l++ (sre2l that starts from patches, with crops),
             fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again), fadrm+ (the same with several teachers
-            in turn), dwa+ (fadrm+ with DWA's step of each teacher).
+            in turn), dwa+ (fadrm+ with DWA's step of each teacher), cv-dd (sre2l++ with two
+            of several teachers at once, another pair for each image index).
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.
     Raises:

@@ -44,6 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fadrm": {**NOISE, "initial": "patches", "view": "crop", "iterations": 2000, "stage_sizes": (32, 32, 32, 32)},
 }
 CHANGES["fadrm+"] = CHANGES["fadrm"]
+CHANGES["cv-dd"] = {**CHANGES["sre2l++"], "teachers_together": 2, "teacher_turns": "index"}
 CHANGES["dwa+"] = {**CHANGES["fadrm"], "ascent": "directed", "rho": 0.015}
 
 

@@ -27,9 +27,9 @@ from dwa_fast.sets.loss_log import Rows
 class Synthesize(TeacherData):
     """Distil a data set into a few images per class. Run the same command again to resume."""
 
-    teacher: tuple[Path, ...]  # Checkpoint of the teacher; of several teachers, which take turns from iteration to iteration, in order.
+    teacher: tuple[Path, ...]  # Checkpoint of the teacher, or of several teachers, which take turns in this order.
     output: Path  # Folder for the images and their manifest.
-    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, fadrm+, dwa+.
+    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, fadrm+, dwa+, cv-dd.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.turns import ALONE, Turn
 from dwa_fast.errors import InputError
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
 from dwa_fast.seeding import generator, normal
@@ -33,7 +34,7 @@ class Refinement:
 
     def __init__(
         self,
-        teachers: Sequence[Teacher],  # which take turns from iteration to iteration
+        teachers: Sequence[Teacher],
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
         normalisation: Normalisation,
@@ -55,47 +56,53 @@ class Refinement:
         lambdas = torch.tensor([config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         self.of_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
         self.of_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
-        self._refresh()
-        self._captured = [self._record(teacher, graph_memory) for teacher in teachers]
+        self._graph_memory = graph_memory
+        self._captured: dict[Turn, CapturedStep] = {}
+        self._turns: Sequence[Turn]  # of the current batch
+        for network in {network for teacher in teachers for network in teacher}:
+            network.refresh()
 
-    def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+    def record(self, turns: Sequence[Turn]) -> None:
+        """Record the steps of these turns where that has not been done; this changes the buffers."""
+        for turn in turns:
+            if turn not in self._captured:
+                records = not any(network.recording_error for place, _ in turn for network in self.teachers[place])
+                kind: Any = {"compiles": True, "records": records, "graph_memory": self._graph_memory}
+                self._captured[turn] = CapturedStep(partial(self._iterate, turn), self.execution, **kind)
+
+    def load(self, images: Tensor, labels: Tensor, schedule: Schedule, turns: Sequence[Turn] = (ALONE,)) -> None:
         """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
+        self.record(turns)
+        self._turns = turns
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.rows[: len(schedule.rows)].copy_(schedule.rows)
         self.learning_rates[: len(schedule.rows)].copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
-        self._refresh()
-        for captured in self._captured:
-            captured.refresh()
+        for network in {network for turn in turns for place, _ in turn for network in self.teachers[place]}:
+            network.refresh()
+        for turn in turns:
+            self._captured[turn].refresh()
 
     def advance(self, iterations: int, before: int = 0) -> None:
         """Do that many iterations; on a GPU this only queues them.
 
         Args:
-            before: iterations that the batch has had: the next one is that of teacher `before` mod the number of teachers.
+            before: iterations that the batch has had: the next one is that of turn `before` mod the number of turns.
         """
-        if len(self._captured) == 1:
-            self._captured[0].run(iterations)
+        if len(self._turns) == 1:
+            self._captured[self._turns[0]].run(iterations)
             return
         for iteration in range(before, before + iterations):
-            self._captured[iteration % len(self._captured)].run(1)
+            self._captured[self._turns[iteration % len(self._turns)]].run(1)
 
     def close(self) -> None:
         """Free what was captured; the device must have finished with it."""
-        for captured in self._captured:
+        for captured in self._captured.values():
             captured.close()
 
-    def _record(self, teacher: Teacher, graph_memory: GraphMemory | None) -> CapturedStep:
-        records = not any(network.recording_error for network in teacher)
-        return CapturedStep(partial(self._iterate, *teacher), self.execution, compiles=True, records=records, graph_memory=graph_memory)
-
-    def _refresh(self) -> None:
-        for network in {network for teacher in self.teachers for network in teacher}:
-            network.refresh()
-
-    def _iterate(self, classifier: Network, matcher: Network) -> None:
+    def _iterate(self, turn: Turn = ALONE) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter.
 
         On CUDA the launches are: `view`; for each layer a convolution of cuDNN and `bn_act`, which leaves partial sums of the moments;
@@ -104,15 +111,24 @@ class Refinement:
         """
         operators, scale = self.execution.operators, self.execution.loss_scale
         view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
-        logits = classifier(view, deferred=True)
-        if matcher is not classifier:
-            matcher(view, deferred=True)
-        matching, moments, of_moments = matcher.matching_gradient(self.config.first_layer_weight, self.of_matching)
-        ce, of_logits = operators.cross_entropy(logits, self.labels, scale)
+        results, gradients, terms = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
+        for place, weight in turn:
+            classifier, matcher = self.teachers[place]
+            logits = classifier(view, deferred=True)
+            if matcher is not classifier:
+                matcher(view, deferred=True)
+            of_matching = self.of_matching if weight == 1 else weight * self.of_matching
+            matching, moments, of_moments = matcher.matching_gradient(self.config.first_layer_weight, of_matching)
+            ce, of_logits = operators.cross_entropy(logits, self.labels, weight * scale)
+            results += [logits, *moments]
+            gradients += [of_logits, *of_moments]
+            terms.append((ce, matching))
         priors = self._priors(view)
-        matcher.join()
-        results, gradients = [logits, *priors, *moments], [of_logits, *[self.of_prior] * len(priors), *of_moments]
-        (gradient,) = torch.autograd.grad(results, view, gradients)
+        for place, _ in turn:
+            self.teachers[place].matcher.join()
+        (gradient,) = torch.autograd.grad([*results, *priors], view, [*gradients, *[self.of_prior] * len(priors)])
+        if len(turn) > 1:
+            ce, matching = (sum(w * term for (_, w), term in zip(turn, own, strict=True)) for own in zip(*terms, strict=True))
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
         operators.record_(self.losses, self.step, ce, matching)

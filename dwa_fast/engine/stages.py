@@ -13,6 +13,7 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import GraphMemory
 from dwa_fast.engine.refine import Refinement, Teacher, finite
+from dwa_fast.engine.turns import Turn
 from dwa_fast.schedule import Schedule, Stage, make_stages
 
 
@@ -28,7 +29,7 @@ class StagedRefinement:
 
     def __init__(
         self,
-        teachers: Sequence[Teacher],  # which take turns from iteration to iteration, through all stages
+        teachers: Sequence[Teacher],
         config: SynthesisConfig,
         normalisation: Normalisation,
         execution: Execution,
@@ -40,6 +41,7 @@ class StagedRefinement:
         self._refinements: dict[torch.Size, Refinement] = {}
         self._losses = torch.zeros(config.iterations, 3, dtype=execution.master_dtype, device=execution.device)
         self.schedule: Schedule  # this and the rest: of the current batch
+        self._turns: Sequence[Turn]
         self._initial: Tensor
         self._labels: Tensor
         self._stages: list[Stage]
@@ -49,21 +51,24 @@ class StagedRefinement:
     def record(
         self,
         shape: torch.Size,  # [B, C, H, W]
+        turns: Sequence[Turn],
     ) -> None:
-        """Record the step of every stage of such images, once for each size."""
+        """Record the steps of every stage of such images, once for each size and turn."""
         for stage in make_stages(self._config, *shape[2:]):
             own = torch.Size((*shape[:2], stage.height, stage.width))
             if own not in self._refinements:
                 self._refinements[own] = self._make(own)
+            self._refinements[own].record(turns)
 
     def load(
         self,
         images: Tensor,  # [B, C, H, W], of a shape that has been recorded: where the refinement starts
         labels: Tensor,  # [B]
         schedule: Schedule,
+        turns: Sequence[Turn],  # which the iterations have one after the other, through all stages
     ) -> None:
         """Begin a batch; the networks already hold its weights θ̃."""
-        self.schedule, self._initial, self._labels, self._done = schedule, images, labels, 0
+        self._turns, self.schedule, self._initial, self._labels, self._done = turns, schedule, images, labels, 0
         self._stages = make_stages(self._config, *images.shape[2:])
         self._begin_stage(resized(images, self._stages[0]))
 
@@ -98,7 +103,7 @@ class StagedRefinement:
     def _begin_stage(self, images: Tensor) -> None:
         stage = self._stages[0]
         self._current = self._refinements[images.shape]
-        self._current.load(images, self._labels, self.schedule.part(stage.start, stage.stop))
+        self._current.load(images, self._labels, self.schedule.part(stage.start, stage.stop), self._turns)
 
     def _keep_losses(self) -> None:
         stage = self._stages[0]

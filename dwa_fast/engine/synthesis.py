@@ -20,6 +20,7 @@ from dwa_fast.engine.capture import return_stream, take_stream
 from dwa_fast.engine.refine import Teacher, matching_dominates, noise
 from dwa_fast.engine.stages import StagedRefinement, resized
 from dwa_fast.engine.teacher import Network, check_precision, prepare
+from dwa_fast.engine.turns import make_turns
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
 from dwa_fast.schedule import make_schedule, make_stages
@@ -35,6 +36,7 @@ class Batch:
     number: int
     images: Tensor  # [B, C, H, W], normalised
     labels: Tensor  # [B]
+    index: int = 0  # picks the teachers, where these take turns by index
 
 
 def initial(batch: Batch, config: SynthesisConfig, seed: int) -> Tensor:
@@ -55,6 +57,7 @@ class Replica:
         cuda = execution.device.type == "cuda"
         self._stream = take_stream(execution.device) if cuda else None
         self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
+        self._turns = make_turns(config, len(networks))
         self._ascents = [Ascent(network, config, execution, self._graph_memory) for network in networks]
         self._refinement = StagedRefinement(self._teachers, config, normalisation, execution, self._graph_memory)
         self._norms: list[Tensor] = []  # of each teacher's ascent for the current batch, until they have been checked
@@ -72,12 +75,13 @@ class Replica:
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
             seen = resized(images, make_stages(config, *images.shape[2:])[0])
             view = execution.operators.view(seen, schedule.rows, first, execution.dtype)
-            self._refinement.record(images.shape)
+            turns = self._turns if config.teacher_turns == "iteration" else [self._turns[batch.index % len(self._turns)]]
+            self._refinement.record(images.shape, turns)
             self._norms = []
-            for place, ascent in enumerate(self._ascents):
+            for place in sorted({place for turn in turns for place, _ in turn}):
                 source = generator(seed, f"ascent {place}" if place else "ascent", batch.number)
-                self._norms.append(ascent.adjust(view, labels, source))
-            self._refinement.load(initial(replace(batch, images=images), config, seed), labels, schedule)
+                self._norms.append(self._ascents[place].adjust(view, labels, source))
+            self._refinement.load(initial(replace(batch, images=images), config, seed), labels, schedule, turns)
 
     def advance(self, iterations: int) -> None:
         """Run some iterations, in pieces that Ctrl-C can interrupt. On a GPU they are only queued.
@@ -171,17 +175,19 @@ class Synthesizer:
         """Check and copy the teachers.
 
         Args:
-            teacher: one, or several which take turns: iteration t, counted from 0 in each batch, is that of teacher t mod their number.
+            teacher: one, or several which take turns as `make_turns` says.
             images: [N, C, H, W], examples of the images to come, normalised.
             normalisation: of the images.
             batch_sizes: the numbers of images of the batches that will run.
         Raises:
-            TypeError, InputError: as `prepare`, or the teachers know different numbers of classes.
+            TypeError, InputError: as `prepare` and `make_turns`, or the teachers know different numbers of classes.
         """
         teachers = listed(teacher)
         self._count = len(teachers)
         self.config, self.normalisation = config, normalisation
         self.execution = resolve(config.backend, config.precision, config.device, *teachers)
+        if teachers:
+            make_turns(config, len(teachers))
         sizes = [(stage.height, stage.width) for stage in make_stages(config, *images.shape[2:])]
         networks, self.classes = self._prepare(teachers, images, batch_sizes, sizes)
         copies = [networks] + [copy.deepcopy(networks) for _ in range(config.concurrent_batches - 1)]

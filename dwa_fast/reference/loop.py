@@ -6,6 +6,7 @@ It shares the configuration and the drawn schedules with the package, and no ari
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,7 @@ def recover(
             recipe.data,
             schedule,
             leak if quirks.leak_image_gradient and len(models) == 1 else None,
+            number,
         )
         finished.append(batch)
         losses.append(rows)
@@ -178,18 +180,20 @@ def _step(parameters: list[nn.Parameter], directions: list[Tensor], radius: floa
 def _refine(
     models: list[nn.Module],
     originals: list[nn.Module] | None,
-    all_hooks: list[list[StatisticsHook]],
+    hooks: list[list[StatisticsHook]],
     images: Tensor,
     labels: Tensor,
     config: SynthesisConfig,
     normalisation: Normalisation,
     schedule: Schedule,
     leak: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor]:
     low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in normalisation.bounds)
     losses = []
     initial, sizes = images, config.stage_sizes or (tuple(images.shape[2:]),)
     length, longer = config.iterations // len(sizes), config.iterations % len(sizes)
+    choices = _choices(config, len(models))
     starts = [stage * length + min(stage, longer) for stage in range(len(sizes))]
     for step in range(config.iterations):
         if step in starts:
@@ -202,20 +206,37 @@ def _refine(
         if step == 0 and leak is not None:
             images.grad = leak.clone()
         view = apply_view(images, schedule, step)
-        turn = step % len(models)
-        ce, hooks = F.cross_entropy(models[turn](view), labels), all_hooks[turn]
-        if originals is not None:
-            originals[turn](view)
-        factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
-        used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
-        mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
-        var = sum((w * hook.var_distance for w, hook in used), torch.zeros(()).to(ce))
-        (ce + config.lambda_mean * mean + config.lambda_var * var + _priors(view, config)).backward()
+        terms = torch.zeros(3).to(view)
+        for place, weight in choices[(step if config.teacher_turns == "iteration" else number) % len(choices)]:
+            original = originals[place] if originals else None
+            terms = terms + weight * _terms(models[place], original, hooks[place], view, labels, config.first_layer_weight)
+        (terms[0] + config.lambda_mean * terms[1] + config.lambda_var * terms[2] + _priors(view, config)).backward()
         optimizer.step()
         with torch.no_grad():
             images.clamp_(low, high)
-        losses.append(torch.stack([ce, mean, var]).detach())
+        losses.append(terms.detach())
     return images.detach(), torch.stack(losses)
+
+
+def _choices(config: SynthesisConfig, count: int) -> list[list[tuple[int, float]]]:
+    """All choices of the teachers that an iteration may have, each with its weight."""
+    priors = torch.tensor(config.teacher_priors or [0.0] * count, dtype=torch.float64)
+    places = [list(each) for each in itertools.combinations(range(count), config.teachers_together)]
+    return [list(zip(each, (priors[each] / 5).softmax(0).tolist(), strict=True)) for each in places]
+
+
+def _terms(
+    model: nn.Module, original: nn.Module | None, hooks: list[StatisticsHook], view: Tensor, labels: Tensor, first: float
+) -> Tensor:  # [3]: cross-entropy, R_mean, R_var
+    """The terms of one teacher's loss."""
+    ce = F.cross_entropy(model(view), labels)
+    if original is not None:
+        original(view)
+    factors = [first] + [1.0] * (len(hooks) - 1)
+    used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
+    mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
+    var = sum((w * hook.var_distance for w, hook in used), torch.zeros(()).to(ce))
+    return torch.stack([ce, mean, var])
 
 
 def _priors(view: Tensor, config: SynthesisConfig) -> Tensor:

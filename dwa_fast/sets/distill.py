@@ -189,7 +189,11 @@ class SetBuilder:
     def _load(self) -> list[tuple[BatchSpec, Batch]]:
         """The next concurrent batches with their initial images; empty when there are no more."""
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
-        return [(item, Batch(item.number, self.initial_images.load(item.images), torch.tensor(item.labels))) for item in group]
+        each = self.synthesizer.config.batch_ipc
+        return [
+            (item, Batch(item.number, self.initial_images.load(item.images), torch.tensor(item.labels), item.index // each))
+            for item in group
+        ]
 
     def _write(
         self,

@@ -67,7 +67,8 @@ def synthesize(
 
     Args:
         teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed. Or a list of several, which take turns:
-            iteration t of a batch, counted from 0, is that of teacher t mod their number (FADRM+), each with weights θ̃ of its own.
+            iteration t of a batch, counted from 0, is that of teacher t mod their number (FADRM+), each with weights θ̃ of its own. With
+            `teacher_turns="index"` the teachers take turns from batch to batch, in a set (`distill`) from image index to image index.
         images: [N, C, H, W], floating, normalised with mean and std of `recipe.data`: initial images, and what the ascent sees.
         labels: [N], integers in 0 … classes − 1.
         recipe: settings, for example `recipe("cifar100")`.
@@ -93,7 +94,7 @@ def synthesize(
         for predict in run.predictors:
             tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
             check_predictions(predict, tried, normalisation)
-    batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
+    batches = [Batch(number, images[part], labels[part], number) for number, part in enumerate(parts)]
     each = max(1, config.iterations)
     total = len(batches) * each
     finished, losses = [], []

@@ -111,7 +111,7 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     Arena(network, execution, moves=False)
     with execution.arithmetic():
         refinement = Refinement([Teacher(network, network)], images.shape, config, Normalisation(), execution)
-    nodes = trace_step(lambda: refinement._iterate(network, network)).graph.nodes
+    nodes = trace_step(refinement._iterate).graph.nodes
     backward = [node for node in nodes if node.target is torch.ops.aten.convolution_backward.default]
     assert len(backward) >= 19  # all but the first layer's, which has its own way
     assert {inputs.target for inputs in (node.args[1] for node in backward)} == {torch.ops.aten.empty_strided.default}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dwa_fast import InputError, synthesize
+from dwa_fast import InputError, distill, synthesize
+from dwa_fast.data.manifest import image_name
+from dwa_fast.engine.turns import ALONE, Turn, make_turns
 from dwa_fast.reference.loop import apply_view, recover
 from dwa_fast.schedule import make_schedule
-from tests.nets import SIZE, alive, assert_as_near, distance, real_images, small_recipe, small_teacher
+from tests.nets import SIZE, alive, assert_as_near, distance, real_images, small_recipe, small_set, small_teacher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -32,7 +36,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DWA+": {"view": "crop", "rho": 0.3, "stage_sizes": (6, 8)},
     "Eq. 15 to the letter": {"matching_weights": "original", "rho": 0.3, "batch_size": 5},
     "random steps": {"ascent": "random", "rho": 0.3},
+    "by index": {"rho": 0.3, "teacher_turns": "index", "batch_size": 5},
+    "two at once": {"rho": 0.3, "teachers_together": 2, "tv_l2": 0.05, "matching_weights": "original", "teacher_priors": (60.0, 64.0)},
+    "CV-DD": {"view": "crop", "ascent": "none", "teachers_together": 2, "teacher_turns": "index", "teachers": 3, "batch_size": 4},
 }
+TEACHERS = [small_teacher(), another(), small_teacher(seed=1)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -40,16 +48,18 @@ def test_equals_reference_loop(settings: dict[str, Any], device: torch.device) -
     """Eleven iterations, so that turns run on over uneven stages and begin anew with each batch."""
     images, labels = real_images()
     images, labels = images.double().to(device), labels.to(device)
+    settings = dict(settings)
+    teachers = TEACHERS[: settings.pop("teachers", 2)]
     config = small_recipe(precision="fp64", device=device.type, iterations=11, **settings)
-    got = synthesize([small_teacher(), another()], images, labels, config, seed=3)
-    wanted = recover([small_teacher(), another()], images, labels, config, seed=3)
+    got = synthesize(teachers, images, labels, config, seed=3)
+    wanted = recover(teachers, images, labels, config, seed=3)
     assert distance(got.losses, wanted.losses) < 1e-6
     assert distance(got.images, wanted.images) < 1e-8
-    alone = synthesize(small_teacher(), images, labels, config, seed=3)
+    alone = synthesize(teachers[0], images, labels, small_recipe(precision="fp64", device=device.type, iterations=11), seed=3)
     assert distance(got.images, alone.images) > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{"stage_sizes": (6, 8)}, {"view": "crop", "ascent": "none"}])
+@pytest.mark.parametrize("settings", [{"stage_sizes": (6, 8)}, {"view": "crop", "teachers_together": 2}])
 def test_fused_equals_reference_loop_in_single_precision(settings: dict[str, Any], device: torch.device) -> None:
     images, labels = real_images()
     images, labels = images.to(device), labels.to(device)
@@ -57,6 +67,18 @@ def test_fused_equals_reference_loop_in_single_precision(settings: dict[str, Any
     teachers = small_teacher(), another()
     got = synthesize(teachers, images, labels, config)
     assert_as_near(got, recover(teachers, images, labels, config), recover(teachers, images.double(), labels, config))
+
+
+def test_turns_and_weights() -> None:
+    def turns(count: int, **settings: Any) -> list[Turn]:
+        return make_turns(small_recipe(**settings).synthesis, count)
+
+    assert turns(1) == [ALONE]
+    assert turns(3) == [((0, 1.0),), ((1, 1.0),), ((2, 1.0),)]
+    assert turns(3, teachers_together=2) == [((0, 0.5), (1, 0.5)), ((0, 0.5), (2, 0.5)), ((1, 0.5), (2, 0.5))]
+    ((_, first), (_, second)), *_ = turns(5, teachers_together=2, teacher_priors=(63.0, 65.3, 68.5, 67.6, 67.4))
+    assert second / first == pytest.approx(math.exp((65.3 - 63.0) / 5))
+    assert first + second == pytest.approx(1.0)
 
 
 def test_whose_turn_it_is() -> None:
@@ -98,6 +120,33 @@ def test_a_list_of_one_and_batches_in_flight(teachers: list[nn.Module]) -> None:
 def test_what_cannot_be_used_is_refused(teachers: list[Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         synthesize(teachers, *real_images(6), small_recipe(iterations=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teachers_together": 3}, "teachers_together must be at most the number of teachers, 2, got 3"),
+        ({"teacher_priors": (50.0,)}, "teacher_priors must be one number for each of 2 teachers, got 1"),
+        ({"teacher_turns": "random"}, "unknown teacher_turns 'random'; known: iteration, index"),
+    ],
+)
+def test_turns_that_cannot_be_taken(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        synthesize(TEACHERS[:2], *real_images(6), small_recipe(iterations=2, **settings))
+
+
+def test_a_set_by_index(tmp_path: Path) -> None:
+    """Image i of every class is that of teacher i mod 2 alone, whatever the batches."""
+    config = {"iterations": 4, "batch_size": 4, "backend": "reference", "ascent": "none"}
+    distill(TEACHERS[:2], small_set(), small_recipe(teacher_turns="index", **config), ipc=3, output=tmp_path / "both")
+    for place in range(2):
+        distill(TEACHERS[place], small_set(), small_recipe(**config), ipc=3, output=tmp_path / f"{place}")
+    for index in range(3):
+        for label in range(10):
+            name = Path("images", image_name(label, index, 10))
+            both, first, second = ((tmp_path / folder / name).read_bytes() for folder in ("both", "0", "1"))
+            assert both == (first, second)[index % 2]
+            assert first != second
 
 
 def test_every_teacher_is_tried(caplog: pytest.LogCaptureFixture) -> None:
