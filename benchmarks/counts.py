@@ -34,7 +34,7 @@ import harness
 
 from dwa_fast.engine import backend
 from dwa_fast.engine.ascent import Arena
-from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.refine import Refinement, Teacher
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.ops import _library
@@ -133,7 +133,7 @@ def count(teacher: nn.Module, workload: harness.Workload, batch: int, precision:
     assert network.traced
     Arena(network, execution, moves=False)
     with execution.arithmetic():
-        refinement = Refinement(network, network, images.shape, own.synthesis, own.data, execution)
+        refinement = Refinement([Teacher(network, network)], images.shape, own.synthesis, own.data, execution)
         with FakeTensorMode(allow_non_fake_inputs=True):
             refinement._iterate()  # what is made once per shape of the batch
             counting = Counting()

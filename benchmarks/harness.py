@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import Execution, graph_operators, precisions, resolve
-from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.refine import Refinement, Teacher
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
@@ -196,7 +196,8 @@ class Ours:
         self.network, _ = prepare(problem.teacher, problem.images, execution)
         Arena(self.network, execution, moves=False)
         with execution.arithmetic():
-            self.refinement = Refinement(self.network, self.network, problem.images.shape, problem.config, problem.recipe.data, execution)
+            teachers = [Teacher(self.network, self.network)]
+            self.refinement = Refinement(teachers, problem.images.shape, problem.config, problem.recipe.data, execution)
         self.reset()
 
     def reset(self) -> None:

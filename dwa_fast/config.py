@@ -19,6 +19,7 @@ Ascent = Literal["directed", "random", "none"]
 MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
 Curriculum = Literal["none", "step", "linear", "cosine"]
+TeacherTurns = Literal["iteration", "index"]
 Initial = Literal["real", "patches", "noise"]
 InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
@@ -37,7 +38,15 @@ ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 # Settings that older files do not have, with the values that these were made with.
-LATER_SETTINGS = {"batch_ipc": 1, "schedule": "cosine", "stage_sizes": (), "stage_mix": 0.5}
+LATER_SETTINGS = {
+    "batch_ipc": 1,
+    "schedule": "cosine",
+    "stage_sizes": (),
+    "stage_mix": 0.5,
+    "teachers_together": 1,
+    "teacher_turns": "iteration",
+    "teacher_priors": (),
+}
 LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
 LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
 
@@ -211,6 +220,9 @@ class SynthesisConfig(Config):
     jitter: NonNegativeInt = 4  # Largest roll in each direction, pixels.
     stage_sizes: tuple[PositiveInt, ...] = ()  # Sizes of the refinement's stages, pixels; the last is the images' own. Empty: one stage.
     stage_mix: Fraction = 0.5  # α: share of the refined images where a stage begins; the rest is the initial images (FADRM).
+    teachers_together: PositiveInt = 1  # Teachers in an iteration, whose losses are added with weights; all such choices take turns.
+    teacher_turns: TeacherTurns = "iteration"  # Turns of several teachers: by iteration (FADRM+), or by the image index of a set (CV-DD).
+    teacher_priors: tuple[NonNegative, ...] = ()  # Accuracy of each teacher's images, %: the weights are softmax(prior / 5). Empty: equal.
     backend: BackendName = "auto"  # fused (our operators), compiled (TorchInductor), reference (plain PyTorch), auto (the best that runs).
     precision: Precision = "auto"  # Arithmetic of the networks; images, statistics and losses stay in fp32.
     concurrent_batches: PositiveInt = 1  # Batches in flight at once on a GPU, each with its own weights.

@@ -49,6 +49,10 @@ def _fadrm(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
     return replace(start, iterations=iterations, learning_rate=rate, stage_sizes=(low, data.size) * 2)
 
 
+def _fadrm_plus(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
+    return replace(_fadrm(dwa, data), learning_rate=0.25)
+
+
 METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "dwa": lambda dwa, _: dwa,
     "sre2l": _sre2l,
@@ -59,7 +63,11 @@ METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "coupled": lambda dwa, _: replace(dwa, lambda_mean=dwa.lambda_var),
     "sre2l++": _sre2l_plus,
     "fadrm": _fadrm,
+    "fadrm+": _fadrm_plus,
+    "dwa+": lambda dwa, data: replace(_fadrm_plus(dwa, data), ascent=dwa.ascent, rho=dwa.rho),
+    "cv-dd": lambda dwa, data: replace(_sre2l_plus(dwa, data), teachers_together=2, teacher_turns="index"),
 }
+SEVERAL_TEACHERS = ("fadrm+", "dwa+", "cv-dd")  # methods that are for several teachers
 
 
 _OF_NO_PRESET = ("students", "precision", "memory_limit")  # settings of the validation that are not compared with those of a preset
@@ -252,7 +260,9 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", pre
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
             refined), real-start (no step), random-step, coupled (λ_mean = λ_var), sre2l++ (sre2l that starts from patches, with crops),
-            fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again).
+            fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again), fadrm+ (the same with several teachers
+            in turn), dwa+ (fadrm+ with DWA's step of each teacher), cv-dd (sre2l++ with two
+            of several teachers at once, another pair for each image index).
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.

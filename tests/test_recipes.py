@@ -43,6 +43,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sre2l++": {**NOISE, "initial": "patches", "view": "crop", "iterations": 4000},
     "fadrm": {**NOISE, "initial": "patches", "view": "crop", "iterations": 2000, "stage_sizes": (32, 32, 32, 32)},
 }
+CHANGES["fadrm+"] = CHANGES["fadrm"]
+CHANGES["cv-dd"] = {**CHANGES["sre2l++"], "teachers_together": 2, "teacher_turns": "index"}
+CHANGES["dwa+"] = {**CHANGES["fadrm"], "ascent": "directed", "rho": 0.015}
 
 
 # Students of the family, ResNet-18, 10 images per class: released programs and papers (LINs-lab/RDED, shaoshitong/EDC, Jiacheng8/FADRM and
@@ -132,7 +135,7 @@ def test_stages_of_fadrm_by_size() -> None:
     assert (tiny.stage_sizes, tiny.iterations, tiny.learning_rate, tiny.jitter) == ((64, 64, 64, 64), 2000, 0.01, 4)
     assert (imagenet.stage_sizes, imagenet.iterations, imagenet.learning_rate, imagenet.jitter) == ((200, 224, 200, 224), 2000, 0.25, 32)
     assert recipe("folder", method="fadrm", size=112).synthesis.stage_sizes == (100, 112, 100, 112)
-    assert recipe("tiny", method="sre2l++").synthesis.learning_rate == 0.25
+    assert [recipe("tiny", method=method).synthesis.learning_rate for method in ("sre2l++", "fadrm+", "dwa+")] == [0.25] * 3
     assert recipe("digits", method="fadrm").synthesis.iterations == recipe("digits").synthesis.iterations
 
 

@@ -129,7 +129,8 @@ def compare_normalisation(folder: Path, normalisation: Normalisation, teacher: P
     if known or not all(isinstance(value, list) for value in made) or made == (list(normalisation.mean), list(normalisation.std)):
         return
     difference = f"{folder} was made with {described(*made)}, not {described(normalisation.mean, normalisation.std)}"
-    if teacher is not None and settings.get("teacher") == teacher.checksum:
+    made_with = settings.get("teacher")  # a list, if there were several
+    if teacher is not None and teacher.checksum in (made_with if isinstance(made_with, list) else [made_with]):
         raise InputError(f"{difference}, and with this teacher; pass {as_flags(*made)}")
     log.warning("%s; a teacher is given images of the normalisation that it was trained with", difference)
 

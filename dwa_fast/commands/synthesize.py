@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData
 from dwa_fast.config import InitialConfig, NonNegativeInt, PositiveInt, StorageConfig, SynthesisConfig
 from dwa_fast.data.manifest import read_manifest
+from dwa_fast.data.pairing import PairedTeacher
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
+from dwa_fast.recipes import SEVERAL_TEACHERS
 from dwa_fast.sets import workers
 from dwa_fast.sets.distill import distill
 from dwa_fast.sets.loss_log import Rows
@@ -24,12 +27,12 @@ from dwa_fast.sets.loss_log import Rows
 class Synthesize(TeacherData):
     """Distil a data set into a few images per class. Run the same command again to resume."""
 
-    teacher: Path  # Checkpoint of the teacher.
+    teacher: tuple[Path, ...]  # Checkpoint of the teacher, or of several teachers, which take turns in this order.
     output: Path  # Folder for the images and their manifest.
-    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm.
+    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, fadrm+, dwa+, cv-dd.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
-    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     threads: PositiveInt | None = None  # CPU threads; the last bits depend on them. Default: as when the set was started, or all.
     shard: str | None = None  # i/n: make only part i of n, 1 ≤ i ≤ n; the last part to finish completes the set.
@@ -42,10 +45,10 @@ class Synthesize(TeacherData):
         if set_folder(self.output) == self.output:  # else the output is `images` of a set, which stands for the set
             refuse_images(self.output)
         train = self.load("train")
-        teacher = self.open_teacher(self.teacher, self.architecture, train.class_names)
-        provenance: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": teacher.checksum}
-        if teacher.outputs:
-            provenance["teacher_outputs"] = teacher.outputs
+        teachers = self._teachers(train.class_names)
+        provenance: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": _one_or_all([t.checksum for t in teachers])}
+        if any(teacher.outputs for teacher in teachers):
+            provenance["teacher_outputs"] = _one_or_all([teacher.outputs for teacher in teachers])
         if workers.launched() and self.shard:
             raise InputError("--shard is for processes that do not communicate; torchrun divides the batches among its workers itself")
         divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
@@ -53,7 +56,7 @@ class Synthesize(TeacherData):
         with console.bars(shown=workers.rank() == 0) as track:
             bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
-                teacher.module,
+                [teacher.module for teacher in teachers],
                 train,
                 recipe,
                 ipc=self.ipc,
@@ -69,11 +72,27 @@ class Synthesize(TeacherData):
             )
         console.print(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")
 
+    def _teachers(self, class_names: Sequence[str]) -> list[PairedTeacher]:
+        """The teachers in order."""
+        count = len(self.teacher)
+        if not count or (self.method in SEVERAL_TEACHERS and count == 1):
+            wanted = "at least one checkpoint" if not count else f"the checkpoints of several teachers for method {self.method}"
+            raise InputError(f"--teacher must name {wanted}, got {count}")
+        architectures: list[str | None] = [*self.architecture] if self.architecture else [None] * count
+        if len(architectures) != count:
+            raise InputError(f"--architecture must name a network for each of the {count} teachers, got {len(architectures)}")
+        return [self.open_teacher(path, own, class_names) for path, own in zip(self.teacher, architectures, strict=True)]
+
     def _made(self, made: int, total: int) -> str:
         if not read_manifest(self.output)["complete"]:
             kind, number = ("worker", workers.rank()) if workers.launched() else ("shard", self.shard)
             return f"{made} images of {kind} {number} made now; complete with the other {kind}s"
         return f"{total} images" + (f", {made} of them made now" if made < total else "")
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """The value of a single teacher, or the list of all."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 def _shown(rows: Rows) -> str:

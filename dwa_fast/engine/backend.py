@@ -110,11 +110,11 @@ def _settings_of_a_gpu(tf32: bool) -> Iterator[None]:
                 matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = first
 
 
-def resolve(backend: BackendName, precision: Precision, device: str, teacher: object = None) -> Execution:
+def resolve(backend: BackendName, precision: Precision, device: str, *teachers: object) -> Execution:
     """Decide device, operators and arithmetic; log what "auto" became.
 
     Args:
-        teacher: for which; on a CPU depthwise convolutions are slow in bf16, and a precision "auto" is fp32. None: any other one.
+        teachers: for which; on a CPU depthwise convolutions are slow in bf16, and a precision "auto" is fp32. None: any others.
     Raises:
         InputError: a back-end, precision or device named explicitly cannot run here; the message gives every cause.
     """
@@ -131,7 +131,7 @@ def resolve(backend: BackendName, precision: Precision, device: str, teacher: ob
     if precision != "auto" and precision not in offered:
         raise InputError(f"precision {precision!r} is not offered by back-end {chosen!r} on {where.type}; it offers: {', '.join(offered)}")
     arithmetic = offered[0] if precision == "auto" else precision
-    depthwise = precision == "auto" and where.type == "cpu" and arithmetic == "bf16" and _has_depthwise(teacher)
+    depthwise = precision == "auto" and where.type == "cpu" and arithmetic == "bf16" and any(map(_has_depthwise, teachers))
     if depthwise:
         arithmetic = "fp32"
     if "auto" in (backend, precision):

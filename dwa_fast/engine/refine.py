@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +13,7 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.turns import ALONE, Turn
 from dwa_fast.errors import InputError
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
 from dwa_fast.seeding import generator, normal
@@ -17,20 +22,26 @@ _TERMS = ("cross-entropy", "R_mean", "R_var")
 _DOMINATES = 100.0  # times the cross-entropy
 
 
+class Teacher(NamedTuple):
+    """The networks of a teacher in the refinement."""
+
+    classifier: Network  # θ̃: gives the cross-entropy
+    matcher: Network  # gives the matching terms: the same network, or θ
+
+
 class Refinement:
     """The inner loop for batches of one shape: all buffers lie at fixed places, and an iteration neither allocates nor waits."""
 
     def __init__(
         self,
-        classifier: Network,  # θ̃: gives the cross-entropy
-        matcher: Network,  # gives the matching terms: the same network, or θ
+        teachers: Sequence[Teacher],
         shape: torch.Size,  # [B, C, H, W]
         config: SynthesisConfig,
         normalisation: Normalisation,
         execution: Execution,
         graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
-        self.classifier, self.matcher = classifier, matcher
+        self.teachers = teachers
         self.config, self.execution = config, execution
         dtype, device = execution.master_dtype, execution.device
         self.images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=execution.memory_format)
@@ -45,51 +56,79 @@ class Refinement:
         lambdas = torch.tensor([config.lambda_mean, config.lambda_var], dtype=dtype, device=device)
         self.grad_matching = lambdas * execution.loss_scale  # the gradient of R_mean and R_var
         self.grad_prior = torch.tensor(execution.loss_scale, dtype=dtype, device=device)  # that of SRe2L's priors
-        self._refresh()
-        captures = not (classifier.capture_error or matcher.capture_error)
-        self._captured = CapturedStep(self._iterate, execution, compiles=True, captures=captures, graph_memory=graph_memory)
+        self._graph_memory = graph_memory
+        self._captured: dict[Turn, CapturedStep] = {}
+        self._turns: Sequence[Turn]  # of the current batch
+        for network in {network for teacher in teachers for network in teacher}:
+            network.refresh()
 
-    def load(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+    def record(self, turns: Sequence[Turn]) -> None:
+        """Record the steps of these turns where that has not been done; this changes the buffers."""
+        for turn in turns:
+            if turn not in self._captured:
+                captures = not any(network.capture_error for place, _ in turn for network in self.teachers[place])
+                kind: Any = {"compiles": True, "captures": captures, "graph_memory": self._graph_memory}
+                self._captured[turn] = CapturedStep(partial(self._iterate, turn), self.execution, **kind)
+
+    def load(self, images: Tensor, labels: Tensor, schedule: Schedule, turns: Sequence[Turn] = (ALONE,)) -> None:
         """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
+        self.record(turns)
+        self._turns = turns
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.rows[: len(schedule.rows)].copy_(schedule.rows)
         self.learning_rates[: len(schedule.rows)].copy_(schedule.learning_rates)
         for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
             buffer.zero_()
-        self._refresh()
-        self._captured.refresh()
+        for network in {network for turn in turns for place, _ in turn for network in self.teachers[place]}:
+            network.refresh()
+        for turn in turns:
+            self._captured[turn].refresh()
 
-    def advance(self, iterations: int) -> None:
-        """Do that many iterations; on a GPU this only queues them."""
-        self._captured.run(iterations)
+    def advance(self, iterations: int, before: int = 0) -> None:
+        """Do that many iterations; on a GPU this only queues them.
+
+        Args:
+            before: iterations that the batch has had: the next one is that of turn `before` mod the number of turns.
+        """
+        if len(self._turns) == 1:
+            self._captured[self._turns[0]].run(iterations)
+            return
+        for iteration in range(before, before + iterations):
+            self._captured[self._turns[iteration % len(self._turns)]].run(1)
 
     def close(self) -> None:
         """Free what was captured; the device must have finished with it."""
-        self._captured.close()
+        for captured in self._captured.values():
+            captured.close()
 
-    def _refresh(self) -> None:
-        for network in {self.classifier, self.matcher}:
-            network.refresh()
-
-    def _iterate(self) -> None:
+    def _iterate(self, turn: Turn = ALONE) -> None:
         """One iteration; row, learning rate and place of the losses follow from the counter.
 
         On CUDA the launches are: `view`; for each layer a convolution of cuDNN and `bn_act`, which leaves partial sums of the moments;
         pooling, linear layer and `cross_entropy`, beside `matching_gradient` on a second stream; backwards the same layers in reverse
         order, `bn_act` with the gradients of the moments; `view_adam_clip_`; `log_losses_`.
         """
-        operators, scale = self.classifier.operators, self.execution.loss_scale
+        operators, scale = self.execution.operators, self.execution.loss_scale
         view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
-        logits = self.classifier(view, deferred=True)
-        if self.matcher is not self.classifier:
-            self.matcher(view, deferred=True)
-        matching, moments, grad_moments = self.matcher.matching_gradient(self.config.first_layer_weight, self.grad_matching)
-        ce, grad_logits = operators.cross_entropy(logits, self.labels, scale)
+        results, gradients, terms = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
+        for place, weight in turn:
+            classifier, matcher = self.teachers[place]
+            logits = classifier(view, deferred=True)
+            if matcher is not classifier:
+                matcher(view, deferred=True)
+            grad_matching = self.grad_matching if weight == 1 else weight * self.grad_matching
+            matching, moments, grad_moments = matcher.matching_gradient(self.config.first_layer_weight, grad_matching)
+            ce, grad_logits = operators.cross_entropy(logits, self.labels, weight * scale)
+            results += [logits, *moments]
+            gradients += [grad_logits, *grad_moments]
+            terms.append((ce, matching))
         priors = self._priors(view)
-        self.matcher.join()
-        results, gradients = [logits, *priors, *moments], [grad_logits, *[self.grad_prior] * len(priors), *grad_moments]
-        (gradient,) = torch.autograd.grad(results, view, gradients)
+        for place, _ in turn:
+            self.teachers[place].matcher.join()
+        (gradient,) = torch.autograd.grad([*results, *priors], view, [*gradients, *[self.grad_prior] * len(priors)])
+        if len(turn) > 1:
+            ce, matching = (sum(w * term for (_, w), term in zip(turn, own, strict=True)) for own in zip(*terms, strict=True))
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
         operators.log_losses_(self.losses, self.step, ce, matching)

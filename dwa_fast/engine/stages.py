@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import GraphMemory
-from dwa_fast.engine.refine import Refinement, finite
-from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.refine import Refinement, Teacher, finite
+from dwa_fast.engine.turns import Turn
 from dwa_fast.schedule import Schedule, Stage, make_stages
 
 
@@ -28,19 +29,19 @@ class StagedRefinement:
 
     def __init__(
         self,
-        classifier: Network,  # as of Refinement
-        matcher: Network,
+        teachers: Sequence[Teacher],
         config: SynthesisConfig,
         normalisation: Normalisation,
         execution: Execution,
         graph_memory: GraphMemory | None = None,  # see CapturedStep
     ) -> None:
         fixed = partial(Refinement, config=config, normalisation=normalisation, execution=execution, graph_memory=graph_memory)
-        self._make = partial(fixed, classifier, matcher)
+        self._make = partial(fixed, teachers)
         self._config, self._precision = config, execution.precision
         self._refinements: dict[torch.Size, Refinement] = {}
         self._losses = torch.zeros(config.iterations, 3, dtype=execution.master_dtype, device=execution.device)
         self.schedule: Schedule  # this and the rest: of the current batch
+        self._turns: Sequence[Turn]
         self._initial: Tensor
         self._labels: Tensor
         self._stages: list[Stage]
@@ -50,21 +51,24 @@ class StagedRefinement:
     def record(
         self,
         shape: torch.Size,  # [B, C, H, W]
+        turns: Sequence[Turn],
     ) -> None:
-        """Record the step of every stage of such images, once for each size."""
+        """Record the steps of every stage of such images, once for each size and turn."""
         for stage in make_stages(self._config, *shape[2:]):
             own = torch.Size((*shape[:2], stage.height, stage.width))
             if own not in self._refinements:
                 self._refinements[own] = self._make(own)
+            self._refinements[own].record(turns)
 
     def load(
         self,
         images: Tensor,  # [B, C, H, W], of a shape that has been recorded: where the refinement starts
         labels: Tensor,  # [B]
         schedule: Schedule,
+        turns: Sequence[Turn],  # which the iterations have one after the other, through all stages
     ) -> None:
         """Begin a batch; the networks already hold its weights θ̃."""
-        self.schedule, self._initial, self._labels, self._done = schedule, images, labels, 0
+        self._turns, self.schedule, self._initial, self._labels, self._done = turns, schedule, images, labels, 0
         self._stages = make_stages(self._config, *images.shape[2:])
         self._begin_stage(resized(images, self._stages[0]))
 
@@ -72,7 +76,7 @@ class StagedRefinement:
         """Do that many iterations, T at most for a batch; on a GPU this only queues them."""
         while iterations:
             now = min(iterations, self._stages[0].stop - self._done)
-            self._current.advance(now)
+            self._current.advance(now, self._done)
             self._done += now
             iterations -= now
             if self._done == self._stages[0].stop and len(self._stages) > 1:
@@ -99,7 +103,7 @@ class StagedRefinement:
     def _begin_stage(self, images: Tensor) -> None:
         stage = self._stages[0]
         self._current = self._refinements[images.shape]
-        self._current.load(images, self._labels, self.schedule.part(stage.start, stage.stop))
+        self._current.load(images, self._labels, self.schedule.part(stage.start, stage.stop), self._turns)
 
     def _keep_losses(self) -> None:
         stage = self._stages[0]

@@ -6,8 +6,9 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.capture import return_stream, take_stream
-from dwa_fast.engine.refine import matching_dominates, noise
+from dwa_fast.engine.refine import Teacher, matching_dominates, noise
 from dwa_fast.engine.stages import StagedRefinement, resized
 from dwa_fast.engine.teacher import Network, check_precision, prepare
+from dwa_fast.engine.turns import make_turns
 from dwa_fast.errors import InputError
+from dwa_fast.models.wrappers import listed
 from dwa_fast.schedule import make_schedule, make_stages
 from dwa_fast.seeding import generator
 
@@ -33,6 +36,7 @@ class Batch:
     number: int
     images: Tensor  # [B, C, H, W], normalised
     labels: Tensor  # [B]
+    index: int = 0  # picks the teachers, where these take turns by index
 
 
 def initial(batch: Batch, config: SynthesisConfig, seed: int) -> Tensor:
@@ -41,20 +45,22 @@ def initial(batch: Batch, config: SynthesisConfig, seed: int) -> Tensor:
 
 
 class Replica:
-    """A copy of the teacher with its own weights, buffers and CUDA stream. It works on one batch at a time."""
+    """A copy of the teachers with its own weights, buffers and CUDA stream. It works on one batch at a time."""
 
-    def __init__(self, network: Network, config: SynthesisConfig, normalisation: Normalisation, execution: Execution) -> None:
+    def __init__(self, networks: Sequence[Network], config: SynthesisConfig, normalisation: Normalisation, execution: Execution) -> None:
         self.config, self.normalisation, self.execution = config, normalisation, execution
-        self._network = self._matcher = network
+        self._teachers = [Teacher(network, network) for network in networks]
         if config.matching_weights == "original" and config.adjusts:
-            self._matcher = copy.deepcopy(network)
-            Arena(self._matcher, execution, moves=False)
+            self._teachers = [Teacher(network, copy.deepcopy(network)) for network in networks]
+            for _, matcher in self._teachers:
+                Arena(matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
         self._stream = take_stream(execution.device) if cuda else None
         self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
-        self._ascent = Ascent(network, config, execution, self._graph_memory)
-        self._refinement = StagedRefinement(network, self._matcher, config, normalisation, execution, self._graph_memory)
-        self._norms: Tensor | None = None  # of the current batch's ascent, until they have been checked
+        self._turns = make_turns(config, len(networks))
+        self._ascents = [Ascent(network, config, execution, self._graph_memory) for network in networks]
+        self._refinement = StagedRefinement(self._teachers, config, normalisation, execution, self._graph_memory)
+        self._norms: list[Tensor] = []  # of each teacher's ascent for the current batch, until they have been checked
 
     def begin(self, batch: Batch, seed: int) -> None:
         """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images. On a GPU this is only queued.
@@ -68,10 +74,14 @@ class Replica:
             schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=batch.number).to(execution.device)
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
             seen = resized(images, make_stages(config, *images.shape[2:])[0])
-            view = self._network.operators.view(seen, schedule.rows, first, execution.dtype)
-            self._refinement.record(images.shape)
-            self._norms = self._ascent.adjust(view, labels, generator(seed, "ascent", batch.number))
-            self._refinement.load(initial(replace(batch, images=images), config, seed), labels, schedule)
+            view = execution.operators.view(seen, schedule.rows, first, execution.dtype)
+            turns = self._turns if config.teacher_turns == "iteration" else [self._turns[batch.index % len(self._turns)]]
+            self._refinement.record(images.shape, turns)
+            self._norms = []
+            for place in sorted({place for turn in turns for place, _ in turn}):
+                source = generator(seed, f"ascent {place}" if place else "ascent", batch.number)
+                self._norms.append(self._ascents[place].adjust(view, labels, source))
+            self._refinement.load(initial(replace(batch, images=images), config, seed), labels, schedule, turns)
 
     def advance(self, iterations: int) -> None:
         """Run some iterations, in pieces that Ctrl-C can interrupt. On a GPU they are only queued.
@@ -81,9 +91,9 @@ class Replica:
         """
         piece = self.execution.iterations_per_call
         with self._active(wait=False):
-            if self._norms is not None:
-                check_norms(self._norms, self.execution.precision)
-                self._norms = None
+            for norms in self._norms:
+                check_norms(norms, self.execution.precision)
+            self._norms = []
             for done in range(0, iterations, piece):
                 self._refinement.advance(min(piece, iterations - done))
 
@@ -111,9 +121,10 @@ class Replica:
         if self._stream is None:
             return
         self._stream.synchronize()
-        self._ascent.close()
+        for ascent in self._ascents:
+            ascent.close()
         self._refinement.close()
-        for network in {self._network, self._matcher}:
+        for network in {network for teacher in self._teachers for network in teacher}:
             network.close()
         return_stream(self._stream)
         self._stream = None
@@ -125,15 +136,16 @@ class Replica:
     ) -> Tensor:  # [B, C, H, W]
         """The images in the view of an iteration of the current batch, at the size of its stage."""
         rows, row = self._refinement.schedule.rows, torch.tensor(iteration, device=images.device)
-        return self._network.operators.view(images, rows, row, images.dtype)
+        return self.execution.operators.view(images, rows, row, images.dtype)
 
     def logits(
         self,
         images: Tensor,  # [n, C, H, W], normalised
+        place: int = 0,
     ) -> Tensor:  # [n, classes] float32 on the CPU
-        """The teacher's logits, on the device and in the precision of the synthesis."""
+        """The logits of a teacher, on the device and in the precision of the synthesis."""
         with self._active(), torch.no_grad():
-            logits: Tensor = self._network(self._to_device(images, self.execution.dtype))
+            logits: Tensor = self._teachers[place].classifier(self._to_device(images, self.execution.dtype))
             return logits.float().cpu()
 
     def _to_device(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,39 +161,74 @@ class Replica:
 
 
 class Synthesizer:
-    """A teacher prepared once, for any number of batches. As a context manager it is closed at the end."""
+    """Teachers prepared once, for any number of batches. As a context manager it is closed at the end."""
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         images: Tensor,
         config: SynthesisConfig,
         normalisation: Normalisation,
         *,
         batch_sizes: Sequence[int] = (),
     ) -> None:
-        """Check and copy the teacher.
+        """Check and copy the teachers.
 
         Args:
+            teacher: one, or several which take turns as `make_turns` says.
             images: [N, C, H, W], examples of the images to come, normalised.
             normalisation: of the images.
             batch_sizes: the numbers of images of the batches that will run.
+        Raises:
+            TypeError, InputError: as `prepare` and `make_turns`, or the teachers know different numbers of classes.
         """
+        teachers = listed(teacher)
+        self._count = len(teachers)
         self.config, self.normalisation = config, normalisation
-        self.execution = resolve(config.backend, config.precision, config.device, teacher)
+        self.execution = resolve(config.backend, config.precision, config.device, *teachers)
+        if teachers:
+            make_turns(config, len(teachers))
         sizes = [(stage.height, stage.width) for stage in make_stages(config, *images.shape[2:])]
-        network, self.classes = prepare(teacher, images, self.execution, batch_sizes=batch_sizes, sizes=sizes)
-        copies = [network] + [copy.deepcopy(network) for _ in range(config.concurrent_batches - 1)]
-        with check_precision(network, images, self.execution), self.execution.arithmetic():
+        networks, self.classes = self._prepare(teachers, images, batch_sizes, sizes)
+        copies = [networks] + [copy.deepcopy(networks) for _ in range(config.concurrent_batches - 1)]
+        with ExitStack() as checks:
+            for network in networks:
+                checks.enter_context(check_precision(network, images, self.execution))
+            checks.enter_context(self.execution.arithmetic())
             self.replicas = [Replica(each, config, normalisation, self.execution) for each in copies]
         self._warned = False  # whether the dominating matching losses have been logged
+
+    def _prepare(
+        self, teachers: Sequence[nn.Module], images: Tensor, batch_sizes: Sequence[int], sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Network], int]:
+        """A network of each teacher, and how many classes they all know."""
+        if not teachers:
+            raise InputError("teacher must be a torch.nn.Module or a sequence of at least one, got an empty one")
+        found = []
+        for number, teacher in enumerate(teachers, 1):
+            try:
+                found.append(prepare(teacher, images, self.execution, batch_sizes=batch_sizes, sizes=sizes))
+            except InputError as error:
+                if len(teachers) == 1:
+                    raise
+                raise InputError(f"teacher {number} of {len(teachers)}: {error}") from error
+        networks, classes = [network for network, _ in found], [count for _, count in found]
+        if len(set(classes)) > 1:
+            raise InputError(f"teachers must know the same classes, got {', '.join(map(str, classes))} of them")
+        return networks, classes[0]
 
     def logits(
         self,
         images: Tensor,  # [n, C, H, W], normalised
+        place: int = 0,
     ) -> Tensor:  # [n, classes] float32 on the CPU
-        """The teacher's logits, on the device and in the precision of the synthesis."""
-        return self.replicas[0].logits(images)
+        """The logits of a teacher, the first one by default, on the device and in the precision of the synthesis."""
+        return self.replicas[0].logits(images, place)
+
+    @property
+    def predictors(self) -> list[Callable[[Tensor], Tensor]]:
+        """`logits` of each teacher."""
+        return [partial(self.logits, place=place) for place in range(self._count)]
 
     def close(self) -> None:
         """Free what the replicas hold on a GPU; the synthesizer cannot be used any more. Results stay."""

@@ -25,7 +25,7 @@ from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.io.files import checksum, output_folder, write_json
 from dwa_fast.models.architectures import build_on_meta
 from dwa_fast.models.checkpoint import load_teacher
-from dwa_fast.recipes import METHODS, Recipe, recipe
+from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, Recipe, recipe
 from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.sets.distill import batch_specs, distill
 from dwa_fast.sets.store import ImageStore
@@ -122,7 +122,7 @@ def nearest_method(setup: Setup, synthesis: SynthesisConfig) -> tuple[str, dict[
         published = _result_settings(recipe(setup.recipe.name, method=method, size=setup.recipe.data.size))
         return {name: value for name, value in own.items() if value != published[name]}
 
-    name = min(METHODS, key=lambda method: len(changes(method)))
+    name = min((method for method in METHODS if method not in SEVERAL_TEACHERS), key=lambda method: len(changes(method)))
     return name, changes(name)
 
 

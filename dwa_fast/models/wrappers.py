@@ -61,6 +61,12 @@ def describe_output(given: Any) -> str:
     return kind + ("; name the logits with output='logits'" if isinstance(getattr(given, "logits", None), Tensor) else "")
 
 
+def listed(teacher: nn.Module | Sequence[nn.Module], output: str | int | None = None) -> list[nn.Module]:
+    """One teacher or several as a list; where `output` says which of their outputs are the logits, with that one selected."""
+    teachers: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    return teachers if output is None else [SelectedOutput(each, output) for each in teachers]
+
+
 def unwrapped(teacher: nn.Module) -> nn.Module:
     """The network inside DataParallel, DistributedDataParallel, averages of weights and torch.compile, however they are nested."""
     while True:

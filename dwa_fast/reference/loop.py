@@ -6,9 +6,12 @@ It shares the configuration and the drawn schedules with the package, and no ari
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +70,7 @@ class StatisticsHook:
 
 
 def recover(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],  # several take turns, from iteration to iteration of each batch
     images: Tensor,  # [N, C, H, W], normalised
     labels: Tensor,  # [N] int64
     recipe: Recipe,
@@ -75,43 +78,52 @@ def recover(
     seed: int = 0,
     quirks: Quirks | None = None,
 ) -> LoopResult:
-    """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed."""
+    """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed.
+
+    The published program has one teacher; with several, all of its quirks but the leak into the images' gradient are those of each.
+    """
     config, quirks = recipe.synthesis, quirks or Quirks()
-    model = copy.deepcopy(teacher).to(images.device, images.dtype).eval()
-    original = copy.deepcopy(model).requires_grad_(False)
-    source = original if config.matching_weights == "original" else model
-    hooks = [StatisticsHook(layer) for layer in batchnorm_layers(source).values()]
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    models = [copy.deepcopy(each).to(images.device, images.dtype).eval() for each in teachers]
+    originals = [copy.deepcopy(model).requires_grad_(False) for model in models]
+    on_original = config.matching_weights == "original"
+    hooks = [[StatisticsHook(layer) for layer in batchnorm_layers(each).values()] for each in (originals if on_original else models)]
     finished, losses = [], []
     for number, start in enumerate(range(0, len(images), config.batch_size)):
         stop = start + config.batch_size
-        if number and not quirks.keep_adjusted_weights:
-            _copy_parameters(original, model)
-        if not quirks.keep_weight_gradients:
-            model.zero_grad()
-        model.requires_grad_(True)
         schedule = make_schedule(config, images.shape[2], images.shape[3], seed=seed, batch=number)
         first = config.stage_sizes[0] if config.stage_sizes else tuple(images.shape[2:])
-        leak = _adjust(model, _resize(images[start:stop], first), labels[start:stop], config, schedule, seed, number)
-        model.requires_grad_(quirks.keep_weight_gradients)
+        real, leak = _resize(images[start:stop], first), None
+        for place, (original, model) in enumerate(zip(originals, models, strict=True)):
+            if number and not quirks.keep_adjusted_weights:
+                _copy_parameters(original, model)
+            if not quirks.keep_weight_gradients:
+                model.zero_grad()
+            model.requires_grad_(True)
+            source = generator(seed, f"ascent {place}" if place else "ascent", number)
+            leak = _adjust(model, real, labels[start:stop], config, schedule, source)
+            model.requires_grad_(quirks.keep_weight_gradients)
         batch = images[start:stop].clone()
         if config.initial == "noise":
             batch = normal(generator(seed, "noise", number), tuple(batch.shape)).to(batch)
         batch, rows = _refine(
-            model,
-            original if config.matching_weights == "original" else None,
+            models,
+            originals if on_original else None,
             hooks,
             batch,
             labels[start:stop],
             config,
             recipe.data,
             schedule,
-            leak if quirks.leak_image_gradient else None,
+            leak if quirks.leak_image_gradient and len(models) == 1 else None,
+            number,
         )
         finished.append(batch)
         losses.append(rows)
-    for hook in hooks:
+    for hook in (hook for own in hooks for hook in own):
         hook.close()
-    return LoopResult(torch.cat(finished), torch.stack(losses).float().cpu(), [p.detach().clone() for p in model.parameters()])
+    parameters = [p.detach().clone() for model in models for p in model.parameters()]
+    return LoopResult(torch.cat(finished), torch.stack(losses).float().cpu(), parameters)
 
 
 def apply_view(images: Tensor, schedule: Schedule, step: int) -> Tensor:
@@ -137,7 +149,7 @@ def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 def _adjust(
-    model: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig, schedule: Schedule, seed: int, number: int
+    model: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig, schedule: Schedule, source: np.random.Generator
 ) -> Tensor | None:
     """θ → θ̃ in K steps along the normalised gradient of the cross-entropy; returns what the passes leave in the images' gradient."""
     if not config.adjusts:
@@ -145,7 +157,7 @@ def _adjust(
     parameters = list(model.parameters())
     if config.ascent == "random":
         total = sum(p.numel() for p in parameters)
-        noise = normal(generator(seed, "ascent", number), (total,)).to(images).split([p.numel() for p in parameters])
+        noise = normal(source, (total,)).to(images).split([p.numel() for p in parameters])
         _step(parameters, [part.view_as(p) for part, p in zip(noise, parameters, strict=True)], config.rho, True)
         return None
     images = images.clone().requires_grad_(True)
@@ -166,20 +178,22 @@ def _step(parameters: list[nn.Parameter], directions: list[Tensor], radius: floa
 
 
 def _refine(
-    model: nn.Module,
-    original: nn.Module | None,
-    hooks: list[StatisticsHook],
+    models: list[nn.Module],
+    originals: list[nn.Module] | None,
+    hooks: list[list[StatisticsHook]],
     images: Tensor,
     labels: Tensor,
     config: SynthesisConfig,
     normalisation: Normalisation,
     schedule: Schedule,
     leak: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor]:
     low, high = (torch.tensor(bound, dtype=images.dtype, device=images.device)[:, None, None] for bound in normalisation.bounds)
     losses = []
     initial, sizes = images, config.stage_sizes or (tuple(images.shape[2:]),)
     length, longer = config.iterations // len(sizes), config.iterations % len(sizes)
+    choices = _choices(config, len(models))
     starts = [stage * length + min(stage, longer) for stage in range(len(sizes))]
     for step in range(config.iterations):
         if step in starts:
@@ -192,19 +206,37 @@ def _refine(
         if step == 0 and leak is not None:
             images.grad = leak.clone()
         view = apply_view(images, schedule, step)
-        ce = F.cross_entropy(model(view), labels)
-        if original is not None:
-            original(view)
-        factors = [config.first_layer_weight] + [1.0] * (len(hooks) - 1)
-        used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
-        mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
-        var = sum((w * hook.var_distance for w, hook in used), torch.zeros(()).to(ce))
-        (ce + config.lambda_mean * mean + config.lambda_var * var + _priors(view, config)).backward()
+        terms = torch.zeros(3).to(view)
+        for place, weight in choices[(step if config.teacher_turns == "iteration" else number) % len(choices)]:
+            original = originals[place] if originals else None
+            terms = terms + weight * _terms(models[place], original, hooks[place], view, labels, config.first_layer_weight)
+        (terms[0] + config.lambda_mean * terms[1] + config.lambda_var * terms[2] + _priors(view, config)).backward()
         optimizer.step()
         with torch.no_grad():
             images.clamp_(low, high)
-        losses.append(torch.stack([ce, mean, var]).detach())
+        losses.append(terms.detach())
     return images.detach(), torch.stack(losses)
+
+
+def _choices(config: SynthesisConfig, count: int) -> list[list[tuple[int, float]]]:
+    """All choices of the teachers that an iteration may have, each with its weight."""
+    priors = torch.tensor(config.teacher_priors or [0.0] * count, dtype=torch.float64)
+    places = [list(each) for each in itertools.combinations(range(count), config.teachers_together)]
+    return [list(zip(each, (priors[each] / 5).softmax(0).tolist(), strict=True)) for each in places]
+
+
+def _terms(
+    model: nn.Module, original: nn.Module | None, hooks: list[StatisticsHook], view: Tensor, labels: Tensor, first: float
+) -> Tensor:  # [3]: cross-entropy, R_mean, R_var
+    """The terms of one teacher's loss."""
+    ce = F.cross_entropy(model(view), labels)
+    if original is not None:
+        original(view)
+    factors = [first] + [1.0] * (len(hooks) - 1)
+    used = list(zip(factors, (hook for hook in hooks if hook.ran), strict=False))
+    mean = sum((w * hook.mean_distance for w, hook in used), torch.zeros(()).to(ce))
+    var = sum((w * hook.var_distance for w, hook in used), torch.zeros(()).to(ce))
+    return torch.stack([ce, mean, var])
 
 
 def _priors(view: Tensor, config: SynthesisConfig) -> Tensor:

@@ -20,7 +20,7 @@ from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
-from dwa_fast.models.wrappers import SelectedOutput
+from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 from dwa_fast.sets.loss_log import Rows
@@ -53,7 +53,7 @@ def batch_specs(classes: int, ipc: int, batch_size: int, batch_ipc: int = 1) -> 
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     data: ImageSet,
     recipe: Recipe,
     *,
@@ -73,11 +73,11 @@ def distill(
     """Write `ipc` images of every class of `data` into `output`; undamaged images that are already there stay.
 
     Args:
-        teacher: as for `synthesize`; with as many classes as the data.
+        teacher: one or several, as for `synthesize`; with as many classes as the data. The first of several chooses initial patches.
         recipe: settings of the synthesis, mean and std.
         ipc: images per class, at least 1.
         initial: which initial images; default: a seeded sample of the real ones.
-        provenance: what else the images depend on (teacher's checksum, recipe); written into the manifest.
+        provenance: what else the images depend on (the teachers' checksums, recipe); written into the manifest.
         storage: how images and losses are written.
         threads: CPU threads to compute with, at least 1; the last bits depend on it where the device is a CPU. None: those that the
             set in the folder was started with; for a new set, as many as PyTorch takes in a single process.
@@ -98,9 +98,8 @@ def distill(
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
     batches = batch_specs(classes, ipc, config.batch_size, config.batch_ipc)
-    network = teacher if logits is None else SelectedOutput(teacher, logits)
     sizes = sorted({len(batch.labels) for batch in batches})
-    synthesizer = Synthesizer(network, probe_image(data), config, recipe.data, batch_sizes=sizes)
+    synthesizer = Synthesizer(listed(teacher, logits), probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
     images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed, predict=synthesizer.logits)
@@ -122,7 +121,8 @@ def distill(
             store.begin()
             images.check(_last_indices(missing))
             if try_teacher and rank() == 0:
-                warn_if_inaccurate(synthesizer.logits, data, recipe.data)
+                for predict in synthesizer.predictors:
+                    warn_if_inaccurate(predict, data, recipe.data)
         observers: list[Observer] = [*trackers, *([observer] if observer else [])]
         builder = SetBuilder(synthesizer, images, store, workers.take(missing), seed=seed, preview=preview, observers=observers)
         made = builder.run(missing, len(share), progress)
@@ -189,7 +189,11 @@ class SetBuilder:
     def _load(self) -> list[tuple[BatchSpec, Batch]]:
         """The next concurrent batches with their initial images; empty when there are no more."""
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
-        return [(item, Batch(item.number, self.initial_images.load(item.images), torch.tensor(item.labels))) for item in group]
+        each = self.synthesizer.config.batch_ipc
+        return [
+            (item, Batch(item.number, self.initial_images.load(item.images), torch.tensor(item.labels), item.index // each))
+            for item in group
+        ]
 
     def _write(
         self,

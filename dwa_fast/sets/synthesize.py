@@ -14,7 +14,7 @@ from dwa_fast.config import Progress
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
-from dwa_fast.models.wrappers import SelectedOutput
+from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe
 from dwa_fast.sets.exchange import write_set
 
@@ -50,7 +50,7 @@ class SynthesisResult:
 
 
 def synthesize(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     images: Tensor,
     labels: Tensor,
     recipe: Recipe,
@@ -66,12 +66,14 @@ def synthesize(
     Same seed, same device, same bits: on a CPU with the same `torch.get_num_threads()`. Several threads may call it at once.
 
     Args:
-        teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed.
+        teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed. Or a list of several, which take turns:
+            iteration t of a batch, counted from 0, is that of teacher t mod their number (FADRM+), each with weights θ̃ of its own. With
+            `teacher_turns="index"` the teachers take turns from batch to batch, in a set (`distill`) from image index to image index.
         images: [N, C, H, W], floating, normalised with mean and std of `recipe.data`: initial images, and what the ascent sees.
         labels: [N], integers in 0 … classes − 1.
         recipe: settings, for example `recipe("cifar100")`.
         seed: at least 0; the seed of all random numbers.
-        output: which of several outputs of the teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
+        output: which of several outputs of a teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
             place in a tuple (0). None: it gives logits and nothing else.
         progress: called with the iterations finished and the iterations in all.
     Returns:
@@ -85,14 +87,14 @@ def synthesize(
     config, normalisation = recipe.synthesis, recipe.data
     check_arguments(images, labels, normalisation.channels)
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
-    chosen = teacher if output is None else SelectedOutput(teacher, output)
-    run = Synthesizer(chosen, images, config, normalisation, batch_sizes=[len(images[part]) for part in parts])
+    run = Synthesizer(listed(teacher, output), images, config, normalisation, batch_sizes=[len(images[part]) for part in parts])
     check_label_range(labels, run.classes)
     if config.sees_images:
         some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
-        tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
-        check_predictions(run.logits, tried, normalisation)
-    batches = [Batch(number, images[part], labels[part]) for number, part in enumerate(parts)]
+        for predict in run.predictors:
+            tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
+            check_predictions(predict, tried, normalisation)
+    batches = [Batch(number, images[part], labels[part], number) for number, part in enumerate(parts)]
     each = max(1, config.iterations)
     total = len(batches) * each
     finished, losses = [], []

@@ -83,6 +83,30 @@ def test_method_changes_the_defaults(teacher: Path, tmp_path: Path) -> None:
     assert (settings["initial"], settings["rho"], settings["lambda_var"]) == ("noise", 0.0, 0.01)
 
 
+def test_several_teachers(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info = TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE, accuracy=90.0)
+    save_teacher(tmp_path / "t.pt", build("small-resnet", classes=10, channels=1), info)
+    more, stages = ["--teacher", str(teacher), str(tmp_path / "t.pt")], ["--method", "dwa+", "--stage-sizes", "6", str(SIZE)]
+    assert synthesize(teacher, tmp_path / "set", *stages, *more) == 0
+    settings = read_manifest(tmp_path / "set")["settings"]
+    assert settings["teacher"] == [checksum(teacher), checksum(tmp_path / "t.pt")]
+    assert (settings["method"], settings["initial"], settings["ascent"], settings["stage_sizes"]) == (
+        "dwa+",
+        "patches",
+        "directed",
+        [6, SIZE],
+    )
+    capsys.readouterr()
+    assert synthesize(teacher, tmp_path / "set", *stages, *more) == 0
+    assert "20 images, 0 of them made now" in capsys.readouterr().out
+    assert synthesize(teacher, tmp_path / "set", *stages, "--teacher", *more[:0:-1]) == 1
+    assert "teacher was " in capsys.readouterr().err
+    assert synthesize(teacher, tmp_path / "other", *stages) == 1
+    assert "--teacher must name the checkpoints of several teachers for method dwa+, got 1" in capsys.readouterr().err
+    assert synthesize(teacher, tmp_path / "other", *more, "--architecture", "small-resnet") == 1
+    assert "--architecture must name a network for each of the 2 teachers, got 1" in capsys.readouterr().err
+
+
 def test_bare_state_dict_is_taken_for_the_recipe_architecture(tmp_path: Path) -> None:
     torch.save({"state_dict": build("small-resnet", classes=10, channels=1).state_dict()}, tmp_path / "bare.pt")
     assert synthesize(tmp_path / "bare.pt", tmp_path / "set") == 0

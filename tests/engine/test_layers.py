@@ -20,7 +20,7 @@ from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import trace_step
 from dwa_fast.engine.layers import GlobalMean, LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
-from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.refine import Refinement, Teacher
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
@@ -110,7 +110,7 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     network, _ = prepare(teacher, images, execution)
     Arena(network, execution, moves=False)
     with execution.arithmetic():
-        refinement = Refinement(network, network, images.shape, config, Normalisation(), execution)
+        refinement = Refinement([Teacher(network, network)], images.shape, config, Normalisation(), execution)
     nodes = trace_step(refinement._iterate).graph.nodes
     backward = [node for node in nodes if node.target is torch.ops.aten.convolution_backward.default]
     assert len(backward) >= 19  # all but the first layer's, which has its own way

@@ -164,13 +164,15 @@ def test_a_teacher_that_computes_with_its_size(caplog: pytest.LogCaptureFixture)
     assert "teacher cannot be traced (the trace differs" in caplog.text
 
 
-def test_a_set_of_fadrm_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "ascent"), [("fadrm", "none"), ("dwa+", "directed")])
+def test_a_set_resumes(method: str, ascent: str, tmp_path: Path) -> None:
     """Patches in four stages of two sizes, from the recipe to the files; a run that is stopped in its second batch ends in the same."""
+    teachers = [small_teacher(), small_teacher(seed=1)][: 1 + method.endswith("+")]
     changes = {"size": SIZE, "batch_size": 5, "iterations": 9, "stage_sizes": (6, 8, 6, 8), "jitter": 1, "backend": "reference"}
-    config = recipe("digits", method="fadrm", **changes)
+    config = recipe("digits", method=method, **changes)
 
     def run(folder: Path, **more: Any) -> int:
-        return distill(small_teacher(), small_set(), config, ipc=1, output=folder, **more)
+        return distill(teachers, small_set(), config, ipc=1, output=folder, **more)
 
     assert run(tmp_path / "whole") == 10
     with pytest.raises(KeyboardInterrupt):
@@ -180,8 +182,8 @@ def test_a_set_of_fadrm_resumes(tmp_path: Path) -> None:
     assert len(names) >= 12
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes() for name in names)
     settings = read_manifest(tmp_path / "whole")["settings"]
-    assert (settings["stage_sizes"], settings["initial"], settings["ascent"]) == ([6, 8, 6, 8], "patches", "none")
+    assert (settings["stage_sizes"], settings["initial"], settings["ascent"]) == ([6, 8, 6, 8], "patches", ascent)
     assert "stage_mix" not in settings
-    other = recipe("digits", method="fadrm", **{**changes, "stage_sizes": ()})
+    other = recipe("digits", method=method, **{**changes, "stage_sizes": ()})
     with pytest.raises(InputError, match=r"stage_sizes was \[6, 8, 6, 8\], is \(\)"):
-        distill(small_teacher(), small_set(), other, ipc=1, output=tmp_path / "whole")
+        distill(teachers, small_set(), other, ipc=1, output=tmp_path / "whole")

@@ -20,7 +20,9 @@ QUICK = replace(DIGITS, validation=replace(DIGITS.validation, epochs=2, padding=
 SHORT = IncrementalConfig(tasks=2, seeds=2)
 
 
-def run(resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, jobs: int = 1, **sets: Any) -> dict[str, list[list[list[float]]]]:
+def run(
+    resume_dir: Path, config: IncrementalConfig = SHORT, seed: int = 0, jobs: int = 1, **sets: Any
+) -> dict[str, list[list[list[float]]]]:
     return learn(
         sets or {"few": small_set(3)},
         digits("test", SIZE),

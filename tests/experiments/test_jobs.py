@@ -10,7 +10,7 @@ import pytest
 
 from dwa_fast import InputError
 from dwa_fast.experiments import jobs
-from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, make_set, measure
+from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, measure
 from dwa_fast.experiments.jobs import default_jobs, run_cells
 from tests.experiments.setups import small_setup
 

@@ -11,8 +11,8 @@ import pytest
 from dwa_fast import InputError
 from dwa_fast.experiments.cells import Setup
 from dwa_fast.experiments.grid import Grid, Outcome, Outcomes
-from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
-from dwa_fast.recipes import METHODS, recipe
+from dwa_fast.experiments.studies import TITLES, AblationName, ablate, by_method, compare, cross
+from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, recipe
 from dwa_fast.report.records import Record
 from tests.experiments.setups import small_setup
 
@@ -36,10 +36,10 @@ def ablation(setup: Setup, study: AblationName, *ipc: int) -> Record:
 def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
     setup = replace(setup, recipe=replace(setup.recipe, synthesis=replace(setup.recipe.synthesis, iterations=5)))
-    variants = by_method(setup, ["real", *METHODS])
+    variants = by_method(setup, list(TITLES))
     assert variants[0].synthesis is None
     assert all(variant.synthesis and variant.synthesis.iterations == (0 if variant.name == "RDED" else 5) for variant in variants[1:])
-    assert len({variant.name for variant in variants}) == 1 + len(METHODS)
+    assert len({variant.name for variant in variants}) == len(TITLES) == 1 + len(METHODS) - len(SEVERAL_TEACHERS)
     with pytest.raises(
         InputError, match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, dwa"
     ):

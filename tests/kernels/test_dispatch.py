@@ -15,7 +15,7 @@ from torch import Tensor
 from dwa_fast import ops, recipe
 from dwa_fast.engine import backend
 from dwa_fast.engine.ascent import Arena
-from dwa_fast.engine.refine import Refinement
+from dwa_fast.engine.refine import Refinement, Teacher
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.ops import _library
@@ -147,7 +147,7 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
         network, _ = prepare(teacher, images, execution)
         Arena(network, execution, moves=False)
         with execution.arithmetic():
-            loop = Refinement(network, network, images.shape, own.synthesis, own.data, execution)
+            loop = Refinement([Teacher(network, network)], images.shape, own.synthesis, own.data, execution)
             loop.load(images, labels, make_schedule(own.synthesis, 8, 8, seed=0, batch=0))
             loop.advance(3)
         results[name] = loop.images.double(), loop.losses.double()
