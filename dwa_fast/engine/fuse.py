@@ -18,7 +18,7 @@ from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
 from dwa_fast.engine.layers import replace_convolutions, replace_global_means, replace_pools, replace_stems
 from dwa_fast.engine.pool_nodes import Windows, match_pool
 from dwa_fast.engine.symbolic import symbolic
-from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
+from dwa_fast.models.batchnorm import MomentsHook, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
 from dwa_fast.ops.activation import Activation, title
 from dwa_fast.reference.ops import Operators
@@ -102,7 +102,7 @@ class Rewritten:
     """A rewritten teacher and what keeps the moments of its layers' inputs, by name, in module order."""
 
     module: nn.Module
-    layers: dict[str, BatchNormAct | Recorder]
+    layers: dict[str, BatchNormAct | MomentsHook]
     traced: bool  # whether neighbours of the BatchNorm layers could be fused
 
 
@@ -130,14 +130,14 @@ def trace(
     replace_global_means(traced)
     traced.graph.lint()
     traced.recompile()
-    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=True)
+    return Rewritten(traced, {name: fused.get(layer) or MomentsHook(layer, operators) for name, layer in layers.items()}, traced=True)
 
 
 def replace(module: nn.Module, layers: Mapping[str, nn.Module], operators: Operators) -> Rewritten:
-    """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others are recorded."""
+    """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others get a hook."""
     fused = {layer: BatchNormAct(layer, operators) for layer in layers.values() if operators.fuses and is_plain(layer)}
     replace_layers(module, lambda layer: fused.get(layer))
-    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=False)
+    return Rewritten(module, {name: fused.get(layer) or MomentsHook(layer, operators) for name, layer in layers.items()}, traced=False)
 
 
 def _erase_identities(traced: torch.fx.GraphModule) -> None:
