@@ -73,7 +73,7 @@ def distil(teacher: nn.Module, train: MemorySet, backend: str, precision: str, d
     """A DWA set in memory, rounded as PNG files are."""
     own = recipe("digits", backend=backend, precision=precision, device=device, batch_size=10)
     members = [sample(train, label, ipc, seed=seed) for label in range(10)]
-    chosen = [members[label][item.index] for item in batch_specs(10, ipc, 10) for label in item.labels]
+    chosen = [members[label][spec.index] for spec in batch_specs(10, ipc, 10) for label in spec.labels]
     result = synthesize(teacher, normalise(train.load(chosen), own.data), train.labels[chosen], own, seed=seed)
     levels = (denormalise(result.images, own.data).clamp(0, 1) * 255).round().to(torch.uint8)
     return MemorySet(levels, train.labels[chosen], train.class_names)

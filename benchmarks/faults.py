@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 
-from dwa_fast.sets.store import RECORDS
+from dwa_fast.sets.store import BATCH_FILES
 from tests.processes import Bench, agent_store, contents, launcher, make_bench
 
 COLUMNS = ("what was done", "times", "before the end", "images finished by then", "of those lost", "bytes equal in the end")
@@ -39,7 +39,7 @@ Fault = Callable[[Bench, Path, random.Random], None]
 class Outcome:
     """Of one fault, and the run that went on after it."""
 
-    finished: int  # images that records or the manifest named after the fault
+    finished: int  # images that the batch files or the manifest named after the fault
     made: int  # images that the next run of the same command made
     equal: bool  # whether every file is that of an undisturbed run
 
@@ -107,9 +107,9 @@ def names_of_finished(folder: Path) -> set[str]:
     """Images that the set knows as finished."""
     manifest = folder / "manifest.json"
     found = set(json.loads(manifest.read_text())["images"]) if manifest.exists() else set()
-    for record in folder.glob(RECORDS):
+    for path in folder.glob(BATCH_FILES):
         with contextlib.suppress(ValueError):  # cut
-            found |= set(json.loads(record.read_text(errors="replace"))["images"])
+            found |= set(json.loads(path.read_text(errors="replace"))["images"])
     return found
 
 
@@ -138,10 +138,10 @@ def full(bench: Bench, folder: Path, draw: random.Random) -> None:
 
 
 def torn(bench: Bench, folder: Path, draw: random.Random) -> None:
-    """Killed, and one of its records cut anywhere."""
+    """Killed, and one of its batch files cut anywhere."""
     bench.run(folder, at_operation=draw.randint(bench.operations // 3, bench.operations - 20), sends=signal.SIGKILL)
-    if records := sorted(folder.glob(RECORDS)):
-        cut(draw.choice(records), draw)
+    if files := sorted(folder.glob(BATCH_FILES)):
+        cut(draw.choice(files), draw)
 
 
 def damaged(damage: Callable[[Path, random.Random], None]) -> Fault:

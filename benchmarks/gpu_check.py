@@ -103,7 +103,7 @@ def two_precisions(plan: Plan, rows: Rows) -> None:
     for precision in plan.precisions:
         peer = harness.make_peer("fused", problem, precision)
         peer.advance(plan.iterations)
-        losses.append(peer.recorded().double())
+        losses.append(peer.losses_so_far().double())
     last = [own[-max(1, plan.iterations // 10) :].mean(0).tolist() for own in losses]
     rows.add(
         "losses",

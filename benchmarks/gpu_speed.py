@@ -133,7 +133,7 @@ def first_look(plan: Plan, rows: Rows) -> None:
     for peer in (fused, called, fused):
         peer.reset()
         peer.advance(_CHECKED)
-        results.append((peer.refinement.images.clone(), peer.recorded()))
+        results.append((peer.refinement.images.clone(), peer.losses_so_far()))
     captured, direct, again = results
     rows.add(
         "first look",

@@ -183,7 +183,7 @@ class Published:
         assert self.images.grad is not None
         return self.images.grad.clone()
 
-    def recorded(self) -> Tensor:
+    def losses_so_far(self) -> Tensor:
         """Losses so far, [iterations, 3]."""
         return torch.tensor(self.losses)
 
@@ -218,7 +218,7 @@ class Ours:
         self.advance(1)
         return 2 * self.refinement.exp_avg.contiguous()
 
-    def recorded(self) -> Tensor:
+    def losses_so_far(self) -> Tensor:
         """Losses so far, [iterations, 3]."""
         return self.refinement.losses[: self.step].float().cpu()
 
@@ -307,7 +307,7 @@ def numbers(peer: Peer, iterations: int) -> tuple[Tensor, Tensor]:
     peer.problem = replace(problem, schedule=replace(schedule, learning_rates=_GENTLE * schedule.learning_rates))
     gradient = peer.first_gradient()
     peer.advance(iterations - 1)
-    losses = peer.recorded()
+    losses = peer.losses_so_far()
     peer.problem = problem
     peer.reset()
     return gradient, losses

@@ -113,7 +113,7 @@ def layers(network: Network) -> tuple[Layer, ...]:
     image = torch.zeros(1, 3, network.workload.size, network.workload.size)
     seen: list[Layer] = []
 
-    def record(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+    def keep_shape(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
         inner = tuple(given[0].shape[1:])
         shape = network.batch(math.prod(inner)), *inner
         seen.append(Layer(shape, len(given) > 1, layer.activation, layer.windows))  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def layers(network: Network) -> tuple[Layer, ...]:
     module = network.build()
     rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
     for layer in rewritten.layers.values():
-        layer.register_forward_hook(record)
+        layer.register_forward_hook(keep_shape)
     with torch.no_grad():
         rewritten.module(image)
     return tuple(seen)

@@ -203,12 +203,12 @@ def convolutions(case: Case, trains: str) -> Callable[[], float]:
     network = build(case.architecture, classes=case.classes, channels=3, size=case.size)
     calls: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_shape(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
         x, y = (torch.randn(each.shape).to(memory_format=torch.channels_last) for each in (inputs[0], output))
         calls.append((layer, x, y))
 
-    handles = [layer.register_forward_hook(record) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    handles = [layer.register_forward_hook(keep_shape) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     with torch.no_grad():
         network(torch.randn(case.batch, 3, case.size, case.size))
     for handle in handles:

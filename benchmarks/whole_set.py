@@ -1,4 +1,4 @@
-"""What a whole set costs beside its bare loop: image files are read and decoded, results compressed, written, checked and recorded.
+"""What a whole set costs beside its bare loop: image files are read and decoded, results compressed, written and checked.
 
 python benchmarks/whole_set.py --workload cifar100-convnet128 --json benchmark-output/whole_set.json
 """
@@ -92,8 +92,8 @@ def image_files(folder: Path, workload: harness.Workload, recipe: Recipe, ipc: i
 def in_memory(data: ImageSet, recipe: Recipe, ipc: int) -> list[Batch]:
     """The batches of the set with their initial images."""
     start = initial_images(data, recipe, InitialConfig(), ipc=ipc, seed=harness.SEED)
-    items = batch_specs(len(data.class_names), ipc, recipe.synthesis.batch_size)
-    return [Batch(item.number, start.load(item.labels, item.index), torch.tensor(item.labels)) for item in items]
+    specs = batch_specs(len(data.class_names), ipc, recipe.synthesis.batch_size)
+    return [Batch(spec.number, start.load(spec.labels, spec.index), torch.tensor(spec.labels)) for spec in specs]
 
 
 def bare(teacher: nn.Module, batches: Sequence[Batch], recipe: Recipe) -> list[Tensor]:
@@ -116,7 +116,7 @@ def holds(folder: Path, refined: Sequence[Tensor], recipe: Recipe, classes: int,
     """Whether the files hold these images, pixel for pixel."""
     written = image_folder(folder, refined[0].shape[-1], recipe.data.channels)
     images = torch.cat([denormalise(each, recipe.data) for each in refined])
-    order = [item.index + ipc * label for item in batch_specs(classes, ipc, recipe.synthesis.batch_size) for label in item.labels]
+    order = [spec.index + ipc * label for spec in batch_specs(classes, ipc, recipe.synthesis.batch_size) for label in spec.labels]
     return bool((to_levels(images) == written.load(order)).all())
 
 

@@ -12,79 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.layout import (
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
-    WARPS,
-    Tiles,
-    channels_last,
-    laid_out_like,
-    on_device_of,
-    sum_of_rows,
-    tiles,
-)
-
-_FINAL_ROWS = 128
-_FINAL_CHANNELS = 16
-
-
-@triton.jit
-def _constants(mean, var, weight, bias, eps, channel, used):
-    """m, a = γ/√(v + ε) and β of the columns of a tile, float32; forward and backward share them, bit for bit."""
-    m = tl.load(mean + channel, mask=used, other=0.0).to(tl.float32)
-    v = tl.load(var + channel, mask=used, other=1.0).to(tl.float32)
-    a = tl.div_rn(1.0, tl.sqrt_rn(v + eps))
-    b = tl.zeros_like(a)
-    if weight is not None:
-        a = a * tl.load(weight + channel, mask=used, other=0.0).to(tl.float32)
-    if bias is not None:
-        b = tl.load(bias + channel, mask=used, other=0.0).to(tl.float32)
-    return m, a, b
-
-
-@triton.jit
-def _activated(x, slope, ACTIVATION: tl.constexpr):
-    """f(x); slope, [columns], is read by leaky_relu alone."""
-    if ACTIVATION == "relu":
-        return tl.where(x <= 0.0, 0.0, x)
-    if ACTIVATION == "relu6":
-        return tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 6.0, x))
-    if ACTIVATION == "silu":
-        return tl.div_rn(x, 1.0 + tl.exp(-x))
-    if ACTIVATION == "hardswish":
-        return tl.div_rn(x * tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 6.0, x + 3.0)), 6.0)
-    if ACTIVATION == "gelu":
-        return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)))
-    if ACTIVATION == "gelu_tanh":  # x/(1 + e^(−2u)), u = √(2/π)(x + 0.044715 x³)
-        return tl.div_rn(x, 1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
-    if ACTIVATION == "leaky_relu":
-        return tl.where(x > 0.0, x, x * slope[None, :])
-    return x
-
-
-@triton.jit
-def _derived(x, gradient, slope, ACTIVATION: tl.constexpr):
-    """f'(x)·gradient; at a corner the derivative that PyTorch takes."""
-    if ACTIVATION == "relu":
-        return tl.where(x <= 0.0, 0.0, gradient)
-    if ACTIVATION == "relu6":
-        return tl.where(tl.minimum(tl.maximum(x, 1.401298464324817e-45), 5.9999995) == x, gradient, 0.0)  # 0 < x < 6, without a spill
-    if ACTIVATION == "silu":
-        s = tl.div_rn(1.0, 1.0 + tl.exp(-x))
-        return gradient * s * tl.fma(x, 1.0 - s, tl.full(s.shape, 1.0, tl.float32))
-    if ACTIVATION == "hardswish":
-        return gradient * tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, tl.div_rn(x, 3.0) + 0.5))
-    if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return gradient * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density)
-    if ACTIVATION == "gelu_tanh":
-        e = tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-        s = tl.div_rn(1.0, 1.0 + e)
-        product = tl.where(e > 1e30, 0.0, s * (e * s))  # s(1 − s), without its cancellation
-        return gradient * (s + x * product * (1.5957691216057308 * (1.0 + 0.134145 * x * x)))
-    if ACTIVATION == "leaky_relu":
-        return tl.where(x > 0.0, gradient, gradient * slope[None, :])
-    return gradient
+from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
+from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 
 @triton.jit
@@ -112,7 +42,7 @@ def _bn_act_forward_kernel(
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     channel = column % channels
-    m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    m, a, b = constants(mean, var, weight, bias, eps, channel, used)
     s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     row = tl.arange(0, BLOCK_ROWS)
     inner = row[:, None] * columns + column[None, :]
@@ -144,7 +74,7 @@ def _bn_act_forward_kernel(
                 byte, written = _bytes(start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS)
                 tl.store(bits + base // 8 + byte, packed.to(tl.uint8), mask=written)
         else:
-            out = _activated(out, s, ACTIVATION)
+            out = activated(out, s, ACTIVATION)
         tl.store(z + base + inner, out.to(z.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
     place = partials + tl.program_id(1) * columns + column
@@ -152,33 +82,21 @@ def _bn_act_forward_kernel(
     tl.store(place + programs * columns, tl.sum(second, axis=0), mask=used)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _bn_act_sums_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """sums_c = Σ partials over the `count` rows of sum program_id(1), always in the same order; with var, sum 0 is divided by √(v + ε)."""
-    moment = tl.program_id(1)
-    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    result = sum_of_rows(partials + moment * count * channels, count, channels, channel, BLOCK_ROWS, BLOCK_CHANNELS)
-    if var is not None:
-        v = tl.load(var + channel, mask=channel < channels, other=1.0).to(tl.float64)
-        result = tl.where(moment == 0, result / tl.sqrt(v + eps), result)
-    tl.store(sums + moment * channels + channel, result.to(tl.float32), mask=channel < channels)
-
-
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _bn_act_backward_kernel(
-    grad_z, grad_again, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
+    grad_z, grad_alias, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
     count, rows, columns, channels, programs, moment_stride,
     ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_skip = f'(x)·grad_z,   grad_y = a·f'(x)·grad_z + gs1 + 2·gs2·(y − m); without stored bits x comes from y and skip.
 
-    With grad_again grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
+    With grad_alias grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
     Where asked, partials = (Σ f'(x)·grad_z·(y − m), Σ f'(x)·grad_z[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     channel = column % channels
-    m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    m, a, b = constants(mean, var, weight, bias, eps, channel, used)
     s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     if grad_sums is not None:
         gs1 = tl.load(grad_sums + channel, mask=used, other=0.0).to(tl.float32)
@@ -197,8 +115,8 @@ def _bn_act_backward_kernel(
         if RAGGED:
             inside = inside & (base + inner < count)
         gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
-        if grad_again is not None:
-            gradient += tl.load(grad_again + base + inner, mask=inside, other=0.0).to(tl.float32)
+        if grad_alias is not None:
+            gradient += tl.load(grad_alias + base + inner, mask=inside, other=0.0).to(tl.float32)
             gradient = gradient.to(grad_z.dtype.element_ty).to(tl.float32)
         if grad_sums is not None or partials is not None or (ACTIVATION != "none" and bits is None):
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
@@ -215,7 +133,7 @@ def _bn_act_backward_kernel(
                 if partials is not None and slope is not None:
                     below = tl.where(inside & ~(x > 0.0), gradient * x, 0.0)
                     third += tl.sum(tl.reshape(below, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS]), axis=0)
-                gradient = _derived(x, gradient, s, ACTIVATION)
+                gradient = activation_gradient(x, gradient, s, ACTIVATION)
             if grad_skip is not None:
                 tl.store(grad_skip + base + inner, gradient.to(grad_skip.dtype.element_ty), mask=inside)
         if partials is not None:
@@ -245,29 +163,6 @@ def backward_registers(activation: str) -> int:
     return 160 if activation in ("relu6", "gelu_tanh") else 128
 
 
-def sums_to_write(partials: Tensor | None, cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]
-    """Where the programs leave that many sums per channel: what was given, if it fits, else new memory."""
-    shape = sums, cut.programs * cut.columns // y.shape[1], y.shape[1]
-    if partials is None:
-        return torch.empty(shape, dtype=torch.float32, device=y.device)
-    if partials.shape != shape or partials.dtype is not torch.float32 or not partials.is_contiguous():
-        raise ValueError(f"partials must be contiguous float32 {list(shape)}, got {partials.dtype} {list(partials.shape)}")
-    return partials
-
-
-def add_up(
-    partials: Tensor,  # [S, programs · columns / C, C]
-    sums: Tensor,  # [S, C], written
-    var: Tensor | None = None,  # [C]
-    eps: float = 0.0,
-) -> None:
-    """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
-    _bn_act_sums_kernel[(triton.cdiv(sums.shape[1], _FINAL_CHANNELS), len(sums))](
-        partials, sums, var, eps, partials.shape[1], sums.shape[1],
-        BLOCK_ROWS=_FINAL_ROWS, BLOCK_CHANNELS=_FINAL_CHANNELS, num_warps=WARPS,
-    )  # fmt: skip
-
-
 def bn_act_forward(
     y: Tensor,  # [N, C, H, W] float32, bfloat16 or float16
     mean: Tensor,  # [C] float32
@@ -286,7 +181,7 @@ def bn_act_forward(
     With it nothing is written to sums: they are the sums of its rows.
     """
     channels = y.shape[1]
-    model, y = y, channels_last(y)
+    like, y = y, channels_last(y)
     skip = None if skip is None else channels_last(skip)
     keeps_mask = activation == "relu" and skip is not None
     z = torch.empty_like(y)
@@ -294,20 +189,20 @@ def bn_act_forward(
     if y.numel() == 0:
         if partials is not None:
             partials.zero_()
-        return torch.empty_like(model), torch.zeros(2, channels, device=y.device), bits
+        return torch.empty_like(like), torch.zeros(2, channels, device=y.device), bits
     cut = tiles(y, registers=registers(skip is not None, activation))
     sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
     rows = sums_to_write(partials, cut, y, 2)
     with on_device_of(y):
         _bn_act_forward_kernel[(cut.column_blocks, cut.programs)](
-            y, skip, z, bits if keeps_mask else None, rows, mean, var, weight, bias, _per_channel(slope, channels), eps,
+            y, skip, z, bits if keeps_mask else None, rows, mean, var, weight, bias, per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs,
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is None:
             add_up(rows, sums)
-    return laid_out_like(z, model), sums, bits
+    return laid_out_like(z, like), sums, bits
 
 
 def bn_act_backward(
@@ -325,22 +220,22 @@ def bn_act_backward(
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
-    grad_again: Tensor | None = None,  # [N, C, H, W]: added to grad_z
+    grad_alias: Tensor | None = None,  # [N, C, H, W]: added to grad_z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y like y; grad_skip like y with skip and activation (else empty: it is grad_z); those of γ and β, [2, C], and of the slope.
 
     One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
     """
     channels = y.shape[1]
-    model, y, grad_z = y, channels_last(y), channels_last(grad_z)
-    grad_again = None if grad_again is None else channels_last(grad_again)
+    like, y, grad_z = y, channels_last(y), channels_last(grad_z)
+    grad_alias = None if grad_alias is None else channels_last(grad_alias)
     changes_skip, keeps_mask = has_skip and activation != "none", has_skip and activation == "relu"
     skip = channels_last(skip) if skip is not None and changes_skip and not keeps_mask else None
     sums = 0 if not parameters else 2 if slope is None else 3
-    of_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
+    grad_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        empty = torch.empty_like(model) if changes_skip else y.new_empty(0)
-        return torch.empty_like(model), empty, *_of_layer(of_parameters.zero_(), slope)
+        empty = torch.empty_like(like) if changes_skip else y.new_empty(0)
+        return torch.empty_like(like), empty, *parameter_gradients(grad_parameters.zero_(), slope)
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
     grad_y = torch.empty_like(y)
@@ -349,24 +244,13 @@ def bn_act_backward(
     partials = sums_to_write(None, cut, y, sums) if parameters else None
     with on_device_of(y):
         _bn_act_backward_kernel[(cut.column_blocks, cut.programs)](
-            grad_z, grad_again, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
-            mean, var, weight, bias, _per_channel(slope, channels), eps,
+            grad_z, grad_alias, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
+            mean, var, weight, bias, per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs, 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
-            add_up(partials, of_parameters, var, eps)
-    behind = y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, model)
-    return laid_out_like(grad_y, model), behind, *_of_layer(of_parameters, slope)
-
-
-def _per_channel(slope: Tensor | None, channels: int) -> Tensor | None:
-    return None if slope is None else slope.expand(channels).contiguous()
-
-
-def _of_layer(sums: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of γ and β, [2, C], and of the slope, shaped like it; each empty where it is not wanted."""
-    if slope is None or sums.dim() == 1:
-        return sums, sums.new_empty(0)
-    return sums[:2], sums[2] if len(slope) == sums.shape[1] else sums[2].sum(0, keepdim=True)
+            add_up(partials, grad_parameters, var, eps)
+    behind = y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, like)
+    return laid_out_like(grad_y, like), behind, *parameter_gradients(grad_parameters, slope)

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.bn_act import _activated, _constants, _derived, _of_layer, _per_channel, add_up, backward_registers, sums_to_write
+from dwa_fast.kernels.bn_act import backward_registers
+from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
 from dwa_fast.kernels.layout import WARPS, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 _CHANNELS = 64  # 128 bytes of bfloat16
 _TILE = 1024  # elements of z, in the backward pass of y, at a time: 8 per thread, and a load of 16 bytes for each pixel or window
@@ -33,7 +35,7 @@ def _bn_act_pool_forward_kernel(
     """
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     used = channel < channels
-    m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    m, a, b = constants(mean, var, weight, bias, eps, channel, used)
     s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     first = tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], dtype=tl.float32)
     second = tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], dtype=tl.float32)
@@ -59,7 +61,7 @@ def _bn_act_pool_forward_kernel(
                     first += own
                     second += own * own
                 if right < WINDOW:
-                    out = _activated(tl.fma(shifted, a[None, :], b[None, :]), s, ACTIVATION)
+                    out = activated(tl.fma(shifted, a[None, :], b[None, :]), s, ACTIVATION)
                     out = out.to(z.dtype.element_ty).to(tl.float32)
                     above = inside & (down < WINDOW) & ((out > best) | (out != out))
                     best = tl.where(above, out, best)
@@ -76,19 +78,19 @@ def _bn_act_pool_forward_kernel(
 
 @triton.jit(do_not_specialize=["count", "programs"])
 def _bn_act_pool_backward_kernel(
-    grad_z, grad_again, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, slope, eps,
+    grad_z, grad_alias, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, slope, eps,
     count, height, width, channels, pooled_height, pooled_width, programs, moment_stride,
     ACTIVATION: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, REACH: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """g = f'(x)·Σ grad_z over the windows that chose the pixel,   grad_y = a·g + gs1 + 2·gs2·(y − m);   x = a(y − m) + β.
 
-    With grad_again grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
+    With grad_alias grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
     Where asked, partials = (Σ g·(y − m), Σ g[, Σ grad·min(x, 0) with a slope]) over the `count` pixels' part of this program.
     """
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     used = channel < channels
-    m, a, b = _constants(mean, var, weight, bias, eps, channel, used)
+    m, a, b = constants(mean, var, weight, bias, eps, channel, used)
     s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     if grad_sums is not None:
         gs1 = tl.load(grad_sums + channel, mask=used, other=0.0).to(tl.float32)
@@ -118,8 +120,8 @@ def _bn_act_pool_backward_kernel(
                 place = ((image * pooled_height + i) * pooled_width + j)[:, None] * channels + channel[None, :]
                 chosen = tl.load(index + place, mask=holds, other=0).to(tl.int32) == (down * WINDOW + right)[:, None]
                 part = tl.load(grad_z + place, mask=holds, other=0.0).to(tl.float32)
-                if grad_again is not None:
-                    part += tl.load(grad_again + place, mask=holds, other=0.0).to(tl.float32)
+                if grad_alias is not None:
+                    part += tl.load(grad_alias + place, mask=holds, other=0.0).to(tl.float32)
                     part = part.to(grad_z.dtype.element_ty).to(tl.float32)
                 gradient += tl.where(holds & chosen, part, 0.0)
         if ACTIVATION != "none":
@@ -127,7 +129,7 @@ def _bn_act_pool_backward_kernel(
             if partials is not None and slope is not None:
                 below = tl.where(inside & ~(x > 0.0), gradient * x, 0.0)
                 third += tl.sum(tl.reshape(below, [2, BLOCK_PIXELS // 2, BLOCK_CHANNELS]), axis=0)
-            gradient = _derived(x, gradient, s, ACTIVATION)
+            gradient = activation_gradient(x, gradient, s, ACTIVATION)
         if partials is not None:
             halves = tl.reshape(gradient, [2, BLOCK_PIXELS // 2, BLOCK_CHANNELS])
             first += tl.sum(halves * tl.reshape(shifted, [2, BLOCK_PIXELS // 2, BLOCK_CHANNELS]), axis=0)
@@ -183,7 +185,7 @@ def bn_act_pool_forward(
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     with on_device_of(y):
         _bn_act_pool_forward_kernel[(rows.shape[1], triton.cdiv(channels, block))](
-            y, z, index, rows, mean, var, weight, bias, _per_channel(slope, channels), eps,
+            y, z, index, rows, mean, var, weight, bias, per_channel(slope, channels), eps,
             images * lines * columns, height, width, channels, *shape[2:], lines, columns, rows.shape[1],
             ACTIVATION=activation, WINDOW=window, STRIDE=stride, PADDING=padding, EXTENT=max(window, padding + stride),
             BLOCK_WINDOWS=_TILE // block, BLOCK_CHANNELS=block, num_warps=WARPS,
@@ -209,19 +211,19 @@ def bn_act_pool_backward(
     stride: int,
     padding: int,
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
-    grad_again: Tensor | None = None,  # [N, C, H', W']: added to grad_z
+    grad_alias: Tensor | None = None,  # [N, C, H', W']: added to grad_z
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_y like y; the gradients of γ and β, [2, C], and of the slope, where they are wanted, else empty.
 
     One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
     """
     channels, (height, width) = y.shape[1], y.shape[2:]
-    model, y, grad_z = y, channels_last(y), channels_last(grad_z)
-    grad_again = None if grad_again is None else channels_last(grad_again)
+    like, y, grad_z = y, channels_last(y), channels_last(grad_z)
+    grad_alias = None if grad_alias is None else channels_last(grad_alias)
     sums = 0 if not parameters else 2 if slope is None else 3
-    of_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
+    grad_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        return torch.empty_like(model), *_of_layer(of_parameters.zero_(), slope)
+        return torch.empty_like(like), *parameter_gradients(grad_parameters.zero_(), slope)
     _check_size(y)
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
@@ -232,14 +234,14 @@ def bn_act_pool_backward(
     programs = triton.cdiv(triton.cdiv(pixels, _TILE // block), _TILES_EACH) if partials is None else partials.shape[1]
     with on_device_of(y):
         _bn_act_pool_backward_kernel[(programs, triton.cdiv(channels, block))](
-            grad_z, grad_again, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, _per_channel(slope, channels), eps,
+            grad_z, grad_alias, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, per_channel(slope, channels), eps,
             pixels, height, width, channels, *grad_z.shape[2:], programs, 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, WINDOW=window, STRIDE=stride, PADDING=padding, REACH=triton.cdiv(window, stride),
             BLOCK_PIXELS=_TILE // block, BLOCK_CHANNELS=block, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
-            add_up(partials, of_parameters, var, eps)
-    return laid_out_like(grad_y, model), *_of_layer(of_parameters, slope)
+            add_up(partials, grad_parameters, var, eps)
+    return laid_out_like(grad_y, like), *parameter_gradients(grad_parameters, slope)
 
 
 def _check_size(y: Tensor) -> None:

@@ -24,11 +24,11 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def laid_out_like(result: Tensor, model: Tensor) -> Tensor:
-    """A channels-last result with the strides that torch.empty_like gives the model; a copy only where the model is not channels-last."""
-    if model.is_contiguous(memory_format=torch.channels_last):
+def laid_out_like(result: Tensor, like: Tensor) -> Tensor:
+    """A channels-last result with the strides that torch.empty_like(like) has; a copy only where `like` is not channels-last."""
+    if like.is_contiguous(memory_format=torch.channels_last):
         return result
-    return torch.empty_like(model, dtype=result.dtype).copy_(result)
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -26,17 +26,17 @@ def _gaps(sums, variances, channel, inside, n, total):
 @triton.jit
 def _store_gradient(grad, sums, variances, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK: tl.constexpr):
     """∂s₂ = g_var w d/(n‖d‖),  ∂s₁ = g_mean w (s₁/n)/(n‖s₁/n‖) − 2(s₁/n) ∂s₂   with d = σ² − v; a term is 0 where its norm is 0."""
-    of_mean = tl.load(grad).to(tl.float64) * w / (n * tl.where(norm_of_mean == 0.0, 1.0, norm_of_mean))
-    of_var = tl.load(grad + 1).to(tl.float64) * w / (n * tl.where(norm_of_var == 0.0, 1.0, norm_of_var))
-    of_mean = tl.where(norm_of_mean == 0.0, 0.0, of_mean)
-    of_var = tl.where(norm_of_var == 0.0, 0.0, of_var)
+    mean_scale = tl.load(grad).to(tl.float64) * w / (n * tl.where(norm_of_mean == 0.0, 1.0, norm_of_mean))
+    var_scale = tl.load(grad + 1).to(tl.float64) * w / (n * tl.where(norm_of_var == 0.0, 1.0, norm_of_var))
+    mean_scale = tl.where(norm_of_mean == 0.0, 0.0, mean_scale)
+    var_scale = tl.where(norm_of_var == 0.0, 0.0, var_scale)
     channel = first + tl.arange(0, BLOCK)
     left = last - first
     while left > 0:
         inside = channel < last
         mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
-        second = of_var * var_gap
-        tl.store(grad_sums + channel, (of_mean * mean_gap - 2.0 * mean_gap * second).to(tl.float32), mask=inside)
+        second = var_scale * var_gap
+        tl.store(grad_sums + channel, (mean_scale * mean_gap - 2.0 * mean_gap * second).to(tl.float32), mask=inside)
         tl.store(grad_sums + total + channel, second.to(tl.float32), mask=inside)
         channel += BLOCK
         left -= BLOCK
@@ -77,24 +77,24 @@ def _matching_loss_kernel(
         tl.debug_barrier()  # the program's own sums are read back, by other threads
     n = tl.load(counts + layer).to(tl.float64)
     channel = first + tl.arange(0, BLOCK)
-    of_mean = tl.zeros([BLOCK], dtype=tl.float64)
-    of_var = tl.zeros([BLOCK], dtype=tl.float64)
+    mean_squares = tl.zeros([BLOCK], dtype=tl.float64)
+    var_squares = tl.zeros([BLOCK], dtype=tl.float64)
     left = last - first
     while left > 0:
         inside = channel < last
         mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
-        of_mean += tl.where(inside, mean_gap * mean_gap, 0.0)
-        of_var += tl.where(inside, var_gap * var_gap, 0.0)
+        mean_squares += tl.where(inside, mean_gap * mean_gap, 0.0)
+        var_squares += tl.where(inside, var_gap * var_gap, 0.0)
         channel += BLOCK
         left -= BLOCK
-    norm_of_mean = tl.sqrt(tl.sum(of_mean, axis=0)).to(tl.float32)
-    norm_of_var = tl.sqrt(tl.sum(of_var, axis=0)).to(tl.float32)
+    norm_of_mean = tl.sqrt(tl.sum(mean_squares, axis=0)).to(tl.float32)
+    norm_of_var = tl.sqrt(tl.sum(var_squares, axis=0)).to(tl.float32)
     tl.store(norms + layer, norm_of_mean)
     tl.store(norms + layers + layer, norm_of_var)
     if grad is not None:
         w = tl.load(weights + layer).to(tl.float64)
-        both = norm_of_mean.to(tl.float64), norm_of_var.to(tl.float64)
-        _store_gradient(grad, sums, variances, n, w, both[0], both[1], grad_sums, first, last, total, BLOCK)
+        mean_norm, var_norm = norm_of_mean.to(tl.float64), norm_of_var.to(tl.float64)
+        _store_gradient(grad, sums, variances, n, w, mean_norm, var_norm, grad_sums, first, last, total, BLOCK)
     tl.debug_barrier()
     if tl.atomic_add(finished, 1) == layers - 1:
         each = tl.arange(0, TOTAL_BLOCK)
@@ -120,9 +120,9 @@ def _matching_loss_backward_kernel(
     last = tl.load(channel_ptr + layer + 1)
     n = tl.load(counts + layer).to(tl.float64)
     w = tl.load(weights + layer).to(tl.float64)
-    of_mean = tl.load(norms + layer).to(tl.float64)
-    of_var = tl.load(norms + layers + layer).to(tl.float64)
-    _store_gradient(grad, sums, variances, n, w, of_mean, of_var, grad_sums, first, last, total, BLOCK)
+    norm_of_mean = tl.load(norms + layer).to(tl.float64)
+    norm_of_var = tl.load(norms + layers + layer).to(tl.float64)
+    _store_gradient(grad, sums, variances, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK)
 
 
 def matching_loss_forward(

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.bn_act import add_up, sums_to_write
 from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, dense, on_device_of, tiles
+from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 REGISTERS = 72  # of a thread of the forward kernel, at most
 

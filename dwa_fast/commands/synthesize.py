@@ -68,7 +68,7 @@ class Synthesize(TeacherData):
                 threads=self.threads,
                 workers=divided,
                 progress=bar,
-                observer=lambda item, rows: bar.note(_shown(rows)),
+                observer=lambda batch, rows: bar.note(_shown(rows)),
             )
         console.print(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")
 

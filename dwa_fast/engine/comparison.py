@@ -123,9 +123,9 @@ def difference(expected: Response, got: Response, layers: Mapping[str, Any], tol
         tolerance: how many times what is allowed in float32.
     """
     missing, foreign = expected.gaps.keys() - got.gaps.keys(), got.gaps.keys() - expected.gaps.keys()
-    for names, what in ((missing, "does not record"), (foreign, "records, though it does not run,")):
+    for names, what in ((missing, "no statistics of"), (foreign, "statistics, though they do not run, of")):
         if names:
-            return f"it {what} BatchNorm layer {sorted(names)[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            return f"it gives {what} BatchNorm layer {sorted(names)[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     for name, pair in expected.gaps.items():
         variance = layers[name].running_var.detach()
         for gap, mine, usual, what in zip(pair, got.gaps[name], (variance.sqrt(), variance), ("mean", "variance"), strict=True):

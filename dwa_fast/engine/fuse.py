@@ -18,7 +18,7 @@ from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
 from dwa_fast.engine.layers import replace_convolutions, replace_global_means, replace_pools, replace_stems
 from dwa_fast.engine.pool_nodes import Windows, match_pool
 from dwa_fast.engine.symbolic import symbolic
-from dwa_fast.models.batchnorm import Recorder, given, is_plain, planes
+from dwa_fast.models.batchnorm import MomentsHook, given, is_plain, planes
 from dwa_fast.models.modules import has_hooks, replace_layers
 from dwa_fast.ops.activation import Activation, title
 from dwa_fast.reference.ops import Operators
@@ -45,7 +45,7 @@ class BatchNormAct(nn.Module):
         self.register_buffer("running_var", layer.running_var)
         self.operators = operators
         self.skip = False  # whether forward adds a second argument
-        self.twice = False  # whether forward gives its result twice, for two uses whose gradients the operator adds
+        self.with_alias = False  # whether forward also gives an alias of its result: for two uses, whose gradients the operator adds
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
         self.windows: Windows | None = None  # of a max-pooling behind it all
@@ -63,7 +63,7 @@ class BatchNormAct(nn.Module):
         """f(BatchNorm(input) [+ skip]) with the running statistics, or the largest of it in each window."""
         y = input
         statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        behind = self.activation, self.slope, self.partials, self.twice
+        behind = self.activation, self.slope, self.partials, self.with_alias
         if self.windows is None:
             result = self.operators.bn_act(planes(y), *statistics, None if skip is None else planes(skip), *behind)
         else:
@@ -75,7 +75,7 @@ class BatchNormAct(nn.Module):
         if self.written is not None:
             self.written.record()
         z = [each if y.dim() == 4 else each.view(y.shape) for each in result[:-1]]
-        return tuple(z) if self.twice else z[0]
+        return tuple(z) if self.with_alias else z[0]
 
     def activate(self, matched: Match) -> None:
         """Apply an activation too; a PReLU's weight becomes a parameter of this layer."""
@@ -102,7 +102,7 @@ class Rewritten:
     """A rewritten teacher and what keeps the moments of its layers' inputs, by name, in module order."""
 
     module: nn.Module
-    layers: dict[str, BatchNormAct | Recorder]
+    layers: dict[str, BatchNormAct | MomentsHook]
     traced: bool  # whether neighbours of the BatchNorm layers could be fused
 
 
@@ -130,14 +130,14 @@ def trace(
     replace_global_means(traced)
     traced.graph.lint()
     traced.recompile()
-    return Rewritten(traced, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=True)
+    return Rewritten(traced, {name: fused.get(layer) or MomentsHook(layer, operators) for name, layer in layers.items()}, traced=True)
 
 
 def replace(module: nn.Module, layers: Mapping[str, nn.Module], operators: Operators) -> Rewritten:
-    """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others are recorded."""
+    """The module itself, which is changed: its plain layers are replaced where fused operators are to run, the others get a hook."""
     fused = {layer: BatchNormAct(layer, operators) for layer in layers.values() if operators.fuses and is_plain(layer)}
     replace_layers(module, lambda layer: fused.get(layer))
-    return Rewritten(module, {name: fused.get(layer) or Recorder(layer, operators) for name, layer in layers.items()}, traced=False)
+    return Rewritten(module, {name: fused.get(layer) or MomentsHook(layer, operators) for name, layer in layers.items()}, traced=False)
 
 
 def _erase_identities(traced: torch.fx.GraphModule) -> None:
@@ -191,11 +191,11 @@ def _share(traced: torch.fx.GraphModule) -> None:
         users = sorted(node.users, key=lambda user: user.meta.get("shape") is None)  # those that read its shape alone come last
         if not isinstance(layer, BatchNormAct) or len(users) < 2 or changed_in_place(traced, node):
             continue
-        layer.twice = True
+        layer.with_alias = True
         with traced.graph.inserting_after(node):
-            first, again = (traced.graph.call_function(operator.getitem, (node, place)) for place in range(2))
+            first, alias = (traced.graph.call_function(operator.getitem, (node, place)) for place in range(2))
         for user in users:
-            user.replace_input_with(node, first if user is users[0] else again)
+            user.replace_input_with(node, first if user is users[0] else alias)
 
 
 def _sole_users(node: torch.fx.Node) -> Iterator[torch.fx.Node]:

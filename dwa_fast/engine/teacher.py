@@ -1,4 +1,4 @@
-"""Teachers made ready for synthesis: checked, copied, and rewritten so that every BatchNorm layer records its input's moments."""
+"""Teachers made ready for synthesis: checked, copied, and rewritten so that every BatchNorm layer keeps its input's moments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dwa_fast.engine.comparison import Response, difference, network_response, t
 from dwa_fast.engine.fuse import BatchNormAct, Rewritten, trace
 from dwa_fast.engine.layers import StemConv, replace_strided_pointwise
 from dwa_fast.errors import InputError, first_line
-from dwa_fast.models.batchnorm import Recorder, batchnorm_layers
+from dwa_fast.models.batchnorm import MomentsHook, batchnorm_layers
 from dwa_fast.models.finite import check_finite_weights
 from dwa_fast.models.wrappers import copied, describe_output, unwrapped
 from dwa_fast.seeding import generator, normal
@@ -48,14 +48,14 @@ class MatchingPlan:
     counts: Tensor  # [L] int64
     weights: Tensor  # [L]
     arena: Tensor | None = None  # [S] the layers' partial sums
-    slices: Mapping[BatchNormAct | Recorder, Tensor] = field(default_factory=dict)  # [2, R, C] each layer's part of it
+    slices: Mapping[BatchNormAct | MomentsHook, Tensor] = field(default_factory=dict)  # [2, R, C] each layer's part of it
     places: Tensor | None = None  # [2, L] int64: where each part begins, and its R
     finished: Tensor | None = None  # [1] int32: the kernel's counter
     stream: Any = None  # on which the arena is added up, beside the classifier
     forward_done: Any = None  # event after the last layer of a forward pass
 
     @classmethod
-    def of(cls, layers: Sequence[BatchNormAct | Recorder], first_layer_weight: float, *, in_arena: bool = False) -> MatchingPlan:
+    def of(cls, layers: Sequence[BatchNormAct | MomentsHook], first_layer_weight: float, *, in_arena: bool = False) -> MatchingPlan:
         """The plan of these layers, each with the count of its last call."""
         variances = torch.cat([layer.running_var for layer in layers])
         device = variances.device
@@ -92,7 +92,7 @@ class _ReshapingViews(TorchFunctionMode):
 
 
 class Network(nn.Module):
-    """A copy of the teacher, in eval mode, whose BatchNorm layers record their inputs' moments."""
+    """A copy of the teacher, in eval mode, whose BatchNorm layers keep their inputs' moments."""
 
     def __init__(self, rewritten: Rewritten, execution: Execution) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ class Network(nn.Module):
         self._shape = torch.Size()  # of its images
 
     def release(self) -> None:
-        """Take the recorders off the layers, which may be the teacher's own."""
+        """Take the hooks off the layers, which may be the teacher's own."""
         for layer in self.layers.values():
-            if isinstance(layer, Recorder):
+            if isinstance(layer, MomentsHook):
                 layer.remove()
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class Network(nn.Module):
         if self._arena_plan is not None and self._arena_plan.stream is not None:
             torch.cuda.current_stream(self._arena_plan.stream.device).wait_stream(self._arena_plan.stream)
 
-    def _plan(self, first_layer_weight: float, *, in_arena: bool = False) -> tuple[list[BatchNormAct | Recorder], MatchingPlan]:
+    def _plan(self, first_layer_weight: float, *, in_arena: bool = False) -> tuple[list[BatchNormAct | MomentsHook], MatchingPlan]:
         """The layers of the last forward pass, and what is fixed for them."""
         for name, layer in self.layers.items():
             if len(layer.sums) > 1:
@@ -225,7 +225,7 @@ def prepare(
     batch_sizes: Sequence[int] = (),  # numbers of images of the batches that will run
     sizes: Sequence[tuple[int, int]] = (),  # heights and widths that they will have
 ) -> tuple[Network, int]:
-    """A checked, recording copy of the teacher on the device, and its number of classes. The teacher itself is not changed.
+    """A checked copy on the device, which keeps its layers' statistics, and its number of classes. The teacher itself is not changed.
 
     The copy is compared with the teacher on a few images like the given ones: logits, the statistics of every layer's input, the gradients
     of both to the images, the gradient of the logits to every weight. If a traced copy differs, one that calls the

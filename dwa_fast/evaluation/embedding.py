@@ -41,18 +41,18 @@ def embed(
     """
     found: dict[str, Tensor] = {}
 
-    def record_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found["convolution"] = output
 
-    def record_input(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_input(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found["features"] = inputs[0]
 
     handles = []
     for name, layer in teacher.named_modules():
         if isinstance(layer, nn.Conv2d) and not _OF_A_SKIP & set(name.split(".")):
-            handles.append(layer.register_forward_hook(record_output))
+            handles.append(layer.register_forward_hook(keep_output))
         elif isinstance(layer, nn.Linear):
-            handles.append(layer.register_forward_hook(record_input))
+            handles.append(layer.register_forward_hook(keep_input))
     try:
         with repeatable():
             logits = teacher.eval()(images)

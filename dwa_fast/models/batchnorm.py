@@ -56,8 +56,8 @@ def planes(
     return features.flatten(3) if features.dim() > 4 else features.view(*features.shape, *[1] * (4 - features.dim()))
 
 
-class Measures(Protocol):
-    """What a recorder measures with."""
+class MomentsOperators(Protocol):
+    """What a hook computes the moments with."""
 
     @property
     def moments(self) -> Callable[..., Tensor]:
@@ -68,10 +68,10 @@ class Measures(Protocol):
         """Number of rows of partial sums; None if there are none."""
 
 
-class Recorder:
-    """Records the shifted moments of a layer's input at each call, without changing the layer."""
+class MomentsHook:
+    """Computes the shifted moments of a layer's input at each call, without changing the layer."""
 
-    def __init__(self, layer: nn.Module, operators: Measures) -> None:
+    def __init__(self, layer: nn.Module, operators: MomentsOperators) -> None:
         """Hook onto the layer.
 
         It runs after the existing hooks, so it sees the input that the layer gets.
@@ -84,17 +84,17 @@ class Recorder:
         self.partials: Tensor | None = None  # [2, rows, C]: where they are left; the values of `sums` are then undefined
         self.written: Any = None  # the event of a GPU that is recorded behind it then
         self._operators = operators
-        self._handle: RemovableHandle = layer.register_forward_pre_hook(self._record, with_kwargs=True)
+        self._handle: RemovableHandle = layer.register_forward_pre_hook(self._compute, with_kwargs=True)
 
     def extra_repr(self) -> str:
         """What `dwa-fast info` shows."""
-        return f"{self.kind}, recorded"
+        return f"{self.kind}, statistics by a hook"
 
     def remove(self) -> None:
         """Take the hook off the layer."""
         self._handle.remove()
 
-    def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _compute(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         y: Tensor = given(args, kwargs)
         if y.dtype not in (self.running_mean.dtype, torch.bfloat16) and not (y.is_cuda and y.dtype is torch.float16):
             y = y.to(self.running_mean.dtype)

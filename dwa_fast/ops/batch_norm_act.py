@@ -88,10 +88,11 @@ class _BatchNormAct(torch.autograd.Function):
         layer = y, mean, var, weight, bias, ctx.eps
         behind = ctx.has_skip, ctx.activation, slope
         backward = torch.ops.dwa_fast.bn_act_backward.default
-        grad_skip, both, grad_slope = backward(grad_z, None, *layer, skip, mask, *behind, True)[1:]
+        grad_skip, grad_parameters, grad_slope = backward(grad_z, None, *layer, skip, mask, *behind, True)[1:]
         deviation = (var.double() + ctx.eps).sqrt()
         scale = -(deviation.reciprocal() if weight is None else weight / deviation) * (y.shape[1] / y.numel())
-        shares = torch.stack([scale * both[1], 0.5 * scale * both[0] / deviation]).float()  # of Σ(y − μ) and Σ(y − μ)²
+        grad_weight, grad_bias = grad_parameters[0], grad_parameters[1]
+        shares = torch.stack([scale * grad_bias, 0.5 * scale * grad_weight / deviation]).float()  # of Σ(y − μ) and Σ(y − μ)²
         if not ctx.has_skip:
             grad_y = backward(grad_z, shares, *layer, None, mask, *behind)[0]
         else:
@@ -100,8 +101,8 @@ class _BatchNormAct(torch.autograd.Function):
         needs_y, needs_weight, needs_bias, _, needs_skip, _, needs_slope = ctx.needs_input_grad
         return (
             grad_y if needs_y else None,
-            both[0] if needs_weight else None,
-            both[1] if needs_bias else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
             None,
             grad_skip if needs_skip else None,
             None,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
-from dwa_fast.ops.activation import ACTIVATIONS, Activation
-
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
-_CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)
+from dwa_fast.ops.activation import Activation
+from dwa_fast.ops.checks import check_activation, check_layer, check_skip
 
 
 def bn_act(
@@ -27,8 +25,8 @@ def bn_act(
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], float32
     partials: Tensor | None = None,  # [2, R, C], float32, written
-    twice: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H, W], with twice z again, sums [2, C] float32
+    with_alias: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums [2, C] float32
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input, in one read of the input.
 
         x = γ(y − m)/√(v + ε) + β [+ skip],   z = f(x),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
@@ -55,21 +53,23 @@ def bn_act(
         slope: the slope of leaky_relu below 0, one or one per channel; None for all others.
         partials: on CUDA alone, memory for R = `partial_rows` rows of partial sums, which `matching_gradient` adds up for all layers at
             once. The values of sums are then undefined; its gradient is that of the sums.
-        twice: return z as two tensors in the same memory, one for each of two uses. The backward pass adds their gradients itself, rounded
-            to their precision: the bits of PyTorch's sum, without its pass over memory.
+        with_alias: return z as two tensors in the same memory, one for each of two uses. The backward pass adds their gradients itself,
+            rounded to their precision: the bits of PyTorch's sum, without its pass over memory.
     Returns:
-        z in the precision and memory format of y, with twice again, and sums, [2, C], float32.
+        z in the precision and memory format of y, with_alias an alias of it, and sums, [2, C], float32.
     Raises:
         TypeError: an argument has the wrong type or precision.
         ValueError: shapes or devices do not fit, there is no such activation, leaky_relu has no slope or another one has, or a gradient of
             mean or var is required.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
-    _check(y, mean, var, weight, bias, skip)
-    _check_activation(activation, slope, y)
+    check_layer(y, mean, var, weight, bias)
+    check_skip(skip, y)
+    check_activation(activation, slope, y)
     _library.load()
-    z, again, sums = _BnAct.apply(y, mean, var, weight, bias, float(eps), skip, activation, slope, partials, twice)
-    return (z, again, sums) if twice else (z, sums)
+    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias)
+    z, alias, sums = _BnAct.apply(y, weight, bias, skip, slope, layer)
+    return (z, alias, sums) if with_alias else (z, sums)
 
 
 def partial_rows(
@@ -97,54 +97,57 @@ def partial_rows(
     return rows
 
 
+class LayerConstants(NamedTuple):
+    """The arguments of an operator on a layer that have no gradient."""
+
+    mean: Tensor  # [C]
+    var: Tensor  # [C]
+    eps: float
+    activation: Activation
+    partials: Tensor | None
+    with_alias: bool
+
+
 class _BnAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        skip: Tensor | None,
-        activation: Activation,
-        slope: Tensor | None,
-        partials: Tensor | None,
-        twice: bool,
+        ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None, slope: Tensor | None, layer: LayerConstants
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        layer = y, mean, var, weight, bias, eps, skip, activation, slope
-        z, sums, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer, partials)
+        mean, var, eps, activation, partials, with_alias = layer
+        forward = torch.ops.dwa_fast.bn_act_forward.default
+        z, sums, mask = forward(y, mean, var, weight, bias, eps, skip, activation, slope, partials)
         ctx.save_for_backward(y, mean, var, weight, bias, skip if _reads_skip(skip is not None, activation) else None, mask, slope)
         ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
         ctx.set_materialize_grads(False)
-        return z, z.detach() if twice else None, sums
+        return z, z.detach() if with_alias else None, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor | None, grad_again: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_z: Tensor | None, grad_alias: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         y, mean, var, weight, bias, skip, mask, slope = ctx.saved_tensors
-        needs_y, _, _, needs_weight, needs_bias, _, needs_skip, _, needs_slope, *_ = ctx.needs_input_grad
+        needs_y, needs_weight, needs_bias, needs_skip, needs_slope, _ = ctx.needs_input_grad
         if grad_z is None:
-            grad_z, grad_again = torch.zeros_like(y) if grad_again is None else grad_again, None
-        if grad_again is not None and ctx.has_skip and ctx.activation == "none":  # the gradient of the skip is the sum itself
-            grad_z, grad_again = grad_z + grad_again, None
+            grad_z, grad_alias = torch.zeros_like(y) if grad_alias is None else grad_alias, None
+        if grad_alias is not None and ctx.has_skip and ctx.activation == "none":  # the gradient of the skip is the sum itself
+            grad_z, grad_alias = grad_z + grad_alias, None
         layer = y, mean, var, weight, bias, ctx.eps, skip, mask, ctx.has_skip, ctx.activation, slope
         changes_skip, parameters = ctx.has_skip and ctx.activation != "none", needs_weight or needs_bias or needs_slope
-        grad_y = grad_skip = both = grad_slope = None
+        grad_y = grad_skip = grad_weight = grad_bias = grad_slope = None
         if needs_y or parameters or (needs_skip and changes_skip):
             backward = torch.ops.dwa_fast.bn_act_backward.default
-            grad_y, grad_skip, both, grad_slope = backward(grad_z, grad_sums, *layer, parameters, grad_again)
+            grad_y, grad_skip, grad_parameters, grad_slope = backward(grad_z, grad_sums, *layer, parameters, grad_alias)
+            grad_weight = grad_parameters[0] if needs_weight else None
+            grad_bias = grad_parameters[1] if needs_bias else None
         if not changes_skip:
             grad_skip = grad_z
-        of_layer = (
+        return (
             grad_y if needs_y else None,
+            grad_weight,
+            grad_bias,
+            grad_skip if needs_skip else None,
+            grad_slope if needs_slope else None,
             None,
-            None,
-            both[0] if both is not None and needs_weight else None,
-            both[1] if both is not None and needs_bias else None,
         )
-        return *of_layer, None, (grad_skip if needs_skip else None), None, (grad_slope if needs_slope else None), None, None
 
 
 def _reads_skip(has_skip: bool, activation: Activation) -> bool:
@@ -186,68 +189,8 @@ def _backward_fake(
     activation: Activation,
     slope: Tensor | None,
     parameters: bool = False,
-    grad_again: Tensor | None = None,
+    grad_alias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
-    of_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
-    return torch.empty_like(y), torch.empty_like(y) if has_skip and activation != "none" else y.new_empty(0), of_parameters, of_slope
-
-
-def _check_activation(activation: str, slope: Tensor | None, y: Tensor) -> None:
-    if not isinstance(activation, str):
-        raise TypeError(f"activation must be a name, got {type(activation).__name__}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if activation != "leaky_relu":
-        if slope is not None:
-            raise ValueError(f"slope belongs to the activation leaky_relu, got one with {activation}")
-        return
-    if slope is None:
-        raise ValueError("the activation leaky_relu needs a slope, [1] or [C]")
-    if not isinstance(slope, Tensor):
-        raise TypeError(f"slope must be a tensor, got {type(slope).__name__}")
-    if slope.dtype is not torch.float32:
-        raise TypeError(f"slope must be float32, got {_names((slope.dtype,))}")
-    if slope.shape not in ((1,), (y.size(1),)):
-        raise ValueError(f"slope must be [1] or [C] with C = {y.size(1)}, got shape {tuple(slope.shape)}")
-    if slope.device != y.device:
-        raise ValueError(f"slope must be on the device of y, {y.device}, got {slope.device}")
-
-
-def _check(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None) -> None:
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y must be a tensor, got {type(y).__name__}")
-    dtypes = _CUDA_DTYPES if y.is_cuda else _CPU_DTYPES
-    if y.dtype not in dtypes:
-        raise TypeError(f"y must be {_names(dtypes)} on {y.device.type}, got {_names((y.dtype,))}")
-    if y.dim() != 4:
-        raise ValueError(f"y must be [N, C, H, W], got shape {tuple(y.shape)}")
-    shape, device = (y.size(1),), y.device
-    for name, tensor in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
-        if tensor is None and (name == "weight" or name == "bias"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype is not torch.float32:
-            raise TypeError(f"{name} must be float32, got {_names((tensor.dtype,))}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be [C] with C = {shape[0]}, got shape {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the device of y, {device}, got {tensor.device}")
-    if mean.requires_grad or var.requires_grad:
-        raise ValueError("bn_act is not differentiable in mean and var: pass them detached")
-    if skip is None:
-        return
-    if not isinstance(skip, Tensor):
-        raise TypeError(f"skip must be a tensor, got {type(skip).__name__}")
-    if skip.dtype is not y.dtype:
-        raise TypeError(f"skip must have the precision of y, {_names((y.dtype,))}, got {_names((skip.dtype,))}")
-    if skip.shape != y.shape:
-        raise ValueError(f"skip must have the shape of y, {tuple(y.shape)}, got {tuple(skip.shape)}")
-    if skip.device != device:
-        raise ValueError(f"skip must be on the device of y, {device}, got {skip.device}")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    grad_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
+    grad_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
+    return torch.empty_like(y), torch.empty_like(y) if has_skip and activation != "none" else y.new_empty(0), grad_parameters, grad_slope

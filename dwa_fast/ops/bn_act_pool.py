@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
 from dwa_fast.ops.activation import Activation
-from dwa_fast.ops.bn_act import _check, _check_activation
+from dwa_fast.ops.bn_act import LayerConstants
+from dwa_fast.ops.checks import check_activation, check_layer
 
 LARGEST_WINDOW = 3  # pixels of a side: a kernel of a GPU has a load for each pixel of a window
 
@@ -28,8 +29,8 @@ def bn_act_pool(
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], float32
     partials: Tensor | None = None,  # [2, R, C], float32, written
-    twice: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with twice z again, sums [2, C] float32
+    with_alias: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with_alias an alias of z, sums [2, C] float32
     """`bn_act` and a max-pooling behind it; what is pooled is never stored, nor is its gradient.
 
         x = γ(y − m)/√(v + ε) + β,   z = the largest f(x) of each window,   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
@@ -43,19 +44,19 @@ def bn_act_pool(
         window: k, 1 to 3.
         stride: s, at least 1.
         padding: p, 0 to k/2.
-        twice: return z as two tensors in the same memory, one for each of two uses, whose gradients the backward pass adds.
+        with_alias: return z as two tensors in the same memory, one for each of two uses, whose gradients the backward pass adds.
     Raises:
         TypeError: an argument has the wrong type or precision.
         ValueError: as bn_act, or window, stride or padding are out of range, or y has no room for a window.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
-    _check(y, mean, var, weight, bias, None)
-    _check_activation(activation, slope, y)
+    check_layer(y, mean, var, weight, bias)
+    check_activation(activation, slope, y)
     _check_windows(y, window, stride, padding)
     _library.load()
-    layer = y, mean, var, weight, bias, float(eps), activation, slope, window, stride, padding
-    z, again, sums = _BnActPool.apply(*layer, partials, twice)
-    return (z, again, sums) if twice else (z, sums)
+    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias)
+    z, alias, sums = _BnActPool.apply(y, weight, bias, slope, layer, (window, stride, padding))
+    return (z, alias, sums) if with_alias else (z, sums)
 
 
 class _BnActPool(torch.autograd.Function):
@@ -63,46 +64,38 @@ class _BnActPool(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        mean: Tensor,
-        var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        activation: Activation,
         slope: Tensor | None,
-        window: int,
-        stride: int,
-        padding: int,
-        partials: Tensor | None,
-        twice: bool,
+        layer: LayerConstants,
+        windows: tuple[int, int, int],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        layer, windows = (y, mean, var, weight, bias, eps), (window, stride, padding)
-        z, sums, index = torch.ops.dwa_fast.bn_act_pool_forward.default(*layer, activation, slope, *windows, partials)
+        mean, var, eps, activation, partials, with_alias = layer
+        forward = torch.ops.dwa_fast.bn_act_pool_forward.default
+        z, sums, index = forward(y, mean, var, weight, bias, eps, activation, slope, *windows, partials)
         ctx.save_for_backward(y, mean, var, weight, bias, index, slope)
         ctx.eps, ctx.activation, ctx.windows = eps, activation, windows
         ctx.set_materialize_grads(False)
-        return z, z.detach() if twice else None, sums
+        return z, z.detach() if with_alias else None, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor | None, grad_again: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_z: Tensor | None, grad_alias: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         y, mean, var, weight, bias, index, slope = ctx.saved_tensors
-        needs_y, _, _, needs_weight, needs_bias, _, _, needs_slope, *_ = ctx.needs_input_grad
+        needs_y, needs_weight, needs_bias, needs_slope, *_ = ctx.needs_input_grad
         if grad_z is None:
-            grad_z, grad_again = torch.zeros_like(index, dtype=y.dtype) if grad_again is None else grad_again, None
+            grad_z, grad_alias = torch.zeros_like(index, dtype=y.dtype) if grad_alias is None else grad_alias, None
         layer = y, mean, var, weight, bias, ctx.eps, index, ctx.activation, slope, *ctx.windows
         parameters = needs_weight or needs_bias or needs_slope
-        grad_y, both, grad_slope = torch.ops.dwa_fast.bn_act_pool_backward.default(grad_z, grad_sums, *layer, parameters, grad_again)
+        backward = torch.ops.dwa_fast.bn_act_pool_backward.default
+        grad_y, grad_parameters, grad_slope = backward(grad_z, grad_sums, *layer, parameters, grad_alias)
         return (
             grad_y if needs_y else None,
-            None,
-            None,
-            both[0] if needs_weight else None,
-            both[1] if needs_bias else None,
-            None,
-            None,
+            grad_parameters[0] if needs_weight else None,
+            grad_parameters[1] if needs_bias else None,
             grad_slope if needs_slope else None,
-            *[None] * 5,
+            None,
+            None,
         )
 
 
@@ -143,11 +136,11 @@ def _backward_fake(
     stride: int,
     padding: int,
     parameters: bool = False,
-    grad_again: Tensor | None = None,
+    grad_alias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
-    of_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
-    return torch.empty_like(y), of_parameters, of_slope
+    grad_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
+    grad_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
+    return torch.empty_like(y), grad_parameters, grad_slope
 
 
 def _check_windows(y: Tensor, window: int, stride: int, padding: int) -> None:

@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
-
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
-_CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)
+from dwa_fast.ops.checks import check_features, check_per_channel
 
 
 def moments(
@@ -37,7 +35,10 @@ def moments(
         ValueError: shapes or devices do not fit, or a gradient of mean is required.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
-    _check(y, mean)
+    check_features(y)
+    check_per_channel("mean", mean, y)
+    if mean.requires_grad:
+        raise ValueError("moments is not differentiable in mean: pass it detached")
     _library.load()
     sums: Tensor = _Moments.apply(y, mean, partials)
     return sums
@@ -66,22 +67,3 @@ def _forward_fake(y: Tensor, mean: Tensor, partials: Tensor | None = None) -> Te
 def _backward_fake(grad_sums: Tensor, y: Tensor, mean: Tensor) -> Tensor:
     dense = y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(y) if dense else torch.empty_like(y, memory_format=torch.contiguous_format)
-
-
-def _check(y: Tensor, mean: Tensor) -> None:
-    for name, tensor in (("y", y), ("mean", mean)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if y.dtype not in (_CUDA_DTYPES if y.is_cuda else _CPU_DTYPES):
-        expected = "float32, bfloat16 or float16" if y.is_cuda else "float32 or bfloat16"
-        raise TypeError(f"y must be {expected} on {y.device.type}, got {str(y.dtype).removeprefix('torch.')}")
-    if y.dim() != 4:
-        raise ValueError(f"y must be [N, C, H, W], got shape {tuple(y.shape)}")
-    if mean.dtype is not torch.float32:
-        raise TypeError(f"mean must be float32, got {str(mean.dtype).removeprefix('torch.')}")
-    if mean.shape != (y.size(1),):
-        raise ValueError(f"mean must be [C] with C = {y.size(1)}, got shape {tuple(mean.shape)}")
-    if mean.device != y.device:
-        raise ValueError(f"mean must be on the device of y, {y.device}, got {mean.device}")
-    if mean.requires_grad:
-        raise ValueError("moments is not differentiable in mean: pass it detached")

@@ -35,8 +35,8 @@ def bn_act(
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
     partials: Tensor | None = None,  # [2, R, C], written
-    twice: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H, W], with twice z again, sums [2, C] float32 or wider
+    with_alias: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums [2, C] float32 or wider
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
 
     z = f(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
@@ -46,7 +46,7 @@ def bn_act(
         z = z + skip
     z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
     sums = moments(y, mean, partials)
-    return (z, z.view_as(z), sums) if twice else (z, sums)
+    return (z, z.view_as(z), sums) if with_alias else (z, sums)
 
 
 def bn_act_pool(
@@ -62,12 +62,12 @@ def bn_act_pool(
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
     partials: Tensor | None = None,  # [2, R, C], written
-    twice: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with twice z again, sums [2, C] float32 or wider
+    with_alias: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with_alias an alias of z, sums [2, C] float32 or wider
     """`bn_act` and a max-pooling of square windows behind it."""
     z, sums = bn_act(y, mean, var, weight, bias, eps, None, activation, slope, partials)
     z = F.max_pool2d(z, window, stride, padding)
-    return (z, z.view_as(z), sums) if twice else (z, sums)
+    return (z, z.view_as(z), sums) if with_alias else (z, sums)
 
 
 def moments(

@@ -30,7 +30,7 @@ from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, Workers, default_threads, rank
 from dwa_fast.threads import recorded_threads, torch_threads
 
-Observer = Callable[[BatchSpec, Rows], None]  # called with a batch that is on the disk, and its recorded losses
+Observer = Callable[[BatchSpec, Rows], None]  # called with a batch that is on the disk, and the losses that are kept of it
 
 _WAITING = 4  # batches that may wait to be written, for each of config.concurrent_batches
 
@@ -84,7 +84,7 @@ def distill(
         logits: which of several outputs of the teacher are the logits, as `output` of `synthesize`.
         workers: which batches this process makes; default: all.
         progress: called with the iterations finished and the iterations in all; batches that are already there count as finished.
-        observer: called in another thread with each batch that is on the disk and its recorded losses.
+        observer: called in another thread with each batch that is on the disk and the losses that are kept of it.
         try_teacher: whether the teacher first predicts some of the images, to warn of one that does not fit them.
     Returns:
         the number of images that this call made.
@@ -181,9 +181,9 @@ class SetBuilder:
                         progress(min(before + concurrent * done, iterations), iterations)
 
                 results = self.synthesizer.run([batch for _, batch in group], seed=self.seed, progress=tick)
-                for (item, _), (refined, losses) in zip(group, results, strict=True):
-                    writer.submit(partial(self._write, item, to_levels(denormalise(refined, self.synthesizer.normalisation)), losses.cpu()))
-                    made += len(item.labels)
+                for (spec, _), (refined, losses) in zip(group, results, strict=True):
+                    writer.submit(partial(self._write, spec, to_levels(denormalise(refined, self.synthesizer.normalisation)), losses.cpu()))
+                    made += len(spec.labels)
         return made
 
     def _load(self) -> list[tuple[BatchSpec, Batch]]:
@@ -191,8 +191,8 @@ class SetBuilder:
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
         each = self.synthesizer.config.batch_ipc
         return [
-            (item, Batch(item.number, self.initial_images.load(item.images), torch.tensor(item.labels), item.index // each))
-            for item in group
+            (spec, Batch(spec.number, self.initial_images.load(spec.images), torch.tensor(spec.labels), spec.index // each))
+            for spec in group
         ]
 
     def _write(

@@ -1,4 +1,4 @@
-"""The losses of a set as JSON lines: a line per recorded iteration, batch after batch."""
+"""The losses of a set as JSON lines: a line per iteration that is kept, batch after batch."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ class Preview:
         self._rows, self._columns = min(len(store.class_names), _CLASSES), min(ipc, _IMAGES)
         self._shape = shape
 
-    def shows(self, item: BatchSpec) -> bool:
+    def shows(self, batch: BatchSpec) -> bool:
         """Whether an image of this batch is on the sheet."""
-        return any(label < self._rows and index < self._columns for label, index in item.images)
+        return any(label < self._rows and index < self._columns for label, index in batch.images)
 
     def draw(self) -> None:
         """Write the sheet with every image that is in the folder by now, whoever made it."""

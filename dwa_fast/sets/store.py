@@ -27,7 +27,7 @@ from dwa_fast.io.files import atomic_write, checksum, is_left_over, output_folde
 from dwa_fast.io.settings import difference
 from dwa_fast.sets import loss_log as log_file
 
-RECORDS = ".batch-*.json"  # one per finished batch, until the manifest includes it
+BATCH_FILES = ".batch-*.json"  # one per finished batch, until the manifest includes it
 _JOURNALS = ".journal-*.jsonl"  # what earlier versions wrote instead; their batches are made again
 _THREADS = 8  # that compress, write or check the images of a set
 
@@ -51,7 +51,7 @@ class BatchSpec:
 class ImageStore:
     """Writes a set batch by batch and finds the batches that are missing.
 
-    Each finished batch has a record of its own, a small file, until `finish` moves all records into the manifest. Several processes may
+    Each finished batch has an entry in a small file of its own, until `finish` moves all entries into the manifest. Several processes may
     write one set: a batch has the same bytes whoever writes it, and any process that finds every batch there may complete the set.
     """
 
@@ -111,10 +111,10 @@ class ImageStore:
         losses: Tensor | None = None,  # [T, 3] on the CPU
         skipped: Mapping[str, str] | None = None,  # real images that could not be used so far, and why
     ) -> log_file.Rows:
-        """Write a batch; when this returns, its images and its record are on the disk.
+        """Write a batch; when this returns, its images and its entry are on the disk.
 
         Returns:
-            the losses that were recorded.
+            the losses that were kept.
         Raises:
             InputError: the disk is full, the folder is read-only, or the like; the message names the file.
         """
@@ -124,14 +124,14 @@ class ImageStore:
             sums = list(pool.map(self._write_image, names, levels))
         rows = [] if losses is None else log_file.subsample(losses, self.storage.losses_every)
         self.skipped |= skipped or {}
-        record = {
+        entry = {
             "batch": batch.number,
             "images": dict(zip(names, sums, strict=True)),
             "losses": log_file.to_jsonl(batch.number, rows),
             "skipped": self.skipped,
         }
-        write_json(self.folder / RECORDS.replace("*", f"{batch.number:06d}"), {**record, "check": self._check(record)})
-        self._include(record)
+        write_json(self.folder / BATCH_FILES.replace("*", f"{batch.number:06d}"), {**entry, "check": self._check(entry)})
+        self._include(entry)
         self._whole.add(batch.number)
         return rows
 
@@ -151,7 +151,7 @@ class ImageStore:
                     target.write_text(log_file.concat(self._losses.items()), encoding="utf-8")
             self.complete = True
             self._write_manifest()
-        for path in [*self.folder.glob(RECORDS), *self.folder.glob(_JOURNALS)]:
+        for path in [*self.folder.glob(BATCH_FILES), *self.folder.glob(_JOURNALS)]:
             path.unlink(missing_ok=True)
         self._tidy()
         return []
@@ -202,8 +202,8 @@ class ImageStore:
         return buffer.getvalue()
 
     def _read(self) -> None:
-        """Load the state from the disk: records first, since they are deleted once the manifest includes them."""
-        records = list(self._records())
+        """Load the state from the disk: entries first, since they are deleted once the manifest includes them."""
+        entries = list(self._entries())
         manifest = read_manifest(self.folder)
         self._format = manifest["format"]
         before = manifest["settings"] | {"class_names": manifest["class_names"]}
@@ -218,29 +218,29 @@ class ImageStore:
         self._losses = good | self._losses
         self._images = manifest["images"] | self._images
         self.skipped = manifest["skipped"] | self.skipped
-        for record in records:
-            self._include(record)
+        for entry in entries:
+            self._include(entry)
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        """Every undamaged record of a batch with these settings; a batch without one is made again."""
-        for path in sorted(self.folder.glob(RECORDS)):
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """Every undamaged entry of a batch with these settings; a batch without one is made again."""
+        for path in sorted(self.folder.glob(BATCH_FILES)):
             try:
-                record = json.loads(path.read_bytes())
-                good = record.pop("check") == self._check(record)
+                entry = json.loads(path.read_bytes())
+                good = entry.pop("check") == self._check(entry)
             except (OSError, ValueError, KeyError, AttributeError):  # damaged; or another process has just completed the set
                 continue
             if good:
-                yield record
+                yield entry
 
-    def _include(self, record: Mapping[str, Any]) -> None:
-        self._images |= record["images"]
-        self.skipped |= record["skipped"]
-        if record["losses"]:
-            self._losses[record["batch"]] = record["losses"]
+    def _include(self, entry: Mapping[str, Any]) -> None:
+        self._images |= entry["images"]
+        self.skipped |= entry["skipped"]
+        if entry["losses"]:
+            self._losses[entry["batch"]] = entry["losses"]
 
-    def _check(self, record: Mapping[str, Any]) -> str:
-        """Checksum of a record and of all settings: records of another set are not used for this one."""
-        return content_check([self.settings, self.class_names, record])
+    def _check(self, entry: Mapping[str, Any]) -> str:
+        """Checksum of an entry and of all settings: entries of another set are not used for this one."""
+        return content_check([self.settings, self.class_names, entry])
 
     def _write_note(self) -> None:
         """Make other programs stop if they are given the folder of the set instead of `images/`."""

@@ -54,10 +54,10 @@ class Tracking:
     def __init__(self, sink: _Sink, iterations: int) -> None:
         self._sink, self._iterations = sink, iterations
 
-    def __call__(self, item: BatchSpec, rows: Rows) -> None:
-        """Send the recorded losses of a batch."""
+    def __call__(self, batch: BatchSpec, rows: Rows) -> None:
+        """Send the losses of a batch."""
         for iteration, ce, mean, var in rows:
-            step = item.number * self._iterations + int(iteration)
+            step = batch.number * self._iterations + int(iteration)
             self._sink.log(step, {"loss/ce": ce, "loss/mean": mean, "loss/var": var})
 
 

@@ -16,7 +16,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, is_temporary, walk_files
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
 from dwa_fast.sets.preview import PREVIEW
-from dwa_fast.sets.store import RECORDS
+from dwa_fast.sets.store import BATCH_FILES
 from dwa_fast.training.label_store import INDEX, LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
@@ -89,11 +89,11 @@ def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
-    """Files that do not belong to the set. An incomplete set may have images and records that its manifest does not include yet."""
+    """Files that do not belong to the set. An incomplete set may have images and entries that its manifest does not include yet."""
     start = os.path.join(folder, "")
     for entry in walk_files(start):
         path, name = Path(entry.path), entry.path[len(start) :]
-        unfinished = not manifest["complete"] and (path.match(RECORDS) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
+        unfinished = not manifest["complete"] and (path.match(BATCH_FILES) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
         if is_left_over(path):
             yield f"{name} is left over from a process that died"
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):

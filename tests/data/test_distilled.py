@@ -100,9 +100,9 @@ def own_set(folder: Path, names: list[str], size: int = 8) -> None:
     """A set of ours, one image per class, whose level says which."""
     settings = {"image_shape": [3, size, size]}
     store = ImageStore(folder, settings, names, StorageConfig(losses_every=0))
-    item = BatchSpec(0, 0, list(range(len(names))))
-    store.write(item, torch.stack([torch.full((3, size, size), 20 * label, dtype=torch.uint8) for label in item.labels]))
-    store.finish([item])
+    batch = BatchSpec(0, 0, list(range(len(names))))
+    store.write(batch, torch.stack([torch.full((3, size, size), 20 * label, dtype=torch.uint8) for label in batch.labels]))
+    store.finish([batch])
 
 
 def classes_of(folder: Path, real: list[str]) -> dict[str, int]:

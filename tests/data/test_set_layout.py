@@ -30,17 +30,17 @@ CLASSES = ["ant", "bee", "cow"]
 
 def make(folder: Path, ipc: int = 2, *, finish: bool = True) -> int:
     """A set as a run would write it, with losses and a preview; returns how many batches had to be made."""
-    items = batch_specs(len(CLASSES), ipc, 2)
+    batches = batch_specs(len(CLASSES), ipc, 2)
     store = ImageStore(folder, {"seed": 0, "image_shape": [3, 4, 4]}, CLASSES, StorageConfig(preview=True))
-    missing = store.unfinished(items)
+    missing = store.unfinished(batches)
     if missing:
         store.begin()
-    for item in missing:
-        levels = torch.arange(len(item.labels) * 48, dtype=torch.uint8).view(-1, 3, 4, 4) + item.number
-        store.write(item, levels, torch.ones(3, 3))
+    for batch in missing:
+        levels = torch.arange(len(batch.labels) * 48, dtype=torch.uint8).view(-1, 3, 4, 4) + batch.number
+        store.write(batch, levels, torch.ones(3, 3))
         Preview(store, (3, 4, 4), ipc).draw()
     if finish:
-        assert store.finish(items) == []
+        assert store.finish(batches) == []
     return len(missing)
 
 

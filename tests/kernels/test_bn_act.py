@@ -83,7 +83,7 @@ def plainly(
     return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def of_sums(y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_z: Tensor) -> dict[str, Tensor]:
+def sum_sizes(y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_z: Tensor) -> dict[str, Tensor]:
     """√Σ terms² of the gradients of γ, β and the slope: how large such sums are where their terms do not cancel by chance."""
     doubles = [None if value is None else value.double() for value in values]
     mean, var = (value[:, None, None] for value in doubles[:2])  # type: ignore[index]
@@ -107,7 +107,7 @@ def assert_matches(
     # Where a plain float16 or bfloat16 z rounds to 0 its ReLU is blocked, so the mask of the oracle is that of float64.
     plain = plainly(y, values, skip, activation, grad_z, grad_sums, y.dtype)
     expected = plainly(y, values, skip, activation, grad_z, grad_sums, torch.float64)
-    sizes = of_sums(y, values, skip, activation, grad_z)
+    sizes = sum_sizes(y, values, skip, activation, grad_z)
     for name, result in ours.items():
         assert_as_good_as_pytorch(result, plain[name], expected[name], sizes.get(name))
     return ours
@@ -159,9 +159,9 @@ def test_programs_without_sums_take_few_tiles(device: torch.device) -> None:
     assert (kernel_layout.tiles(y, registers=96).programs, kernel_layout.tiles(y).programs) == (23, 6)
     many = torch.empty(2**31 // (64 * 1024) + 3, 64, 32, 32, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
     assert kernel_layout.tiles(many).programs < 2**16
-    values, skip, of_sums = layer(64, device), torch.randn_like(y), torch.randn(2, 64, device=device)
+    values, skip, grad_sums = layer(64, device), torch.randn_like(y), torch.randn(2, 64, device=device)
     _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, "relu", None)
-    behind = of_sums, y, *values, EPS, None, mask, True, "relu", None
+    behind = grad_sums, y, *values, EPS, None, mask, True, "relu", None
     frozen, asked = kernel.bn_act_backward(skip, *behind), kernel.bn_act_backward(skip, *behind, True)
     assert all(torch.equal(*each) for each in zip(frozen[:2], asked[:2], strict=True))
 
@@ -234,9 +234,10 @@ def test_gradients_of_weight_and_bias_only_where_asked(has_skip: bool, activatio
 def test_gradients_of_two_uses(has_skip: bool, activation: Activation, dtype: torch.dtype, device: torch.device) -> None:
     """They are added as PyTorch adds them, bit for bit."""
     y, grad, more = (batch((2, 20, 5, 5), dtype, device) for _ in range(3))
-    values, skip, of_sums = layer(20, device), batch((2, 20, 5, 5), dtype, device) if has_skip else None, torch.randn(2, 20, device=device)
+    values, grad_sums = layer(20, device), torch.randn(2, 20, device=device)
+    skip = batch((2, 20, 5, 5), dtype, device) if has_skip else None
     _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, activation, None)
-    behind = of_sums, y, *values, EPS, skip, mask, has_skip, activation, None, True
+    behind = grad_sums, y, *values, EPS, skip, mask, has_skip, activation, None, True
     for result, expected in zip(kernel.bn_act_backward(grad, *behind, more), kernel.bn_act_backward(grad + more, *behind), strict=True):
         assert torch.equal(result, expected)
 
@@ -291,10 +292,10 @@ def test_gradient_of_weight_far_from_zero(ratio: float, device: torch.device) ->
 
 def test_gradient_of_the_sums_is_a_slice_of_all_layers(device: torch.device) -> None:
     y, values = batch((2, 20, 5, 5), torch.float32, device), layer(20, device)
-    of_all = torch.randn(2, 100, device=device)
+    all_grad_sums = torch.randn(2, 100, device=device)
     grad_z = torch.randn_like(y)
-    expected = both_ways(y, values, None, "relu", grad_z, of_all[:, 37:57].contiguous())
-    for grad_sums in (of_all[:, 37:57], of_all[:, 37:57].t().contiguous().t()):
+    expected = both_ways(y, values, None, "relu", grad_z, all_grad_sums[:, 37:57].contiguous())
+    for grad_sums in (all_grad_sums[:, 37:57], all_grad_sums[:, 37:57].t().contiguous().t()):
         assert torch.equal(both_ways(y, values, None, "relu", grad_z, grad_sums)["grad_y"], expected["grad_y"])
     same = torch.randn(1, 20, device=device).expand(2, 20)
     assert torch.equal(
@@ -446,10 +447,10 @@ def launches() -> Launches:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
         skip, slope = y if has_skip else None, meta(shape[1]) if activation == "leaky_relu" else None
         _, _, mask = kernel.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
-        of_all_layers, behind = meta(2, 4800), (skip, mask, has_skip, activation, slope)
-        kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind)
+        all_grad_sums, behind = meta(2, 4800), (skip, mask, has_skip, activation, slope)
+        kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind)
         if activation == "relu":  # both branches of a residual block
-            kernel.bn_act_backward(y, of_all_layers[:, : shape[1]], y, *values, 1e-5, *behind, False, y)
+            kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind, False, y)
         # During the ascent the moments go unused and γ and β take gradients.
         kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
 

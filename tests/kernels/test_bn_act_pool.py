@@ -42,18 +42,18 @@ def both_ways(
     activation: Activation,
     grad_z: Tensor,
     grad_sums: Tensor | None,
-    grad_again: Tensor | None = None,
+    grad_alias: Tensor | None = None,
     *,
     parameters: bool = True,
 ) -> dict[str, Tensor]:
     """Every result of the kernels, forward and backward."""
     slope = slope_of(activation, y)
     z, sums, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows)
-    behind = index, activation, slope, *windows, parameters, grad_again
-    grad_y, of_parameters, grad_slope = kernel.bn_act_pool_backward(grad_z, grad_sums, y, *values, EPS, *behind)
+    behind = index, activation, slope, *windows, parameters, grad_alias
+    grad_y, grad_parameters, grad_slope = kernel.bn_act_pool_backward(grad_z, grad_sums, y, *values, EPS, *behind)
     results = {"z": z, "sums": sums, "grad_y": grad_y}
     if parameters:
-        results |= {"grad_weight": of_parameters[0], "grad_bias": of_parameters[1]}
+        results |= {"grad_weight": grad_parameters[0], "grad_bias": grad_parameters[1]}
     return results if slope is None or not parameters else {**results, "grad_slope": grad_slope}
 
 
@@ -141,10 +141,10 @@ def test_gradients_of_two_uses_and_of_frozen_weights(activation: Activation, dty
     y, values = batch((2, 20, 6, 5), dtype, device), layer(20, device)
     windows = 3, 2, 1
     grad, more = pooled(y, windows), pooled(y, windows)
-    for of_sums in (None, torch.randn(2, 20, device=device)):
-        two = both_ways(y, values, windows, activation, grad, of_sums, more)
-        one = both_ways(y, values, windows, activation, grad + more, of_sums)
-        frozen = both_ways(y, values, windows, activation, grad + more, of_sums, parameters=False)
+    for grad_sums in (None, torch.randn(2, 20, device=device)):
+        two = both_ways(y, values, windows, activation, grad, grad_sums, more)
+        one = both_ways(y, values, windows, activation, grad + more, grad_sums)
+        frozen = both_ways(y, values, windows, activation, grad + more, grad_sums, parameters=False)
         assert all(torch.equal(two[name], one[name]) for name in one)
         assert all(torch.equal(frozen[name], one[name]) for name in frozen)
 
@@ -221,9 +221,9 @@ def launches() -> Launches:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
         slope = meta(shape[1]) if activation == "leaky_relu" else None
         z, _, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows)
-        of_sums, behind = meta(2, 4800)[:, : shape[1]], (index, activation, slope, *windows)
-        kernel.bn_act_pool_backward(z, of_sums, y, *values, EPS, *behind)
-        kernel.bn_act_pool_backward(z, of_sums, y, *values, EPS, *behind, False, z)
+        grad_sums, behind = meta(2, 4800)[:, : shape[1]], (index, activation, slope, *windows)
+        kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind)
+        kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind, False, z)
         kernel.bn_act_pool_backward(z, None, y, *values, EPS, *behind, True)
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):

@@ -373,14 +373,14 @@ def test_gradients_of_two_uses(
     vectors = [torch.randn(67), torch.rand(67) + 0.1, torch.randn(67).requires_grad_(), torch.randn(67).requires_grad_()]
     layer = y, *vectors, EPS, added if skip else None, activation
     leaves = [y, *vectors[2:], *([added] if skip else [])]
-    grad, more = torch.randn_like(y), torch.randn_like(y)
-    of_sums = torch.randn(2, 67)
-    z, again, sums = ops.bn_act(*layer, twice=True)
-    assert z.data_ptr() == again.data_ptr()
-    found = torch.autograd.grad([z, again, sums], leaves, [grad, more, of_sums], retain_graph=True)
-    alone = torch.autograd.grad([again, sums], leaves, [grad, of_sums])
-    for result, gradient in ((found, grad + more), (alone, grad)):
-        expected = torch.autograd.grad(ops.bn_act(*layer), leaves, [gradient, of_sums])
+    grad_z, grad_alias = torch.randn_like(y), torch.randn_like(y)
+    grad_sums = torch.randn(2, 67)
+    z, alias, sums = ops.bn_act(*layer, with_alias=True)
+    assert z.data_ptr() == alias.data_ptr()
+    found = torch.autograd.grad([z, alias, sums], leaves, [grad_z, grad_alias, grad_sums], retain_graph=True)
+    alone = torch.autograd.grad([alias, sums], leaves, [grad_z, grad_sums])
+    for result, gradient in ((found, grad_z + grad_alias), (alone, grad_z)):
+        expected = torch.autograd.grad(ops.bn_act(*layer), leaves, [gradient, grad_sums])
         assert all(torch.equal(*each) for each in zip(result, expected, strict=True))
 
 

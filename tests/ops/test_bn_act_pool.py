@@ -138,18 +138,20 @@ def test_equals_and_what_is_no_number(level: str, dtype: torch.dtype, use_level:
 def test_gradients_of_two_uses(dtype: torch.dtype) -> None:
     """Their sum, as PyTorch rounds it; one of them may be missing."""
     inputs = make((2, 20, 9, 8), (3, 2, 1), dtype)
-    leaf = inputs["y"].requires_grad_()
-    first, again, sums = ops.bn_act_pool(**inputs, twice=True)
-    assert first.data_ptr() == again.data_ptr()
-    z, of_one = ops.bn_act_pool(**inputs)
-    grad, more, of_sums = torch.randn_like(z), torch.randn_like(z), torch.randn_like(sums)
-    both = torch.autograd.grad((first, again, sums), leaf, (grad, more, of_sums), retain_graph=True)[0]
-    assert torch.equal(both, torch.autograd.grad((z, of_one), leaf, (grad + more, of_sums), retain_graph=True)[0])
-    for each in (first, again):
-        alone = torch.autograd.grad(each, leaf, grad, retain_graph=True)[0]
-        assert torch.equal(alone, torch.autograd.grad(z, leaf, grad, retain_graph=True)[0])
-    of_sums_alone = torch.autograd.grad(sums, leaf, of_sums)[0]
-    assert torch.equal(of_sums_alone, torch.autograd.grad(of_one, leaf, of_sums)[0])
+    y = inputs["y"].requires_grad_()
+    z, alias, sums = ops.bn_act_pool(**inputs, with_alias=True)
+    assert z.data_ptr() == alias.data_ptr()
+    single, single_sums = ops.bn_act_pool(**inputs)
+    grad_z, grad_alias, grad_sums = torch.randn_like(z), torch.randn_like(z), torch.randn_like(sums)
+
+    def gradient(results: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Tensor:
+        return torch.autograd.grad(results, y, grads, retain_graph=True)[0]
+
+    added = gradient((single, single_sums), (grad_z + grad_alias, grad_sums))
+    assert torch.equal(gradient((z, alias, sums), (grad_z, grad_alias, grad_sums)), added)
+    for each in (z, alias):
+        assert torch.equal(gradient((each,), (grad_z,)), gradient((single,), (grad_z,)))
+    assert torch.equal(gradient((sums,), (grad_sums,)), gradient((single_sums,), (grad_sums,)))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 4), (2, 0, 4, 4)])
@@ -254,7 +256,7 @@ def test_which_poolings_are_fused(behind: Callable[[Tensor], Tensor], fused: str
     layer = network.layers["norm"]
     assert isinstance(layer, BatchNormAct)
     assert layer.extra_repr() == fused
-    assert layer.twice or "max-pooling" not in fused
+    assert layer.with_alias or "max-pooling" not in fused
     got, _ = image_gradient(network, images, labels)
     expected, _ = expected_gradient(teacher, images, labels)
     assert distance(got, expected) < 1e-5

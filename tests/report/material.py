@@ -51,11 +51,12 @@ def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = T
     """A set of images of 8 pixels; those of class c and index i have the level 10 c + i."""
     settings = {"recipe": "digits", "method": "dwa", "image_shape": [1, 8, 8], "seed": 0, **changes}
     store = ImageStore(folder, settings, [f"class {label}" for label in range(classes)], StorageConfig(losses_every=0))
-    items = [BatchSpec(index, index, list(range(classes))) for index in range(ipc)]
-    for item in items:
-        store.write(item, torch.stack([torch.full((1, 8, 8), (10 * label + item.index) % 256, dtype=torch.uint8) for label in item.labels]))
+    batches = [BatchSpec(index, index, list(range(classes))) for index in range(ipc)]
+    for batch in batches:
+        levels = [torch.full((1, 8, 8), (10 * label + batch.index) % 256, dtype=torch.uint8) for label in batch.labels]
+        store.write(batch, torch.stack(levels))
     if complete:
-        store.finish(items)
+        store.finish(batches)
     return folder
 
 

@@ -42,7 +42,7 @@ def test_killed_once(bench: Bench, tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize(("sends", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_politely(bench: Bench, tmp_path: Path, sends: signal.Signals, wanted: int) -> None:
-    """What the manifest and the records name is whole when the process ends, and nothing half written is left."""
+    """What the manifest and the entries of batches name is whole when the process ends, and nothing half written is left."""
     code, process = bench.run(tmp_path, at_operation=random.Random(wanted).randint(30, bench.operations - 20), sends=sends)
     assert code == wanted, process.output
     assert "stopped; finished work is kept" in process.output

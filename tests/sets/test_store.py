@@ -1,4 +1,4 @@
-"""The files of a set: records that are damaged, shared or of another set, manifests of earlier versions, full disks."""
+"""The files of a set: entries of batches that are damaged, shared or of another set, manifests of earlier versions, full disks."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
 
 CLASSES = ["a", "b", "c"]
-ITEMS = batch_specs(3, 4, 2)
+BATCHES = batch_specs(3, 4, 2)
 
 
 def store_in(folder: Path, **settings: Any) -> ImageStore:
     return ImageStore(folder, {"seed": 0, **settings}, CLASSES)
 
 
-def fill(store: ImageStore, items: list[BatchSpec]) -> None:
-    """What a run would write: everything depends on the item alone."""
-    for item in items:
-        source = torch.Generator().manual_seed(item.number)
-        levels = torch.randint(0, 256, (len(item.labels), 3, 5, 4), dtype=torch.uint8, generator=source)
-        store.write(item, levels, torch.rand(25, 3, generator=source))
+def fill(store: ImageStore, batches: list[BatchSpec]) -> None:
+    """What a run would write: everything depends on the batch alone."""
+    for batch in batches:
+        source = torch.Generator().manual_seed(batch.number)
+        levels = torch.randint(0, 256, (len(batch.labels), 3, 5, 4), dtype=torch.uint8, generator=source)
+        store.write(batch, levels, torch.rand(25, 3, generator=source))
 
 
-def make(folder: Path, items: list[BatchSpec] = ITEMS) -> list[int]:
+def make(folder: Path, batches: list[BatchSpec] = BATCHES) -> list[int]:
     """A whole run; returns the numbers of the batches that it had to make."""
     store = store_in(folder)
-    missing = store.unfinished(items)
+    missing = store.unfinished(batches)
     if missing:
         store.begin()
     fill(store, missing)
-    assert store.finish(items) == []
-    return [item.number for item in missing]
+    assert store.finish(batches) == []
+    return [batch.number for batch in missing]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,19 +66,19 @@ def test_pixels_are_rounded_not_cut() -> None:
     assert to_levels(torch.tensor([0.0, 0.9999, 0.5019, -3.0, 7.0])).tolist() == [0, 255, 128, 0, 255]
 
 
-def records(folder: Path) -> list[Path]:
-    return sorted(folder.glob(store_module.RECORDS))
+def batch_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(store_module.BATCH_FILES))
 
 
-def test_finished_batches_have_records_until_the_manifest_includes_them(tmp_path: Path) -> None:
+def test_finished_batches_have_entries_until_the_manifest_includes_them(tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    fill(store, ITEMS[:3])
-    assert len(records(tmp_path)) == 3
+    fill(store, BATCHES[:3])
+    assert len(batch_files(tmp_path)) == 3
     assert read_manifest(tmp_path)["images"] == {}
-    assert store.finish(ITEMS) == ITEMS[3:]
+    assert store.finish(BATCHES) == BATCHES[3:]
     assert not read_manifest(tmp_path)["complete"]
-    fill(store, ITEMS[3:])
-    assert store.finish(ITEMS) == []
+    fill(store, BATCHES[3:])
+    assert store.finish(BATCHES) == []
     manifest = read_manifest(tmp_path)
     assert (manifest["complete"], len(manifest["images"]), len(manifest["losses"])) == (True, 12, 8)
     assert not list(tmp_path.glob(".*"))
@@ -95,11 +95,11 @@ def flip(content: bytes, draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("damage", [cut, flip])
-def test_batch_of_a_damaged_record_is_made_again(tmp_path: Path, whole: dict[str, bytes], damage: Any, seed: int) -> None:
+def test_batch_of_a_damaged_entry_is_made_again(tmp_path: Path, whole: dict[str, bytes], damage: Any, seed: int) -> None:
     folder, draw = tmp_path / "damaged", random.Random(seed)
-    fill(store_in(folder), ITEMS[:6])
+    fill(store_in(folder), BATCHES[:6])
     number = draw.randrange(6)
-    path = records(folder)[number]
+    path = batch_files(folder)[number]
     before = json.loads(path.read_bytes())
     path.write_bytes(damage(path.read_bytes(), draw))
     try:
@@ -112,8 +112,8 @@ def test_batch_of_a_damaged_record_is_made_again(tmp_path: Path, whole: dict[str
 
 def test_journals_of_earlier_versions_are_removed_and_their_batches_made_again(tmp_path: Path, whole: dict[str, bytes]) -> None:
     folder = tmp_path / "old"
-    fill(store_in(folder), ITEMS[:6])
-    for path in records(folder):
+    fill(store_in(folder), BATCHES[:6])
+    for path in batch_files(folder):
         path.unlink()
     (folder / ".journal-0123456789ab.jsonl").write_text('{"item": 0, "images": {}, "losses": [], "skipped": {}, "check": "0"}\n')
     assert len(make(folder)) == 8
@@ -140,35 +140,35 @@ def test_no_bit_changes_unnoticed(tmp_path: Path, whole: dict[str, bytes], seed:
 def test_two_processes_share_a_folder(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """Whoever is last completes the set, and the other may try as well."""
     first, second = store_in(tmp_path / "shared"), store_in(tmp_path / "shared")
-    fill(first, ITEMS[::2])
-    assert first.finish(ITEMS) == ITEMS[1::2]
-    fill(second, ITEMS[1::2])
-    assert second.finish(ITEMS) == []
+    fill(first, BATCHES[::2])
+    assert first.finish(BATCHES) == BATCHES[1::2]
+    fill(second, BATCHES[1::2])
+    assert second.finish(BATCHES) == []
     assert contents(tmp_path / "shared") == whole
-    assert first.finish(ITEMS) == []
+    assert first.finish(BATCHES) == []
     assert contents(tmp_path / "shared") == whole
 
 
 def test_both_may_write_the_same_batch(tmp_path: Path, whole: dict[str, bytes]) -> None:
     stores = store_in(tmp_path / "shared"), store_in(tmp_path / "shared")
     for store in stores:
-        fill(store, ITEMS)
-    assert [store.finish(ITEMS) for store in stores] == [[], []]
+        fill(store, BATCHES)
+    assert [store.finish(BATCHES) for store in stores] == [[], []]
     assert contents(tmp_path / "shared") == whole
 
 
 def test_completing_needs_whole_files_of_the_others_too(tmp_path: Path) -> None:
     first, second = store_in(tmp_path), store_in(tmp_path)
-    fill(first, ITEMS[:4])
+    fill(first, BATCHES[:4])
     (tmp_path / IMAGES / image_name(0, 0, 3)).write_bytes(b"torn")
-    fill(second, ITEMS[4:])
-    assert second.finish(ITEMS) == [ITEMS[0]]
+    fill(second, BATCHES[4:])
+    assert second.finish(BATCHES) == [BATCHES[0]]
 
 
-def test_records_of_other_settings_are_ignored(tmp_path: Path) -> None:
-    fill(store_in(tmp_path, seed=1), ITEMS)
+def test_entries_of_other_settings_are_ignored(tmp_path: Path) -> None:
+    fill(store_in(tmp_path, seed=1), BATCHES)
     (tmp_path / "manifest.json").unlink()
-    assert store_in(tmp_path, seed=0).unfinished(ITEMS) == ITEMS
+    assert store_in(tmp_path, seed=0).unfinished(BATCHES) == BATCHES
 
 
 def test_settings_of_a_simultaneous_start_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_versions_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    fill(store_in(tmp_path), ITEMS[:4])
+    fill(store_in(tmp_path), BATCHES[:4])
     before = store_module.versions()
     monkeypatch.setattr(store_module, "versions", lambda: before | {"torch": "9.9"})
     make(tmp_path)
@@ -247,7 +247,7 @@ def test_bad_storage(settings: dict[str, Any], message: str) -> None:
 
 
 def test_losses_are_json_lines(tmp_path: Path) -> None:
-    make(tmp_path, ITEMS[:1])
+    make(tmp_path, BATCHES[:1])
     lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 10, 20, 25]
     assert lines[0].keys() == {"item", "iteration", "ce", "mean", "var"}
@@ -262,7 +262,7 @@ def test_image_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     """The batch fails with the name of the file, what was finished before stays, and nothing half written remains."""
     folder = tmp_path / "full"
     store = store_in(folder)
-    fill(store, ITEMS[:2])
+    fill(store, BATCHES[:2])
     write = Path.write_bytes
 
     def full(path: Path, content: bytes) -> int:
@@ -273,8 +273,8 @@ def test_image_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match=r"cannot write .*class001_id001\.png: No space left on device"):
-        fill(store, ITEMS[2:])
+        fill(store, BATCHES[2:])
     monkeypatch.undo()
     assert not list(folder.rglob("*.part"))
-    assert make(folder) == [item.number for item in ITEMS[2:]]
+    assert make(folder) == [batch.number for batch in BATCHES[2:]]
     assert contents(folder) == whole

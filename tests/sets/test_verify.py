@@ -18,16 +18,16 @@ from dwa_fast.data.set_layout import IMAGES
 from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
 
-ITEMS = [BatchSpec(0, 0, [0, 1]), BatchSpec(1, 1, [0, 1])]
+BATCHES = [BatchSpec(0, 0, [0, 1]), BatchSpec(1, 1, [0, 1])]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A complete set of two classes and two images each, 4 × 6 pixels."""
     store = ImageStore(tmp_path / "set", {"image_shape": [3, 4, 6]}, ["a", "b"])
-    for item in ITEMS:
-        store.write(item, torch.full((2, 3, 4, 6), 40 * item.number, dtype=torch.uint8), torch.rand(3, 3))
-    assert store.finish(ITEMS) == []
+    for batch in BATCHES:
+        store.write(batch, torch.full((2, 3, 4, 6), 40 * batch.number, dtype=torch.uint8), torch.rand(3, 3))
+    assert store.finish(BATCHES) == []
     return tmp_path / "set"
 
 

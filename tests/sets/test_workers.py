@@ -57,7 +57,7 @@ def test_shards_make_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_restarts_workers(bench: Bench, tmp_path: Path) -> None:
-    """The launcher itself: one of its two workers is killed, it restarts both, and they make the batches that have no record."""
+    """The launcher itself: one of its two workers is killed, it restarts both, and they make the batches that have no entry."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     folder, log = tmp_path / "set", tmp_path / "log"
     with log.open("w") as output:

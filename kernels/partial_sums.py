@@ -1,0 +1,48 @@
+"""Sums per channel that the programs of a kernel leave in rows, and the launch that adds the rows up."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwa_fast.kernels.layout import WARPS, Tiles, sum_of_rows
+
+_ROWS = 128
+_CHANNELS = 16
+
+
+@triton.jit(do_not_specialize=["count"])
+def _add_up_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """sums_c = Σ partials over the `count` rows of sum program_id(1), always in the same order; with var, sum 0 is divided by √(v + ε)."""
+    moment = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    result = sum_of_rows(partials + moment * count * channels, count, channels, channel, BLOCK_ROWS, BLOCK_CHANNELS)
+    if var is not None:
+        v = tl.load(var + channel, mask=channel < channels, other=1.0).to(tl.float64)
+        result = tl.where(moment == 0, result / tl.sqrt(v + eps), result)
+    tl.store(sums + moment * channels + channel, result.to(tl.float32), mask=channel < channels)
+
+
+def sums_to_write(partials: Tensor | None, cut: Tiles, y: Tensor, sums: int) -> Tensor:  # [sums, programs · columns / C, C]
+    """Where the programs leave that many sums per channel: what was given, if it fits, else new memory."""
+    shape = sums, cut.programs * cut.columns // y.shape[1], y.shape[1]
+    if partials is None:
+        return torch.empty(shape, dtype=torch.float32, device=y.device)
+    if partials.shape != shape or partials.dtype is not torch.float32 or not partials.is_contiguous():
+        raise ValueError(f"partials must be contiguous float32 {list(shape)}, got {partials.dtype} {list(partials.shape)}")
+    return partials
+
+
+def add_up(
+    partials: Tensor,  # [S, programs · columns / C, C]
+    sums: Tensor,  # [S, C], written
+    var: Tensor | None = None,  # [C]
+    eps: float = 0.0,
+) -> None:
+    """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
+    _add_up_kernel[(triton.cdiv(sums.shape[1], _CHANNELS), len(sums))](
+        partials, sums, var, eps, partials.shape[1], sums.shape[1],
+        BLOCK_ROWS=_ROWS, BLOCK_CHANNELS=_CHANNELS, num_warps=WARPS,
+    )  # fmt: skip
