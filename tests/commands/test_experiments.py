@@ -119,7 +119,10 @@ def test_cross_takes_sets_from_elsewhere(tmp_path: Path, common: list[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--methods", "mtt"], "unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, dwa"),
+        (
+            ["compare", "--methods", "mtt"],
+            "unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, ",
+        ),
         (["compare", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
         (["compare", "--seeds", "0"], "seeds must be an integer of at least 1, got 0"),
         (["compare", "--jobs", "0"], "jobs must be an integer of at least 1, got 0"),

@@ -140,9 +140,10 @@ def test_memory_is_freed_without_the_garbage_collector() -> None:
     try:
         engine = Synthesizer(small_teacher(), images, config.synthesis, config.data)
         engine.run([Batch(0, images, labels)], seed=0)
-        alive = weakref.ref(engine.replicas[0]._refinement), weakref.ref(engine.replicas[0]._ascent)
+        (refinement,) = map(weakref.ref, engine.replicas[0]._refinement._refinements.values())
+        alive = refinement, weakref.ref(engine.replicas[0]._refinement), weakref.ref(engine.replicas[0]._ascents[0])
         del engine
-        assert [each() for each in alive] == [None, None]
+        assert [each() for each in alive] == [None] * 3
     finally:
         gc.enable()
 
