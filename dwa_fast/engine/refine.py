@@ -62,8 +62,8 @@ class Refinement:
         for network in {network for teacher in teachers for network in teacher}:
             network.refresh()
 
-    def record(self, turns: Sequence[Turn]) -> None:
-        """Record the steps of these turns where that has not been done; this changes the buffers."""
+    def capture(self, turns: Sequence[Turn]) -> None:
+        """Capture the steps of these turns where that has not been done; this changes the buffers."""
         for turn in turns:
             if turn not in self._captured:
                 captures = not any(network.capture_error for place, _ in turn for network in self.teachers[place])
@@ -72,7 +72,7 @@ class Refinement:
 
     def load(self, images: Tensor, labels: Tensor, schedule: Schedule, turns: Sequence[Turn] = (ALONE,)) -> None:
         """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
-        self.record(turns)
+        self.capture(turns)
         self._turns = turns
         self.images.copy_(images)
         self.labels.copy_(labels)

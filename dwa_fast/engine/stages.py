@@ -48,21 +48,21 @@ class StagedRefinement:
         self._current: Refinement
         self._done: int  # iterations
 
-    def record(
+    def capture(
         self,
         shape: torch.Size,  # [B, C, H, W]
         turns: Sequence[Turn],
     ) -> None:
-        """Record the steps of every stage of such images, once for each size and turn."""
+        """Capture the steps of every stage of such images, once for each size and turn."""
         for stage in make_stages(self._config, *shape[2:]):
             own = torch.Size((*shape[:2], stage.height, stage.width))
             if own not in self._refinements:
                 self._refinements[own] = self._make(own)
-            self._refinements[own].record(turns)
+            self._refinements[own].capture(turns)
 
     def load(
         self,
-        images: Tensor,  # [B, C, H, W], of a shape that has been recorded: where the refinement starts
+        images: Tensor,  # [B, C, H, W], of a shape that has been captured: where the refinement starts
         labels: Tensor,  # [B]
         schedule: Schedule,
         turns: Sequence[Turn],  # which the iterations have one after the other, through all stages
@@ -96,7 +96,7 @@ class StagedRefinement:
         return self._current.images.clone(), finite(self._losses.clone(), self._precision)
 
     def close(self) -> None:
-        """Free what was recorded; the device must have finished with it."""
+        """Free what was captured; the device must have finished with it."""
         for refinement in self._refinements.values():
             refinement.close()
 

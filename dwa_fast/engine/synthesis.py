@@ -76,7 +76,7 @@ class Replica:
             seen = resized(images, make_stages(config, *images.shape[2:])[0])
             view = execution.operators.view(seen, schedule.rows, first, execution.dtype)
             turns = self._turns if config.teacher_turns == "iteration" else [self._turns[batch.index % len(self._turns)]]
-            self._refinement.record(images.shape, turns)
+            self._refinement.capture(images.shape, turns)
             self._norms = []
             for place in sorted({place for turn in turns for place, _ in turn}):
                 source = generator(seed, f"ascent {place}" if place else "ascent", batch.number)

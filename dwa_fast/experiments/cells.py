@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,13 @@ def inputs(setup: Setup) -> SharedInputs:
 
 def nearest_method(setup: Setup, synthesis: SynthesisConfig) -> tuple[str, dict[str, Any]]:
     """The method of the recipe with the fewest settings that differ from these, and those settings."""
-    own = _result_settings(replace(setup.recipe, synthesis=synthesis))
+    data = setup.recipe.data
+    own = {"mean": data.mean, "std": data.std, **asdict(synthesis)}
 
     def changes(method: str) -> dict[str, Any]:
-        published = _result_settings(recipe(setup.recipe.name, method=method, size=setup.recipe.data.size))
-        return {name: value for name, value in own.items() if value != published[name]}
+        made = recipe(setup.recipe.name, method=method, size=data.size)
+        published = {"mean": made.data.mean, "std": made.data.std, **asdict(made.synthesis)}
+        return {name: value for name, value in own.items() if name not in EXECUTION_SETTINGS and value != published[name]}
 
     name = min((method for method in METHODS if method not in SEVERAL_TEACHERS), key=lambda method: len(changes(method)))
     return name, changes(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from dwa_fast.config import LATER_SETTINGS
 from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import has_link, prefix
 from dwa_fast.errors import InputError
@@ -69,9 +71,12 @@ def _changes(settings: Mapping[str, Any]) -> list[str]:
     name, method = str(settings.get("recipe")), str(settings.get("method"))
     if name not in RECIPES or method not in METHODS:
         return []
-    own = json.loads(json.dumps(recipe(name, method=method).settings("synthesis")))
-    compared = [field for field in own if field not in EXECUTION_SETTINGS]
-    changed = [f"{field} {shown(settings[field])}" for field in compared if settings.get(field, own[field]) != own[field]]
+    shape = settings.get("image_shape")
+    made = recipe(name, method=method, **({"size": shape[-1]} if shape else {}))
+    own = json.loads(json.dumps({"mean": made.data.mean, "std": made.data.std, **asdict(made.synthesis)}))
+    stated = {**json.loads(json.dumps(LATER_SETTINGS)), **settings}
+    compared = [field for field in own if field not in EXECUTION_SETTINGS and field in stated]
+    changed = [f"{field} {shown(stated[field])}" for field in compared if stated[field] != own[field]]
     return changed if len(changed) <= _CHANGES else [*changed[:_CHANGES], "…"]
 
 

@@ -105,6 +105,9 @@ def test_names_say_what_a_set_is(tmp_path: Path) -> None:
         ("dwa", {"lambda_mean": 0.11}, ("coupled", {})),
         ("sre2l", {"iterations": 3}, ("sre2l", {"iterations": 3})),
         ("random-step", {}, ("random-step", {})),
+        ("dwa", {"batch_ipc": 10}, ("dwa", {"batch_ipc": 10})),
+        ("fadrm", {"size": 8}, ("fadrm", {})),
+        ("fadrm", {"size": 8, "stage_sizes": ()}, ("sre2l++", {})),
     ],
 )
 def test_nearest_method(tmp_path: Path, method: str, changes: dict[str, Any], wanted: tuple[str, dict[str, Any]]) -> None:
