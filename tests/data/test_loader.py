@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import RandAugment
 
 from dwa_fast import InputError
@@ -223,13 +224,28 @@ def test_rand_augment_is_torchvisions_for_each_image(channels: int) -> None:
     assert not torch.equal(found, apply_views(pixels, other, 0))
 
 
-def test_crops_are_as_large_as_the_smallest_one() -> None:
-    """Where a crop of that area and ratio fits into the image; a longer side is cut off."""
-    views = draw_views(2000, ValidationConfig(augmentation="resized-crop", smallest_crop=0.5), source())
+@pytest.mark.parametrize("smallest", [0.08, 0.5, 0.9, 1.0])
+def test_crops_have_the_distribution_of_torchvisions(smallest: float) -> None:
+    """Areas, the share of whole images, sides and places, of 4000 crops of each."""
+    size, count = 512, 4000
+    views = draw_views(count, ValidationConfig(augmentation="resized-crop", smallest_crop=smallest, flip=0.0), source())
     assert views.crops is not None
-    width, height = views.crops[:, 0].abs(), views.crops[:, 1]
-    inside = (width < 1) & (height < 1)
-    assert 0.5 <= float((width * height)[inside].min()) < 0.51
+    width, height, x, y = views.crops.double().unbind(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = [RandomResizedCrop.get_params(torch.empty(1, size, size), [smallest, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    top, left, tall, wide = torch.tensor(theirs, dtype=torch.float64).T / size
+    pairs = {
+        "area": (width * height, tall * wide),
+        "whole image": ((width * height == 1).double(), (tall * wide == 1).double()),
+        "logarithm of the ratio": (torch.log(width / height), torch.log(wide / tall)),
+        "left edge": ((1 + x - width) / 2, left),
+        "top edge": ((1 + y - height) / 2, top),
+    }
+    for name, (own, wanted) in pairs.items():
+        error = 5 * max(float(wanted.std()), 1e-3) * (2 / count) ** 0.5  # five standard errors of a difference of means
+        assert float(own.mean()) == pytest.approx(float(wanted.mean()), abs=error), name
+        assert float(own.std()) == pytest.approx(float(wanted.std()), rel=0.12, abs=2e-3), name
 
 
 def test_what_students_alone_have_changes_no_other_view() -> None:
