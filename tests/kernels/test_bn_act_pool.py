@@ -18,8 +18,8 @@ from dwa_fast import ops
 from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.kernels.cases import Launches, meta
+from tests.kernels.layers import batch, layer, slope_of
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
-from tests.kernels.test_bn_act import batch, layer, slope_of
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 kernel = importlib.import_module("dwa_fast.kernels.bn_act_pool")

@@ -21,7 +21,7 @@ from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.nets import alive, distance, expected_gradient, image_gradient
 from tests.ops.conftest import LEVELS
-from tests.ops.test_bn_act import LAYOUTS, error, laid_out
+from tests.ops.layers import LAYOUTS, error, laid_out
 
 SHAPES = [(1, 1, 5, 5), (2, 3, 6, 7), (3, 20, 9, 5), (1, 67, 8, 11), (2, 136, 7, 6), (2, 64, 57, 56)]
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (3, 2, 0), (3, 3, 0), (2, 2, 1), (1, 2, 0), (2, 3, 0)]  # k, s, p
