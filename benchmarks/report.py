@@ -154,13 +154,20 @@ def section(runs: Sequence[Run], *, every_peer: bool = False, figure: str | None
     return "\n".join(lines) + "\n"
 
 
-def _brief(runs: Sequence[Run]) -> str:
-    """One table of one machine: a row per workload, in the precision that is measured first."""
-    rows = [line.strip("| ").split(" | ") for run in runs for line in tables.iterations([("", each) for each in run.content["workloads"]])]
-    first = {cells[0]: cells[:5] for cells in reversed(rows) if len(cells) > 5 and cells[0] != "workload" and not cells[0].startswith("-")}
-    head = ["workload", "precision", "fused, ms per iteration (10 … 90 %)", "× published (fp32)", "× fastest other in this precision"]
-    lines = [head, ["---"] * len(head), *reversed(first.values())]
-    return "\n".join([f"{_machine(runs[0])}:", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
+def _brief(groups: Sequence[Sequence[Run]]) -> str:
+    """One table of all machines: a row per workload and machine, in the precision that is measured first."""
+    head = ["workload", "machine", "precision", "fused, ms per iteration", "× published (fp32)", "× fastest other in this precision"]
+    lines = [head, ["---"] * len(head)]
+    for runs in groups:
+        rows = [
+            line.strip("| ").split(" | ") for run in runs for line in tables.iterations([("", each) for each in run.content["workloads"]])
+        ]
+        first = {
+            cells[0]: cells[:5] for cells in reversed(rows) if len(cells) > 5 and cells[0] != "workload" and not cells[0].startswith("-")
+        }
+        for name, precision, milliseconds, *ratios in reversed(first.values()):
+            lines.append([name, _machine(runs[0]), precision, milliseconds.partition(" (")[0], *ratios])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def _more(folder: Path, figure: str) -> list[str]:
@@ -208,7 +215,7 @@ def figure_of(runs: Sequence[Run]) -> Path:
 
 
 def replaced(text: str, results: Path, page: Path, *, brief: bool = False) -> str:
-    """The text of a page with the part that a folder of results gives: all tables, or one short table of each machine.
+    """The text of a page with the part that a folder of results gives: all tables, or one short table.
 
     Raises:
         InputError: the part is not marked, or a folder has runs of several machines.
@@ -224,7 +231,8 @@ def replaced(text: str, results: Path, page: Path, *, brief: bool = False) -> st
         if folders.count(folder) > 1:
             raise InputError(f"{folder.parent} holds runs of several machines or numbers of threads: give each a folder of its own")
     figures = [Path(os.path.relpath(figure, page.parent)).as_posix() for figure in folders]
-    parts = [_brief(group) if brief else section(group, figure=figure) for group, figure in zip(groups, figures, strict=True)]
+    tables_of_all = [_brief(groups)] if groups else []
+    parts = tables_of_all if brief else [section(group, figure=figure) for group, figure in zip(groups, figures, strict=True)]
     on_gpus = proofs(results)
     parts += [gpu_tables.section(folder, brief=brief) for folder in on_gpus]
     measured = {run.kind for run in runs} | ({"cuda"} if on_gpus else set())
