@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from dwa_fast.io.files import atomic_write
 
 _NAME_LENGTH = 24  # longest class name, in characters
 _PANEL_INCHES = 3.2
+_LETTERS_PER_INCH = 9  # of a title, at most
 _GAP = 2  # pixels between images
 
 
@@ -43,7 +45,7 @@ def contact_sheet(
     figure = Figure(figsize=(_PANEL_INCHES * len(sheets), _PANEL_INCHES * height / width + 0.5), layout="constrained")
     for number, (axis, (title, sheet)) in enumerate(zip(figure.subplots(1, len(sheets), squeeze=False)[0], sheets.items(), strict=True)):
         axis.imshow(sheet.numpy(), interpolation="nearest")
-        axis.set_title(title, parse_math=False)
+        axis.set_title(textwrap.fill(title, int(_LETTERS_PER_INCH * _PANEL_INCHES)), parse_math=False)
         axis.set_xticks([])
         step = (height + _GAP) / len(class_names)
         axis.set_yticks([step * (row + 0.5) - _GAP / 2 for row in range(len(class_names))] if number == 0 else [])
