@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Running = dict[int, tuple[int, int]]  # steps done and in all of each task that is running, by its place in the list of tasks
 
-_EVERY = 0.5  # seconds between two reports of a process
+_EVERY = 0.5  # seconds between two reports of a process, and two looks for its parent
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ def processes(count: int) -> Iterator[Run]:
     """A function that runs tasks in that many processes; a single one is this process itself.
 
     It takes the tasks and a function that is called with the progress of the running ones, and yields the place and the result of each
-    task when it is finished. After an error or Ctrl-C all processes are killed: tasks must be able to resume.
+    task when it is finished. After an error or Ctrl-C all processes are killed: tasks must be able to resume. They also end where this
+    process is killed.
     """
     if count == 1:
         yield _run_here
         return
     from joblib.externals.loky import ProcessPoolExecutor
 
-    # Ctrl-C in a terminal reaches every process; only this one reacts.
-    executor = ProcessPoolExecutor(count, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    executor = ProcessPoolExecutor(count, initializer=_start, initargs=(os.getpid(),))
     finished = False
     try:
         with tempfile.TemporaryDirectory(prefix="dwa-fast-") as folder:
@@ -71,6 +72,18 @@ def processes(count: int) -> Iterator[Run]:
             executor.shutdown(kill_workers=not finished)
         finally:
             threading.excepthook = hook
+
+
+def _start(parent: int) -> None:
+    """Prepare a process: Ctrl-C, which reaches every process of a terminal, is left to the parent, and it ends where the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_EVERY)
+    os._exit(1)
 
 
 def _run_here(tasks: Sequence[Task], report: Callable[[Running], object]) -> Iterator[tuple[int, Any]]:
