@@ -55,8 +55,11 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
         check_choice("method", method, list(TITLES))
     dwa, data = setup.recipe.synthesis, setup.recipe.data
     derived = {name: METHODS[name](dwa, data) for name in methods if name != REAL}
-    if dwa.iterations != recipe(setup.recipe.name).synthesis.iterations:  # then for methods with a number of their own too
+    published = recipe(setup.recipe.name).synthesis
+    if dwa.iterations != published.iterations:  # then for methods with a number of their own too
         derived = {name: replace(each, iterations=dwa.iterations if each.iterations else 0) for name, each in derived.items()}
+    if dwa.learning_rate != published.learning_rate:
+        derived = {name: replace(each, learning_rate=dwa.learning_rate) for name, each in derived.items()}
     return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
 
 
