@@ -86,6 +86,19 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Inside, Ctrl-C does nothing, nor does it ever in processes that start there, which otherwise would print what it interrupts."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _run_here(tasks: Sequence[Task], report: Callable[[Running], object]) -> Iterator[tuple[int, Any]]:
     for place, task in enumerate(tasks):
 
@@ -101,7 +114,8 @@ def _run_in_processes(
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     files = [_ProgressFile(folder / str(place)) for place in range(len(tasks))]
-    waiting = {executor.submit(task.run, file): place for place, (task, file) in enumerate(zip(tasks, files, strict=True))}
+    with _interrupts_ignored():  # the first call starts the processes
+        waiting = {executor.submit(task.run, file): place for place, (task, file) in enumerate(zip(tasks, files, strict=True))}
     while waiting:
         report({place: files[place].read() for place in list(waiting.values())[:count]})  # started in this order
         for future in wait(waiting, _EVERY, FIRST_COMPLETED).done:

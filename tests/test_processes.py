@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,17 @@ def test_several_processes(tmp_path: Path) -> None:
             list(run([Task("a large cell", dies)] * 2, lambda _: None))
 
 
+def test_processes_ignore_interrupts_before_they_run_anything_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ignores(progress: Progress) -> bool:
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("dwa_fast.processes._start", abs)  # which does nothing
+    with processes(2) as run:
+        assert dict(run([Task("", ignores)] * 2, lambda _: None)) == {0: True, 1: True}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 _KILLED = """
 import functools, os, sys, time
 from dwa_fast.processes import Task, processes
@@ -93,7 +105,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     fifo, script = tmp_path / "held", tmp_path / "script.py"
     os.mkfifo(fifo)
     script.write_text(_KILLED)
-    parent = subprocess.Popen([sys.executable, script, fifo])
+    parent = subprocess.Popen([sys.executable, script, fifo], stderr=subprocess.DEVNULL)
     with fifo.open("rb", buffering=0) as held:
         try:
             started = b""
