@@ -45,6 +45,8 @@ def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
         InputError, match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, dwa"
     ):
         by_method(setup, ["mtt"])
+    with pytest.raises(InputError, match="method cv-dd is for several teachers, and a study has one; expected some of real, sre2l"):
+        by_method(setup, ["dwa", "cv-dd"])
 
 
 def test_compare(tmp_path: Path) -> None:
