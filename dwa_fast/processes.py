@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Running = dict[int, tuple[int, int]]  # steps done and in all of each task that is running, by its place in the list of tasks
 
-_EVERY = 0.5  # seconds between two reports of a process
+_EVERY = 0.5  # seconds between two reports of a process, and two looks for its parent
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ def processes(count: int) -> Iterator[Run]:
     """A function that runs tasks in that many processes; a single one is this process itself.
 
     It takes the tasks and a function that is called with the progress of the running ones, and yields the place and the result of each
-    task when it is finished. After an error or Ctrl-C all processes are killed: tasks must be able to resume.
+    task when it is finished. After an error or Ctrl-C all processes are killed: tasks must be able to resume. They also end where this
+    process is killed.
     """
     if count == 1:
         yield _run_here
         return
     from joblib.externals.loky import ProcessPoolExecutor
 
-    # Ctrl-C in a terminal reaches every process; only this one reacts.
-    executor = ProcessPoolExecutor(count, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    executor = ProcessPoolExecutor(count, initializer=_start, initargs=(os.getpid(),))
     finished = False
     try:
         with tempfile.TemporaryDirectory(prefix="dwa-fast-") as folder:
@@ -71,6 +72,31 @@ def processes(count: int) -> Iterator[Run]:
             executor.shutdown(kill_workers=not finished)
         finally:
             threading.excepthook = hook
+
+
+def _start(parent: int) -> None:
+    """Prepare a process: Ctrl-C, which reaches every process of a terminal, is left to the parent, and it ends where the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_EVERY)
+    os._exit(1)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Inside, Ctrl-C does nothing, nor does it ever in processes that start there, which otherwise would print what it interrupts."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run_here(tasks: Sequence[Task], report: Callable[[Running], object]) -> Iterator[tuple[int, Any]]:
@@ -88,7 +114,8 @@ def _run_in_processes(
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     files = [_ProgressFile(folder / str(place)) for place in range(len(tasks))]
-    waiting = {executor.submit(task.run, file): place for place, (task, file) in enumerate(zip(tasks, files, strict=True))}
+    with _interrupts_ignored():  # the first call starts the processes
+        waiting = {executor.submit(task.run, file): place for place, (task, file) in enumerate(zip(tasks, files, strict=True))}
     while waiting:
         report({place: files[place].read() for place in list(waiting.values())[:count]})  # started in this order
         for future in wait(waiting, _EVERY, FIRST_COMPLETED).done:

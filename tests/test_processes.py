@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -71,3 +75,44 @@ def test_several_processes(tmp_path: Path) -> None:
             list(run([Task("student 3", fails)], lambda _: None))
         with pytest.raises(InputError, match=r"a process died, perhaps because memory ran out \(a large cell\); the same command resumes"):
             list(run([Task("a large cell", dies)] * 2, lambda _: None))
+
+
+def test_processes_ignore_interrupts_before_they_run_anything_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ignores(progress: Progress) -> bool:
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("dwa_fast.processes._start", abs)  # which does nothing
+    with processes(2) as run:
+        assert dict(run([Task("", ignores)] * 2, lambda _: None)) == {0: True, 1: True}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+_KILLED = """
+import functools, os, sys, time
+from dwa_fast.processes import Task, processes
+
+def hold(path, progress):
+    os.write(os.open(path, os.O_WRONLY), b"x")  # open as long as the process lives
+    time.sleep(60)
+
+with processes(2) as run:
+    list(run([Task("", functools.partial(hold, sys.argv[1]))] * 2, lambda _: None))
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    fifo, script = tmp_path / "held", tmp_path / "script.py"
+    os.mkfifo(fifo)
+    script.write_text(_KILLED)
+    parent = subprocess.Popen([sys.executable, script, fifo], stderr=subprocess.DEVNULL)
+    with fifo.open("rb", buffering=0) as held:
+        try:
+            started = b""
+            while len(started) < 2:
+                started += held.read(2)
+        finally:
+            parent.kill()
+            parent.wait()
+        assert select.select([held], [], [], 20)[0], "a process still runs"
+        assert held.read(1) == b""  # its last writer is gone

@@ -76,6 +76,13 @@ class TeacherData(Data):
             weights_key=self.weights_key,
         )
 
+    def open_all(self, paths: Sequence[Path], architectures: Sequence[str], class_names: Sequence[str]) -> list[PairedTeacher]:
+        """Several teachers in order, as `open_teacher`; the architectures are those of each, or empty."""
+        if paths and architectures and len(architectures) != len(paths):
+            raise InputError(f"--architecture must name a network for each of the {len(paths)} teachers, got {len(architectures)}")
+        names: Sequence[str | None] = architectures or [None] * len(paths)
+        return [self.open_teacher(path, own, class_names) for path, own in zip(paths, names, strict=False)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistilledData(TeacherData):
@@ -94,11 +101,13 @@ class DistilledData(TeacherData):
         report_skipped(console, skipped)
         return distilled, test
 
-    def open_teachers(self, paths: Sequence[Path], architecture: str | None, test: ImageSet, device: torch.device) -> list[PairedTeacher]:
+    def open_teachers(
+        self, paths: Sequence[Path], architectures: Sequence[str], test: ImageSet, device: torch.device
+    ) -> list[PairedTeacher]:
         """The teachers of soft labels, each compared with the set and tried on held-out images; without any, the set alone is checked."""
         if not paths:
             compare_normalisation(self.images, self.normalisation, None)
-        teachers = [self.open_teacher(path, architecture, test.class_names) for path in paths]
+        teachers = self.open_all(paths, architectures, test.class_names)
         for each in teachers:
             compare_normalisation(self.images, self.normalisation, each)
             try_teacher(each, test, self.normalisation, device)

@@ -157,7 +157,7 @@ def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
 def _provenance(images: FileSet, name: str) -> dict[str, Any]:
     """The settings that a set was made with, if recorded; else its name stands for the method."""
     settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
-    names = ["mean", "std", *(each.name for each in fields(SynthesisConfig))]
+    names = ["mean", "std", "teacher", *(each.name for each in fields(SynthesisConfig))]
     synthesis = {field: settings[field] for field in names if field in settings}
     extra = {"synthesis": synthesis} if synthesis else {}
     return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **extra}

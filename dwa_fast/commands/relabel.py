@@ -27,7 +27,7 @@ class Relabel(DistilledData):
     dry_run: bool = False  # Only print how much disk space the labels would take.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.
     preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 

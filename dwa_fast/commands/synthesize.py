@@ -78,10 +78,7 @@ class Synthesize(TeacherData):
         if not count or (self.method in SEVERAL_TEACHERS and count == 1):
             wanted = "at least one checkpoint" if not count else f"the checkpoints of several teachers for method {self.method}"
             raise InputError(f"--teacher must name {wanted}, got {count}")
-        architectures: list[str | None] = [*self.architecture] if self.architecture else [None] * count
-        if len(architectures) != count:
-            raise InputError(f"--architecture must name a network for each of the {count} teachers, got {len(architectures)}")
-        return [self.open_teacher(path, own, class_names) for path, own in zip(self.teacher, architectures, strict=True)]
+        return self.open_all(self.teacher, self.architecture, class_names)
 
     def _made(self, made: int, total: int) -> str:
         if not read_manifest(self.output)["complete"]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
 from dwa_fast.engine.backend import resolve_device
+from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, accuracies, make_set, measure, set_is_complete
 from dwa_fast.processes import Running, Task, processes
 
@@ -42,8 +44,9 @@ def run_cells(
         cells: with their names for progress and error messages.
         jobs: processes that run at the same time; the results do not depend on it.
     Raises:
-        InputError: as `make_set` and `measure`, with the name of the cell; or a process died.
+        InputError: as `make_set` and `measure`, with the name of the cell; a process died; or images of several patches have several ipc.
     """
+    _check_patches(setup, cells)
     missing = {cell: name for cell, name in cells.items() if accuracies(setup, cell) is None}
     largest: dict[DistilledSource, tuple[int, str]] = {}
     for cell, name in cells.items():
@@ -64,6 +67,17 @@ def run_cells(
                 if progress_bar:
                     progress_bar(done, total)
     return {cell: accuracies(setup, cell) or [] for cell in cells}
+
+
+def _check_patches(setup: Setup, cells: Iterable[Cell]) -> None:
+    """Images of several patches depend on the ipc they are chosen for: the first ones of a larger set are not a smaller set."""
+    configs = {(cell.source.synthesis, cell.ipc) for cell in cells if isinstance(cell.source, DistilledSource)}
+    ipc, factor = sorted({ipc for config, ipc in configs if config and config.initial == "patches"}), setup.initial.patch_factor
+    if factor > 1 and len(ipc) > 1:
+        given = ", ".join(map(str, ipc))
+        raise InputError(
+            f"images of {factor} × {factor} patches are chosen for one ipc, got {given}; each needs a study with its own --output"
+        )
 
 
 def _note(progress_bar: StudyProgress | None, tasks: list[Task], running: Running) -> None:

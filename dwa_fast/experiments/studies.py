@@ -26,7 +26,7 @@ from dwa_fast.experiments.grid import (
     series,
     study_settings,
 )
-from dwa_fast.recipes import METHODS, recipe
+from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, recipe
 from dwa_fast.report.records import Chart, HeatMap, Record, Table, preset_data
 
 AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial"]
@@ -49,14 +49,19 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
     """The sets of several methods; a changed setting of DWA is changed in all of them.
 
     Raises:
-        InputError: no such method.
+        InputError: no such method, or one for several teachers.
     """
     for method in methods:
+        if method in SEVERAL_TEACHERS:
+            raise InputError(f"method {method} is for several teachers, and a study has one; expected some of {', '.join(TITLES)}")
         check_choice("method", method, list(TITLES))
     dwa, data = setup.recipe.synthesis, setup.recipe.data
     derived = {name: METHODS[name](dwa, data) for name in methods if name != REAL}
-    if dwa.iterations != recipe(setup.recipe.name).synthesis.iterations:  # then for methods with a number of their own too
+    published = recipe(setup.recipe.name).synthesis
+    if dwa.iterations != published.iterations:  # then for methods with a number of their own too
         derived = {name: replace(each, iterations=dwa.iterations if each.iterations else 0) for name, each in derived.items()}
+    if dwa.learning_rate != published.learning_rate:
+        derived = {name: replace(each, learning_rate=dwa.learning_rate) for name, each in derived.items()}
     return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
 
 

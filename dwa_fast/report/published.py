@@ -136,6 +136,8 @@ def _differences(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> Iterat
     yield from _changed(_part(settings, "validation"), dwa.settings("validation"), "validation")
     # A study of several methods records the settings that it derives them from, those of DWA, and in each cell what is not its method's.
     stated = _part(cell if "synthesis" in cell else settings, "synthesis")
+    if isinstance(stated.get("teacher"), list):  # a set of several teachers, whatever its method
+        yield "teacher"
     yield from min((list(_changed(stated, each, "synthesis")) for each in (own.settings("synthesis"), dwa.settings("synthesis"))), key=len)
     yield from (name for name in _plain(own.settings("synthesis")) if name in cell and name not in _OWN)
 

@@ -49,6 +49,8 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     classes, count = len(manifest["class_names"]), len(manifest["images"])
     ipc = count // classes if classes else 0
     names = [str(settings[name]) for name in ("method", "recipe") if name in settings]
+    teachers = settings.get("teacher")
+    several = [f"{len(teachers)} teachers"] if isinstance(teachers, list) else []
     sheet = _sheet(first, ipc)
     facts = [Facts("Settings", groups(settings))]
     if manifest["skipped"]:
@@ -58,7 +60,7 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     others = f" · {more} more set{'s' * (more > 1)} with another seed" if more else ""
     return Section(
         anchor=anchor,
-        title=", ".join([*names, f"ipc {ipc}", *_changes(settings)]),
+        title=", ".join([*names, f"ipc {ipc}", *several, *_changes(settings)]),
         subtitle=f"{first.name} · {count} images of {classes} classes{state}{others}",
         paragraphs=[] if sheet else ["No whole row of images yet."],
         images=[sheet] if sheet else [],

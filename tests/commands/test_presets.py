@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dwa_fast.commands.cli import _parse, run
 from dwa_fast.config import StorageConfig
@@ -121,3 +122,15 @@ def test_incremental_learning_names_the_preset(bench: Path, tmp_path: Path) -> N
 def test_an_unknown_preset_is_one_sentence(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command("validate", bench, tmp_path, "--preset", "best")) == 1
     assert "unknown preset 'best'; known: paper, rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["relabel", "validate"])
+def test_several_teachers_whose_files_name_no_network(name: str, bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ["small-resnet", "convnet128"]
+    files = [str(tmp_path / f"{kind}.pth") for kind in kinds]
+    for kind, file in zip(kinds, files, strict=True):
+        torch.save(build(kind, classes=10, channels=1, size=SIZE).state_dict(), file)
+    arguments = command(name, bench, tmp_path / "out", "--students", "1", "--teacher", *files, "--architecture")
+    assert run([*arguments, *kinds]) == 0
+    assert run([*arguments, kinds[0]]) == 1
+    assert "--architecture must name a network for each of the 2 teachers, got 1" in capsys.readouterr().err

@@ -34,7 +34,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = digits("train", SIZE)
     pixels = draw(data, IPC, "test", seed=0).load(range(10 * IPC)).view(10, IPC, 1, SIZE, SIZE)
     for name, images in (("one", pixels), ("two", 255 - pixels)):
-        store = ImageStore(folder / name, {"method": f"{name}'s", "iterations": 7}, data.class_names, StorageConfig(losses_every=0))
+        settings = {"method": f"{name}'s", "iterations": 7, "teacher": ["0a", "1b"]}
+        store = ImageStore(folder / name, settings, data.class_names, StorageConfig(losses_every=0))
         items = [BatchSpec(index, index, list(range(10))) for index in range(IPC)]
         for item in items:
             store.write(item, images[:, item.index])
@@ -93,7 +94,7 @@ def test_incremental_leaves_a_record_and_goes_on(bench: Path, tmp_path: Path, ca
         ("negated", "two's", IPC, 5),
         ("negated", "two's", IPC, 10),
     ]
-    assert all(len(cell["accuracies"]) == 2 and cell["synthesis"] == {"iterations": 7} for cell in cells)
+    assert all(len(cell["accuracies"]) == 2 and cell["synthesis"] == {"iterations": 7, "teacher": ["0a", "1b"]} for cell in cells)
     assert record.charts[0].x == [5, 10]
     assert list(record.charts[0].series[0].values) == [cells[0]["mean"], cells[1]["mean"]]
     assert [sorted(name for part in order for name in part) for order in record.data["class orders"]] == [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dwa_fast import InputError
+from dwa_fast.config import InitialConfig
 from dwa_fast.experiments import jobs
 from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, measure
 from dwa_fast.experiments.jobs import default_jobs, run_cells
@@ -92,3 +93,14 @@ def test_jobs_fill_the_cpu(tmp_path: Path) -> None:
     assert default_jobs(small_setup(tmp_path)) == 2
     assert default_jobs(replace(small_setup(tmp_path), threads=2)) == 1
     assert default_jobs(replace(small_setup(tmp_path), threads=8)) == 1
+
+
+def test_images_of_several_patches_are_for_one_ipc(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    setup = replace(setup, initial=InitialConfig(patch_candidates=8, patch_crops=1, patch_factor=2))
+    synthesis = replace(setup.recipe.synthesis, initial="patches", iterations=0)
+    both = {Cell(DistilledSource(synthesis, 0), ipc, "small-resnet"): f"ipc {ipc}" for ipc in (1, 2)}
+    with pytest.raises(InputError, match="images of 2 × 2 patches are chosen for one ipc, got 1, 2; each needs a study"):
+        run_cells(setup, both, jobs=1)
+    (cell, name), _ = both.items()
+    assert len(run_cells(setup, {cell: name}, jobs=1)[cell]) == 2

@@ -76,6 +76,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "synthesis": ({"synthesis": {"iterations": 10}}, "iterations"),
     "students": ({"validation": {"epochs": 1, "labels": "hard"}}, "epochs, labels"),
     "teacher": ({"teacher": {"architecture": "resnet50"}}, "teacher"),
+    "several teachers": ({"synthesis": {"teacher": ["0a", "1b"]}}, "teacher"),
     "size": ({"data": {"size": 64}}, "size"),
 }
 

@@ -141,13 +141,13 @@ def test_many_classes_are_cut_and_said(tmp_path: Path) -> None:
 
 
 def test_sets_that_differ_in_their_seed_alone_are_shown_once(tmp_path: Path) -> None:
-    other = {"seed": 0, "rho": 0.1, "batch_ipc": 2}  # batch_ipc: a setting that older sets lack
+    other = {"seed": 0, "rho": 0.1, "batch_ipc": 2, "teacher": ["0a", "1b"]}  # batch_ipc: a setting that older sets lack
     for name, changes in {"a": {"seed": 0}, "b": {"seed": 1}, "c": other, "d": {"seed": 2}}.items():
         make_set(tmp_path / "sets" / name, **changes)
     shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t")
     assert [(each.title, each.subtitle) for each in shown.sets] == [
         ("dwa, digits, ipc 2", "sets/a · 6 images of 3 classes · 2 more sets with another seed"),
-        ("dwa, digits, ipc 2, batch_ipc 2, rho 0.1", "sets/c · 6 images of 3 classes"),
+        ("dwa, digits, ipc 2, 2 teachers, batch_ipc 2, rho 0.1", "sets/c · 6 images of 3 classes"),
     ]
     assert not shown.sets_note
     shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t", most_sets=1)
