@@ -75,10 +75,12 @@ def run_steps(steps: Sequence[Step], rows: Rows, budget: float) -> list[str]:
 def _run(step: Step, rows: Rows, limit: float) -> tuple[str, int | None, float]:
     start = time.monotonic()
     sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it can be stopped too
     process = os.fork()  # has everything imported already; it is legal because this process never touches a GPU
     if process == 0:
         _work(step, rows)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         status = _wait(process, limit)
     except BaseException as reason:
         _stop(process)
@@ -109,6 +111,7 @@ def _work(step: Step, rows: Rows) -> NoReturn:
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         os.environ.update(step.environment)
         gc.freeze()  # what was imported is no garbage: searching it takes longer than a small step
         if not callable(step.work):

@@ -112,10 +112,33 @@ proof.run_steps([proof.Step("one", work, 50.0), proof.Step("two", work, 50.0)], 
     assert outcomes(rows) == {"one": ("stopped", None)}
 
 
+def test_sigterm_at_the_start_of_a_step_ends_the_step(tmp_path: Path) -> None:
+    """The step would hold the output open for a minute."""
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import proof
+fork = os.fork
+
+def fork_and_end():
+    process = fork()
+    if process:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return process
+
+proof.os.fork = fork_and_end
+rows = proof.Rows(proof.Path({str(tmp_path / "rows.jsonl")!r}))
+proof.run_steps([proof.Step("one", lambda rows: time.sleep(60), 50.0)], rows, 100.0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 143, ended.stderr
+    assert outcomes([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]) == {"one": ("stopped", None)}
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both commands on a CPU, with tiny sizes, where packages are missing that the GPU's machine may lack."""
-    if ROOT not in Path(dwa_fast.__file__).parents:
+    if Path(dwa_fast.__file__).parents[1] != ROOT:
         pytest.skip("the commands need an editable install of this folder, as `make gpu-speed` makes it")
     folder = tmp_path_factory.mktemp("gpu")
     for name in LACKING:
