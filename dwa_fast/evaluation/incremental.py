@@ -85,6 +85,7 @@ def learn(
     orders = [class_order(len(test.class_names), config.tasks, seed=seed, index=index) for index in range(config.seeds)]
     marks = {name: image_digest(images)[:_MARK] for name, images in sets.items()}
     places = [(index, name, task) for index in range(config.seeds) for name in sets for task in range(config.tasks)]
+    jobs = max(1, min(jobs, len(places)))
     threads = max(1, torch.get_num_threads() // jobs) if device.type == "cpu" else None
     tasks = []
     for index, name, task in places:
@@ -94,7 +95,7 @@ def learn(
         call = functools.partial(_learn_task, sets[name], test, teacher, known, student, recipe, device, own_seed, folder, threads)
         tasks.append(Task(f"{name}, order {index + 1}, task {task + 1}" if jobs > 1 else "", call))
     found: dict[int, list[float]] = {}
-    with processes(max(1, min(jobs, len(tasks)))) as run:
+    with processes(jobs) as run:
         for place, own in run(tasks, lambda _: None):
             found[place] = own
             if progress:

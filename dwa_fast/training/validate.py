@@ -122,6 +122,7 @@ def validate(
         check_label_teacher(each_teacher, distilled, recipe, device)
     batch_size = batch_size_of(config, len(distilled.labels), len(distilled.class_names))
     check_batches(lambda: trainer.network(seed), distilled, batch_size, device, "student")
+    jobs = min(jobs, config.students)
     threads = max(1, torch.get_num_threads() // jobs) if device.type == "cpu" else None
     folder = None
     if resume_dir:
@@ -137,9 +138,10 @@ def validate(
         train = functools.partial(trainer.train, seeds[index], state, test_every, threads, tell)
         tasks.append(Task(f"student {index + 1}" if jobs > 1 else "", train))
 
+    steps = trainer.steps  # of one student
+
     def report(running: Running) -> None:
         if progress:
-            steps = trainer.steps
             progress(len(finished) * steps + sum(done for done, total in running.values() if total == steps), config.students * steps)
 
     with processes(max(1, min(jobs, len(tasks)))) as run:

@@ -21,12 +21,11 @@ from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.nets import alive, distance, expected_gradient, image_gradient
 from tests.ops.conftest import LEVELS
-from tests.ops.layers import LAYOUTS, error, laid_out
+from tests.ops.layers import LAYOUTS, Inputs, error, laid_out, run
 
 SHAPES = [(1, 1, 5, 5), (2, 3, 6, 7), (3, 20, 9, 5), (1, 67, 8, 11), (2, 136, 7, 6), (2, 64, 57, 56)]
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (3, 2, 0), (3, 3, 0), (2, 2, 1), (1, 2, 0), (2, 3, 0)]  # k, s, p
 DTYPES = [torch.float32, torch.bfloat16]
-Inputs = dict[str, Any]
 
 
 def make(
@@ -51,23 +50,6 @@ def make(
         "activation": activation,
         "slope": torch.rand(channels) - 0.3 if activation == "leaky_relu" else None,
     }
-
-
-def run(operator: Callable[..., Any], inputs: Inputs, *, double: bool = False, moments: bool = True) -> dict[str, Tensor]:
-    """Results of an operator and their gradients, for fixed gradients of the results."""
-    leaves = dict(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            leaves[name] = value.detach().double() if double else value.detach()
-            leaves[name].requires_grad_(name in ("y", "weight", "bias", "slope"))
-    z, sums = operator(**leaves)
-    source = torch.Generator().manual_seed(1)
-    grad_z = torch.randn(z.shape, generator=source).to(inputs["y"].dtype).to(z)
-    grad_sums = (1e-3 * torch.randn(sums.shape, generator=source)).to(sums)
-    wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
-    outputs, grads = ((z, sums), (grad_z, grad_sums)) if moments else ((z,), (grad_z,))
-    gradients = torch.autograd.grad(outputs, list(wanted.values()), grads)
-    return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
 def in_two_steps(y: Tensor, window: int, stride: int, padding: int, **layer: Any) -> tuple[Tensor, Tensor]:

@@ -310,7 +310,7 @@ def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         students(resume_dir=tmp_path, test_every=2, progress=stop_at(10))
     assert json.loads((tmp_path / "students.json").read_text())["accuracies"] == {}
-    together = students(resume_dir=tmp_path, test_every=2, jobs=2, progress=lambda *count: counts.append(count))
+    together = students(resume_dir=tmp_path, test_every=2, jobs=8, progress=lambda *count: counts.append(count))
     assert together == alone
     assert counts[-1] == (24, 24)
     assert counts == sorted(counts)
