@@ -305,16 +305,19 @@ def test_early_tests_change_nothing_and_are_kept(tmp_path: Path, dropping: str) 
 def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also early tests, from a student that had been interrupted after its first test."""
     counts: list[tuple[int, int]] = []
-    alone = students(test_every=2)
+    config = replace(QUICK, learning_rate=5e-3, mixing="none")
+    alone = students(config, test_every=2)
+    assert alone.accuracies[0] != alone.accuracies[1]
+    assert alone.tests[0] != alone.tests[1]
     monkeypatch.setattr(state, "_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        students(resume_dir=tmp_path, test_every=2, progress=stop_at(10))
+        students(config, resume_dir=tmp_path, test_every=2, progress=stop_at(10))
     assert json.loads((tmp_path / "students.json").read_text())["accuracies"] == {}
-    together = students(resume_dir=tmp_path, test_every=2, jobs=8, progress=lambda *count: counts.append(count))
+    together = students(config, resume_dir=tmp_path, test_every=2, jobs=8, progress=lambda *count: counts.append(count))
     assert together == alone
     assert counts[-1] == (24, 24)
     assert counts == sorted(counts)
-    assert students(resume_dir=tmp_path) == alone
+    assert students(config, resume_dir=tmp_path) == alone
 
 
 def test_early_tests_that_are_no_accuracies_are_refused(tmp_path: Path) -> None:
