@@ -4,7 +4,7 @@ python benchmarks/pipeline.py --json benchmark-output/pipeline.json
 
 Peers: `now`, the package's own loop (`training.fit`); `before`, the same in plain PyTorch as the package had it: channels-last images,
 the optimiser's default implementation, memory as the C library gives it; `released`, the loops of the published programs. All are in fp32;
-where the processor computes in bf16, `now bf16` and `before bf16` are too.
+where the processor computes in bf16, `now bf16` and `before bf16` are too, the teacher's labels included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dwa_fast.data.augment import Mix, Views
 from dwa_fast.data.loader import BatchPlan, TrainingBatch
 from dwa_fast.engine.backend import precisions
 from dwa_fast.engine.memory import kept_memory
-from dwa_fast.engine.training_form import training_form
+from dwa_fast.engine.training_form import Forward, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.recipes import Recipe, recipe
@@ -84,7 +84,8 @@ class Steps:
         pixels = torch.randn(case.batch, case.size, case.size, 3).to(dtype)
         self.images = pixels.permute(0, 3, 1, 2)  # as the gather of the views leaves them
         self.labels = torch.arange(case.batch) % case.classes
-        self.recipe: Recipe = recipe("cifar10", size=case.size)
+        settings = recipe("cifar10", size=case.size)
+        self.recipe: Recipe = replace(settings, validation=replace(settings.validation, precision=self.precision))
         self.clocks: list[tuple[float, float, int]] = []
         image_shape = (3, case.size, case.size)
         self.forward = training_form(self.network, image_shape, CPU) if self.peer == "now" else self.network
@@ -120,17 +121,20 @@ class Steps:
             yield TrainingBatch(self.images, self.labels, BatchPlan(torch.arange(len(self.images)), Views(), Mix()))
 
     def _loss(self, batch: TrainingBatch) -> Tensor:
-        logits = predict(self.forward, batch.images, self.precision) if self.dtype is torch.float32 else self.forward(batch.images)
+        logits = self._logits(self.forward, batch.images)
         if self.trains == "teacher":
             loss = F.cross_entropy(logits, batch.labels)
         elif self.peer == "now":
             loss = soft_loss(logits, self.soft_labels(batch), self.recipe.validation)
         else:
             with torch.no_grad():
-                labels = self.teacher(batch.images)
+                labels = self._logits(self.teacher, batch.images)
             loss = soft_loss(logits, labels, self.recipe.validation)
         self.losses.append(loss.detach())
         return loss
+
+    def _logits(self, network: Forward, images: Tensor) -> Tensor:
+        return predict(network, images, self.precision) if self.dtype is torch.float32 else network(images)
 
     def _before(self, steps: int, rate: float) -> None:
         """The loop that the package had."""

@@ -327,7 +327,7 @@ class ValidationConfig(Config):
     teacher_mean: TeacherMean = "plain"  # Logits of several teachers: plain mean, or balanced (first scaled to equal norms over a batch).
     weight_ema: Fraction = 0.0  # Rate per step of an average of the weights that is tested in their place, below 1; 0: none.
     students: PositiveInt = 3  # Students trained, each from a seed of its own.
-    precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
+    precision: TrainingPrecision = "auto"  # Arithmetic of student and soft labels: fp32, bf16, auto (bf16 on a GPU that has it, else fp32).
     memory_limit: NonNegative = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
 
     def __post_init__(self) -> None:

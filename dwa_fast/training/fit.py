@@ -242,7 +242,7 @@ def with_batch_size(recipe: Recipe, data: ImageSet) -> Recipe:
 
 
 def teacher_settings(teachers: Sequence[nn.Module], config: ValidationConfig) -> dict[str, Any]:
-    """What soft labels depend on besides the views: the teachers and how their logits are computed."""
+    """What soft labels depend on besides the views and the precision: the teachers and how their logits are computed."""
     digests = [weight_digest(each) for each in teachers]
     settings: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests, "teacher_mode": config.teacher_mode}
     if config.teacher_mode == "train":
@@ -250,6 +250,11 @@ def teacher_settings(teachers: Sequence[nn.Module], config: ValidationConfig) ->
     if len(digests) > 1:
         settings["teacher_mean"] = config.teacher_mean
     return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
+
+
+def label_precision(precision: TrainingPrecision) -> dict[str, Any]:
+    """The setting that soft labels computed in that precision add to those of `teacher_settings`; none for fp32."""
+    return {} if precision == "fp32" else {"label_precision": precision}
 
 
 def as_teachers(teacher: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
@@ -270,7 +275,8 @@ def teacher_labels(
 ) -> SoftLabelFn:
     """A function that gives the mean logits of the teachers for a batch, whose parts (`accumulation`) they see one by one.
 
-    It uses copies, so train mode does not change the teachers' statistics. Train mode with two parts is BSSL of CV-DD and FADRM.
+    They are computed in the precision of the settings, as the student's steps are. It uses copies, so train mode does not change the
+    teachers' statistics. Train mode with two parts is BSSL of CV-DD and FADRM.
     """
 
     def form(teacher: nn.Module) -> Forward:
@@ -278,13 +284,13 @@ def teacher_labels(
             copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train"), image_shape, device
         )
 
-    forwards = [form(each) for each in teachers]
+    forwards, precision = [form(each) for each in teachers], resolve_precision(config.precision, device)
 
     @torch.no_grad()
     def soft_labels(batch: TrainingBatch) -> Tensor:
         rows = parts(len(batch.images), config.accumulation)
         return mean_logits(
-            [torch.cat([predict(each, batch.images[part], "fp32") for part in rows]) for each in forwards], config.teacher_mean
+            [torch.cat([predict(each, batch.images[part], precision) for part in rows]) for each in forwards], config.teacher_mean
         )
 
     return soft_labels

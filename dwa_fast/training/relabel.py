@@ -24,7 +24,9 @@ from dwa_fast.training.fit import (
     as_teachers,
     check_label_teacher,
     check_set,
+    label_precision,
     repeatable,
+    resolve_precision,
     seeded_layers,
     teacher_labels,
     teacher_settings,
@@ -63,7 +65,8 @@ def relabel(
 
     Args:
         teacher: one, or several whose mean logits are stored; copied, never changed.
-        recipe: mean and std; of the validation augmentation, mixing, batch size, epochs and teacher mode. Other fields are ignored.
+        recipe: mean and std; of the validation augmentation, mixing, batch size, epochs, precision and teacher mode. No other field is
+            used.
         output: folder of the labels. The same call resumes an interrupted run and gives the same bits.
         pool: store the labels of one epoch in `pool`; students reuse them.
         progress: called with the finished batches and the total.
@@ -82,6 +85,7 @@ def relabel(
         "teacher_mode": config.teacher_mode,
         "images": image_digest(distilled),
         **teacher_settings(teachers, config),
+        **label_precision(resolve_precision(config.precision, device)),
         "classes": classes,
         "seed": seed,
         THREADS: threads_of(device),

@@ -34,6 +34,7 @@ from dwa_fast.training.fit import (
     check_label_teacher,
     check_set,
     fit,
+    label_precision,
     new_network,
     predict,
     remedy,
@@ -151,8 +152,8 @@ def validate(
                 folder.add(index, accuracy, early)
             else:
                 finished[index], tests[index] = accuracy, early
-            if jobs > 1:
-                report({})
+    if jobs > 1:
+        report({})
     return ValidationResult([finished[i] for i in range(config.students)], seeds, [tests.get(i, {}) for i in range(config.students)])
 
 
@@ -232,7 +233,9 @@ class _StudentTrainer:
         settings |= {"images": image_digest(self.distilled), "precision": self._precision}
         if self.labels:
             return {**settings, "soft_labels": self.labels.identity}
-        return {**settings, **teacher_settings(self.live_teachers, self.config)} if self.live_teachers else settings
+        if not self.live_teachers:
+            return settings
+        return {**settings, **teacher_settings(self.live_teachers, self.config), **label_precision(self._precision)}
 
     @property
     def live_teachers(self) -> Sequence[nn.Module]:

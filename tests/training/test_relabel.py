@@ -26,7 +26,7 @@ from dwa_fast.report.records import read_record
 from dwa_fast.seeding import derive
 from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.training import state
-from dwa_fast.training.fit import predict
+from dwa_fast.training.fit import predict, teacher_labels
 from dwa_fast.training.label_store import LabelStore, StoredSampler, epoch_bytes
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 from dwa_fast.training.validate import ValidationResult, validate
@@ -85,6 +85,27 @@ def test_stored_lessons_are_those_of_training(tmp_path: Path, config: Validation
                 teacher_logits = predict(teacher, one.images, "fp32")
             assert two.plan.logits is not None
             assert torch.allclose(teacher_logits, two.plan.logits.float(), rtol=2**-10, atol=1e-5)  # rounded to float16
+
+
+def test_labels_are_computed_in_the_precision_of_the_steps(tmp_path: Path) -> None:
+    """Those on the disk and those of a training; the settings of fp32 labels are what they were before there was a choice."""
+    config, teacher = replace(QUICK, precision="bf16"), small_teacher()
+    rounded, exact = store(tmp_path / "bf16", config), store(tmp_path / "fp32")
+    assert rounded.settings["label_precision"] == "bf16"
+    assert "label_precision" not in exact.settings
+    sampler = StoredSampler(rounded, config, len(small_set().labels), 10, seed=derive(0, "student", 0))
+    loader = TrainingLoader(ImageCache(small_set(), CPU, 1.0), sampler, DIGITS.data, config.padding)
+    batch = next(iter(loader.epoch(0)))
+    assert batch.plan.logits is not None
+    with torch.no_grad():
+        expected = predict(teacher, batch.images, "bf16")
+    live = teacher_labels([teacher], config, (1, SIZE, SIZE), CPU)(batch)
+    for found in (batch.plan.logits.float(), live):
+        assert torch.equal(found, found.bfloat16().float())
+        assert (found - expected).norm() < 0.02 * expected.norm()
+    with pytest.raises(InputError, match=r"label_precision was 'bf16'"):
+        store(tmp_path / "bf16")
+    assert students(QUICK, None, soft_labels=tmp_path / "bf16").mean >= 0  # a training in fp32 takes labels that were made in bf16
 
 
 @pytest.mark.parametrize("config", [QUICK, CUTMIX], ids=["pad and mixup", "crop and cutmix"])
