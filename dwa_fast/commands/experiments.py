@@ -88,17 +88,19 @@ class Compare(Study):
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(Study):
-    """Repeat an ablation or a sweep of the paper: a table, and bars, a curve or a heat map.
+    """Repeat an ablation or a sweep of the paper: tables, and bars, a curve or a heat map.
 
     adjustment: no step, a random one, the directed one. lambda-var: λ_var alone against λ_mean = λ_var. k-rho: steps × length of the
     adjustment. matching-weights: matching terms on the adjusted or on the original weights. initial: real images or noise.
+    iterations: accuracy against T and against time.
     """
 
-    study: tyro.conf.Positional[AblationName]  # Which one: adjustment, lambda-var, k-rho, matching-weights or initial.
+    study: tyro.conf.Positional[AblationName]  # Which one: adjustment, lambda-var, k-rho, matching-weights, initial or iterations.
     student: str  # Architecture of the students, as for squeeze --architecture.
     lambda_vars: tuple[NonNegative, ...] = (0.01, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17, 0.19, 0.21, 0.23)  # Values of lambda-var.
     steps: tuple[PositiveInt, ...] = (4, 8, 12, 16, 20)  # K in k-rho.
     rhos: tuple[Positive, ...] = (0.005, 0.01, 0.015, 0.02, 0.025)  # ρ in k-rho.
+    iterations: tuple[PositiveInt, ...] = (125, 250, 500, 1000, 2000)  # T in iterations.
 
     def run(self, console: Console) -> None:
         """Run the study, and print its table."""
@@ -114,6 +116,7 @@ class Ablate(Study):
                 lambda_vars=self.lambda_vars,
                 steps=self.steps,
                 rhos=self.rhos,
+                iterations=self.iterations,
             )
 
         self._run_study(console, f"ablate-{self.study}", study)

@@ -149,6 +149,8 @@ def set_is_complete(setup: Setup, source: DistilledSource | ExternalSet, ipc: in
 def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress | None = None) -> None:
     """Make a set of `ipc` images per class, or resume it; the first images of a larger set are those of a smaller one.
 
+    The time that it takes is kept for `seconds_per_image`.
+
     Raises:
         InputError: as `distill`.
     """
@@ -160,7 +162,8 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
     initial = setup.initial if source.synthesis.sees_images else None
     provenance = {"recipe": setup.recipe.name, "method": nearest_method(setup, source.synthesis)[0], "teacher": setup.teacher_checksum}
     provenance |= _outputs(setup)
-    distill(
+    started = time.perf_counter()
+    made = distill(
         shared.teacher,
         shared.train,
         replace(setup.recipe, synthesis=source.synthesis),
@@ -173,6 +176,32 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
         progress=progress,
         try_teacher=False,  # already checked, once for all sets
     )
+    if made:
+        before = _time(setup, source)
+        seconds, images = time.perf_counter() - started + before[0], made + before[1]
+        output_folder(_time_file(setup, source).parent)
+        write_json(_time_file(setup, source), {"seconds": seconds, "images": images})
+
+
+def seconds_per_image(setup: Setup, source: DistilledSource | ExternalSet) -> float | None:
+    """Mean time of an image of a set, over the calls of `make_set` that completed it; None where none has been measured."""
+    if isinstance(source, ExternalSet):
+        return None
+    seconds, images = _time(setup, source)
+    return seconds / images if images else None
+
+
+def _time(setup: Setup, source: DistilledSource) -> tuple[float, int]:
+    """Seconds, and the images that were made in them."""
+    try:
+        found = json.loads(_time_file(setup, source).read_bytes())
+        return float(found["seconds"]), int(found["images"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0.0, 0
+
+
+def _time_file(setup: Setup, source: DistilledSource) -> Path:
+    return setup.output / "times" / f"{set_folder(setup, source).name}.json"
 
 
 def _copy_real(setup: Setup, source: DistilledSource, ipc: int, folder: Path) -> None:

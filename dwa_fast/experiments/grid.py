@@ -14,7 +14,7 @@ from dwa_fast.data.datasets import image_folder
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
-from dwa_fast.experiments.cells import REAL, Cell, DistilledSource, ExternalSet, Setup, nearest_method, set_folder
+from dwa_fast.experiments.cells import REAL, Cell, DistilledSource, ExternalSet, Setup, nearest_method, seconds_per_image, set_folder
 from dwa_fast.experiments.jobs import StudyProgress, run_cells
 from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
@@ -23,6 +23,8 @@ from dwa_fast.report.records import Chart, Picture, Series, Table, format_mean_s
 
 _SHEET_CLASSES, _SHEET_IPC = 10, 10  # shown in a contact sheet, at most
 TOP1 = "top-1 %"
+SECONDS = "seconds per image"
+_TIME_NOTE = "Wall time of the processes that made the sets, on the machine and beside whatever else ran there."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def note(setup: Setup, grid: Grid) -> str:
 
 def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
     """The numbers behind the tables, for the data of a record, with every setting that differs from the recipe."""
-    rows = []
+    rows, known = [], times(setup, grid)
     for variant, ipc, student in grid.places:
         outcome = outcomes[variant.name, ipc, student]
         method, changes = variant.name if variant.external else REAL, dict[str, Any]()
@@ -139,7 +141,8 @@ def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, An
         flat = [accuracy for each in outcome.accuracies for accuracy in each]
         row = {"recipe": setup.recipe.name, "method": method, "student": student, "ipc": ipc, "mean": outcome.mean, "std": outcome.std}
         synthesis = replace(setup.recipe, synthesis=variant.synthesis).settings("synthesis") if variant.synthesis else {}
-        rows.append({**changes, **row, "accuracies": flat, "sets": len(outcome.accuracies), "synthesis": synthesis})
+        seconds = {"seconds_per_image": known[variant.name]} if variant.name in known else {}
+        rows.append({**changes, **row, "accuracies": flat, "sets": len(outcome.accuracies), **seconds, "synthesis": synthesis})
     return rows
 
 
@@ -185,6 +188,41 @@ def by_student(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, ipc: in
 def series(name: str, outcomes: Sequence[Outcome]) -> Series:
     """A row of outcomes as a curve or as bars of one colour."""
     return Series(name=name, values=[each.mean for each in outcomes], spreads=[each.std for each in outcomes])
+
+
+def times(setup: Setup, grid: Grid) -> dict[str, float]:
+    """Seconds per image of the sets of each variant, mean over seeds; without those that have not been measured."""
+    found = {}
+    for variant in grid.variants:
+        each = [seconds_per_image(setup, variant.source(seed)) for seed in grid.seeds]
+        known = [seconds for seconds in each if seconds is not None]
+        if known:
+            found[variant.name] = statistics.fmean(known)
+    return found
+
+
+def by_time(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: str) -> tuple[list[Table], list[Chart]]:
+    """Accuracy at the largest ipc against the time of the synthesis, as a table and as points; nothing where no time is known."""
+    seconds, ipc = times(setup, grid), max(grid.ipc)
+    if not seconds:
+        return [], []
+    found = {variant.name: outcomes[variant.name, ipc, student] for variant in grid.variants}
+    rows = [[name, _seconds(seconds.get(name)), str(outcome)] for name, outcome in found.items()]
+    points = [
+        Series(
+            name=name,
+            values=[found[name].mean if other == name else None for other in seconds],
+            spreads=[found[name].std if other == name else None for other in seconds],
+        )
+        for name in seconds
+    ]
+    title = f"{title}, ipc {ipc}, against the time of the synthesis"
+    chart = Chart(title=title, x_label=SECONDS, y_label=TOP1, x=list(seconds.values()), series=points, log_x=True)
+    return [Table(title=title, columns=["set", SECONDS, TOP1], rows=rows, note=_TIME_NOTE)], [chart]
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
 
 
 def best(grid: Grid, outcomes: Outcomes) -> str:

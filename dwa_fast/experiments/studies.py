@@ -20,6 +20,7 @@ from dwa_fast.experiments.grid import (
     best,
     by_ipc,
     by_student,
+    by_time,
     cell_rows,
     environment,
     note,
@@ -29,7 +30,7 @@ from dwa_fast.experiments.grid import (
 from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, recipe
 from dwa_fast.report.records import Chart, HeatMap, Record, Table, preset_data
 
-AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial"]
+AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial", "iterations"]
 
 TITLES = {
     REAL: "random real images",
@@ -105,8 +106,9 @@ def ablate(
     lambda_vars: Sequence[float],
     steps: Sequence[int],
     rhos: Sequence[float],
+    iterations: Sequence[int],
 ) -> Record:
-    """One of the paper's ablations and sweeps."""
+    """One of the paper's ablations and sweeps, or accuracy against the number of iterations."""
 
     def grid(variants: Sequence[Variant]) -> Grid:
         return Grid(variants=variants, ipc=ipc, students=(student,), seeds=seeds)
@@ -115,6 +117,8 @@ def ablate(
         return _lambda_var(run, setup, grid, lambda_vars)
     if study == "k-rho":
         return _k_rho(run, setup, grid, steps, rhos)
+    if study == "iterations":
+        return _iterations(run, setup, grid, iterations)
     variants, title = _CATEGORIES[study]
     return _categories(run, setup, grid(variants(setup.recipe.synthesis, setup.recipe.data)), "ablation", f"{title} on {setup.recipe.name}")
 
@@ -187,10 +191,26 @@ def _k_rho(
     return _record(setup, grid, outcomes, "ablation", title, tables=tables, heat_maps=maps)
 
 
+def _iterations(run: GridRunner, setup: Setup, grid_of: Callable[[Sequence[Variant]], Grid], values: Sequence[int]) -> Record:
+    """T, and the time that it takes."""
+    values, dwa = sorted(values), setup.recipe.synthesis
+    names = [f"T = {value}" for value in values]
+    grid = grid_of([Variant(name=name, synthesis=replace(dwa, iterations=value)) for name, value in zip(names, values, strict=True)])
+    outcomes, (student,) = run(grid), grid.students
+    title = f"Iterations on {setup.recipe.name}, students {student}"
+    table, _ = by_ipc(title, setup, grid, outcomes, student)
+    curves = [series(f"ipc {ipc}", [outcomes[name, ipc, student] for name in names]) for ipc in grid.ipc]
+    chart = Chart(title=title, x_label="T", y_label=TOP1, x=values, series=curves, log_x=True)
+    tables, charts = by_time(title, setup, grid, outcomes, student)
+    return _record(setup, grid, outcomes, "ablation", title, tables=[table, *tables], charts=[chart, *charts])
+
+
 def _categories(run: GridRunner, setup: Setup, grid: Grid, kind: str, title: str) -> Record:
     outcomes, (student,) = run(grid), grid.students
-    table, chart = by_ipc(f"{title}, students {student}", setup, grid, outcomes, student)
-    return _record(setup, grid, outcomes, kind, title, tables=[table], charts=[chart])
+    named = f"{title}, students {student}"
+    table, chart = by_ipc(named, setup, grid, outcomes, student)
+    tables, charts = by_time(named, setup, grid, outcomes, student)
+    return _record(setup, grid, outcomes, kind, title, tables=[table, *tables], charts=[chart, *charts])
 
 
 def _record(setup: Setup, grid: Grid, outcomes: Outcomes, kind: str, title: str, **parts: Any) -> Record:

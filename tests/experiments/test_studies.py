@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dwa_fast import InputError
-from dwa_fast.experiments.cells import Setup
+from dwa_fast.experiments.cells import DistilledSource, Setup, make_set, seconds_per_image
 from dwa_fast.experiments.grid import Grid, Outcome, Outcomes
 from dwa_fast.experiments.studies import TITLES, AblationName, ablate, by_method, compare, cross
 from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, recipe
 from dwa_fast.report.records import Record
 from tests.experiments.setups import small_setup
 
-VALUES: dict[str, Any] = {"lambda_vars": (0.11, 0.01), "steps": (12, 4), "rhos": (0.02, 0.01, 0.015)}
+VALUES: dict[str, Any] = {"lambda_vars": (0.11, 0.01), "steps": (12, 4), "rhos": (0.02, 0.01, 0.015), "iterations": (20, 5)}
 
 
 def run(grid: Grid) -> Outcomes:
@@ -100,6 +101,40 @@ def test_k_rho(tmp_path: Path) -> None:
     assert found.values[2] == pytest.approx([base + 4 + 20, base + 12 + 20])
     assert record.tables[0].columns == ["ρ", "K = 4", "K = 12"]
     assert [row[0] for row in record.tables[0].rows] == ["0.01", "0.015", "0.02"]
+
+
+def test_iterations(tmp_path: Path) -> None:
+    """The values in order; without times no table of them."""
+    setup = small_setup(tmp_path)
+    record = ablation(setup, "iterations", 1, 5)
+    assert [row["synthesis"]["iterations"] for row in record.data["cells"] if row["ipc"] == 5] == [5, 20]
+    assert [row[0] for row in record.tables[0].rows] == ["T = 5", "T = 20"]
+    assert record.charts[0].x == [5, 20]
+    assert [each.name for each in record.charts[0].series] == ["ipc 1", "ipc 5"]
+    assert (len(record.tables), len(record.charts)) == (1, 1)
+
+
+def test_time_of_the_synthesis(tmp_path: Path) -> None:
+    """Measured where a set is made, an image; a set that grows adds to it, and what was there already does not."""
+    setup = small_setup(tmp_path)
+    source = DistilledSource(setup.recipe.synthesis, 0)
+    assert seconds_per_image(setup, source) is None
+    clock = iter([0.0, 20.0, 100.0, 130.0, 200.0])  # 10 images, then 10 more, then none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dwa_fast.experiments.cells.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        make_set(setup, source, 1)
+        assert seconds_per_image(setup, source) == 2.0
+        make_set(setup, source, 2)
+        assert seconds_per_image(setup, source) == 2.5
+        make_set(setup, source, 2)
+    assert seconds_per_image(setup, source) == 2.5
+    make_set(setup, DistilledSource(None, 0), 1)
+    assert seconds_per_image(setup, DistilledSource(None, 0)) is None
+    record = compare(run, setup, methods=["real", "dwa"], ipc=(1, 2), student="small-resnet", seeds=range(2))
+    assert [row[:2] for row in record.tables[1].rows] == [["random real images", "–"], ["DWA", "2.5"]]
+    assert record.charts[1].x == [2.5]
+    assert record.charts[1].series[0].name == "DWA"
+    assert [row.get("seconds_per_image") for row in record.data["cells"]] == [None, None, 2.5, 2.5]
 
 
 def test_cross(tmp_path: Path) -> None:
