@@ -17,7 +17,7 @@ PYTEST := pytest -n $(JOBS) --dist worksteal
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-avx2 test-oldest check bench report gpu gpu-build gpu-speed gpu-check clean prerequisites build
+.PHONY: help demo test test-all test-avx2 test-oldest check bench results report gpu gpu-build gpu-speed gpu-check clean prerequisites build
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
@@ -27,6 +27,7 @@ help:
 	@echo 'make test-oldest  all tests against the oldest supported PyTorch, on an installed wheel'
 	@echo 'make check        ruff, mypy, import-linter and clang-format'
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
+	@echo 'make results      a small part of docs/results again, compared with the committed numbers; DATA=DIR: also of CIFAR-10 in class folders'
 	@echo 'make report       the parts of README.md and docs/speed.md about speed, and their plots, from the JSON files under benchmarks/results/'
 	@echo 'make gpu-speed    on a machine with a GPU, with its own Python ($(PYTHON)): build, then measure for at most 7 minutes; $(OUT)/speed.jsonl'
 	@echo 'make gpu-check    likewise: build, then the tests that need a GPU, operators, memory checks; $(OUT)/check.jsonl'
@@ -104,6 +105,9 @@ bench: build
 	$(BIN)/python benchmarks/report.py benchmark-output/throughput.json --markdown benchmark-output/throughput.md \
 	  --plot benchmark-output/throughput.png && echo 'table and plot are beside it' && exit $$measured
 
+results: build
+	@$(BIN)/python docs/results/rerun.py $(if $(DATA),--data '$(DATA)')
+
 report: build
 	@$(BIN)/python benchmarks/report.py --readme
 
@@ -122,4 +126,4 @@ gpu:
 	@$(MAKE) --no-print-directory gpu-speed; measured=$$?; $(MAKE) --no-print-directory gpu-check && exit $$measured
 
 clean:
-	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output benchmark-output $(OUT)
+	rm -rf build dist *.egg-info dwa_fast/_C*.so $(VENV) $(OLDEST) demo-output benchmark-output results-output $(OUT)

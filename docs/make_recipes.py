@@ -30,7 +30,7 @@ and 50, between them the lower value (ours); twice that for 100 classes or more;
 _PRESETS_ALL = """\
 All: the last epoch counts, where most of the programs report the best of those that they test. Pixels are normalised as the recipe says;
 RDED takes ImageNet's mean and standard deviation for every data set. The learning rate falls from step to step, theirs from epoch to epoch.
-Soft labels are computed in fp32."""
+Soft labels are computed in the precision of the student's steps."""
 PRESET_NOTES = {
     "rded": "CVPR 2024, LINs-lab/RDED 3f6453d. Up to 64 pixels its crops are the whole image, so there are none here. Its program "
     "passes each batch through the student twice, which moves the running statistics twice. Its other learning rates: 0.002 "

@@ -20,7 +20,7 @@ MatchingWeights = Literal["adjusted", "original"]
 View = Literal["roll", "crop"]
 Curriculum = Literal["none", "step", "linear", "cosine"]
 TeacherTurns = Literal["iteration", "index"]
-Initial = Literal["real", "patches", "noise"]
+Initial = Literal["real", "median", "patches", "noise"]
 InitialOrder = Literal["sampled", "sorted"]
 BackendName = Literal["auto", "reference", "fused", "compiled"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -46,6 +46,7 @@ LATER_SETTINGS = {
     "teachers_together": 1,
     "teacher_turns": "iteration",
     "teacher_priors": (),
+    "rounds": 1,
 }
 LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
 LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
@@ -198,7 +199,7 @@ class SynthesisConfig(Config):
 
     iterations: NonNegativeInt = 1000  # T: Adam steps on the images of a batch; 0: the initial images stay as they are.
     batch_size: PositiveInt = 100  # B: images that are refined together, at most; at least batch_ipc.
-    batch_ipc: PositiveInt = 1  # Images of each class in a batch of a set; 1 as published. ipc must be a multiple of it.
+    batch_ipc: PositiveInt | None = 1  # Images of each class in a batch of a set; ipc must be a multiple of it. 1: as published; None: all.
     learning_rate: Positive = 0.25  # Adam's first learning rate; falls to 0 on a cosine.
     lambda_mean: NonNegative = 0.01  # λ_mean: weight of the BatchNorm mean matching loss.
     lambda_var: NonNegative = 0.11  # λ_var: weight of the BatchNorm variance matching loss.
@@ -210,7 +211,7 @@ class SynthesisConfig(Config):
     steps: NonNegativeInt = 12  # K: ascent steps of length ρ/K; not 0 where ρ > 0.
     normalize_ascent: bool = True  # Divide each ascent gradient by its global norm, as the published code does; Algorithm 1 does not.
     matching_weights: MatchingWeights = "adjusted"  # Weights of the matching terms: adjusted (published code), original (Eq. 15).
-    initial: Initial = "real"  # Where the refinement starts: real images, patches that the teacher knows best (RDED), or Gaussian noise.
+    initial: Initial = "real"  # Start: real images, median (DELT) or patches (RDED), both chosen by the teacher, or Gaussian noise.
     view: View = "roll"  # Shared view of an iteration: roll (CIFAR), or crop, flip and roll (ImageNet).
     crop_scale: Annotated[tuple[float, float], Range(at_most=1, above=True)] = (0.08, 1.0)  # Fraction of the image area that a crop covers.
     crop_ratio: Annotated[tuple[float, float], Range(above=True)] = (3 / 4, 4 / 3)  # Width divided by height of a crop.
@@ -220,6 +221,7 @@ class SynthesisConfig(Config):
     jitter: NonNegativeInt = 4  # Largest roll in each direction, pixels.
     stage_sizes: tuple[PositiveInt, ...] = ()  # Sizes of the refinement's stages, pixels; the last is the images' own. Empty: one stage.
     stage_mix: Fraction = 0.5  # α: share of the refined images where a stage begins; the rest is the initial images (FADRM).
+    rounds: PositiveInt = 1  # M: rounds of T/M iterations; from one to the next more images of each class in a batch are refined (DELT).
     teachers_together: PositiveInt = 1  # Teachers in an iteration, whose losses are added with weights; all such choices take turns.
     teacher_turns: TeacherTurns = "iteration"  # Turns of several teachers: by iteration (FADRM+), or by the image index of a set (CV-DD).
     teacher_priors: tuple[NonNegative, ...] = ()  # Accuracy of each teacher's images, %: the weights are softmax(prior / 5). Empty: equal.
@@ -234,6 +236,10 @@ class SynthesisConfig(Config):
             check_integer("steps", self.steps, 1)
         if 0 < self.iterations < len(self.stage_sizes):
             raise InputError(f"iterations must be at least the number of stages, {len(self.stage_sizes)}, got {self.iterations}")
+        if 0 < self.iterations < self.rounds:
+            raise InputError(f"iterations must be at least the number of rounds, {self.rounds}, got {self.iterations}")
+        if self.rounds > 1 and self.stage_sizes:
+            raise InputError("a refinement has several rounds or stages of several sizes, not both; leave out rounds or stage_sizes")
 
     @property
     def adjusts(self) -> bool:

@@ -53,6 +53,13 @@ def _fadrm_plus(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
     return replace(_fadrm(dwa, data), learning_rate=0.25)
 
 
+def _delt(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
+    """DELT (arXiv 2411.19946): CDA from median images without the roll, in eight rounds; batches of whole classes."""
+    iterations = dwa.iterations if data.layout == "digits" else 4000
+    start = replace(_sre2l(dwa, data), initial="median", view="crop", curriculum="cosine", jitter=0)
+    return replace(start, iterations=iterations, learning_rate=0.25, rounds=8, batch_ipc=None)
+
+
 METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "dwa": lambda dwa, _: dwa,
     "sre2l": _sre2l,
@@ -63,6 +70,7 @@ METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "coupled": lambda dwa, _: replace(dwa, lambda_mean=dwa.lambda_var),
     "sre2l++": _sre2l_plus,
     "fadrm": _fadrm,
+    "delt": _delt,
     "fadrm+": _fadrm_plus,
     "dwa+": lambda dwa, data: replace(_fadrm_plus(dwa, data), ascent=dwa.ascent, rho=dwa.rho),
     "cv-dd": lambda dwa, data: replace(_sre2l_plus(dwa, data), teachers_together=2, teacher_turns="index"),
@@ -260,9 +268,9 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", pre
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
             refined), real-start (no step), random-step, coupled (λ_mean = λ_var), sre2l++ (sre2l that starts from patches, with crops),
-            fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again), fadrm+ (the same with several teachers
-            in turn), dwa+ (fadrm+ with DWA's step of each teacher), cv-dd (sre2l++ with two
-            of several teachers at once, another pair for each image index).
+            fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again), delt (cda that starts from median
+            images, in eight rounds that refine more and more of them), fadrm+ (fadrm with several teachers in turn), dwa+ (fadrm+ with
+            DWA's step of each teacher), cv-dd (sre2l++ with two of several teachers at once, another pair for each image index).
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -43,16 +44,17 @@ class Schedule:
 
 
 class Stage(NamedTuple):
-    """Iterations start … stop − 1, which refine images of one size."""
+    """Iterations start … stop − 1, which refine the same images at one size."""
 
     height: int
     width: int
     start: int
     stop: int
+    round: int = 0
 
 
 def make_stages(config: SynthesisConfig, height: int, width: int) -> list[Stage]:
-    """The stages of a refinement: those of `config.stage_sizes`, or a single one of the images' own size.
+    """The stages of a refinement: those of `config.stage_sizes`, or one of the images' own size for each round.
 
     S stages have T/S iterations each; where S does not divide T, the first T mod S stages have one more than the others.
 
@@ -61,13 +63,33 @@ def make_stages(config: SynthesisConfig, height: int, width: int) -> list[Stage]
     Raises:
         InputError: the last stage has another size.
     """
-    sizes = [(size, size) for size in config.stage_sizes] or [(height, width)]
+    sizes = [(size, size) for size in config.stage_sizes] or [(height, width)] * config.rounds
     if sizes[-1] != (height, width):
         given = ", ".join(map(str, config.stage_sizes))
         raise InputError(f"the last of stage_sizes must be the size of the images, {height} × {width} pixels, got {given}")
     each, more = divmod(config.iterations, len(sizes))
     ends = accumulate((each + (number < more) for number in range(len(sizes))), initial=0)
-    return [Stage(*size, *span) for size, span in zip(sizes, pairwise(ends), strict=True)]
+    rounds = range(config.rounds) if config.rounds > 1 else [0] * len(sizes)
+    return [Stage(*size, *span, number) for size, span, number in zip(sizes, pairwise(ends), rounds, strict=True)]
+
+
+def joining_rounds(labels: Sequence[int], rounds: int) -> list[int]:
+    """The round, counted from 0, from which each image of a batch is refined (DELT, arXiv 2411.19946).
+
+    The n images of a class are cut into M groups in their order, the first n mod M with one image more; group g joins in round g.
+    """
+    total, seen, joins = Counter(labels), Counter[int](), list[int]()
+    for label in labels:
+        each, more = divmod(total[label], rounds)
+        place, longer = seen[label], more * (each + 1)
+        joins.append(place // (each + 1) if place < longer else more + (place - longer) // each)
+        seen[label] += 1
+    return joins
+
+
+def refined_counts(labels: Sequence[int], rounds: int) -> list[int]:
+    """The numbers of images that the rounds of a batch refine."""
+    return [sum(each <= number for each in joining_rounds(labels, rounds)) for number in range(rounds)]
 
 
 def make_schedule(config: SynthesisConfig, height: int, width: int, *, seed: int, batch: int) -> Schedule:

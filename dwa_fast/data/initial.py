@@ -63,7 +63,7 @@ def initial_images(
     """The initial images of a set, as configured. Decodes nothing yet.
 
     Args:
-        predict: the teacher, which chooses patches.
+        predict: the teacher, which chooses patches and median images.
     Raises:
         InputError: a class has too few images, a tensor file is missing, the configuration does not use initial images, or images of
             this size cannot be made of the patches.
@@ -74,6 +74,9 @@ def initial_images(
         return NoImages(data)
     if config.initial_tensors:
         return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
+    if recipe.synthesis.initial == "median":
+        assert predict is not None
+        return MedianImages(data, recipe.data, config, ipc=ipc, seed=seed, predict=predict)
     if recipe.synthesis.initial == "patches":
         assert predict is not None
         return PatchImages(data, recipe.data, config, ipc=ipc, seed=seed, predict=predict)
@@ -257,6 +260,60 @@ class PatchImages:
         losses = scores(torch.stack(patches), label, size, self._predict, self._normalisation, classes).view(len(drawn), self._crops)
         lowest, which = losses.min(1)
         return [drawn[candidate][int(which[candidate])] for candidate in lowest.sort(stable=True).indices[: self._needed].tolist()]
+
+
+class MedianImages:
+    """The real images of each class whose probability under the teacher is nearest to the class's median (DELT, arXiv 2411.19946).
+
+    All images of a class are ranked by the probability of their class; image 0 is the median, and the others follow from both sides in
+    turn, so that images of a smaller ipc are those of a larger one.
+    """
+
+    def __init__(
+        self, data: ImageSet, normalisation: Normalisation, config: InitialConfig, *, ipc: int, seed: int, predict: Predict
+    ) -> None:
+        """Ranks nothing yet.
+
+        Raises:
+            InputError: a class has fewer than ipc images, or an order of the images is asked for.
+        """
+        if config.initial_order != "sampled":
+            raise InputError(f"median images have an order of their own; leave out initial_order {config.initial_order}")
+        self._members = class_members(data, ipc)
+        self.settings: dict[str, Any] = {}
+        self._real = RealImages(data, normalisation, config, ipc=1, seed=seed)
+        self._data, self._normalisation, self._predict = data, normalisation, predict
+        self._order: dict[int, list[int]] = {}  # of a class: places among its images that can be decoded
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Files that could not be decoded so far, with the cause."""
+        return self._real.skipped
+
+    def check(self, last: Mapping[int, int]) -> None:
+        """Rank the images of each class.
+
+        Raises:
+            InputError: as `RealImages.load`, too few images of a class can be decoded, or the teacher's logits are not finite.
+        """
+        for label, index in last.items():
+            if label not in self._order:
+                self._order[label] = self._rank(label)
+            if index >= len(self._order[label]):
+                self._real.levels(label, index)  # says how many there are
+
+    def load(self, images: Sequence[tuple[int, int]]) -> Tensor:
+        """Images, [n, C, S, S], normalised, by label and index of each; their classes have been checked."""
+        return normalise(torch.stack([self._real.levels(label, self._order[label][index]) for label, index in images]), self._normalisation)
+
+    def _rank(self, label: int) -> list[int]:
+        candidates = torch.cat(self._real.first(label, len(self._members[label])))
+        size, classes = self._data.image_shape[1], len(self._data.class_names)
+        losses = scores(candidates, label, size, self._predict, self._normalisation, classes)  # −log of the probability
+        ranked = losses.sort(stable=True).indices.tolist()
+        middle = len(ranked) // 2
+        places = sorted(range(len(ranked)), key=lambda place: (abs(place - middle), place))
+        return [ranked[place] for place in places]
 
 
 class TensorImages:

@@ -70,16 +70,31 @@ class Refinement:
                 kind: Any = {"compiles": True, "captures": captures, "graph_memory": self._graph_memory}
                 self._captured[turn] = CapturedStep(partial(self._iterate, turn), self.execution, **kind)
 
-    def load(self, images: Tensor, labels: Tensor, schedule: Schedule, turns: Sequence[Turn] = (ALONE,)) -> None:
-        """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃."""
+    def load(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        schedule: Schedule,
+        turns: Sequence[Turn] = (ALONE,),
+        *,
+        done: int = 0,
+        moments: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Set every buffer for a new batch, or a stage of it with at most T iterations; the networks already hold its weights θ̃.
+
+        Args:
+            done: iterations of the schedule that have passed. moments: Adam's, exp_avg and exp_avg_sq, after them; None: zero.
+        """
         self.capture(turns)
         self._turns = turns
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.rows[: len(schedule.rows)].copy_(schedule.rows)
         self.learning_rates[: len(schedule.rows)].copy_(schedule.learning_rates)
-        for buffer in (self.exp_avg, self.exp_avg_sq, self.step):
-            buffer.zero_()
+        self.step.fill_(done)
+        zero = torch.zeros((), dtype=self.images.dtype, device=self.images.device)
+        for buffer, value in zip((self.exp_avg, self.exp_avg_sq), moments or (zero, zero), strict=True):
+            buffer.copy_(value)
         for network in {network for turn in turns for place, _ in turn for network in self.teachers[place]}:
             network.refresh()
         for turn in turns:

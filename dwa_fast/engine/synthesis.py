@@ -65,7 +65,7 @@ class Replica:
     def begin(self, batch: Batch, seed: int) -> None:
         """Start a batch: draw its views, adjust the weights (Eq. 11) and load the initial images. On a GPU this is only queued.
 
-        Where the refinement has stages, the weights are adjusted once, before the first stage, on images of its size.
+        Where the refinement has stages, the weights are adjusted once, before the first stage, on all images at its size.
         """
         config, execution = self.config, self.execution
         with self._active():
@@ -76,7 +76,7 @@ class Replica:
             seen = resized(images, make_stages(config, *images.shape[2:])[0])
             view = execution.operators.view(seen, schedule.rows, first, execution.dtype)
             turns = self._turns if config.teacher_turns == "iteration" else [self._turns[batch.index % len(self._turns)]]
-            self._refinement.capture(images.shape, turns)
+            self._refinement.capture(images.shape, batch.labels, turns)
             self._norms = []
             for place in sorted({place for turn in turns for place, _ in turn}):
                 source = generator(seed, f"ascent {place}" if place else "ascent", batch.number)

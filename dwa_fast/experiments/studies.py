@@ -42,6 +42,7 @@ TITLES = {
     "coupled": "coupled λ",
     "sre2l++": "SRe2L++",
     "fadrm": "FADRM",
+    "delt": "DELT",
     "dwa": "DWA",
 }
 

@@ -195,6 +195,7 @@ def _refine(
     length, longer = config.iterations // len(sizes), config.iterations % len(sizes)
     choices = _choices(config, len(models))
     starts = [stage * length + min(stage, longer) for stage in range(len(sizes))]
+    refined = _refined(labels, config)
     for step in range(config.iterations):
         if step in starts:
             size, share = sizes[starts.index(step)], config.stage_mix if step else 0.0
@@ -205,17 +206,31 @@ def _refine(
         optimizer.zero_grad()
         if step == 0 and leak is not None:
             images.grad = leak.clone()
-        view = apply_view(images, schedule, step)
+        places = refined[step]
+        view = apply_view(images[places], schedule, step)
         terms = torch.zeros(3).to(view)
         for place, weight in choices[(step if config.teacher_turns == "iteration" else number) % len(choices)]:
             original = originals[place] if originals else None
-            terms = terms + weight * _terms(models[place], original, hooks[place], view, labels, config.first_layer_weight)
+            terms = terms + weight * _terms(models[place], original, hooks[place], view, labels[places], config.first_layer_weight)
         (terms[0] + config.lambda_mean * terms[1] + config.lambda_var * terms[2] + _priors(view, config)).backward()
         optimizer.step()
         with torch.no_grad():
-            images.clamp_(low, high)
+            images[places] = images[places].clamp(low, high)
         losses.append(terms.detach())
     return images.detach(), torch.stack(losses)
+
+
+def _refined(labels: Tensor, config: SynthesisConfig) -> list[Any]:
+    """The images that each iteration refines: all, or those of the first q groups of each class in round q (DELT)."""
+    if config.rounds == 1:
+        return [slice(None)] * config.iterations
+    groups = torch.zeros(len(labels), dtype=torch.int64)
+    for label in labels.unique():
+        (own,) = np.nonzero((labels == label).cpu().numpy())
+        for number, group in enumerate(np.array_split(own, config.rounds)):
+            groups[torch.from_numpy(group)] = number
+    spans = np.array_split(np.arange(config.iterations), config.rounds)
+    return [(groups <= number).nonzero().flatten().to(labels.device) for number, span in enumerate(spans) for _ in span]
 
 
 def _choices(config: SynthesisConfig, count: int) -> list[list[tuple[int, float]]]:

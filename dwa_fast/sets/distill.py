@@ -22,6 +22,7 @@ from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe
+from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
@@ -92,13 +93,14 @@ def distill(
         InputError: as `synthesize`; or ipc is no multiple of batch_ipc, a class has fewer than ipc images, one of the initial images cannot
             be decoded, the folder holds a set of other settings or cannot be written.
     """
-    config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     check_integer("ipc", ipc, 1)
+    recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
+    config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
-    batches = batch_specs(classes, ipc, config.batch_size, config.batch_ipc)
-    sizes = sorted({len(batch.labels) for batch in batches})
+    batches = batch_specs(classes, ipc, config.batch_size, config.batch_ipc or ipc)
+    sizes = sorted({count for batch in batches for count in refined_counts(batch.labels, config.rounds)})
     synthesizer = Synthesizer(listed(teacher, logits), probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
@@ -189,7 +191,7 @@ class SetBuilder:
     def _load(self) -> list[tuple[BatchSpec, Batch]]:
         """The next concurrent batches with their initial images; empty when there are no more."""
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
-        each = self.synthesizer.config.batch_ipc
+        each = self.synthesizer.config.batch_ipc or 1
         return [
             (spec, Batch(spec.number, self.initial_images.load(spec.images), torch.tensor(spec.labels), spec.index // each))
             for spec in group

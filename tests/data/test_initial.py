@@ -258,3 +258,46 @@ def test_all_images_that_a_set_needs_are_read_before_the_first_batch(tmp_path: P
     start.check(dict.fromkeys(range(10), 1))
     with pytest.raises(InputError, match=r"tensor_2\.pt"):
         start.check({0: 1, 4: 2})
+
+
+def bright(images: Tensor) -> Tensor:
+    """Logits by which class 0 is the likelier, and class 1 the less likely, the brighter an image is."""
+    mean = images.mean((1, 2, 3))
+    return torch.stack([mean, torch.zeros_like(mean)], 1)
+
+
+def median_images(data: FileSet, ipc: int, **settings: Any) -> Any:
+    config = small_recipe(**SHORT, initial="median")
+    return initial_images(data, config, InitialConfig(**settings), ipc=ipc, seed=0, predict=bright)
+
+
+def test_median_images_come_first(tmp_path: Path) -> None:
+    """The median of the probability of each class, then the others from both sides in turn; a larger ipc only adds some."""
+    write_files(tmp_path, classes=2, count=6)
+    for label, wanted in ((0, [2, 3, 1, 4, 0, 5]), (1, [23, 22, 24, 21, 25, 20])):
+        start = median_images(files(tmp_path), 6)
+        start.check({label: 5})
+        assert levels(start.load([(label, index) for index in range(6)])) == wanted
+        assert start.settings == {}
+    few = median_images(files(tmp_path), 2)
+    few.check({0: 1, 1: 1})
+    assert levels(few.load([(1, 1), (0, 0)])) == [22, 2]
+
+
+def test_median_images_with_bad_files(tmp_path: Path) -> None:
+    write_files(tmp_path, classes=2, count=4)
+    (tmp_path / "c0" / "1.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"c0/1\.png.*with --skip-bad-images"):
+        median_images(files(tmp_path), 2).check({0: 1})
+    start = median_images(files(tmp_path), 3, skip_bad_images=True)
+    start.check({0: 2})
+    assert levels(start.load([(0, 0), (0, 1), (0, 2)])) == [2, 3, 0]
+    assert list(start.skipped) == ["c0/1.png"]
+    with pytest.raises(InputError, match="class 'c0' has 3 good images and 1 bad ones, and image 4 is needed"):
+        median_images(files(tmp_path), 4, skip_bad_images=True).check({0: 3})
+
+
+def test_median_images_have_an_order_of_their_own(tmp_path: Path) -> None:
+    write_files(tmp_path, classes=2)
+    with pytest.raises(InputError, match="median images have an order of their own; leave out initial_order sorted"):
+        median_images(files(tmp_path), 2, initial_order="sorted")
