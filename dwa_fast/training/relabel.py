@@ -108,8 +108,10 @@ def relabel(
     total, left = sum(counts), sum(counts[epoch] for epoch in missing)
     needed, free = left * size, shutil.disk_usage(output).free
     if needed > free:
-        way = "--pool-share" if fkd else "--pool"
-        raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; {way} keeps fewer")
+        raise InputError(
+            f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; "
+            "--pool keeps fewer, or with --layout fkd --pool-share"
+        )
     loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), sampler, recipe.data, config.padding)
     soft_labels = teacher_labels(teachers, config, distilled.image_shape, device)
     dtype = torch.float32 if fkd and fkd.logits == "fp32" else torch.float16
