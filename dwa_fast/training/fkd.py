@@ -74,17 +74,16 @@ class ImageOrder:
 
     def _restart(self) -> None:
         self._sampler = RandomSampler(range(self._count), generator=torch.Generator().manual_seed(_SEED))
-        self._next = 0
+        self._drawn, self._last = -1, list[int]()
 
     def epoch(self, number: int) -> list[int]:
         """The order of an epoch, counted from 0. An earlier one than the last begins anew."""
-        if number < self._next:
+        if number < self._drawn:
             self._restart()
-        while True:
-            order = list(self._sampler)  # to the end, where it draws another permutation that no one sees
-            self._next += 1
-            if self._next > number:
-                return order
+        while self._drawn < number:
+            self._last = list(self._sampler)  # to the end, where it draws another permutation that no one sees
+            self._drawn += 1
+        return self._last
 
 
 def to_record(

@@ -27,6 +27,7 @@ from dwa_fast.report.records import read_record
 from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
 from dwa_fast.training import state
+from dwa_fast.training.fkd import ImageOrder
 from dwa_fast.training.fkd_folder import FkdFolder
 from dwa_fast.training.fkd_store import FkdPlans
 from dwa_fast.training.relabel import label_bytes, relabel
@@ -112,6 +113,14 @@ def test_what_was_written_is_read(tmp_path: Path, images: FileSet, config: Valid
         for batch in TrainingLoader(ImageCache(images, CPU, 1.0), found, DIGITS.data, 0).epoch(epoch):
             assert batch.plan.logits is not None
             assert torch.allclose(batch.plan.logits.double(), exact_logits(batch.images.double(), config), rtol=1e-5, atol=1e-5)
+
+
+def test_image_order_is_drawn_once_an_epoch() -> None:
+    order, public = ImageOrder(20), public_fkd.sampler(20, 20)
+    wanted = [indices for _ in range(4) for indices in public]
+    first = order.epoch(1)
+    assert order.epoch(1) is first
+    assert [order.epoch(number) for number in (1, 3, 0, 2)] == [wanted[number] for number in (1, 3, 0, 2)]
 
 
 def test_files_are_of_plain_types(tmp_path: Path, images: FileSet) -> None:
@@ -245,13 +254,15 @@ DAMAGED: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize(("change", "message"), DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_files_are_refused(tmp_path: Path, images: FileSet, change: Change, message: str) -> None:
-    fkd = write(tmp_path / "labels", images)
-    path = fkd / "epoch_1" / "batch_3.tar"
+    fkd = write(tmp_path / "labels", images, replace(CUTMIX, epochs=1))
+    path = fkd / "epoch_0" / "batch_3.tar"
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
-    with pytest.raises(InputError, match=r"FKD file .*epoch_1/batch_3\.tar " + message if "labels of" not in message else message):
-        students(images, fkd)
+    labels = FkdFolder(fkd, images, replace(CUTMIX, epochs=1))
+    assert len(labels.read(0, 2).indices) == 16
+    with pytest.raises(InputError, match=r"epoch_0/batch_3\.tar " + message):
+        labels.read(0, 3)
 
 
 def test_code_in_files_is_not_run(tmp_path: Path, images: FileSet) -> None:
@@ -297,6 +308,8 @@ def test_files_of_other_sets_are_refused(tmp_path: Path, images: FileSet) -> Non
         students(fewer, fkd)
     with pytest.raises(InputError, match="FKD files are for all images of a folder"):
         write(tmp_path / "fewer", fewer)
+    with pytest.raises(InputError, match=r"other settings \(layout was 'fkd', is None; .*choose another folder"):
+        relabel(images, small_teacher(), replace(DIGITS, validation=CUTMIX), output=tmp_path / "labels", device=CPU)
     (images.folder / "new003" / "id4.png").unlink()
     others = open_distilled(images.folder, SIZE, 1, images.class_names)[0]
     with pytest.raises(InputError, match="holds labels of 110 images, the set has 109"):
@@ -385,7 +398,8 @@ def test_students_of_a_pool_resume_to_the_same_bits(tmp_path: Path, images: File
 
     straight, resumed = weights("straight", [47]), weights("resumed", [8, 20, 47])
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert students(images, labels, POOL, resume_dir=tmp_path / "resumed") == students(images, labels, POOL)
+    alone = students(images, labels, POOL, resume_dir=tmp_path / "resumed").accuracies
+    assert alone == students(images, labels, replace(POOL, students=2), jobs=2).accuracies[:1]
 
 
 def test_pools_are_resumed_and_cannot_grow(tmp_path: Path, images: FileSet) -> None:
