@@ -1,8 +1,7 @@
-"""FKD files: students of other programs get what the teacher saw, students here get what other programs wrote; pools; damaged files."""
+"""FKD files: students of other programs get what the teacher saw, students here get what other programs wrote; damaged files."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from dwa_fast import FkdConfig, InputError
@@ -20,62 +18,20 @@ from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.distilled import open_distilled
-from dwa_fast.data.loader import ImageCache, TrainingLoader, parts
+from dwa_fast.data.loader import ImageCache, TrainingLoader
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.report.records import read_record
 from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
-from dwa_fast.training import state
 from dwa_fast.training.fkd import ImageOrder
 from dwa_fast.training.fkd_folder import FkdFolder
 from dwa_fast.training.fkd_store import FkdPlans
-from dwa_fast.training.relabel import label_bytes, relabel
-from dwa_fast.training.validate import ValidationResult, validate
+from dwa_fast.training.relabel import relabel
 from tests.hostile import Harmful
 from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at
 from tests.training import public_fkd
-
-CPU = torch.device("cpu")
-MEAN, STD = DIGITS.data.mean[0], DIGITS.data.std[0]
-CUTMIX = replace(
-    DIGITS.validation, epochs=3, batch_size=16, students=1, augmentation="resized-crop", mixing="cutmix", mixing_alpha=1.0, flip=0.5
-)
-MIXUP = replace(CUTMIX, mixing="mixup", mixing_alpha=0.8)
-PLAIN = replace(CUTMIX, mixing="none")
-PER_CLASS = 11  # ImageFolder sorts id10 before id2; 110 images are six batches of 16 and one of 14
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> FileSet:
-    """A distilled set on the disk."""
-    data, counts = small_set(PER_CLASS), [0] * 10
-    for pixels, label in zip(data.pixels, data.labels.tolist(), strict=True):
-        path = tmp_path / "images" / f"new{label:03d}" / f"id{counts[label]}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[0].numpy()).save(path)
-        counts[label] += 1
-    return open_distilled(tmp_path / "images", SIZE, 1, data.class_names)[0]
-
-
-def write(folder: Path, images: FileSet, config: ValidationConfig = CUTMIX, fkd: FkdConfig | None = None, **more: Any) -> Path:
-    """Labels of this program; the folder of the FKD files."""
-    recipe = replace(DIGITS, validation=config)
-    more = {"teacher": small_teacher(), **more}
-    relabel(images, more.pop("teacher"), recipe, output=folder, device=CPU, fkd=fkd or FkdConfig(), **more)
-    return folder / "fkd"
-
-
-def students(images: FileSet, labels: Path, config: ValidationConfig = CUTMIX, **more: Any) -> ValidationResult:
-    recipe = replace(DIGITS, validation=config)
-    return validate(images, small_set(8), None, "small-resnet", recipe, device=CPU, soft_labels=labels, **more)
-
-
-def exact_logits(batch: torch.Tensor, config: ValidationConfig) -> torch.Tensor:
-    """The teacher's, in float64."""
-    teacher = small_teacher().double().train(config.teacher_mode == "train")
-    with torch.no_grad():
-        return torch.cat([teacher(batch[rows]) for rows in parts(len(batch), config.accumulation)])
+from tests.training.fkd_setups import CPU, CUTMIX, MEAN, MIXUP, PLAIN, STD, contents, exact_logits, students, write
 
 
 @pytest.mark.parametrize(
@@ -201,10 +157,6 @@ def test_stopped_and_damaged_files_are_made_good(tmp_path: Path, images: FileSet
         write(tmp_path / "stopped", images, fkd=FkdConfig(logits="fp32"))
     write(tmp_path / "stopped", images, replace(CUTMIX, epochs=4))
     assert {name: value for name, value in contents(fkd).items() if "epoch_3" not in name} == contents(whole)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 Change = Callable[[list[Any]], None]
@@ -342,83 +294,6 @@ def test_logits_beyond_half_precision(tmp_path: Path, images: FileSet) -> None:
         write(tmp_path / "half", images, teacher=Loud())
     fkd = write(tmp_path / "full", images, fkd=FkdConfig(logits="fp32"), teacher=Loud())
     assert torch.load(fkd / "epoch_0" / "batch_0.tar", weights_only=True)[5].eq(1e6).all()
-
-
-POOL, SHARE = replace(CUTMIX, epochs=8), FkdConfig(pool_share=0.3, logits="fp32")  # 14.4 of 48 batches: two epochs of six, and two more
-
-
-def test_pool_holds_a_share_of_all_batches(tmp_path: Path, images: FileSet) -> None:
-    """The first ones, without the smaller last one of an epoch; LPLD's reader finds the teacher's logits."""
-    fkd = write(tmp_path / "labels", images, POOL, SHARE)
-    assert sorted(path.name for path in fkd.iterdir()) == ["epoch_0", "epoch_1", "epoch_2", "sampler_indices_epoch.json"]
-    assert [len(list((fkd / f"epoch_{epoch}").iterdir())) for epoch in range(3)] == [6, 6, 2]
-    found = list(public_fkd.pool_batches(fkd, images.folder, MEAN, STD))
-    assert len(found) == int(0.3 * 8 * 6)
-    for batch, logits in found:
-        assert torch.allclose(logits.double(), exact_logits(batch, POOL), rtol=1e-5, atol=1e-5)
-    order = json.loads((fkd / "sampler_indices_epoch.json").read_text())
-    public = public_fkd.sampler(110, 16)
-    for epoch in range(3):
-        assert order[str(epoch)] == [index for indices in list(public)[: (6, 6, 2)[epoch]] for index in indices]
-    whole = label_bytes(POOL, 110, 10, fkd=FkdConfig(logits="fp32"))
-    assert label_bytes(POOL, 110, 10, fkd=SHARE) < 0.3 * whole
-    written = sum(path.stat().st_size for path in fkd.rglob("*.tar"))
-    assert abs(written - label_bytes(POOL, 110, 10, fkd=SHARE)) < 0.1 * written
-
-
-def test_students_draw_from_the_pool(tmp_path: Path, images: FileSet) -> None:
-    """As many batches as an epoch has, with replacement, by the seed and the number of the epoch alone."""
-    fkd = write(tmp_path / "labels", images, POOL, SHARE)
-    labels = FkdFolder(fkd, images, POOL)
-    pool = [labels.read(*place) for place in labels.places()]
-
-    def drawn(seed: int, epoch: int) -> list[int]:
-        plans = labels.sampler(POOL, 110, 10, seed=seed).epoch(epoch)
-        return [next(n for n, own in enumerate(pool) if torch.equal(own.logits, plan.logits)) for plan in plans]  # type: ignore[arg-type]
-
-    rounds = [drawn(1, epoch) for epoch in range(30)]
-    assert all(len(each) == 6 for each in rounds)
-    assert {place for each in rounds for place in each} == set(range(14))
-    assert any(len(set(each)) < 6 for each in rounds)
-    assert len({tuple(each) for each in rounds}) == 30
-    assert drawn(1, 17) == rounds[17]
-    assert drawn(2, 17) != rounds[17]
-
-
-def test_students_of_a_pool_resume_to_the_same_bits(tmp_path: Path, images: FileSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_SECONDS", 0.0)
-    labels = write(tmp_path / "labels", images, POOL, SHARE).parent
-
-    def weights(name: str, stops: list[int]) -> dict[str, torch.Tensor]:
-        for step in stops:
-            with pytest.raises(KeyboardInterrupt):
-                students(images, labels, POOL, resume_dir=tmp_path / name, progress=stop_at(step))
-        content: dict[str, torch.Tensor] = torch.load(tmp_path / name / "student0.state", weights_only=True)["weights"]
-        return content
-
-    straight, resumed = weights("straight", [47]), weights("resumed", [8, 20, 47])
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    alone = students(images, labels, POOL, resume_dir=tmp_path / "resumed").accuracies
-    assert alone == students(images, labels, replace(POOL, students=2), jobs=2).accuracies[:1]
-
-
-def test_pools_are_resumed_and_cannot_grow(tmp_path: Path, images: FileSet) -> None:
-    whole = write(tmp_path / "whole", images, POOL, SHARE)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "stopped", images, POOL, SHARE, progress=stop_at(9))
-    fkd = write(tmp_path / "stopped", images, POOL, SHARE)
-    assert contents(fkd) == contents(whole)
-    (fkd / "sampler_indices_epoch.json").unlink()
-    write(tmp_path / "stopped", images, POOL, SHARE)
-    assert contents(fkd) == contents(whole)
-    with pytest.raises(InputError, match=r"other settings \(epochs was 8, is 9\); choose another folder"):
-        write(tmp_path / "stopped", images, replace(POOL, epochs=9), SHARE)
-    (fkd / "sampler_indices_epoch.json").write_text('{"0": ["a"]}')
-    with pytest.raises(InputError, match=r"sampler_indices_epoch\.json cannot be read: it holds something else than integers"):
-        students(images, fkd, POOL)
-    (fkd / "sampler_indices_epoch.json").write_text('{"0": [1, 2]}')
-    with pytest.raises(InputError, match=r"holds labels of 16 images, expected \d+ in 0 … 109"):
-        students(images, fkd, POOL)
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
