@@ -9,7 +9,7 @@ result.save("distilled")
 from __future__ import annotations
 
 from dwa_fast._version import __version__
-from dwa_fast.config import DataConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig
+from dwa_fast.config import DataConfig, FkdConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig
 from dwa_fast.data.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
 from dwa_fast.data.datasets import load as load_data
 from dwa_fast.data.distilled import open_distilled
@@ -25,6 +25,7 @@ from dwa_fast.training.validate import ValidationResult, validate
 __all__ = [
     "DataConfig",
     "FileSet",
+    "FkdConfig",
     "InitialConfig",
     "InputError",
     "MemorySet",

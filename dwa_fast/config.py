@@ -34,6 +34,7 @@ SoftOrHard = Literal["soft", "hard"]
 TeacherMode = Literal["eval", "train"]
 TeacherMean = Literal["plain", "balanced"]
 SoftLoss = Literal["kl", "mse"]
+LogitPrecision = Literal["fp16", "fp32"]
 ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
@@ -340,3 +341,12 @@ class ValidationConfig(Config):
         super().__post_init__()
         if self.weight_ema == 1:
             raise InputError("weight_ema must be below 1, at which the average would never move")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FkdConfig(Config):
+    """Soft labels as FKD files: what SRe2L's relabel and LPLD's label pruning write."""
+
+    logits: LogitPrecision = "fp16"  # FKD: precision of the stored logits.
+    sample_indices: bool = False  # FKD: also the numbers of the images, for G-VBSM's reader; SRe2L's refuses them.
+    pool_share: PositiveFraction = 1.0  # FKD: share of all batches that get labels (LPLD); each epoch of a student draws from them. 1: all.

@@ -32,7 +32,7 @@ class Validate(DistilledData):
     """Train students on a distilled set and test them on the held-out real images. Run the same command again to resume."""
 
     teacher: tuple[Path, ...] = ()  # Checkpoint of the teacher, or of several; not needed with --soft-labels or hard labels.
-    soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote; default: computed during training.
+    soft_labels: Path | None = None  # Folder of soft labels that dwa-fast relabel wrote, or of FKD files of any program; default: computed.
     student: Architecture
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast.config import SqueezeConfig, ValidationConfig
+from dwa_fast.data.boxes import resize_boxes
 from dwa_fast.data.datasets import to_unit
 
 _SMALLEST, _RATIO = 0.08, (3 / 4, 4 / 3)  # random resized crop of the published training recipes
@@ -38,6 +39,7 @@ class Views:
     crops: Tensor | None = None  # [B, 4] float32: width (negative: mirrored) and height, shares of the image; centre x and y, −1 … 1
     cells: Tensor | None = None  # [B, 2, n] uint8: new order of the n columns and of the n rows of cells
     rand_augment: RandAugment | None = None
+    boxes: Tensor | None = None  # [B, 4] int16: top, left, height and width of the crop, whole pixels (FKD files)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def apply_views(
     views: Views,
     padding: int,  # of pad-crop, pixels
 ) -> Tensor:  # [B, C, H, W], channels-last
-    """Shuffle cells, apply RandAugment, then crop and flip: the last give pixels in [0, 1] for resized crops, else as they are."""
+    """Shuffle cells, apply RandAugment, then crop and flip: `crops` give pixels in [0, 1], all others leave them as they are."""
     if views.cells is not None:
         pixels = _shuffle_cells(pixels, views.cells.to(pixels.device))
     if views.rand_augment is not None:
@@ -88,6 +90,8 @@ def apply_views(
     if views.crops is not None:
         pixels = to_unit(pixels) if pixels.dtype == torch.uint8 else pixels
         return _resized_crop(pixels, views.crops.to(pixels))
+    if views.boxes is not None:
+        pixels = resize_boxes(pixels, views.boxes)
     if views.offsets is None and views.flipped is None:
         return pixels
     return _gather(pixels, padding if views.offsets is not None else 0, views)
@@ -109,8 +113,14 @@ def draw_mix(
     image_size: tuple[int, int],  # height, width
     config: SqueezeConfig | ValidationConfig,
     source: np.random.Generator,
+    *,
+    by_area: bool = True,
 ) -> Mix:
-    """Draw partners for mixup (blend) or CutMix (paste a box), and their share from Beta(alpha, alpha)."""
+    """Draw partners for mixup (blend) or CutMix (paste a box), and their share from Beta(alpha, alpha).
+
+    Args:
+        by_area: the share of CutMix is that of the pixels which stay; else as drawn, though the border of the image cuts boxes off.
+    """
     if not isinstance(config, ValidationConfig) or config.mixing == "none":
         return Mix()
     partner = torch.from_numpy(source.permutation(count))
@@ -122,7 +132,9 @@ def draw_mix(
     y, x = int(source.integers(height)), int(source.integers(width))
     top, bottom = max(0, y - int(height * side) // 2), min(height, y + int(height * side) // 2)
     left, right = max(0, x - int(width * side) // 2), min(width, x + int(width * side) // 2)
-    return Mix(partner, 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+    if by_area:
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    return Mix(partner, share, (top, bottom, left, right))
 
 
 def apply_mix(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict, deque
@@ -53,6 +54,38 @@ class _Sequence:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return []
+
+
+class _NumberType:
+    """Replaces numpy.dtype, for the types of numbers in `_NUMBERS` alone."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if code not in _NUMBERS:
+            raise ValueError(f"a NumPy value of type {code!r}, expected one of {', '.join(_NUMBERS)}")
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the byte order, which is all that these types have as state."""
+        self.order = "<" if state[1] in ("<", "=") else ">"
+
+
+class _Number:
+    """Replaces numpy.core.multiarray.scalar; gives a Python number."""
+
+    def __new__(cls, kind: Any, content: Any) -> Any:
+        if not isinstance(kind, _NumberType) or not isinstance(content, bytes):
+            raise ValueError("a NumPy value that is no number")
+        (value,) = struct.unpack(kind.order + _NUMBERS[kind.code], content)
+        return value
+
+
+_NUMBERS = {"i4": "i", "i8": "q", "f8": "d"}  # NumPy's name of a type: Python's in struct
+
+# For `torch.serialization.safe_globals`: NumPy integers and floats become Python's; NumPy 1 and 2 pickle them under different names.
+PLAIN_NUMBERS: list[tuple[type, str]] = [
+    (_NumberType, "numpy.dtype"),
+    *((_Number, f"numpy.{name}.multiarray.scalar") for name in ("core", "_core")),
+]
 
 
 def stand_ins(path: Path) -> list[tuple[type, str]]:

@@ -13,7 +13,7 @@ import torch
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import atomic_write
 from dwa_fast.io.formats import damaged_entry, folder_reason, foreign_format, is_safetensors
-from dwa_fast.io.pickles import stand_ins
+from dwa_fast.io.pickles import PLAIN_NUMBERS, stand_ins
 
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # names in torch's message about a refused global
 _BLOCKED = re.compile(r"GLOBAL ([\w.]+) whose module")  # the same for modules that torch always blocks
@@ -31,15 +31,16 @@ def write_archive(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def read_archive(path: Path, what: str) -> Any:
+def read_archive(path: Path, what: str, *, numpy_numbers: bool = False) -> Any:
     """Read what `torch.save` wrote, on the CPU: tensors, numbers, text and containers only (weights_only).
 
     Args:
         what: kind of file in the error message, such as "checkpoint".
+        numpy_numbers: NumPy integers and floats become Python's instead of being refused; no function of NumPy is called.
     Raises:
         InputError: the file does not exist, cannot be read, is damaged, or holds other objects, such as a whole module.
     """
-    return _reading(path, what, lambda: _load(path))
+    return _reading(path, what, lambda: _load(path, PLAIN_NUMBERS if numpy_numbers else ()))
 
 
 def read_checkpoint(path: Path, what: str) -> Any:

@@ -17,7 +17,9 @@ from dwa_fast.io.files import checksum, is_left_over, is_temporary, walk_files
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
 from dwa_fast.sets.preview import PREVIEW
 from dwa_fast.sets.store import BATCH_FILES
-from dwa_fast.training.label_store import INDEX, LabelStore
+from dwa_fast.training.fkd_store import fkd_index
+from dwa_fast.training.label_index import INDEX
+from dwa_fast.training.label_store import LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _THREADS = 8  # that read files
@@ -40,7 +42,7 @@ def problems(folder: Path) -> Iterator[str]:
     known = {MANIFEST, LOSSES, PREVIEW, *images, *([NOTE] if prefix(manifest) else [])}
     for name in _label_folders(folder, manifest):
         try:
-            store = LabelStore(folder / name)
+            store = fkd_index(folder / name) or LabelStore(folder / name)
         except InputError as error:
             yield str(error)
             continue

@@ -200,16 +200,16 @@ def check_teacher_logits(teacher: nn.Module, data: ImageSet, normalisation: Norm
     check_logits(logits, "teacher", len(data.class_names))
 
 
-def check_batches(make: Callable[[], nn.Module], data: ImageSet, batch_size: int, device: torch.device, owner: str) -> None:
+def check_batches(make: Callable[[], nn.Module], data: ImageSet, sizes: Sequence[int], device: torch.device, owner: str) -> None:
     """Check that the smallest batch of an epoch can pass through a network in train mode.
 
     Args:
-        make: builds the network on the device; called only if the smallest batch has one image.
+        sizes: images of the batches. make: builds the network on the device; called only if the smallest batch has one image.
         owner: name of the network in the error message.
     Raises:
         InputError: a batch of one image leaves a BatchNorm layer with a single value per channel.
     """
-    if min(batch_sizes(len(data.labels), batch_size)) > 1:
+    if min(sizes) > 1:
         return
     try:
         with torch.no_grad(), seeded_layers(0, device):
@@ -232,7 +232,7 @@ def check_label_teacher(teacher: nn.Module, data: ImageSet, recipe: Recipe, devi
     check_teacher_logits(teacher, data, recipe.data, device)
     if recipe.validation.teacher_mode == "train":
         size = batch_size_of(recipe.validation, len(data.labels), len(data.class_names))
-        check_batches(lambda: copy.deepcopy(teacher).to(device), data, size, device, "teacher")
+        check_batches(lambda: copy.deepcopy(teacher).to(device), data, batch_sizes(len(data.labels), size), device, "teacher")
 
 
 def with_batch_size(recipe: Recipe, data: ImageSet) -> Recipe:

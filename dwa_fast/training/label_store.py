@@ -18,17 +18,13 @@ from torch import Tensor
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix, RandAugment, Views
 from dwa_fast.data.loader import BatchPlan, batch_size_of, batch_sizes
-from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
-from dwa_fast.io.settings import refuse_change
+from dwa_fast.io.files import checksum
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import generator
-from dwa_fast.threads import with_recorded_threads
+from dwa_fast.training.label_index import INDEX, LabelIndex
 
-INDEX = "labels.json"
-_FORMAT = 1
 _ARCHIVE, _ENTRY = 1600, 280  # approximate overhead in bytes of an epoch's file, and of each tensor in it
 # Settings that batch plans depend on.
 PLAN_SETTINGS = (
@@ -85,68 +81,8 @@ def view_settings(recipe: Recipe) -> dict[str, Any]:
     return {name: settings[name] for name in PLAN_SETTINGS if name in settings}
 
 
-class LabelStore:
+class LabelStore(LabelIndex):
     """Reads and writes the labels of a set, one file per epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open a folder of soft labels.
-
-        Raises:
-            InputError: it holds no soft labels, or its index is damaged.
-        """
-        self.folder = folder
-        path = folder / INDEX
-        try:
-            content = json.loads(path.read_bytes())
-            self.settings: dict[str, Any] = dict(content["settings"])
-            self.epochs = int(content["epochs"])  # number of epochs of a complete store
-            self._sums = {int(number): str(value) for number, value in content["checksums"].items()}
-            if content["format"] != _FORMAT or self.epochs < 1:
-                raise ValueError("it holds something else")
-        except FileNotFoundError:
-            raise InputError(f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read: {error}; remove it to make all labels again") from error
-
-    @classmethod
-    def create(cls, folder: Path, settings: Mapping[str, Any], epochs: int) -> LabelStore:
-        """Create a store, or resume the one in the folder. A store can grow to more epochs.
-
-        Raises:
-            InputError: the folder cannot be written, or holds labels of other settings.
-        """
-        refuse_images(folder)
-        output_folder(folder)
-        for path in folder.glob(".*.part"):
-            if is_left_over(path):
-                path.unlink(missing_ok=True)
-        if not (folder / INDEX).exists():
-            write_json(folder / INDEX, {"format": _FORMAT, "settings": settings, "epochs": epochs, "checksums": {}})
-        store = cls(folder)
-        wanted = json.loads(json.dumps(with_recorded_threads(settings, store.settings, str(folder))))
-        refuse_change(folder, "soft labels", store.settings, wanted, "choose another folder")
-        store.epochs = max(store.epochs, epochs)
-        return store
-
-    @property
-    def complete(self) -> bool:
-        """Whether every epoch has been written."""
-        return all(number in self._sums for number in range(self.epochs))
-
-    @property
-    def missing(self) -> list[int]:
-        """Epochs without a file that matches its checksum."""
-        return [number for number in range(self.epochs) if not self._is_whole(number)]
-
-    @property
-    def files(self) -> list[str]:
-        """Names of all files that have been written."""
-        return [INDEX, *(self._file(number).name for number in sorted(self._sums))]
-
-    @property
-    def identity(self) -> str:
-        """Identifies the labels: the checksum of the index, which holds that of every file."""
-        return checksum(self.folder / INDEX)
 
     def write(self, number: int, plans: Sequence[BatchPlan]) -> None:
         """Write one epoch durably.
@@ -160,11 +96,8 @@ class LabelStore:
                 f"the teacher's logits of epoch {number} are not finite in half precision, in which labels are stored; "
                 "dwa-fast validate --teacher computes them during training, in full precision"
             )
-        path = self._file(number)
-        write_archive(path, content)
-        self._sums[number] = checksum(path)
-        sums = {str(epoch): value for epoch, value in sorted(self._sums.items())}
-        write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.epochs, "checksums": sums})
+        write_archive(self._file(number), content)
+        self.written(number)
 
     def read(self, number: int, parts: TensorSpecs, sizes: Sequence[int], config: ValidationConfig) -> list[BatchPlan]:
         """The batch plans of one epoch.
@@ -175,7 +108,7 @@ class LabelStore:
             InputError: the file is missing, has changed, or holds logits that are not finite.
         """
         path = self._file(number)
-        if not self._is_whole(number):
+        if not self.is_whole(number):
             raise InputError(f"{path} is missing or has changed since it was written; the command that made the labels makes it again")
         content = read_archive(path, "file of soft labels")
         found = {name: (value.dtype, tuple(value.shape)) for name, value in content.items()} if isinstance(content, dict) else {}
@@ -185,14 +118,20 @@ class LabelStore:
             raise InputError(f"{path} holds logits that are not finite; remove the folder, and make them again with a sound teacher")
         return _unpacked(content, sizes, config)
 
+    def sampler(self, config: ValidationConfig, images: int, classes: int, *, seed: int) -> StoredSampler:
+        """Gives the plans of a training of these students' settings on the set."""
+        return StoredSampler(self, config, images, classes, seed=seed)
+
+    def files_of(self, number: int) -> list[str]:
+        """The file of an epoch."""
+        return [self._file(number).name]
+
+    def digest(self, number: int) -> str:
+        """SHA-256 of the file of an epoch. Raises OSError if it is missing."""
+        return checksum(self._file(number))
+
     def _file(self, number: int) -> Path:
         return self.folder / f"epoch{number:03d}.pt"
-
-    def _is_whole(self, number: int) -> bool:
-        try:
-            return number in self._sums and checksum(self._file(number)) == self._sums[number]
-        except OSError:
-            return False
 
 
 class StoredSampler:

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from dwa_fast.config import Progress, ValidationConfig, check_integer
+from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
@@ -32,6 +33,8 @@ from dwa_fast.training.fit import (
     teacher_settings,
     with_batch_size,
 )
+from dwa_fast.training.fkd_store import FkdPlans, FkdStore, fkd_bytes
+from dwa_fast.training.label_index import LabelIndex
 from dwa_fast.training.label_store import LabelStore, epoch_bytes, view_settings
 
 
@@ -45,9 +48,9 @@ def stored_epochs(config: ValidationConfig, pool: int) -> int:
     return -(-config.epochs // pool)
 
 
-def label_bytes(config: ValidationConfig, images: int, classes: int, pool: int = 1) -> int:
+def label_bytes(config: ValidationConfig, images: int, classes: int, pool: int = 1, fkd: FkdConfig | None = None) -> int:
     """Approximate size of the labels of a set on disk."""
-    return stored_epochs(config, pool) * epoch_bytes(config, images, classes)
+    return fkd_bytes(config, fkd, images, classes) if fkd else stored_epochs(config, pool) * epoch_bytes(config, images, classes)
 
 
 def relabel(
@@ -59,9 +62,10 @@ def relabel(
     device: str | torch.device,
     seed: int = 0,
     pool: int = 1,
+    fkd: FkdConfig | None = None,
     progress: Progress | None = None,
-) -> LabelStore:
-    """Write the soft labels of the first student that `validate` would train with this recipe and seed.
+) -> LabelIndex:
+    """Write the soft labels of the first student that `validate` would train with this recipe and seed, or FKD files for other programs.
 
     Args:
         teacher: one, or several whose mean logits are stored; copied, never changed.
@@ -69,10 +73,11 @@ def relabel(
             used.
         output: folder of the labels. The same call resumes an interrupted run and gives the same bits.
         pool: store the labels of one epoch in `pool`; students reuse them.
+        fkd: write FKD files below `output/fkd`, of other random views than `validate` would draw; None: our own layout.
         progress: called with the finished batches and the total.
     Raises:
-        InputError: the folder holds labels of other settings, the disk has too little space, or the teacher gives no finite logits of the
-            set's classes.
+        InputError: the folder holds labels of other settings, the disk has too little space, the teacher gives no finite logits of the
+            set's classes, or FKD files cannot hold such views.
     """
     check_set(distilled, "distilled images")
     recipe, output, device = with_batch_size(recipe, distilled), Path(output), torch.device(device)
@@ -90,23 +95,51 @@ def relabel(
         "seed": seed,
         THREADS: threads_of(device),
     }
-    store = LabelStore.create(output, settings, stored_epochs(config, pool))
-    missing = store.missing
-    needed, free = len(missing) * epoch_bytes(config, len(distilled.labels), classes), shutil.disk_usage(output).free
-    if needed > free:
-        raise InputError(f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; --pool keeps fewer")
     own = derive(seed, "student", 0)
-    sampler = RandomSampler(distilled, config, seed=own)
+    store: LabelStore | FkdStore
+    sampler: RandomSampler | FkdPlans
+    if fkd:
+        sampler = FkdPlans(distilled, config, fkd, seed=own)
+        store = FkdStore.of(output, {**settings, **_fkd_settings(config, fkd, pool)}, sampler)
+        counts = [sampler.count(epoch) for epoch in range(store.epochs)]
+        size = fkd_bytes(config, fkd, len(distilled.labels), classes) / sampler.total  # of a batch
+    else:
+        sampler = RandomSampler(distilled, config, seed=own)
+        store = LabelStore.create(output, settings, stored_epochs(config, pool))
+        counts = [sampler.steps] * store.epochs
+        size = epoch_bytes(config, len(distilled.labels), classes) / sampler.steps
+    missing = store.missing
+    total, left = sum(counts), sum(counts[epoch] for epoch in missing)
+    needed, free = left * size, shutil.disk_usage(output).free
+    if needed > free:
+        raise InputError(
+            f"{output} has {free / 2**30:.3g} GiB left, but the labels need {needed / 2**30:.3g} GiB; "
+            "--pool keeps fewer, or with --layout fkd --pool-share"
+        )
     loader = TrainingLoader(ImageCache(distilled, device, config.memory_limit), sampler, recipe.data, config.padding)
     soft_labels = teacher_labels(teachers, config, distilled.image_shape, device)
-    done = (store.epochs - len(missing)) * loader.steps
+    dtype = torch.float32 if fkd and fkd.logits == "fp32" else torch.float16
+    done = total - left
     for epoch in missing:
         plans = []
         with seeded_layers(derive(own, "dropout", epoch), device), repeatable(), kept_memory(device):
             for batch in loader.epoch(epoch):
-                plans.append(replace(batch.plan, logits=check_logits(soft_labels(batch), "teacher", classes).half().cpu()))
+                plans.append(replace(batch.plan, logits=check_logits(soft_labels(batch), "teacher", classes).to(dtype).cpu()))
                 done += 1
                 if progress:
-                    progress(done, store.epochs * loader.steps)
+                    progress(done, total)
         store.write(epoch, plans)
+    store.finish()
     return store
+
+
+def _fkd_settings(config: ValidationConfig, fkd: FkdConfig, pool: int) -> dict[str, Any]:
+    """What the content of FKD files depends on besides the settings of all soft labels.
+
+    Raises:
+        InputError: pool is not 1.
+    """
+    if pool != 1:
+        raise InputError(f"FKD files keep a share of all batches, not one epoch in {pool}; pass --pool-share {1 / pool:.3g}, not --pool")
+    own = {name: getattr(fkd, name) for name in ("logits", "sample_indices", "pool_share")}
+    return {"layout": "fkd", **own, **({"epochs": config.epochs} if fkd.pool_share < 1 else {})}  # a pool cannot grow

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
+from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.recipes import Recipe
 from dwa_fast.threads import THREADS, threads_of
@@ -51,7 +51,7 @@ def squeeze(
     precision = resolve_precision(config.precision, device)
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
     model = new_network(recipe.architecture, **shape, seed=seed, device=device)
-    check_batches(lambda: copy.deepcopy(model), data, config.batch_size, device, "network")
+    check_batches(lambda: copy.deepcopy(model), data, batch_sizes(len(data.labels), config.batch_size), device, "network")
     optimizer = sgd(model, config)
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
     loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check_integer
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, parts
+from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
@@ -44,7 +44,9 @@ from dwa_fast.training.fit import (
     top1,
     with_batch_size,
 )
-from dwa_fast.training.label_store import PLAN_SETTINGS, LabelStore, StoredSampler, view_settings
+from dwa_fast.training.fkd_folder import FkdFolder, is_fkd
+from dwa_fast.training.fkd_store import FKD_FILES, FkdStore, fkd_index
+from dwa_fast.training.label_store import PLAN_SETTINGS, LabelStore, view_settings
 from dwa_fast.training.state import FinishedStudents, TrainingState
 
 log = logging.getLogger("dwa_fast")
@@ -99,7 +101,8 @@ def validate(
         progress: called with the finished steps and the total, over all students.
         resume_dir: folder for the accuracies of finished students and the checkpoint of the running one. The same call resumes from it and
             gives the same bits; a call with more students trains the missing ones.
-        soft_labels: folder that `relabel` wrote. All students then get the same batches and differ in their initial weights.
+        soft_labels: folder that `relabel` wrote, or one of FKD files of any program. All students then get the same batches and differ in
+            their initial weights; of a pool of batches (LPLD) each draws its own.
         test_every: also test a student after every so many epochs, which changes nothing else; 0: only in the end.
         tested: called with the student's number, its finished epochs and the accuracy of each such test, where jobs is 1.
         jobs: students that are trained at the same time, each in a process of its own, on a CPU with its share of PyTorch's threads, on
@@ -121,8 +124,7 @@ def validate(
     trainer = _StudentTrainer(distilled, test, teachers, _stored(soft_labels, recipe, distilled, teachers), student, recipe, device)
     for each_teacher in trainer.live_teachers:
         check_label_teacher(each_teacher, distilled, recipe, device)
-    batch_size = batch_size_of(config, len(distilled.labels), len(distilled.class_names))
-    check_batches(lambda: trainer.network(seed), distilled, batch_size, device, "student")
+    check_batches(lambda: trainer.network(seed), distilled, trainer.sizes, device, "student")
     jobs = min(jobs, config.students)
     threads = max(1, torch.get_num_threads() // jobs) if device.type == "cpu" else None
     folder = None
@@ -172,7 +174,7 @@ def _compare_names(own: Sequence[str], wanted: Sequence[str]) -> None:
     log.warning("%s; classes are taken to be the same by their numbers", difference)
 
 
-def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teachers: Sequence[nn.Module]) -> LabelStore | None:
+def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teachers: Sequence[nn.Module]) -> LabelStore | FkdFolder | None:
     """Open the stored soft labels; None if the labels come from the teacher or are hard.
 
     Raises:
@@ -187,7 +189,9 @@ def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teac
     if config.labels == "hard":
         raise InputError("stored soft labels are not used by students with hard labels; leave one of the two out")
     folder = Path(folder)
-    store = LabelStore(folder)
+    if is_fkd(folder):
+        return FkdFolder(folder, distilled, config)
+    store = fkd_index(folder) or LabelStore(folder)
     wanted = {**view_settings(recipe), "images": image_digest(distilled), "classes": len(distilled.class_names)}
     compared = {*PLAN_SETTINGS, "images", "classes"}
     if teachers:
@@ -197,6 +201,8 @@ def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teac
     refuse_change(folder, "soft labels", own, wanted, "relabel with these settings, or validate with those")
     if not store.complete:
         raise InputError(f"{folder} is incomplete; the dwa-fast relabel command that wrote it resumes it")
+    if isinstance(store, FkdStore):
+        return FkdFolder(folder / FKD_FILES, distilled, config)
     if store.epochs < config.epochs:
         level = logging.INFO if config.epochs % store.epochs == 0 else logging.WARNING  # a pool holds so many times fewer
         log.log(
@@ -216,7 +222,7 @@ class _StudentTrainer:
     distilled: ImageSet
     test: ImageSet
     teachers: Sequence[nn.Module]
-    labels: LabelStore | None
+    labels: LabelStore | FkdFolder | None
     student: str
     recipe: Recipe
     device: torch.device
@@ -250,10 +256,18 @@ class _StudentTrainer:
     def _precision(self) -> TrainingPrecision:
         return resolve_precision(self.config.precision, self.device)
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Images of the batches of an epoch."""
+        if isinstance(self.labels, FkdFolder):
+            return self.labels.sizes
+        count = len(self.distilled.labels)
+        return batch_sizes(count, batch_size_of(self.config, count, len(self.distilled.class_names)))
+
     def _sampler(self, seed: int) -> BatchSampler:
         if self.labels is None:
             return RandomSampler(self.distilled, self.config, seed=seed)
-        return StoredSampler(self.labels, self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
+        return self.labels.sampler(self.config, len(self.distilled.labels), len(self.distilled.class_names), seed=seed)
 
     def _soft_labels(self) -> SoftLabelFn:
         if self.live_teachers:

@@ -1,0 +1,106 @@
+"""Index of a folder of soft labels: the settings that they were made with, and a checksum per epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dwa_fast.data.set_layout import refuse_images
+from dwa_fast.errors import InputError
+from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
+from dwa_fast.io.settings import refuse_change
+from dwa_fast.threads import with_recorded_threads
+
+INDEX = "labels.json"
+_FORMAT = 1
+_Index = TypeVar("_Index", bound="LabelIndex")
+
+
+class LabelIndex:
+    """What is known of the labels of a set without reading them; subclasses hold the labels in a layout."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder of soft labels.
+
+        Raises:
+            InputError: it holds no soft labels, or its index is damaged.
+        """
+        self.folder = folder
+        path = folder / INDEX
+        try:
+            content = json.loads(path.read_bytes())
+            self.settings: dict[str, Any] = dict(content["settings"])
+            self.epochs = int(content["epochs"])  # number of epochs of a complete store
+            self._sums = {int(number): str(value) for number, value in content["checksums"].items()}
+            if content["format"] != _FORMAT or self.epochs < 1:
+                raise ValueError("it holds something else")
+        except FileNotFoundError:
+            raise InputError(f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read: {error}; remove it to make all labels again") from error
+
+    @classmethod
+    def create(cls: type[_Index], folder: Path, settings: Mapping[str, Any], epochs: int) -> _Index:
+        """Create a store, or resume the one in the folder. A store can grow to more epochs.
+
+        Raises:
+            InputError: the folder cannot be written, or holds labels of other settings.
+        """
+        refuse_images(folder)
+        output_folder(folder)
+        for path in folder.glob(".*.part"):
+            if is_left_over(path):
+                path.unlink(missing_ok=True)
+        if not (folder / INDEX).exists():
+            write_json(folder / INDEX, {"format": _FORMAT, "settings": settings, "epochs": epochs, "checksums": {}})
+        store = cls(folder)
+        wanted = json.loads(json.dumps(with_recorded_threads(settings, store.settings, str(folder))))
+        refuse_change(folder, "soft labels", store.settings, wanted, "choose another folder")
+        store.epochs = max(store.epochs, epochs)
+        return store
+
+    @property
+    def complete(self) -> bool:
+        """Whether every epoch has been written."""
+        return all(number in self._sums for number in range(self.epochs))
+
+    @property
+    def missing(self) -> list[int]:
+        """Epochs without a file that matches its checksum."""
+        return [number for number in range(self.epochs) if not self.is_whole(number)]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files that have been written."""
+        return [INDEX, *(name for number in sorted(self._sums) for name in self.files_of(number))]
+
+    @property
+    def identity(self) -> str:
+        """Identifies the labels: the checksum of the index, which holds that of every file."""
+        return checksum(self.folder / INDEX)
+
+    def is_whole(self, number: int) -> bool:
+        """Whether an epoch has been written and has not changed since."""
+        try:
+            return number in self._sums and self.digest(number) == self._sums[number]
+        except OSError:
+            return False
+
+    def written(self, number: int) -> None:
+        """Note durably that an epoch is on the disk."""
+        self._sums[number] = self.digest(number)
+        sums = {str(epoch): value for epoch, value in sorted(self._sums.items())}
+        write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.epochs, "checksums": sums})
+
+    def finish(self) -> None:
+        """Write what belongs to no single epoch, after all of them."""
+
+    def files_of(self, number: int) -> list[str]:
+        """The files of an epoch that has been written, relative to the folder."""
+        raise NotImplementedError
+
+    def digest(self, number: int) -> str:
+        """SHA-256 of the files of an epoch. Raises OSError if one is missing."""
+        raise NotImplementedError
