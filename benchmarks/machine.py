@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dwa_fast import __version__, ops
-from dwa_fast.engine.backend import resolve
+from dwa_fast.engine.backend import bf16_instructions, resolve
 
 T = TypeVar("T")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -80,6 +80,7 @@ def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "driver": driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "vector level": ops.cpu_level() if hasattr(ops, "cpu_level") else torch.backends.cpu.get_cpu_capability(),
+        "bf16 instructions": bf16_instructions(),
         "versions": {"dwa_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
         "precision flags": {
             "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,

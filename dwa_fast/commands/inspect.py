@@ -91,6 +91,7 @@ def machine() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "vector instructions": torch.backends.cpu.get_cpu_capability(),
+            "bf16 instructions": backend.bf16_instructions() or "none",
             "CUDA devices": devices or "none",
         },
         "back-ends": backend.describe(backend.resolve_device("auto")),

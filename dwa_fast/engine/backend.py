@@ -149,7 +149,7 @@ def precisions(backend: str, device: torch.device) -> list[str]:
         return ["fp32", "fp64"]
     if device.type == "cuda":
         return ["bf16", "tf32", "fp32", "fp16"]
-    return ["bf16", "fp32"] if _fast_bf16() else ["fp32", "bf16"]
+    return ["bf16", "fp32"] if bf16_instructions() else ["fp32", "bf16"]
 
 
 def _has_depthwise(teacher: object) -> bool:
@@ -158,14 +158,17 @@ def _has_depthwise(teacher: object) -> bool:
     return any(isinstance(layer, _CONVOLUTIONS) and layer.groups == layer.in_channels > 1 for layer in layers)
 
 
-def _fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), so that oneDNN's convolutions gain from it.
+def bf16_instructions() -> str | None:
+    """By which this CPU multiplies bfloat16 natively, so that oneDNN's convolutions gain from it: AMX, AVX-512 BF16, or None.
 
-    No where PyTorch or oneDNN is held down to fewer instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
+    None where PyTorch or oneDNN is held down to fewer instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
     """
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     allowed = torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
-    return bool(native and allowed and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (allowed and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return None
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def heard_anew() -> None:
 
 @pytest.mark.parametrize(("fast", "precision", "says"), [(True, "bf16", "in bf16 on cpu"), (False, "fp32", "(no AVX-512 BF16 for bf16)")])
 def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool, precision: str, says: str) -> None:
-    monkeypatch.setattr(backend, "_fast_bf16", lambda: fast)
+    monkeypatch.setattr(backend, "bf16_instructions", lambda: "AMX" if fast else None)
     with caplog.at_level(logging.INFO, "dwa_fast"):
         execution = resolve("auto", "auto", "cpu")
         resolve("auto", "auto", "cpu")
@@ -39,7 +39,7 @@ def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 @pytest.mark.parametrize("name", ["auto", "bf16", "fp32"])
 def test_depthwise_convolutions_run_in_fp32_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str) -> None:
     """Where nothing else was asked for; grouped convolutions and plain ones of one channel change nothing."""
-    monkeypatch.setattr(backend, "_fast_bf16", lambda: True)
+    monkeypatch.setattr(backend, "bf16_instructions", lambda: "AMX")
     depthwise = nn.Sequential(nn.Conv2d(1, 4, 1), nn.DataParallel(nn.Conv2d(4, 8, 3, 2, 1, groups=4)))
     others = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 8, 3, groups=2))
     with caplog.at_level(logging.INFO, "dwa_fast"):
@@ -50,7 +50,7 @@ def test_depthwise_convolutions_run_in_fp32_on_a_cpu(monkeypatch: pytest.MonkeyP
 
 
 def test_synthesis_asks_for_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_fast_bf16", lambda: True)
+    monkeypatch.setattr(backend, "bf16_instructions", lambda: "AMX")
     teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 3)).eval()
     config = small_recipe(iterations=1, device="cpu").synthesis
     assert Synthesizer(teacher, torch.randn(2, 1, 8, 8), config, DIGITS.data).execution.precision == "fp32"
@@ -92,3 +92,4 @@ def test_what_holds_pytorch_down_holds_the_operators_down(capability: str, level
     assert told["machine"]["vector instructions"] in (vectors, "NO AVX")
     assert told["back-ends"]["fused"]["bn_act"] == f"C++ ({level})"
     assert told["auto"]["precision"] == "fp32"
+    assert told["machine"]["bf16 instructions"] == "none"
