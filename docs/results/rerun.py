@@ -3,8 +3,8 @@
 python docs/results/rerun.py                  the digits of the demo
 python docs/results/rerun.py --data cifar10   also a part of CIFAR-10 (class folders below train/ and test/), with a teacher of two epochs
 
-On the processor that `expected.json` names the numbers are the same to the digit; elsewhere other roundings make other sets, and a number
-may move by three standard deviations of the difference.
+On a processor with the instructions that `expected.json` names, and with its PyTorch, the numbers are the same to the digit; elsewhere
+other roundings make other sets, and a number may move by three standard deviations of the difference.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from dwa_fast.commands.cli import run
+from dwa_fast.engine.backend import bf16_instructions
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import write_json
 from dwa_fast.report.records import RECORD, read_record
@@ -56,6 +58,12 @@ def _run(*arguments: object) -> None:
     status = run([str(each) for each in arguments])
     if status:
         sys.exit(status)
+
+
+def environment(folder: Path) -> dict[str, Any]:
+    """What the numbers of a record may depend on."""
+    known = {name: value for name, value in read_record(folder / RECORD).environment.items() if "memory" not in name}
+    return {**known, "vector instructions": torch.backends.cpu.get_cpu_capability(), "bf16 instructions": bf16_instructions() or "none"}
 
 
 def rows(folder: Path) -> list[Row]:
@@ -113,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console().print(table_of(name, expected, found))
         wrong += [f"{name}: {each}" for each in moved(expected, found)]
         if options.write:
-            content = {**content, name: {"environment": read_record(folder / RECORD).environment, "rows": found}}
+            content = {**content, name: {"environment": environment(folder), "rows": found}}
             write_json(EXPECTED, content)
     if wrong and not options.write:
         print("moved by more than three standard deviations:", *wrong, sep="\n  ", file=sys.stderr)
