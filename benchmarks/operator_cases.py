@@ -63,9 +63,10 @@ class Layer:
     skip: bool
     activation: Activation = "none"
     windows: Windows | None = None  # of a max-pooling
+    joins: bool = False  # whether the skip comes out of a BatchNorm layer of its own
 
     def __str__(self) -> str:
-        parts = ["×".join(map(str, self.shape)), *(["skip"] if self.skip else [])]
+        parts = ["×".join(map(str, self.shape)), *(["a second one"] if self.joins else ["skip"] if self.skip else [])]
         parts += [title(self.activation, None)] if self.activation != "none" else []
         return " + ".join([*parts, *([f"max-pooling {self.windows.window}/{self.windows.stride}"] if self.windows else [])])
 
@@ -109,14 +110,14 @@ Subject = Layer | Layers | Images | Weights
 
 @functools.cache
 def layers(network: Network) -> tuple[Layer, ...]:
-    """Every BatchNorm layer of a network in the order of execution, seen by hooks on the traced network."""
+    """Every BatchNorm layer of a network in the order of execution, two that are joined as one, seen by hooks on the traced network."""
     image = torch.zeros(1, 3, network.workload.size, network.workload.size)
     seen: list[Layer] = []
 
-    def keep_shape(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+    def keep_shape(layer: nn.Module, given: tuple[Any, ...], _: Tensor) -> None:
         inner = tuple(given[0].shape[1:])
         shape = network.batch(math.prod(inner)), *inner
-        seen.append(Layer(shape, len(given) > 1, layer.activation, layer.windows))  # type: ignore[arg-type]
+        seen.append(Layer(shape, len(given) > 1, layer.activation, layer.windows, len(given) > 2))  # type: ignore[arg-type]
 
     module = network.build()
     rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
@@ -128,12 +129,17 @@ def layers(network: Network) -> tuple[Layer, ...]:
 
 
 def _distinct_layers(network: Network) -> list[Subject]:
-    found = dict.fromkeys(layer for layer in layers(network) if layer.windows is None)
+    found = dict.fromkeys(layer for layer in layers(network) if layer.windows is None and not layer.joins)
     return sorted(found, key=lambda layer: (math.prod(layer.shape[1:]), layer.skip), reverse=True)
 
 
 def _pooled_layers(network: Network) -> list[Subject]:
     return [layer for layer in layers(network) if layer.windows is not None]
+
+
+def _joined_layers(network: Network) -> list[Subject]:
+    found = dict.fromkeys(layer for layer in layers(network) if layer.joins)
+    return sorted(found, key=lambda layer: math.prod(layer.shape[1:]), reverse=True)
 
 
 def _inputs_of_layers(network: Network) -> list[Subject]:
@@ -148,7 +154,7 @@ def _pooled(network: Network) -> list[Subject]:
 
 
 def _all_layers(network: Network) -> list[Subject]:
-    found = layers(network)
+    found = [layer for layer in layers(network) for _ in range(2 if layer.joins else 1)]
     counts = tuple(network.workload.batch * math.prod(layer.shape[2:]) for layer in found)
     return [Layers(f"ResNet-{network.depth}", tuple(layer.shape[1] for layer in found), counts)]
 
@@ -184,14 +190,19 @@ def _features(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
         "activation": layer.activation,
         **(layer.windows._asdict() if layer.windows else {}),
     }
+    if layer.joins:
+        ranges = {"mean": (-0.5, 0.5), "var": (0.1, 2.1), "weight": (0.5, 1.5), "bias": (-0.3, 0.3)}
+        inputs |= {f"skip_{name}": vector(*limits) for name, limits in ranges.items()} | {"skip_eps": 1e-5}
     if layer.activation == "relu":
-        before, _ = Operators("exact").bn_act(*(doubled(inputs)[name] for name in _BN_ACT[:-1]))
+        operator, names = ("bn_act_join", _BN_ACT_JOIN) if layer.joins else ("bn_act", _BN_ACT)
+        before, *_ = getattr(Operators("exact"), operator)(*(doubled(inputs)[name] for name in names[:-1]))
         inputs["y"] = torch.where(before.abs() < _CORNER, inputs["y"] + 1, inputs["y"])
     return inputs | {"grad_z": features(1e-3), "grad_sums": torch.randn(2, channels, device=device) * 1e-6}
 
 
 _LAYER = ("y", "mean", "var", "weight", "bias", "eps")
 _BN_ACT = (*_LAYER, "skip", "activation")
+_BN_ACT_JOIN = (*_LAYER, "skip", *(f"skip_{name}" for name in _LAYER[1:]), "activation")
 _BN_ACT_POOL = (*_LAYER, "window", "stride", "padding", "activation")
 
 
@@ -212,6 +223,29 @@ def _bn_act_backward_ascent(operators: Operators, inputs: Inputs) -> Call:
     leaves = [inputs[name].requires_grad_() for name in ("y", "skip", "weight", "bias") if inputs[name] is not None]
     z, _ = operators.bn_act(*(inputs[name] for name in _BN_ACT))
     return lambda: torch.autograd.grad(z, leaves, inputs["grad_z"], retain_graph=True)
+
+
+def _bn_act_join(operators: Operators, inputs: Inputs) -> Call:
+    inputs["y"].requires_grad_()
+    return lambda: operators.bn_act_join(*(inputs[name] for name in _BN_ACT_JOIN))
+
+
+def _bn_act_join_backward(operators: Operators, inputs: Inputs) -> Call:
+    """As in the inner loop, `_bn_act_backward`."""
+    leaves = [inputs[name].requires_grad_() for name in ("y", "skip")]
+    results = operators.bn_act_join(*(inputs[name] for name in _BN_ACT_JOIN))
+    gradients = inputs["grad_z"], inputs["grad_sums"], inputs["grad_sums"]
+    return lambda: torch.autograd.grad(results, leaves, gradients, retain_graph=True)
+
+
+def _bn_act_join_traffic(inputs: Inputs) -> int:
+    """Reads both inputs and m, v, γ, β of each; writes z, and two sums of each."""
+    return 3 * inputs["y"].nbytes + 12 * inputs["mean"].nbytes
+
+
+def _bn_act_join_backward_traffic(inputs: Inputs) -> int:
+    """Reads both inputs, ∂L/∂z, m, v, γ, β and two vectors of each; writes the gradients of both inputs."""
+    return 5 * inputs["y"].nbytes + 12 * inputs["mean"].nbytes
 
 
 def _bn_act_pool(operators: Operators, inputs: Inputs) -> Call:
@@ -410,6 +444,8 @@ OPERATORS = (
     Operator("bn_act", _distinct_layers, _features, _bn_act, _bn_act_traffic),
     Operator("bn_act backward", _distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
     Operator("bn_act backward, ascent", _distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
+    Operator("bn_act_join", _joined_layers, _features, _bn_act_join, _bn_act_join_traffic),
+    Operator("bn_act_join backward", _joined_layers, _features, _bn_act_join_backward, _bn_act_join_backward_traffic),
     Operator("bn_act_pool", _pooled_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
     Operator("bn_act_pool backward", _pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
     Operator("mean_pool", _pooled, _features, _mean_pool, _mean_pool_traffic),

@@ -1,4 +1,4 @@
-"""What the kernels of bn_act and bn_act_pool share: the constants of a layer, the activations with their derivatives, its parameters."""
+"""What the kernels that begin with a BatchNorm share: the constants of a layer, the activations with their derivatives, its parameters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def per_channel(slope: Tensor | None, channels: int) -> Tensor | None:
 
 
 def parameter_gradients(sums: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of γ and β, [2, C], and of the slope, shaped like it; each empty where it is not wanted."""
+    """Gradients of γ and β, [2, C] or more, and, from the last row, of the slope, shaped like it; each empty where it is not wanted."""
     if slope is None or sums.dim() == 1:
         return sums, sums.new_empty(0)
-    return sums[:2], sums[2] if len(slope) == sums.shape[1] else sums[2].sum(0, keepdim=True)
+    return sums[:-1], sums[-1] if len(slope) == sums.shape[1] else sums[-1].sum(0, keepdim=True)

@@ -79,15 +79,16 @@ struct Act {
 
 // y and the vectors of a layer as one pass reads them; it owns what the pointers of `fill` point into.
 struct Layer {
+  // `names` are what mean_, var_, weight_ and bias_ are called
   Layer(const at::Tensor& y_, const at::Tensor& mean_, const at::Tensor& var_, const OptionalTensor& weight_, const OptionalTensor& bias_,
-        double eps) {
+        double eps, const std::array<const char*, 4>& names = {"mean", "var", "weight", "bias"}) {
     TORCH_CHECK(y_.dim() == 4, "y must be [N, C, H, W], got shape ", y_.sizes());
     TORCH_CHECK(y_.scalar_type() == at::kFloat || y_.scalar_type() == at::kBFloat16, "y must be float32 or bfloat16 on a CPU, got ",
                 y_.scalar_type());
-    check_channels(mean_, "mean", y_);
-    check_channels(var_, "var", y_);
-    if (weight_.has_value()) check_channels(*weight_, "weight", y_);
-    if (bias_.has_value()) check_channels(*bias_, "bias", y_);
+    check_channels(mean_, names[0], y_);
+    check_channels(var_, names[1], y_);
+    if (weight_.has_value()) check_channels(*weight_, names[2], y_);
+    if (bias_.has_value()) check_channels(*bias_, names[3], y_);
     y = y_.contiguous(at::MemoryFormat::ChannelsLast);
     mean = mean_.contiguous();
     if (bias_.has_value()) bias = bias_->contiguous();

@@ -43,6 +43,28 @@ struct BnActBackward : BnAct {
                      // with kLeakyRelu [blocks, 3, C]: also Σ gz·min(x, 0), where x is what it was applied to
 };
 
+// Two layers whose sum is activated, x = a(y − m) + a'(y' − m') + β: the first one is that of BnAct, with the sum of both β.
+struct BnActJoin : BnAct {
+  const void* skip;         // y'
+  const float* skip_mean;   // [C]
+  const float* skip_scale;  // [C]
+};
+
+struct BnActJoinForward : BnActJoin {
+  void* z;
+  float* partials;  // [blocks, 4, C]: each block's Σ(y − m), Σ(y − m)², and both of y'
+};
+
+struct BnActJoinBackward : BnActJoin {
+  const void* grad_z;
+  const void* grad_again;       // or null: as of BnActBackward
+  const float* grad_sums;       // [2, C]
+  const float* skip_grad_sums;  // [2, C]
+  void* grad_y;
+  void* grad_skip;
+  double* partials;  // [blocks, 3, C] or null: each block's Σ g·(y − m), Σ g and Σ g·(y' − m'); with kLeakyRelu [blocks, 4, C]
+};
+
 // In the rows of a channels-last tensor, or in the planes of a contiguous one.
 struct Moments : BnAct {
   int64_t plane;           // H·W of a contiguous tensor; 0: channels-last
@@ -109,6 +131,8 @@ struct ViewAdjoint {
 struct Kernels {
   void (*bn_act_forward)(const BnActForward&, int64_t, int64_t);
   void (*bn_act_backward)(const BnActBackward&, int64_t, int64_t);
+  void (*bn_act_join_forward)(const BnActJoinForward&, int64_t, int64_t);
+  void (*bn_act_join_backward)(const BnActJoinBackward&, int64_t, int64_t);
   void (*moments)(const Moments&, int64_t, int64_t);           // the range is of planes in a contiguous tensor
   void (*moments_backward)(const Moments&, int64_t, int64_t);  // as above
   void (*mean_pool)(const MeanPool&, const void*, void*);      // the first of the lines that it reads, the line that it writes

@@ -1,4 +1,5 @@
-"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and max-pooling behind it, is one operator call."""
+"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and max-pooling behind it, is one operator call; two that are
+added are one call too."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ _ADDITIONS = {operator.add, torch.add}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
 _DROPPING = {F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _UNPOOLED = {"hardswish"}  # activations whose gradient does not fit the registers of a GPU beside a pooling
+_UNJOINED = {"relu6"}  # and beside a second layer
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # by name: importing torchvision loads Triton, and teachers may do without it
 
 
@@ -45,6 +47,8 @@ class BatchNormAct(nn.Module):
         self.register_buffer("running_var", layer.running_var)
         self.operators = operators
         self.skip = False  # whether forward adds a second argument
+        self.joins = False  # whether forward applies another layer, its third argument, to that
+        self.joined = False  # whether another layer's forward applies this one
         self.with_alias = False  # whether forward also gives an alias of its result: for two uses, whose gradients the operator adds
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
@@ -59,23 +63,36 @@ class BatchNormAct(nn.Module):
         self,
         input: Tensor,  # [N, C], or with positions in one, two or three dimensions behind; named as in the layers that it replaces
         skip: Tensor | None = None,  # like the input
+        other: BatchNormAct | None = None,  # the skip's own layer, which keeps its moments
     ) -> Tensor | tuple[Tensor, ...]:  # like the input, or smaller
-        """f(BatchNorm(input) [+ skip]) with the running statistics, or the largest of it in each window."""
-        y = input
-        statistics = self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        behind = self.activation, self.slope, self.partials, self.with_alias
-        if self.windows is None:
-            result = self.operators.bn_act(planes(y), *statistics, None if skip is None else planes(skip), *behind)
-        else:
-            result = self.operators.bn_act_pool(y, *statistics, *self.windows, *behind)
-        self.sums.append(result[-1])
-        self.count = y.numel() // y.shape[1]
-        if self.operators.partial_rows:
-            self.rows = self.operators.partial_rows(planes(y), self.activation, skip=self.skip, pools=self.windows is not None)
+        """f(BatchNorm(input) [+ skip, or its BatchNorm]) with the running statistics, or the largest of it in each window."""
+        y = planes(input)
+        result = self._call(y, None if skip is None else planes(skip), other)
+        layers = [self] if other is None else [self, other]
+        features, sums = result[: -len(layers)], result[-len(layers) :]
+        kind = {"skip": self.skip, "joins": self.joins, "pools": self.windows is not None}
+        rows = self.operators.partial_rows(y, self.activation, **kind) if self.operators.partial_rows else 1
+        for layer, each in zip(layers, sums, strict=True):
+            layer.sums.append(each)
+            layer.count, layer.rows = y.numel() // y.shape[1], rows
         if self.written is not None:
             self.written.record()
-        z = [each if y.dim() == 4 else each.view(y.shape) for each in result[:-1]]
+        z = [each if input.dim() == 4 else each.view(input.shape) for each in features]
         return tuple(z) if self.with_alias else z[0]
+
+    def _call(self, y: Tensor, skip: Tensor | None, other: BatchNormAct | None) -> tuple[Tensor, ...]:
+        """What the operator gives: the result, its alias, the sums of this layer, those of the other one."""
+        behind = self.activation, self.slope, self.partials
+        if other is not None:
+            return self.operators.bn_act_join(y, *self.statistics, skip, *other.statistics, *behind, other.partials, self.with_alias)
+        if self.windows is not None:
+            return self.operators.bn_act_pool(y, *self.statistics, *self.windows, *behind, self.with_alias)
+        return self.operators.bn_act(y, *self.statistics, skip, *behind, self.with_alias)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+        """m, v, γ, β and ε, as the operators take them."""
+        return self.running_mean, self.running_var, self.weight, self.bias, self.eps
 
     def activate(self, matched: Match) -> None:
         """Apply an activation too; a PReLU's weight becomes a parameter of this layer."""
@@ -88,7 +105,9 @@ class BatchNormAct(nn.Module):
 
     def extra_repr(self) -> str:
         """What was fused, as `dwa-fast info` shows it."""
-        parts = ["BatchNorm", *(["addition"] if self.skip else []), *([title(self.activation, self.slope)] if self.activates else [])]
+        skip = ["BatchNorm of the skip"] if self.joins else ["addition"] if self.skip else []
+        parts = ["BatchNorm of a skip" if self.joined else "BatchNorm", *skip]
+        parts += [title(self.activation, self.slope)] if self.activates else []
         return " + ".join([*parts, *(["max-pooling"] if self.windows else [])])
 
     @property
@@ -123,6 +142,7 @@ def trace(
     for layer in layers.values():
         if is_plain(layer) and fuse_neighbours(traced, layer, new := BatchNormAct(layer, operators)):
             fused[layer] = new
+    _join(traced)
     _share(traced)
     replace_stems(traced)
     replace_convolutions(traced)
@@ -182,6 +202,22 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
     chain[-1].replace_all_uses_with(new)
     for old in reversed(chain):
         traced.graph.erase_node(old)
+
+
+def _join(traced: torch.fx.GraphModule) -> None:
+    """Take a BatchNorm layer whose result a fused layer alone uses, as its skip, into that one, where nothing was fused into it."""
+    for node in list(traced.graph.nodes):
+        layer, before = _submodule(traced, node), node.args[1] if len(node.args) == 2 else None
+        if not isinstance(layer, BatchNormAct) or layer.activation in _UNJOINED:
+            continue
+        if not isinstance(before, torch.fx.Node) or len(before.users) != 1 or before is node.args[0]:
+            continue
+        other = _submodule(traced, before)
+        if isinstance(other, BatchNormAct) and not other.skip and not other.activates and not other.windows:
+            layer.joins = other.joined = True
+            with traced.graph.inserting_before(node):
+                node.args = node.args[0], before.args[0], traced.graph.get_attr(str(before.target))
+            traced.graph.erase_node(before)
 
 
 def _share(traced: torch.fx.GraphModule) -> None:

@@ -38,8 +38,8 @@ class _TrainedBatchNormAct(BatchNormAct):
         self.momentum, self.batches = getattr(layer, "momentum", None), getattr(layer, "num_batches_tracked", None)
         self.trains = layer.training
 
-    def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
-        """f(BatchNorm(input) [+ skip])."""
+    def forward(self, input: Tensor, skip: Tensor | None = None, other: BatchNormAct | None = None) -> Tensor:
+        """f(BatchNorm(input) [+ skip]); no two layers are joined in training."""
         y, added = planes(input), None if skip is None else planes(skip)
         behind = added, self.activation, self.slope
         if self.trains:

@@ -11,6 +11,7 @@ from dwa_fast.ops._library import built_with, cause, load
 from dwa_fast.ops.ascend import ascend_
 from dwa_fast.ops.batch_norm_act import batch_norm_act
 from dwa_fast.ops.bn_act import bn_act, partial_rows
+from dwa_fast.ops.bn_act_join import bn_act_join
 from dwa_fast.ops.bn_act_pool import bn_act_pool
 from dwa_fast.ops.losses import cross_entropy, log_losses_
 from dwa_fast.ops.matching_loss import matching_gradient, matching_loss
@@ -23,6 +24,7 @@ __all__ = [
     "ascend_",
     "batch_norm_act",
     "bn_act",
+    "bn_act_join",
     "bn_act_pool",
     "built_with",
     "cause",

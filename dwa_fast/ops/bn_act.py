@@ -77,10 +77,11 @@ def partial_rows(
     activation: Activation = "none",
     *,
     skip: bool = False,
+    joins: bool = False,
     pools: bool = False,
     moments: bool = False,
 ) -> int:
-    """Rows of partial sums, [R, C], that an operator leaves on CUDA: `bn_act` as it is given, `bn_act_pool`, or `moments`.
+    """Rows of partial sums, [R, C], that an operator leaves on CUDA: `bn_act` as it is given, `bn_act_join`, `bn_act_pool`, or `moments`.
 
     `moments` leaves them of channels-last features alone. R depends on the shape, and on how many programs the GPU holds at once.
 
@@ -89,6 +90,8 @@ def partial_rows(
     """
     if moments:
         registers = importlib.import_module("dwa_fast.kernels.moments").REGISTERS
+    elif joins:
+        registers = importlib.import_module("dwa_fast.kernels.bn_act_join").registers(activation)
     elif pools:
         registers = importlib.import_module("dwa_fast.kernels.bn_act_pool").registers(activation)
     else:

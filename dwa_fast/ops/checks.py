@@ -40,14 +40,18 @@ def check_per_channel(
         raise ValueError(f"{name} must be on the device of y, {y.device}, got {values.device}")
 
 
-def check_layer(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless these are the input, statistics and parameters of a BatchNorm layer in eval mode."""
+def check_layer(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *, prefix: str = "") -> None:
+    """Raise TypeError or ValueError unless these are the input, statistics and parameters of a BatchNorm layer in eval mode.
+
+    Args:
+        prefix: of the names of the last four in the messages.
+    """
     check_features(y)
-    check_per_channel("mean", mean, y)
-    check_per_channel("var", var, y)
+    check_per_channel(f"{prefix}mean", mean, y)
+    check_per_channel(f"{prefix}var", var, y)
     for name, values in (("weight", weight), ("bias", bias)):
         if values is not None:
-            check_per_channel(name, values, y)
+            check_per_channel(prefix + name, values, y)
     if mean.requires_grad or var.requires_grad:
         raise ValueError("bn_act is not differentiable in mean and var: pass them detached")
 

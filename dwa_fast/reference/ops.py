@@ -49,6 +49,30 @@ def bn_act(
     return (z, z.view_as(z), sums) if with_alias else (z, sums)
 
 
+def bn_act_join(
+    y: Tensor,  # [N, C, H, W]
+    mean: Tensor,  # [C] running mean m
+    var: Tensor,  # [C] running variance v
+    weight: Tensor | None,  # [C] γ
+    bias: Tensor | None,  # [C] β
+    eps: float,
+    skip: Tensor,  # [N, C, H, W]
+    skip_mean: Tensor,  # [C], and so on: those of the skip's own layer
+    skip_var: Tensor,
+    skip_weight: Tensor | None,
+    skip_bias: Tensor | None,
+    skip_eps: float,
+    activation: Activation = "none",
+    slope: Tensor | None = None,  # [1] or [C], of leaky_relu
+    partials: Tensor | None = None,  # [2, R, C], written
+    skip_partials: Tensor | None = None,  # [2, R, C], written
+    with_alias: bool = False,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums and those of the skip, each [2, C] float32 or wider
+    """`bn_act` of a skip that comes out of a BatchNorm of its own."""
+    normalised, skip_sums = bn_act(skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, partials=skip_partials)
+    return *bn_act(y, mean, var, weight, bias, eps, normalised, activation, slope, partials, with_alias), skip_sums
+
+
 def bn_act_pool(
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C] running mean m
@@ -245,6 +269,7 @@ class Operators:
     name: str
     fuses: bool = False  # whether bn_act is worth tracing the teacher for
     bn_act: Callable[..., tuple[Tensor, ...]] = bn_act
+    bn_act_join: Callable[..., tuple[Tensor, ...]] = bn_act_join
     bn_act_pool: Callable[..., tuple[Tensor, ...]] = bn_act_pool
     moments: Callable[..., Tensor] = moments
     matching_loss: Callable[..., Tensor] = matching_loss

@@ -39,11 +39,14 @@ class Stopped:
 
 
 def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
-    """ResNet-18 has a stem, eight blocks of two layers, and three strided skips."""
+    """ResNet-18 has a stem, eight blocks of two layers, and three strided skips, which are joined with the last layers of their blocks."""
     workload = networks.harness.WORKLOADS["cifar100-resnet18"]
     found = networks.layers(networks.Network(workload, 18, CPU))
-    kinds = [(layer.skip, layer.activation) for layer in found]
-    assert [kinds.count(kind) for kind in ((False, "relu"), (True, "relu"), (False, "none"))] == [9, 8, 3]
+    kinds = [(layer.skip, layer.joins, layer.activation) for layer in found]
+    assert [kinds.count((*kind, "relu")) for kind in ((False, False), (True, False), (True, True))] == [9, 5, 3]
+    assert len(kinds) == 17
+    (every,) = networks._all_layers(networks.Network(workload, 18, CPU))
+    assert len(every.channels) == len(every.counts) == 20
     assert {layer.shape[1:] for layer in found} == {(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)}
     assert {layer.shape[0] for layer in found if layer.shape[1] == 512} == {workload.batch}
     inputs = networks._inputs_of_layers(networks.Network(workload, 18, CPU))
@@ -56,6 +59,7 @@ def small(networks: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
     subjects = {
         networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
+        networks._joined_layers: networks.Layer((2, 20, 5, 3), True, "relu", None, True),
         networks._pooled_layers: networks.Layer((2, 20, 5, 3), False, "relu", networks.Windows(3, 2, 1)),
         networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
         networks._pooled: networks.Layer((2, 20, 5, 3), False, False),
@@ -84,6 +88,8 @@ def test_traffic(bench: ModuleType, small: list[Any]) -> None:
         ("bn_act", "bf16"): 3 * 2 * features + bits + vectors,
         ("bn_act backward", "bf16"): 4 * 2 * features + bits + vectors,
         ("bn_act backward, ascent", "fp32"): 4 * 4 * features + bits + vectors,
+        ("bn_act_join", "bf16"): 3 * 2 * features + 2 * vectors,
+        ("bn_act_join backward", "fp32"): 5 * 4 * features + 2 * vectors,
         ("bn_act_pool", "bf16"): 2 * features + vectors + 3 * 2 * 20 * 3 * 2,
         ("bn_act_pool backward", "fp32"): 2 * 4 * features + vectors + 5 * 2 * 20 * 3 * 2,
         ("mean_pool backward", "bf16"): 2 * features + 2 * 2 * 20 * 2 * 1,

@@ -1,4 +1,4 @@
-"""Layers for the kernels of bn_act and bn_act_pool, and their results beside those of PyTorch."""
+"""Layers for the kernels of bn_act, bn_act_join and bn_act_pool, and their results beside those of PyTorch."""
 
 from __future__ import annotations
 
@@ -76,17 +76,19 @@ def plainly(
     return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def sum_sizes(y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_z: Tensor) -> dict[str, Tensor]:
+def sum_sizes(
+    y: Tensor, values: list[Tensor | None], skip: Tensor | None, activation: Activation, grad_z: Tensor, eps: float = EPS
+) -> dict[str, Tensor]:
     """√Σ terms² of the gradients of γ, β and the slope: how large such sums are where their terms do not cancel by chance."""
     doubles = [None if value is None else value.double() for value in values]
     mean, var = (value[:, None, None] for value in doubles[:2])  # type: ignore[index]
-    before, _ = reference.bn_act(y.double(), *doubles, EPS, None if skip is None else skip.double())
+    before, _ = reference.bn_act(y.double(), *doubles, eps, None if skip is None else skip.double())
     before.requires_grad_()
     slope, one = slope_of(activation, y), torch.ones(y.shape[1], dtype=torch.float64, device=y.device)
     z, _ = reference.bn_act(before, 0 * one, one, None, None, NO_EPS, None, activation, None if slope is None else slope.double())
     (terms,) = torch.autograd.grad(z, before, grad_z.double())
     return {
-        "grad_weight": (terms * (y.double() - mean) / (var + EPS).sqrt()).square().sum((0, 2, 3)).sqrt(),
+        "grad_weight": (terms * (y.double() - mean) / (var + eps).sqrt()).square().sum((0, 2, 3)).sqrt(),
         "grad_bias": terms.square().sum((0, 2, 3)).sqrt(),
         "grad_slope": (grad_z.double() * before.detach().clamp_max(0)).square().sum((0, 2, 3)).sqrt(),
     }

@@ -38,6 +38,8 @@ WIDE = {
     "ascend._ascend_update_kernel",
     "bn_act._bn_act_backward_kernel",
     "bn_act._bn_act_forward_kernel",
+    "bn_act_join._bn_act_join_backward_kernel",
+    "bn_act_join._bn_act_join_forward_kernel",
     "moments._moments_backward_kernel",
     "moments._moments_forward_kernel",
 }
@@ -154,13 +156,17 @@ def a_few(found: list[Launch]) -> list[Launch]:
 
 def counted(launch: Launch) -> int | None:
     """The registers that the grid of a kernel which leaves sums counts with."""
-    from dwa_fast.kernels import bn_act, bn_act_pool, moments
+    from dwa_fast.kernels import bn_act, bn_act_join, bn_act_pool, moments
 
     activation = launch.constants.get("ACTIVATION", "")
     if launch.kernel == "bn_act._bn_act_forward_kernel":
         return bn_act.registers(launch.has("skip"), activation)
     if launch.kernel == "bn_act_pool._bn_act_pool_forward_kernel":
         return bn_act_pool.registers(activation)
+    if launch.kernel == "bn_act_join._bn_act_join_forward_kernel":
+        return bn_act_join.registers(activation)
+    if launch.kernel == "bn_act_join._bn_act_join_backward_kernel" and launch.has("partials"):
+        return bn_act_join.backward_registers(activation)
     if launch.kernel.endswith("_backward_kernel") and launch.kernel.startswith("bn_act") and launch.has("partials"):
         return bn_act.backward_registers(activation)
     return moments.REGISTERS if launch.kernel == "moments._moments_forward_kernel" else None

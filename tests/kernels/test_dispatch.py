@@ -154,4 +154,5 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
         assert bool(network._arena_plans) == (name == "fused")
     for exact, plain, ours in zip(*results.values(), strict=True):
         assert distance(ours, exact) <= max(2 * distance(plain, exact), 1e-6)
-    assert {"bn_act_forward", "bn_act_backward", "matching_gradient", "cross_entropy", "log_losses_", "view", "view_adam_clip_"} <= calls
+    layers = {f"{name}_{way}" for name in ("bn_act", "bn_act_join") for way in ("forward", "backward")}
+    assert layers | {"matching_gradient", "cross_entropy", "log_losses_", "view", "view_adam_clip_"} <= calls

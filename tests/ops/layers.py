@@ -1,4 +1,4 @@
-"""Inputs of bn_act with the magnitudes of trained networks, and its results beside those of PyTorch."""
+"""Inputs of bn_act and bn_act_join with the magnitudes of trained networks, and its results beside those of PyTorch."""
 
 from __future__ import annotations
 
@@ -80,6 +80,15 @@ def make(
     return inputs | {"slope": None if slope is None else slope.to(device)}
 
 
+def make_join(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "channels_last", **settings: Any) -> Inputs:
+    """Arguments of bn_act_join: of two such layers."""
+    first, second = (make(shape, dtype, layout, **settings) for _ in range(2))
+    names = "mean", "var", "weight", "bias", "eps"
+    behind = {name: first[name] for name in ("activation", "slope")}
+    of_skip = {"skip": second["y"], **{f"skip_{name}": second[name] for name in names}}
+    return {name: first[name] for name in ("y", *names)} | of_skip | behind
+
+
 def run(operator: Callable[..., Any], inputs: Inputs, double: bool = False, moments: bool = True) -> dict[str, Tensor]:
     """Results of an operator and their gradients, for fixed gradients of the results."""
     leaves: Inputs = {}
@@ -87,29 +96,30 @@ def run(operator: Callable[..., Any], inputs: Inputs, double: bool = False, mome
         leaves[name] = value
         if isinstance(value, Tensor):
             leaves[name] = value.detach().double() if double else value.detach()
-            leaves[name].requires_grad_(name in ("y", "skip", "weight", "bias", "slope"))
-    z, sums = operator(**leaves)
+            leaves[name].requires_grad_(name in ("y", "skip", "weight", "bias", "slope", "skip_weight", "skip_bias"))
+    z, *sums = operator(**leaves)
     source = torch.Generator().manual_seed(1)
     grad_z = torch.randn(z.shape, generator=source).to(inputs["y"].dtype).to(z)
-    grad_sums = (1e-3 * torch.randn(sums.shape, generator=source)).to(sums)
+    grad_sums = [(1e-3 * torch.randn(each.shape, generator=source)).to(each) for each in sums]
     wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
-    outputs, grads = ((z, sums), (grad_z, grad_sums)) if moments else ((z,), (grad_z,))
+    outputs, grads = ((z, *sums), (grad_z, *grad_sums)) if moments else ((z,), (grad_z,))
     gradients = torch.autograd.grad(outputs, list(wanted.values()), grads)
-    return {"z": z.detach(), "sums": sums.detach(), **dict(zip(wanted, gradients, strict=True))}
+    named = {name: each.detach() for name, each in zip(("sums", "skip_sums"), sums, strict=False)}
+    return {"z": z.detach(), **named, **dict(zip(wanted, gradients, strict=True))}
 
 
 def error(result: Tensor, expected: Tensor) -> float:
     return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
-def assert_as_good_as_pytorch(inputs: Inputs, moments: bool = True) -> None:
+def assert_as_good_as_pytorch(inputs: Inputs, moments: bool = True, operator: str = "bn_act") -> None:
     """Errors of results and gradients against float64 at most twice those of PyTorch's operators, or a unit of the precision."""
-    ours, plain = run(ops.bn_act, inputs, moments=moments), run(reference.bn_act, inputs, moments=moments)
-    expected = run(reference.bn_act, inputs, double=True, moments=moments)
+    ours, plain = (run(getattr(module, operator), inputs, moments=moments) for module in (ops, reference))
+    expected = run(getattr(reference, operator), inputs, double=True, moments=moments)
     assert set(ours) == set(expected)
     for name, result in ours.items():
         assert result.shape == expected[name].shape, name
-        assert result.dtype == (torch.float32 if name == "sums" else inputs[name if name in inputs else "y"].dtype), name
+        assert result.dtype == (torch.float32 if name.endswith("sums") else inputs[name if name in inputs else "y"].dtype), name
         unit = 2.0 ** (-9 if result.dtype == torch.bfloat16 else -23)
         # Of one or three numbers PyTorch may hit one by luck, or all lie where a derivative nearly cancels.
         units = 3 if result.numel() < 64 and inputs["activation"] not in ("none", "relu") else 1
