@@ -295,4 +295,5 @@ def test_info_describes_a_teacher(teacher: Path, capsys: pytest.CaptureFixture[s
     assert described["accuracy"] > 50
     assert described["traced"]
     assert described["fused"]["stem.1"] == "BatchNorm + ReLU"
-    assert described["fused"]["blocks.1.bn2"] == "BatchNorm + addition + ReLU"
+    assert described["fused"]["blocks.0.bn2"] == "BatchNorm + addition + ReLU"
+    assert described["fused"]["blocks.1.bn2"] == "BatchNorm + BatchNorm of the skip + ReLU"
