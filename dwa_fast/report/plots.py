@@ -26,6 +26,7 @@ Figure = Chart | HeatMap | Scatter
 
 _MARKERS = "osD^vPX*"
 _WIDTH, _HEIGHT, _WIDEST = 4.8, 3.4, 40.0  # inches
+_LOG_TICKS = (1, 2, 5)  # labelled in every power of ten
 _GREATEST = 1e100  # beyond, the axes overflow
 _TITLE_CHARACTERS, _LEGEND_CHARACTERS = 56, 62  # in a line
 _SETTINGS: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -81,6 +82,8 @@ def _chart(canvas: Canvas, axis: Axes, chart: Chart) -> None:
     errors = [_numbers(chart, each.name, each.spreads, len(chart.x)) if each.spreads else None for each in chart.series]
     if any((each < 0).any() for each in errors if each is not None):
         raise InputError(f"chart {chart.title!r} has a standard deviation below 0")
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axis.set_axisbelow(True)
     axis.grid(axis="y", alpha=0.2)
     handles: list[Any] = []
@@ -91,6 +94,9 @@ def _chart(canvas: Canvas, axis: Axes, chart: Chart) -> None:
             handles.append(axis.errorbar(x[order], heights[order], None if error is None else error[order], marker=marker))
         if chart.log_x and (x > 0).all():
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own would be a formula, which labels do not show
+            axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         places, width = np.arange(len(chart.x)), 0.8 / len(values)
         for number, (heights, error) in enumerate(zip(values, errors, strict=True)):

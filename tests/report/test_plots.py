@@ -77,6 +77,14 @@ def test_names_and_numbers_are_there(monkeypatch: pytest.MonkeyPatch, figure: Fi
     assert set(shown) <= found, found
 
 
+def test_numbers_of_a_logarithmic_axis_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some within a power of ten too, and no formulas, since text is shown as it is."""
+    times = Chart(title="t", x_label="seconds", y_label="y", x=[0.03, 0.8, 2.6], series=[Series(name="DWA", values=[1, 2, 3])], log_x=True)
+    found = labels(times, monkeypatch)
+    assert {"0.05", "0.1", "0.2", "0.5", "1", "2"} <= found
+    assert not [text for text in found if "$" in text]
+
+
 def test_title_can_be_left_to_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "K × ρ" not in labels(GRID, monkeypatch, titled=False)
     assert "of logits" not in labels(POINTS, monkeypatch, titled=False)
