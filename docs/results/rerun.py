@@ -1,7 +1,7 @@
 """Runs a small part of the results again and compares it with the committed numbers.
 
 python docs/results/rerun.py                  the digits of the demo
-python docs/results/rerun.py --data cifar10   also a part of CIFAR-10 (class folders below train/ and test/), with a teacher of two epochs
+python docs/results/rerun.py --data cifar10   also a part of CIFAR-10 (class folders below train/ and test/): a small ResNet of two epochs
 
 On a processor with the instructions that `expected.json` names, and with its PyTorch, the numbers are the same to the digit; elsewhere
 other roundings make other sets, and a number may move by three standard deviations of the difference.
@@ -45,9 +45,9 @@ def cifar10(output: Path, data: Path | None) -> Path:
     """Real images, SRe2L and DWA with 125 iterations on CIFAR-10; returns the folder of the study."""
     source, teacher = ["--recipe", "cifar10", "--data", data], output / "teacher.pt"
     if not teacher.exists():
-        _run("squeeze", *source, "--architecture", "convnet128", "--schedule", "fast", "--epochs", "2", "--output", teacher)
+        _run("squeeze", *source, "--architecture", "small-resnet", "--schedule", "fast", "--epochs", "2", "--output", teacher)
     sets = ["--methods", "real", "sre2l", "dwa", "--synthesis.iterations", "125", "--output", output]
-    _run("compare", *source, "--teacher", teacher, "--student", "convnet128", *sets, *_STUDENTS)
+    _run("compare", *source, "--teacher", teacher, "--student", "small-resnet", *sets, *_STUDENTS)
     return output / "compare"
 
 
