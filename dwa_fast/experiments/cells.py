@@ -30,6 +30,7 @@ from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.sets.distill import batch_specs, distill
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.threads import torch_threads
+from dwa_fast.training.fit import label_precision, resolve_precision
 from dwa_fast.training.validate import NO_EFFECT, validate
 
 REAL = "real"
@@ -287,7 +288,9 @@ def _set_settings(setup: Setup, source: DistilledSource) -> dict[str, Any]:
 
 def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
     """Every setting that affects the accuracy of a student."""
-    device = resolve_device(setup.recipe.synthesis.device).type
+    device = resolve_device(setup.recipe.synthesis.device)
+    config = setup.recipe.validation
+    labels = label_precision(resolve_precision(config.precision, device)) if config.labels == "soft" else {}
     trained = {name: value for name, value in setup.recipe.settings("validation").items() if name not in NO_EFFECT}
     return {
         "set": _contents(cell.source.folder, cell.ipc) if isinstance(cell.source, ExternalSet) else _set_settings(setup, cell.source),
@@ -299,9 +302,9 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
         "held_out": setup.test_checksum,
         "recipe": setup.recipe.name,
         "size": setup.recipe.data.size,
-        "device": device,
-        "threads": setup.threads if device == "cpu" else None,
-        "validation": trained,
+        "device": device.type,
+        "threads": setup.threads if device.type == "cpu" else None,
+        "validation": {**trained, **labels},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ _FORMAT = 1
 _Index = TypeVar("_Index", bound="LabelIndex")
 
 
-class LabelIndex:
+class LabelIndex(ABC):
     """What is known of the labels of a set without reading them; subclasses hold the labels in a layout."""
 
     def __init__(self, folder: Path) -> None:
@@ -94,13 +95,13 @@ class LabelIndex:
         sums = {str(epoch): value for epoch, value in sorted(self._sums.items())}
         write_json(self.folder / INDEX, {"format": _FORMAT, "settings": self.settings, "epochs": self.epochs, "checksums": sums})
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  # a layout may have nothing of the kind
         """Write what belongs to no single epoch, after all of them."""
 
+    @abstractmethod
     def files_of(self, number: int) -> list[str]:
         """The files of an epoch that has been written, relative to the folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digest(self, number: int) -> str:
         """SHA-256 of the files of an epoch. Raises OSError if one is missing."""
-        raise NotImplementedError

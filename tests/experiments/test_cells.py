@@ -20,6 +20,7 @@ from dwa_fast.experiments.cells import (
     DistilledSource,
     ExternalSet,
     Setup,
+    _cell_settings,
     accuracies,
     cell_folder,
     inputs,
@@ -176,3 +177,16 @@ def test_found_set_is_known_by_its_images(tmp_path: Path) -> None:
         (copy / "images" / f"new00{label}").rmdir()
     with pytest.raises(InputError, match=r"moved holds other images than its manifest names: new006/class006_id000.png is missing"):
         measure(setup, Cell(ExternalSet(copy, 1), 1, "small-resnet"))
+
+
+def test_soft_labels_in_bf16_are_other_cells(tmp_path: Path) -> None:
+    """Those of before, whose labels were in fp32, are not taken for them; with hard labels or in fp32 nothing changes."""
+    setup = small_setup(tmp_path)
+    cell = Cell(DistilledSource(None, 0), 1, "small-resnet")
+
+    def settings(**changes: Any) -> Any:
+        return _cell_settings(with_validation(setup, **changes), cell)["validation"]
+
+    assert settings(precision="bf16")["label_precision"] == "bf16"
+    assert "label_precision" not in settings(precision="fp32")
+    assert "label_precision" not in settings(precision="bf16", labels="hard")
