@@ -15,7 +15,7 @@ from dwa_fast.experiments.cells import Cell, DistilledSource, cell_folder, set_f
 from dwa_fast.recipes import Recipe
 from dwa_fast.threads import torch_threads
 from dwa_fast.training import state
-from tests.experiments.setups import small_setup
+from tests.experiments.setups import small_setup, with_teacher
 from tests.nets import DIGITS, small_set, small_teacher
 
 NORMALISATION = {"mean": [0.3053], "std": [0.3185]}
@@ -67,7 +67,7 @@ def test_settings_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_names_of_sets_and_cells(tmp_path: Path) -> None:
     """They hash every setting that affects the result, of the recipe and of the set-up."""
-    setup = replace(small_setup(tmp_path), teacher_checksum="of the teacher")
+    setup = with_teacher(small_setup(tmp_path), checksum="of the teacher")
     synthesis = replace(setup.recipe.synthesis, device="cpu")
     setup = replace(setup, recipe=replace(setup.recipe, synthesis=synthesis))
     made, name = DistilledSource(synthesis, 0), "dwa-iterations2-batch_size10-steps3-jitter1-seed0"

@@ -16,7 +16,8 @@ from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
 from dwa_fast.engine import backend
-from dwa_fast.experiments.cells import REAL, Setup
+from dwa_fast.errors import InputError
+from dwa_fast.experiments.cells import REAL, Setup, StudyTeacher
 from dwa_fast.experiments.grid import GridRunner, contact_sheet, run_grid
 from dwa_fast.experiments.jobs import default_jobs
 from dwa_fast.experiments.studies import AblationName, ablate, by_method, compare, cross
@@ -28,11 +29,11 @@ from dwa_fast.report.records import Record, command_line
 class Study(TeacherData):
     """Flags of every study."""
 
-    teacher: Path  # Checkpoint of the teacher.
+    teacher: tuple[Path, ...]  # Checkpoint of the teacher, or of several: all give soft labels; methods of one teacher take the first.
     output: Path  # Folder for sets and cells, shared by all studies in it, and for one folder per study with its record.
     ipc: tuple[PositiveInt, ...] = (10,)  # Images per class; a smaller set is the start of a larger one.
     seeds: PositiveInt = 3  # Sets of each kind, synthesised from seeds 0, 1, …; standard deviations are over them.
-    architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
+    architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.
     jobs: PositiveInt | None = None  # Processes that compute sets and cells at the same time; default: as many as fill the CPU, 1 on a GPU.
     threads: PositiveInt = 1  # CPU threads of each process; the last bits depend on it, but not on --jobs.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
@@ -51,19 +52,28 @@ class Study(TeacherData):
 
     def _setup(self, console: Console) -> Setup:
         train, test = self.load("train"), readable_images(console, self.load("test"), False, used_late=True)
-        teacher = self.open_teacher(self.teacher, self.architecture, test.class_names)
-        try_teacher(teacher, test, self.normalisation, backend.resolve_device(self.synthesis.device))
+        if not self.teacher:
+            raise InputError("--teacher must name at least one checkpoint, got none")
+        teachers = self.open_all(self.teacher, self.architecture, test.class_names)
+        for each in teachers:
+            try_teacher(each, test, self.normalisation, backend.resolve_device(self.synthesis.device))
         return Setup(
             output=self.output,
-            recipe=self.full_recipe(architecture=teacher.info.architecture, synthesis=self.synthesis, validation=self.validation),
+            recipe=self.full_recipe(architecture=teachers[0].info.architecture, synthesis=self.synthesis, validation=self.validation),
             folder=self.data,
             train_checksum=image_digest(train),
             test_checksum=image_digest(test),
-            teacher=self.teacher,
-            teacher_checksum=teacher.checksum,
+            teachers=tuple(
+                StudyTeacher(
+                    file=file,
+                    checksum=each.checksum,
+                    architecture=each.info.architecture,
+                    classes=each.info.classes,
+                    outputs=tuple(each.outputs) if each.outputs else None,
+                )
+                for file, each in zip(self.teacher, teachers, strict=True)
+            ),
             weights_key=self.weights_key,
-            outputs=tuple(teacher.outputs) if teacher.outputs else None,
-            teacher_classes=teacher.info.classes,
             initial=self.initial,
             threads=self.threads,
         )

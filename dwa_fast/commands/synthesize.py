@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -13,7 +12,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData
 from dwa_fast.config import InitialConfig, NonNegativeInt, PositiveInt, StorageConfig, SynthesisConfig
 from dwa_fast.data.manifest import read_manifest
-from dwa_fast.data.pairing import PairedTeacher
+from dwa_fast.data.pairing import PairedTeacher, teachers_in_settings
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
@@ -46,9 +45,7 @@ class Synthesize(TeacherData):
             refuse_images(self.output)
         train = self.load("train")
         teachers = self._teachers(train.class_names)
-        provenance: dict[str, Any] = {"recipe": self.recipe, "method": self.method, "teacher": _one_or_all([t.checksum for t in teachers])}
-        if any(teacher.outputs for teacher in teachers):
-            provenance["teacher_outputs"] = _one_or_all([teacher.outputs for teacher in teachers])
+        used = teachers_in_settings([each.checksum for each in teachers], [each.outputs for each in teachers])
         if workers.launched() and self.shard:
             raise InputError("--shard is for processes that do not communicate; torchrun divides the batches among its workers itself")
         divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
@@ -63,7 +60,7 @@ class Synthesize(TeacherData):
                 output=self.output,
                 initial=self.initial,
                 seed=self.seed,
-                provenance=provenance,
+                provenance={"recipe": self.recipe, "method": self.method, **used},
                 storage=self.storage,
                 threads=self.threads,
                 workers=divided,
@@ -85,11 +82,6 @@ class Synthesize(TeacherData):
             kind, number = ("worker", workers.rank()) if workers.launched() else ("shard", self.shard)
             return f"{made} images of {kind} {number} made now; complete with the other {kind}s"
         return f"{total} images" + (f", {made} of them made now" if made < total else "")
-
-
-def _one_or_all(values: Sequence[Any]) -> Any:
-    """The value of a single teacher, or the list of all."""
-    return values[0] if len(values) == 1 else list(values)
 
 
 def _shown(rows: Rows) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,14 @@ class PairedTeacher:
     info: TeacherInfo  # of the checkpoint
     outputs: list[int] | None  # output of the checkpoint for each class; None if they are the same
     checksum: str  # as checkpoint.teacher_checksum
+
+
+def teachers_in_settings(checksums: Sequence[str], outputs: Sequence[Sequence[int] | None]) -> dict[str, Any]:
+    """The teachers of a set, for its settings: checksums, and which outputs are used unless all are; of a single teacher not as lists."""
+    found: dict[str, Any] = {"teacher": list(checksums)}
+    if any(outputs):
+        found["teacher_outputs"] = [each and list(each) for each in outputs]
+    return found if len(checksums) > 1 else {name: value for name, (value,) in found.items()}
 
 
 def read_classes(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dwa_fast.data.datasets import ImageSet, denormalise, image_folder, load, to
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.initial import PATCH_SETTINGS, initial_images
 from dwa_fast.data.manifest import read_manifest
-from dwa_fast.data.pairing import KnownClasses
+from dwa_fast.data.pairing import KnownClasses, teachers_in_settings
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.io.files import checksum, output_folder, write_json
@@ -39,19 +39,27 @@ _SLUG_LENGTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyTeacher:
+    """A teacher of a study, as plain values that can be pickled."""
+
+    file: Path
+    checksum: str  # as checkpoint.teacher_checksum
+    architecture: str
+    classes: int | None = None  # number of its outputs; None: that of the data
+    outputs: tuple[int, ...] | None = None  # those that are the classes of the data; None: all, in their order
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """Settings that all cells of a study share, as plain values that can be pickled."""
 
     output: Path  # holds the sets and cells of any number of studies
-    recipe: Recipe  # with the teacher's architecture and DWA's synthesis, from which that of every set is derived; students use its device
+    recipe: Recipe  # with the first teacher's architecture and DWA's synthesis, from which every set's is derived; students use its device
     folder: Path | None  # of the real images
     train_checksum: str  # of the real images that sets are made from, as image_digest
     test_checksum: str  # of the held-out ones
-    teacher: Path
-    teacher_checksum: str  # as checkpoint.teacher_checksum
-    weights_key: str | None = None  # which weights of the checkpoint, as load_teacher
-    outputs: tuple[int, ...] | None = None  # of the teacher, that are the classes; None: all, in their order
-    teacher_classes: int | None = None  # number of its outputs; None: the number of classes
+    teachers: tuple[StudyTeacher, ...]  # all give the soft labels; methods of one teacher take the first
+    weights_key: str | None = None  # which weights of the checkpoints, as load_teacher
     initial: InitialConfig = field(default_factory=InitialConfig)
     threads: int = 1  # CPU threads of each set or cell; on a CPU the last bits depend on it
 
@@ -62,6 +70,7 @@ class DistilledSource:
 
     synthesis: SynthesisConfig | None  # None: plain real images, the same that the other sets start from
     seed: int
+    all_teachers: bool = False  # refined with all teachers of the study, else with the first
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Cell:
 
 
 class SharedInputs:
-    """Real images and teacher, loaded on first use."""
+    """Real images and teachers, loaded on first use."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -96,27 +105,33 @@ class SharedInputs:
         return load(self._setup.recipe.data, self._setup.folder, "test")
 
     @functools.cached_property
-    def teacher(self) -> nn.Module:
-        setup = self._setup
+    def teachers(self) -> list[nn.Module]:
+        return [self._load(teacher) for teacher in self._setup.teachers]
+
+    def _load(self, teacher: StudyTeacher) -> nn.Module:
         module, _ = load_teacher(
-            setup.teacher,
-            architecture=setup.recipe.architecture,
-            classes=setup.teacher_classes or len(self.test.class_names),
-            channels=setup.recipe.data.channels,
-            size=setup.recipe.data.size,
-            weights_key=setup.weights_key,
+            teacher.file,
+            architecture=teacher.architecture,
+            classes=teacher.classes or len(self.test.class_names),
+            channels=self._setup.recipe.data.channels,
+            size=self._setup.recipe.data.size,
+            weights_key=self._setup.weights_key,
         )
-        return module if setup.outputs is None else KnownClasses(module, setup.outputs).eval()
+        return module if teacher.outputs is None else KnownClasses(module, teacher.outputs).eval()
 
 
 @functools.lru_cache(maxsize=1)
 def inputs(setup: Setup) -> SharedInputs:
-    """Real images and teacher, loaded once in each process."""
+    """Real images and teachers, loaded once in each process."""
     return SharedInputs(setup)
 
 
-def nearest_method(setup: Setup, synthesis: SynthesisConfig) -> tuple[str, dict[str, Any]]:
-    """The method of the recipe with the fewest settings that differ from these, and those settings."""
+def nearest_method(setup: Setup, synthesis: SynthesisConfig, all_teachers: bool) -> tuple[str, dict[str, Any]]:
+    """The method of the recipe with the fewest settings that differ from these, and those settings.
+
+    Args:
+        all_teachers: as in `DistilledSource`; it is one of the methods for several teachers, or one of the others.
+    """
     data = setup.recipe.data
     own = {"mean": data.mean, "std": data.std, **asdict(synthesis)}
 
@@ -125,7 +140,7 @@ def nearest_method(setup: Setup, synthesis: SynthesisConfig) -> tuple[str, dict[
         published = {"mean": made.data.mean, "std": made.data.std, **asdict(made.synthesis)}
         return {name: value for name, value in own.items() if name not in EXECUTION_SETTINGS and value != published[name]}
 
-    name = min((method for method in METHODS if method not in SEVERAL_TEACHERS), key=lambda method: len(changes(method)))
+    name = min((method for method in METHODS if (method in SEVERAL_TEACHERS) is all_teachers), key=lambda method: len(changes(method)))
     return name, changes(name)
 
 
@@ -161,11 +176,12 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
         _copy_real(setup, source, ipc, folder)
         return
     initial = setup.initial if source.synthesis.sees_images else None
-    provenance = {"recipe": setup.recipe.name, "method": nearest_method(setup, source.synthesis)[0], "teacher": setup.teacher_checksum}
-    provenance |= _outputs(setup)
+    used = len(_teachers_of(setup, source))
+    method, _ = nearest_method(setup, source.synthesis, source.all_teachers)
+    provenance = {"recipe": setup.recipe.name, "method": method, **_teacher_settings(setup.teachers[:used])}
     started = time.perf_counter()
     made = distill(
-        shared.teacher,
+        shared.teachers[:used],
         shared.train,
         replace(setup.recipe, synthesis=source.synthesis),
         ipc=ipc,
@@ -243,7 +259,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
         result = validate(
             distilled,
             shared.test,
-            shared.teacher,
+            shared.teachers,
             cell.student,
             setup.recipe,
             device=device,
@@ -278,11 +294,14 @@ def _set_settings(setup: Setup, source: DistilledSource) -> dict[str, Any]:
     if source.synthesis is None:
         return {**base, "method": REAL, "initial": _initial_settings(setup)}
     config = source.synthesis
-    layers = build_on_meta(setup.recipe.architecture, classes=2, channels=setup.recipe.data.channels, size=setup.recipe.data.size)
-    computed = resolve(config.backend, config.precision, config.device, layers).describe()
+    teachers = _teachers_of(setup, source)
+    layers = [
+        build_on_meta(each.architecture, classes=2, channels=setup.recipe.data.channels, size=setup.recipe.data.size) for each in teachers
+    ]
+    computed = resolve(config.backend, config.precision, config.device, *layers).describe()
     threads = setup.threads if computed["device"] == "cpu" else None
     initial = _initial_settings(setup, patches=config.initial == "patches") if config.sees_images else {}
-    base |= {**computed, "teacher": setup.teacher_checksum, **_outputs(setup)}
+    base |= {**computed, **_teacher_settings(teachers)}
     return {**base, "threads": threads, "initial": initial, "synthesis": _result_settings(replace(setup.recipe, synthesis=config))}
 
 
@@ -297,8 +316,7 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
         "ipc": cell.ipc,
         "student": cell.student,
         "seed": cell.source.seed,
-        "teacher": setup.teacher_checksum,
-        **_outputs(setup),
+        **_teacher_settings(setup.teachers),
         "held_out": setup.test_checksum,
         "recipe": setup.recipe.name,
         "size": setup.recipe.data.size,
@@ -308,9 +326,13 @@ def _cell_settings(setup: Setup, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _outputs(setup: Setup) -> dict[str, Any]:
-    """The outputs of the teacher that are used, for settings; empty where all are used."""
-    return {} if setup.outputs is None else {"teacher_outputs": list(setup.outputs)}
+def _teachers_of(setup: Setup, source: DistilledSource) -> tuple[StudyTeacher, ...]:
+    """The teachers that a set is made with."""
+    return setup.teachers if source.all_teachers else setup.teachers[:1]
+
+
+def _teacher_settings(teachers: Sequence[StudyTeacher]) -> dict[str, Any]:
+    return teachers_in_settings([each.checksum for each in teachers], [each.outputs for each in teachers])
 
 
 @functools.cache
@@ -333,7 +355,7 @@ def _result_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _slug(setup: Setup, source: DistilledSource) -> str:
     """Method, differing settings and seed, in characters that every file system takes."""
-    name, changes = (REAL, {}) if source.synthesis is None else nearest_method(setup, source.synthesis)
+    name, changes = (REAL, {}) if source.synthesis is None else nearest_method(setup, source.synthesis, source.all_teachers)
     text = "-".join([name, *(f"{key}{value}" for key, value in changes.items())])
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', text)[:_SLUG_LENGTH]}-seed{source.seed}"
 

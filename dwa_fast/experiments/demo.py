@@ -14,13 +14,13 @@ from dwa_fast.data.digest import image_digest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import class_diversity
-from dwa_fast.experiments.cells import REAL, Setup, inputs, set_folder
+from dwa_fast.experiments.cells import REAL, Setup, StudyTeacher, inputs, set_folder
 from dwa_fast.experiments.grid import Grid, Outcomes, Variant, best, cell_rows, contact_sheet, environment, note, run_grid, study_settings
 from dwa_fast.experiments.jobs import StudyProgress, default_jobs
 from dwa_fast.experiments.studies import TITLES, by_method
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
-from dwa_fast.recipes import recipe
+from dwa_fast.recipes import SEVERAL_TEACHERS, recipe
 from dwa_fast.report.records import Record, Table, format_mean_std
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
@@ -46,7 +46,7 @@ class DemoConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in self.methods:
-            check_choice("method", method, list(TITLES))
+            check_choice("method", method, [each for each in TITLES if each not in SEVERAL_TEACHERS])
         if not self.ipc or not self.methods:
             raise InputError("the demo needs at least one ipc and one method")
 
@@ -105,7 +105,7 @@ def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
 
 
 def _setup(output: Path, config: DemoConfig) -> Setup:
-    digits = recipe("digits", device=config.device)
+    digits, teacher = recipe("digits", device=config.device), output / "teacher.pt"
     synthesis, validation = digits.synthesis, replace(digits.validation, students=config.students)
     if config.iterations is not None:
         synthesis = replace(synthesis, iterations=config.iterations)
@@ -117,8 +117,7 @@ def _setup(output: Path, config: DemoConfig) -> Setup:
         folder=None,
         train_checksum=image_digest(load(digits.data, None, "train")),
         test_checksum=image_digest(load(digits.data, None, "test")),
-        teacher=output / "teacher.pt",
-        teacher_checksum=checksum(output / "teacher.pt"),
+        teachers=(StudyTeacher(file=teacher, checksum=checksum(teacher), architecture=digits.architecture),),
     )
 
 
@@ -129,7 +128,7 @@ def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[floa
     data, device = setup.recipe.data, resolve_device(setup.recipe.synthesis.device)
     made = image_folder(set_folder(setup, variant.source(seed)), data.size, data.channels, per_class=ipc, by_number=True)
     images = normalise(made.load(range(len(made.labels))).to(device), data)
-    return list(class_diversity(inputs(setup).teacher.to(device), images, made.labels.to(device)).values())
+    return list(class_diversity(inputs(setup).teachers[0].to(device), images, made.labels.to(device)).values())
 
 
 def _table(setup: Setup, grid: Grid, outcomes: Outcomes, diversity: dict[tuple[str, int], list[float]]) -> Table:

@@ -34,10 +34,11 @@ class Variant:
     name: str  # in tables
     synthesis: SynthesisConfig | None = None  # None: plain real images, unless `external`
     external: Path | None = None  # folder of a set that was made elsewhere
+    all_teachers: bool = False  # refined with all teachers of the study, else with the first
 
     def source(self, seed: int) -> DistilledSource | ExternalSet:
         """The set of a seed."""
-        return DistilledSource(self.synthesis, seed) if self.external is None else ExternalSet(self.external, seed)
+        return ExternalSet(self.external, seed) if self.external else DistilledSource(self.synthesis, seed, self.all_teachers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +122,15 @@ def note(setup: Setup, grid: Grid) -> str:
     count = setup.recipe.validation.students
     students = "one student" if count == 1 else f"{count} students"
     preset = records.preset_note(setup.recipe)
-    if len(grid.seeds) == 1:
-        text = f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."
-        return f"{text} {preset}".rstrip()
-    text = f"Mean ± standard deviation over {len(grid.seeds)} synthesis seeds, of the mean of {students} each."
-    if any(variant.external for variant in grid.variants):
-        text += f" Sets that were made elsewhere: over {students} of the one set."
-    return f"{text} {preset}".rstrip()
+    if len(grid.seeds) > 1:
+        parts = [f"Mean ± standard deviation over {len(grid.seeds)} synthesis seeds, of the mean of {students} each."]
+        if any(variant.external for variant in grid.variants):
+            parts.append(f"Sets that were made elsewhere: over {students} of the one set.")
+    else:
+        parts = [f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."]
+    if len(setup.teachers) > 1 and setup.recipe.validation.labels == "soft":
+        parts.append(f"Soft labels of all sets: {setup.recipe.validation.teacher_mean} mean of {len(setup.teachers)} teachers' logits.")
+    return " ".join([*parts, preset]).rstrip()
 
 
 def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
@@ -137,7 +140,7 @@ def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, An
         outcome = outcomes[variant.name, ipc, student]
         method, changes = variant.name if variant.external else REAL, dict[str, Any]()
         if variant.synthesis is not None:
-            method, changes = nearest_method(setup, variant.synthesis)
+            method, changes = nearest_method(setup, variant.synthesis, variant.all_teachers)
         flat = [accuracy for each in outcome.accuracies for accuracy in each]
         row = {"recipe": setup.recipe.name, "method": method, "student": student, "ipc": ipc, "mean": outcome.mean, "std": outcome.std}
         synthesis = replace(setup.recipe, synthesis=variant.synthesis).settings("synthesis") if variant.synthesis else {}
@@ -151,7 +154,7 @@ def study_settings(setup: Setup, grid: Grid) -> dict[str, Any]:
     recipe, tensors = setup.recipe, setup.initial.initial_tensors
     return {
         "recipe": recipe.name,
-        "teacher": {"architecture": recipe.architecture, "checksum": setup.teacher_checksum},
+        "teacher": {name: ", ".join(getattr(each, name) for each in setup.teachers) for name in ("architecture", "checksum")},
         "data": {name: value for name, value in asdict(recipe.data).items() if name not in ("mean", "std")},
         "ipc": list(grid.ipc),
         "synthesis seeds": list(grid.seeds),

@@ -44,6 +44,9 @@ TITLES = {
     "fadrm": "FADRM",
     "delt": "DELT",
     "dwa": "DWA",
+    "fadrm+": "FADRM+",
+    "dwa+": "DWA+",
+    "cv-dd": "CV-DD",
 }
 
 
@@ -51,12 +54,12 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
     """The sets of several methods; a changed setting of DWA is changed in all of them.
 
     Raises:
-        InputError: no such method, or one for several teachers.
+        InputError: no such method, or one for several teachers where there is one.
     """
     for method in methods:
-        if method in SEVERAL_TEACHERS:
-            raise InputError(f"method {method} is for several teachers, and a study has one; expected some of {', '.join(TITLES)}")
         check_choice("method", method, list(TITLES))
+        if method in SEVERAL_TEACHERS and len(setup.teachers) == 1:
+            raise InputError(f"--teacher must name the checkpoints of several teachers for method {method}, got 1")
     dwa, data = setup.recipe.synthesis, setup.recipe.data
     derived = {name: METHODS[name](dwa, data) for name in methods if name != REAL}
     published = recipe(setup.recipe.name).synthesis
@@ -64,7 +67,7 @@ def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
         derived = {name: replace(each, iterations=dwa.iterations if each.iterations else 0) for name, each in derived.items()}
     if dwa.learning_rate != published.learning_rate:
         derived = {name: replace(each, learning_rate=dwa.learning_rate) for name, each in derived.items()}
-    return [Variant(name=TITLES[method], synthesis=derived.get(method)) for method in methods]
+    return [Variant(name=TITLES[method], synthesis=derived.get(method), all_teachers=method in SEVERAL_TEACHERS) for method in methods]
 
 
 def compare(run: GridRunner, setup: Setup, *, methods: Sequence[str], ipc: Sequence[int], student: str, seeds: Sequence[int]) -> Record:

@@ -38,8 +38,8 @@ SMALL = [*QUICK, "--validation.students", "1", "--seeds", "2", "--jobs", "1"]
 @pytest.fixture
 def common(tmp_path: Path) -> list[str]:
     """Flags that every study is given, and an output folder."""
-    teacher = small_setup(tmp_path).teacher
-    return ["--recipe", "digits", "--teacher", str(teacher), "--output", str(tmp_path / "out")]
+    (teacher,) = small_setup(tmp_path).teachers
+    return ["--recipe", "digits", "--teacher", str(teacher.file), "--output", str(tmp_path / "out")]
 
 
 def stamps(folder: Path) -> dict[Path, int]:
@@ -58,6 +58,34 @@ def lives(group: int) -> bool:
 def cells_of(record: Record) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = record.data["cells"]
     return found
+
+
+def test_compare_with_several_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teachers = [str(each.file) for each in small_setup(tmp_path, "small-resnet", "convnet128").teachers]
+    arguments = [
+        "compare",
+        "--recipe",
+        "digits",
+        "--output",
+        str(tmp_path / "out"),
+        *SMALL,
+        "--methods",
+        "real",
+        "dwa",
+        "cv-dd",
+        "--ipc",
+        "1",
+    ]
+    assert run([*arguments, "--teacher", *teachers]) == 0
+    record = read_record(tmp_path / "out" / "compare" / "record.json")
+    assert [cell["method"] for cell in cells_of(record)] == ["real", "dwa", "cv-dd"]
+    assert record.settings["teacher"]["architecture"] == "small-resnet, convnet128"
+    assert record.tables[0].note.endswith("Soft labels of all sets: plain mean of 2 teachers' logits.")
+    capsys.readouterr()
+    assert run([*arguments, "--teacher", teachers[0]]) == 1
+    assert "--teacher must name the checkpoints of several teachers for method cv-dd, got 1" in capsys.readouterr().err
+    assert run([*arguments, "--teacher"]) == 1
+    assert "--teacher must name at least one checkpoint, got none" in capsys.readouterr().err
 
 
 def test_compare_writes_a_table_a_chart_and_a_sheet(tmp_path: Path, common: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dwa_fast.experiments.cells import Setup
+from dwa_fast.experiments.cells import Setup, StudyTeacher
 from dwa_fast.io.files import checksum
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
 from dwa_fast.training.fit import new_network
@@ -21,20 +21,29 @@ def with_validation(setup: Setup, **changes: Any) -> Setup:
     return replace(setup, recipe=recipe)
 
 
-def small_setup(output: Path) -> Setup:
-    """Digits at 8 pixels with an untrained teacher, which lies in the output folder."""
+def with_teacher(setup: Setup, **changes: Any) -> Setup:
+    """The set-up with a single teacher of which this is changed."""
+    (teacher,) = setup.teachers
+    return replace(setup, teachers=(replace(teacher, **changes),))
+
+
+def small_setup(output: Path, *architectures: str) -> Setup:
+    """Digits at 8 pixels with untrained teachers, small-resnet by default, which lie in the output folder."""
     output.mkdir(parents=True, exist_ok=True)
-    teacher = output / "teacher.pt"
-    if not teacher.exists():
-        network = new_network("small-resnet", classes=10, channels=1, size=SIZE, seed=0, device=torch.device("cpu"))
-        save_teacher(teacher, network, TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE, accuracy=10.0))
     setup = Setup(
         output=output,
         recipe=small_recipe(iterations=2, batch_size=10, backend="reference"),
         folder=None,
         train_checksum="of the training images",
         test_checksum="of the held-out images",
-        teacher=teacher,
-        teacher_checksum=checksum(teacher),
+        teachers=tuple(_teacher(output, architecture) for architecture in architectures or ("small-resnet",)),
     )
     return with_validation(setup, epochs=2, padding=1, students=2)
+
+
+def _teacher(folder: Path, architecture: str) -> StudyTeacher:
+    file = folder / f"{architecture}.pt"
+    if not file.exists():
+        network = new_network(architecture, classes=10, channels=1, size=SIZE, seed=0, device=torch.device("cpu"))
+        save_teacher(file, network, TeacherInfo(architecture=architecture, classes=10, channels=1, size=SIZE, accuracy=10.0))
+    return StudyTeacher(file=file, checksum=checksum(file), architecture=architecture)

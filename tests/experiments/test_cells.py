@@ -13,6 +13,7 @@ import torch
 from dwa_fast import InputError
 from dwa_fast.config import InitialConfig
 from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.experiments.cells import (
@@ -30,8 +31,10 @@ from dwa_fast.experiments.cells import (
     set_folder,
     set_is_complete,
 )
-from dwa_fast.recipes import recipe
-from tests.experiments.setups import small_setup, with_validation
+from dwa_fast.recipes import SEVERAL_TEACHERS, recipe
+from dwa_fast.sets.distill import distill
+from dwa_fast.training.validate import validate
+from tests.experiments.setups import small_setup, with_teacher, with_validation
 from tests.nets import SIZE
 
 
@@ -74,7 +77,7 @@ def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
         set_folder(setup, dwa(setup, precision="fp64")),
         set_folder(setup, DistilledSource(None, 0)),
         set_folder(replace(setup, threads=2), dwa(setup)),
-        set_folder(replace(setup, teacher_checksum="other"), dwa(setup)),
+        set_folder(with_teacher(setup, checksum="other"), dwa(setup)),
         set_folder(replace(setup, train_checksum="other"), dwa(setup)),
         set_folder(replace(setup, train_checksum="other"), DistilledSource(None, 0)),
         set_folder(replace(setup, initial=InitialConfig(initial_order="sorted")), dwa(setup)),
@@ -109,10 +112,13 @@ def test_names_say_what_a_set_is(tmp_path: Path) -> None:
         ("dwa", {"batch_ipc": 10}, ("dwa", {"batch_ipc": 10})),
         ("fadrm", {"size": 8}, ("fadrm", {})),
         ("fadrm", {"size": 8, "stage_sizes": ()}, ("sre2l++", {})),
+        ("fadrm+", {"size": 8}, ("fadrm+", {})),
+        ("dwa+", {"size": 8, "rho": 0.5}, ("dwa+", {"rho": 0.5})),
+        ("cv-dd", {}, ("cv-dd", {})),
     ],
 )
 def test_nearest_method(tmp_path: Path, method: str, changes: dict[str, Any], wanted: tuple[str, dict[str, Any]]) -> None:
-    assert nearest_method(small_setup(tmp_path), recipe("digits", method=method, **changes).synthesis) == wanted
+    assert nearest_method(small_setup(tmp_path), recipe("digits", method=method, **changes).synthesis, method in SEVERAL_TEACHERS) == wanted
 
 
 def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:
@@ -151,13 +157,45 @@ def test_what_changes_a_student_changes_its_place(tmp_path: Path) -> None:
         cell_folder(setup, replace(cell, source=dwa(setup, seed=1))),
         cell_folder(setup, replace(cell, source=dwa(setup, lambda_var=0.5))),
         cell_folder(replace(setup, threads=2), cell),
-        cell_folder(replace(setup, teacher_checksum="other"), cell),
+        cell_folder(with_teacher(setup, checksum="other"), cell),
         cell_folder(replace(setup, train_checksum="other"), cell),
         cell_folder(replace(setup, test_checksum="other"), cell),
         cell_folder(with_validation(setup, epochs=9), cell),
     ]
     assert len(set(places)) == len(places)
     assert cell_folder(with_validation(setup, students=9), cell) == places[0]
+
+
+def test_methods_of_one_teacher_take_the_first_and_others_all(tmp_path: Path) -> None:
+    one, two = small_setup(tmp_path), small_setup(tmp_path, "small-resnet", "convnet128")
+    source, everyone = dwa(two), replace(dwa(two, teacher_turns="iteration"), all_teachers=True)
+    assert set_folder(two, source) == set_folder(one, source)
+    assert set_folder(two, everyone) != set_folder(two, replace(everyone, all_teachers=False))
+    for each in (source, everyone):
+        make_set(two, each, 1)
+    first, second = inputs(two).teachers
+    for each, teachers in ((source, [first]), (everyone, [first, second])):
+        expected = tmp_path / f"{len(teachers)} teachers"
+        distill(teachers, inputs(two).train, replace(two.recipe, synthesis=each.synthesis), ipc=1, output=expected, threads=1)
+        made, settings = set_folder(two, each), read_manifest(set_folder(two, each))["settings"]
+        assert read_manifest(made)["images"] == read_manifest(expected)["images"]
+        checksums = [teacher.checksum for teacher in two.teachers[: len(teachers)]]
+        assert settings["teacher"] == (checksums if len(checksums) > 1 else checksums[0])
+    assert read_manifest(set_folder(two, source))["images"] != read_manifest(set_folder(two, everyone))["images"]
+
+
+def test_students_learn_from_all_teachers(tmp_path: Path) -> None:
+    one, two = small_setup(tmp_path), small_setup(tmp_path, "small-resnet", "convnet128")
+    cell = Cell(DistilledSource(None, 0), 1, "small-resnet")
+    assert cell_folder(one, cell) != cell_folder(two, cell)
+    make_set(two, DistilledSource(None, 0), 1)
+    measure(two, cell)
+    shared, cpu = inputs(two), torch.device("cpu")
+    made, _ = open_distilled(set_folder(two, DistilledSource(None, 0)), SIZE, 1, shared.test.class_names, per_class=1)
+    expected = validate(made, shared.test, shared.teachers, "small-resnet", two.recipe, device=cpu, resume_dir=tmp_path / "alone")
+    assert accuracies(two, cell) == expected.accuracies
+    digests = json.loads((cell_folder(two, cell) / "students.json").read_text())
+    assert digests == json.loads((tmp_path / "alone" / "students.json").read_text())
 
 
 def test_found_set_is_known_by_its_images(tmp_path: Path) -> None:

@@ -37,18 +37,24 @@ def ablation(setup: Setup, study: AblationName, *ipc: int) -> Record:
 def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     setup = small_setup(tmp_path)
     setup = replace(setup, recipe=replace(setup.recipe, synthesis=replace(setup.recipe.synthesis, iterations=9, learning_rate=0.1)))
-    variants = by_method(setup, list(TITLES))
+    one = [method for method in TITLES if method not in SEVERAL_TEACHERS]
+    variants = by_method(setup, one)
     assert variants[0].synthesis is None
     assert all(variant.synthesis and variant.synthesis.iterations == (0 if variant.name == "RDED" else 9) for variant in variants[1:])
     assert all(variant.synthesis and variant.synthesis.learning_rate == 0.1 for variant in variants[1:])
-    assert len({variant.name for variant in variants}) == len(TITLES) == 1 + len(METHODS) - len(SEVERAL_TEACHERS)
+    assert len(set(TITLES.values())) == len(TITLES) == 1 + len(METHODS)
+    assert not any(variant.all_teachers for variant in variants)
     with pytest.raises(
         InputError,
         match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, dwa",
     ):
         by_method(setup, ["mtt"])
-    with pytest.raises(InputError, match="method cv-dd is for several teachers, and a study has one; expected some of real, sre2l"):
+    with pytest.raises(InputError, match="--teacher must name the checkpoints of several teachers for method cv-dd, got 1"):
         by_method(setup, ["dwa", "cv-dd"])
+    both = replace(setup, teachers=setup.teachers * 2)
+    several = by_method(both, ["real", *SEVERAL_TEACHERS])
+    assert [variant.all_teachers for variant in several] == [False, True, True, True]
+    assert [variant.name for variant in several[1:]] == ["FADRM+", "DWA+", "CV-DD"]
 
 
 def test_compare(tmp_path: Path) -> None:
