@@ -57,10 +57,10 @@ def pack_convolutions(graph: GraphModule) -> set[Node]:
     PyTorch passes oneDNN plain weights, which oneDNN packs again in every call; that costs up to a third of the time where batches
     are small. A replacement is made only if it gives the same bits in the same layout on random numbers.
     """
-    frozen, packing = frozen_tensors(graph), set()
+    frozen, packing, checked = frozen_tensors(graph), set(), dict[Any, bool]()
     for node in list(graph.graph.nodes):
         packed = _packed(node)
-        if packed is None or packed.weight not in frozen or not _same_bits(node, packed):
+        if packed is None or packed.weight not in frozen or not _same_bits(node, packed, checked):
             continue
         with graph.graph.inserting_before(node):
             weight = graph.graph.call_function(packed.pack, (packed.weight, *packed.order))
@@ -99,15 +99,28 @@ def _packed(node: Node) -> _Packed | None:
     return _Packed(source, weight, pack, (*shape, _size(source)), call, (bias, *shape))
 
 
-def _same_bits(node: Node, packed: _Packed) -> bool:
-    """Whether the packed call gives the bits of the node on random numbers."""
+def _same_bits(node: Node, packed: _Packed, checked: dict[Any, bool]) -> bool:
+    """Whether the packed call gives the bits of the node on random numbers; once for all layers of the same shapes and settings."""
+
+    def layout(used: Node) -> Any:
+        like = used.meta["val"]
+        return like.dtype, like.shape, like.stride()
+
+    key = str((node.target, map_arg(node.args, layout)))
+    if key not in checked:
+        checked[key] = _compare(node, packed)
+    return checked[key]
+
+
+def _compare(node: Node, packed: _Packed) -> bool:
     random = torch.Generator().manual_seed(0)
     values: dict[Node, Tensor] = {}
 
     def value(used: Node) -> Tensor:
         if used not in values:
             like = used.meta["val"]
-            values[used] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).normal_(generator=random)
+            extent = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
+            values[used] = torch.empty(extent, dtype=like.dtype).normal_(generator=random).as_strided(like.shape, like.stride())
         return values[used]
 
     target: Any = node.target

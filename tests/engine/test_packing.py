@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
+from dwa_fast.engine import packing
 from dwa_fast.engine.capture import CallList, trace_step
 from dwa_fast.engine.packing import frozen_tensors, pack_convolutions
 
@@ -66,11 +68,33 @@ def test_frozen_weights_are_packed_once() -> None:
     layers = layers.to(memory_format=torch.channels_last).requires_grad_(False)
     images = torch.randn(20, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     graph = trace_step(lambda: step_of(layers, images, torch.zeros(()), torch.zeros_like(images)))
-    packing = pack_convolutions(graph)
+    packs = pack_convolutions(graph)
     targets = [str(node.target) for node in graph.graph.nodes]
     assert sum("_reorder_convolution" in target for target in targets) == 4
-    assert all(node in packing for node in graph.graph.nodes if "_reorder_convolution" in str(node.target))
+    assert all(node in packs for node in graph.graph.nodes if "_reorder_convolution" in str(node.target))
     assert not any(target.startswith("aten.convolution") for target in targets)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_layers_of_equal_shapes_and_settings_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dilated one, whose shapes are the same, is compared on its own, and so decided on its own."""
+    like, dilated = CONVOLUTIONS["groups"], nn.Conv2d(32, 32, 3, padding=2, dilation=2, bias=False)
+    layers = nn.Sequential(like(), *(nn.Conv2d(32, 32, 3, padding=1, bias=False) for _ in range(3)), dilated)
+    layers = layers.to(memory_format=torch.channels_last).requires_grad_(False)
+    images = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    graph = trace_step(lambda: images.add_(layers(images).mean()))
+    compared = []
+
+    def compare(node: Node, packed: packing._Packed) -> bool:
+        compared.append(node)
+        return 2 not in packed.shape[3]
+
+    monkeypatch.setattr(packing, "_compare", compare)
+    pack_convolutions(graph)
+    assert len(compared) == 3
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert sum("_reorder_convolution" in target for target in targets) == 4
+    assert targets.count("aten.convolution.default") == 1
 
 
 def test_weights_that_the_step_changes_are_not_constant() -> None:
