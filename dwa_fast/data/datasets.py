@@ -24,6 +24,7 @@ Split = Literal["train", "test"]
 
 DIGITS_TEST_SHARE = 0.25
 _TINY_TABLE = Path("val", "val_annotations.txt")
+_TINY_LIST = "wnids.txt"
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folder names
 _TEST_FOLDERS = ("test", "val")
 _SHOWN = 5  # classes or files that an error message names
@@ -195,7 +196,9 @@ def load(
     check_choice("split", split, Split)
     share = config.held_out_share
     data = _open(config, folder, "train" if share else split, download)
-    if config.classes is not None and len(data.class_names) != config.classes:
+    if config.layout == "tiny" and folder and (folder / _TINY_LIST).is_file():  # a part of the data set lists its own classes
+        _check_listed(folder / _TINY_LIST, data.class_names)
+    elif config.classes is not None and len(data.class_names) != config.classes:
         raise InputError(f"{folder or config.layout} has {len(data.class_names)} classes, expected {config.classes}")
     if share:
         data = _part(data, share, split)
@@ -406,6 +409,17 @@ def _cifar(layout: str, folder: Path, split: Split, download: bool) -> MemorySet
         ) from error
     pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return MemorySet(pixels, torch.tensor(source.targets), list(source.classes))
+
+
+def _check_listed(path: Path, class_names: Sequence[str]) -> None:
+    """Raise InputError unless a file of Tiny-ImageNet lists these classes, one per line."""
+    try:
+        listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    for names, what in ((listed - set(class_names), "lists classes without images"), (set(class_names) - listed, "does not list classes")):
+        if names:
+            raise InputError(f"{path} {what}: {shown(sorted(names))}")
 
 
 def _tiny_test(folder: Path, size: int, channels: int) -> FileSet:

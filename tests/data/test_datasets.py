@@ -138,13 +138,20 @@ def test_tiny_imagenet_layout(tmp_path: Path) -> None:
         (tmp_path / name).write_text("n02\nn01\n")
     table = tmp_path / "val" / "val_annotations.txt"
     table.write_text("val_0.JPEG\tn02\t0\t0\t62\t62\nval_1.JPEG\tn01\t0\t0\t62\t62\n")
-    config = DataConfig(layout="tiny", size=64)
+    config = DataConfig(layout="tiny", size=64, classes=200)  # a part of it, as wnids.txt says
     train = load(config, tmp_path, "train")
     assert train.class_names == ["n01", "n02"]
     assert [train.name(index) for index in range(2)] == ["n01/images/n01_0.JPEG", "n02/images/n02_0.JPEG"]
     test = load(config, tmp_path, "test")
     assert test.labels.tolist() == [1, 0]
     assert test.load([1]).min() == 255
+    for names, message in (("n01\nn02\nn03\n", "lists classes without images: n03"), ("n02\n", "does not list classes: n01")):
+        (tmp_path / "wnids.txt").write_text(names)
+        with pytest.raises(InputError, match=f"wnids.txt {message}"):
+            load(config, tmp_path, "train")
+    (tmp_path / "wnids.txt").unlink()
+    with pytest.raises(InputError, match="has 2 classes, expected 200"):
+        load(config, tmp_path, "train")
     table.write_text("val_0.JPEG\tn99\t0\t0\t62\t62\n")
     with pytest.raises(InputError, match=r"val_annotations.txt names class 'n99', which has no folder in"):
         load(config, tmp_path, "test")
