@@ -99,6 +99,15 @@ def _whole_set(content: dict[str, Any]) -> list[str] | None:
     return [f"{times}: {100 * content['share']:.1f} % of its throughput ({100 * low:.1f} … {100 * high:.1f}), with {same} in the files."]
 
 
+def _family(content: dict[str, Any]) -> list[str] | None:
+    """Stages and several teachers, against what they are made of."""
+    if "family" not in content:
+        return None
+    what = f"{content['workload']} and {content['second']}, batch {content['batch']}, sizes {content['sizes'][0]} and {content['sizes'][1]}"
+    rows = [(name, f"{ratio:.3f} ({low:.3f} … {high:.3f})") for name, (ratio, low, high) in content["family"].items()]
+    return [f"{what}; time of an iteration.\n", *_table(("what", "× (10 … 90 %)"), rows)]
+
+
 def _faults(content: dict[str, Any]) -> list[str] | None:
     """What kills, full disks and damage cost."""
     if "outcomes" not in _first(content.get("rows")):
@@ -170,6 +179,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str] | None]] = {
     "Where an iteration's time goes": _anatomy,
     "Swapping dwa_fast into a published loop": _swapping,
     "A whole set": _whole_set,
+    "Stages and several teachers": _family,
     "What a fault costs": _faults,
     "Cost curves": _scaling,
     "Operators": _operators,

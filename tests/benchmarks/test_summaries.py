@@ -36,6 +36,13 @@ FILES: dict[str, Any] = {
         ],
     },
     "whole_set": {"samples": {"bare loop": [1.0], "whole set": [2.0]}, "shares": [0.5], "share": 0.5, "same images": True},
+    "family": {
+        "workload": "imagenet-resnet18",
+        "second": "resnet34",
+        "batch": 2,
+        "sizes": [200, 224],
+        "family": {"two teachers in turn, against the mean of both": [1.0123, 0.99, 1.04]},
+    },
     "faults": {
         "images": 30,
         "rows": [{"what": "killed", "outcomes": [{"finished": 30, "lost": 5, "equal": True}, {"finished": 10, "lost": 0, "equal": True}]}],
@@ -76,6 +83,7 @@ WANTED = {
     "anatomy": ["| bn_act | 2 | 4.00 | 50.0 | 3.00 | 75 |", "commit `0123456789ab` with uncommitted changes"],
     "swapping": ["| dwa | hooks | 10 (9 … 11) | – | 20 | 1.50 |"],
     "whole_set": ["50.0 % of its throughput (50.0 … 50.0), with the same pixels in the files"],
+    "family": ["| two teachers in turn, against the mean of both | 1.012 (0.990 … 1.040) |", "batch 2, sizes 200 and 224; time of an"],
     "faults": ["| killed | 2 | 1 | 40 of 60 | 5 | 2 of 2 |"],
     "scaling": ["| seconds against images | fused | 1 … 8 | 0.5 … 4 | 0.99 ± 0.02 | 1 |"],
     "operators": ["| view | large | bf16 | fused | 2.000 | 3.0 | 50 |"],
