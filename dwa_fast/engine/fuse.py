@@ -38,6 +38,7 @@ class BatchNormAct(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     slope: Tensor | None
+    pools = True  # whether a max-pooling behind it all can be fused too
 
     def __init__(self, layer: Any, operators: Operators) -> None:
         """Take the place of a plain BatchNorm layer, whose weights and statistics these are."""
@@ -189,7 +190,7 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
             layer.skip = True
         elif not layer.activates and (matched := _activation(traced, layer, user, arguments, chain[-1])) is not None:
             layer.activate(matched)
-        elif not layer.skip and layer.activation not in _UNPOOLED and (windows := match_pool(traced, user, chain[-1])) is not None:
+        elif _takes_pool(layer) and (windows := match_pool(traced, user, chain[-1])) is not None:
             layer.windows = windows
         else:
             break
@@ -202,6 +203,10 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
     chain[-1].replace_all_uses_with(new)
     for old in reversed(chain):
         traced.graph.erase_node(old)
+
+
+def _takes_pool(layer: BatchNormAct) -> bool:
+    return layer.pools and not layer.skip and layer.activation not in _UNPOOLED
 
 
 def _join(traced: torch.fx.GraphModule) -> None:

@@ -33,6 +33,8 @@ Forward = Callable[[Tensor], Tensor]  # [N, C, H, W] → [N, classes]
 class _TrainedBatchNormAct(BatchNormAct):
     """A BatchNorm layer in the mode that it was in, with what was fused into it; it keeps no moments."""
 
+    pools = False
+
     def __init__(self, layer: Any, operators: Operators) -> None:
         super().__init__(layer, operators)
         self.momentum, self.batches = getattr(layer, "momentum", None), getattr(layer, "num_batches_tracked", None)

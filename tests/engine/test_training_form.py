@@ -83,6 +83,19 @@ def test_a_training_is_that_of_the_network(name: str, caplog: pytest.LogCaptureF
     assert all(value.is_contiguous() for value in own.state_dict().values())
 
 
+FAMILIES = ("resnet18", "mobilenet-v2", "shufflenet-v2", "efficientnet-b0", "vgg16-bn", "deit-tiny-bn")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "resnet18" else [pytest.mark.slow]) for name in FAMILIES])
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_known_by_name_are_fused(name: str, training: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """With a max-pooling behind the first activation, depthwise convolutions, additions, gates."""
+    caplog.set_level(logging.INFO, "dwa_fast")
+    torch.manual_seed(0)
+    training_form(build(name, classes=5, channels=3, size=64).train(training), (3, 64, 64), CPU)
+    assert was_fused(caplog)
+
+
 def test_dropout_is_applied_and_follows_the_seed() -> None:
     network = small("mixed")
     forward, images = training_form(network, SHAPE, CPU), torch.randn(4, *SHAPE)
