@@ -160,7 +160,7 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
     if source.synthesis is None:
         _copy_real(setup, source, ipc, folder)
         return
-    initial = setup.initial if source.synthesis.sees_images else None
+    initial = setup.initial if source.synthesis.sees_images else InitialConfig(skip_bad_images=setup.initial.skip_bad_images)
     provenance = {"recipe": setup.recipe.name, "method": nearest_method(setup, source.synthesis)[0], "teacher": setup.teacher_checksum}
     provenance |= _outputs(setup)
     started = time.perf_counter()

@@ -44,7 +44,7 @@ def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     assert len({variant.name for variant in variants}) == len(TITLES) == 1 + len(METHODS) - len(SEVERAL_TEACHERS)
     with pytest.raises(
         InputError,
-        match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, dwa",
+        match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, lpld, dwa",
     ):
         by_method(setup, ["mtt"])
     with pytest.raises(InputError, match="method cv-dd is for several teachers, and a study has one; expected some of real, sre2l"):

@@ -132,7 +132,8 @@ def test_opcheck(calls: set[str]) -> None:
     assert calls == set(_library._launchers)
 
 
-def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
+@pytest.mark.parametrize("aims", [False, True], ids=["running statistics", "statistics of a class"])
+def test_an_iteration_on_the_launchers(calls: set[str], aims: bool) -> None:
     """The inner loop as CUDA runs it, with one arena of partial sums, interpreted: as near to float64 as plain PyTorch in float32."""
     torch.manual_seed(0)
     teacher = alive(build("small-resnet", classes=10, channels=1, size=8))
@@ -149,6 +150,11 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
         network, _ = prepare(teacher, images, execution)
         Arena(network, execution, moves=False)
         with execution.arithmetic():
+            for shift in (9.0, 0.3) if aims else ():  # the plan is made for the first class, and then aims at the second one
+                own_statistics = {
+                    each: torch.stack([layer.running_mean + shift, 1.5 * layer.running_var]) for each, layer in network.layers.items()
+                }
+                network.aim(own_statistics)
             loop = Refinement([Teacher(network, network)], images.shape, own.synthesis, own.data, execution)
             loop.load(images, labels, make_schedule(own.synthesis, 8, 8, seed=0, batch=0))
             loop.advance(3)
