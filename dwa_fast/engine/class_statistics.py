@@ -155,14 +155,15 @@ def check_statistics(
     classes: int,
 ) -> None:
     """Raise InputError unless these are statistics of those teachers."""
-    if not isinstance(statistics, (list, tuple)) or len(statistics) != len(sizes):
-        got = f"{len(statistics)}" if isinstance(statistics, (list, tuple)) else type(statistics).__name__
-        raise InputError(f"class_statistics must be a list of one for each of {len(sizes)} teachers, got {got}")
+    given = [type(own).__name__ for own in statistics] if isinstance(statistics, (list, tuple)) else type(statistics).__name__
+    if isinstance(given, str) or len(given) != len(sizes) or not all(isinstance(own, Mapping) for own in statistics):
+        got = given if isinstance(given, str) else f"[{', '.join(given)}]"
+        raise InputError(f"class_statistics must be a list of one mapping for each of {len(sizes)} teachers, got {got}")
     needed = labels.unique().cpu()
     for own, channels in zip(statistics, sizes, strict=True):
         for name, count in channels.items():
             each, wanted = own.get(name), (2, classes, count)
-            if each is None:
+            if not isinstance(each, Tensor):
                 raise InputError(f"class_statistics lack BatchNorm layer {name!r}; they are those of another teacher")
             if tuple(each.shape) != wanted:
                 raise InputError(f"class_statistics of BatchNorm layer {name!r} must be {list(wanted)}, got shape {tuple(each.shape)}")

@@ -152,8 +152,9 @@ def test_what_cannot_be_matched_is_refused() -> None:
             "statistics 'class' need batches of one class, got one of classes 3, 7; order the images",
         ),
         (small_recipe(iterations=2), labels, [own], "class_statistics would not be used: the recipe matches running statistics"),
-        (config, labels, own, "class_statistics must be a list of one for each of 1 teachers, got dict"),
-        (config, labels, [own, own], "class_statistics must be a list of one for each of 1 teachers, got 2"),
+        (config, labels, own, "class_statistics must be a list of one mapping for each of 1 teachers, got dict"),
+        (config, labels, [own, own], "class_statistics must be a list of one mapping for each of 1 teachers, got [dict, dict]"),
+        (config, labels, [own[first]], "class_statistics must be a list of one mapping for each of 1 teachers, got [Tensor]"),
         (
             config,
             labels,
