@@ -12,7 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dwa_fast import ClassStatistics, InputError, MemorySet, class_statistics, distill, image_folder, normalise, recipe, synthesize
+from dwa_fast import (
+    ClassStatistics,
+    InitialConfig,
+    InputError,
+    MemorySet,
+    class_statistics,
+    distill,
+    image_folder,
+    normalise,
+    recipe,
+    synthesize,
+)
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import image_name, read_manifest
@@ -193,6 +204,11 @@ def test_images_that_cannot_be_measured(tmp_path: Path) -> None:
     skipped: dict[str, str] = {}
     (found,) = class_statistics(small_teacher(), files, config, skipped=skipped)
     assert list(skipped) == ["4/2.png"]
+    given = class_recipe(iterations=1, batch_ipc=None, initial="noise", ascent="none")
+    with pytest.raises(InputError, match=r"2.png is no image that can be read: .* --skip-bad-images from all others"):
+        distill(small_teacher(), files, given, ipc=2, output=tmp_path / ".set")
+    distill(small_teacher(), files, given, ipc=2, output=tmp_path / ".set", initial=InitialConfig(skip_bad_images=True))
+    assert read_manifest(tmp_path / ".set")["skipped"] == skipped
     kept = torch.arange(60) != 4 * 6 + 2
     (wanted,) = class_statistics(small_teacher(), MemorySet(data.pixels[kept], data.labels[kept], data.class_names), config)
     for name, each in found.items():
