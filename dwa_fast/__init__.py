@@ -13,6 +13,7 @@ from dwa_fast.config import DataConfig, FkdConfig, InitialConfig, SqueezeConfig,
 from dwa_fast.data.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
 from dwa_fast.data.datasets import load as load_data
 from dwa_fast.data.distilled import open_distilled
+from dwa_fast.engine.class_statistics import ClassStatistics, class_statistics
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.recipes import Recipe, recipe
@@ -23,6 +24,7 @@ from dwa_fast.training.squeeze import squeeze
 from dwa_fast.training.validate import ValidationResult, validate
 
 __all__ = [
+    "ClassStatistics",
     "DataConfig",
     "FileSet",
     "FkdConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "ValidationConfig",
     "ValidationResult",
     "__version__",
+    "class_statistics",
     "denormalise",
     "digits",
     "distill",

@@ -17,6 +17,7 @@ from dwa_fast.errors import InputError
 
 Ascent = Literal["directed", "random", "none"]
 MatchingWeights = Literal["adjusted", "original"]
+MatchedStatistics = Literal["running", "class"]
 View = Literal["roll", "crop"]
 Curriculum = Literal["none", "step", "linear", "cosine"]
 TeacherTurns = Literal["iteration", "index"]
@@ -48,6 +49,7 @@ LATER_SETTINGS = {
     "teacher_turns": "iteration",
     "teacher_priors": (),
     "rounds": 1,
+    "statistics": "running",
 }
 LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
 LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
@@ -212,6 +214,7 @@ class SynthesisConfig(Config):
     steps: NonNegativeInt = 12  # K: ascent steps of length ρ/K; not 0 where ρ > 0.
     normalize_ascent: bool = True  # Divide each ascent gradient by its global norm, as the published code does; Algorithm 1 does not.
     matching_weights: MatchingWeights = "adjusted"  # Weights of the matching terms: adjusted (published code), original (Eq. 15).
+    statistics: MatchedStatistics = "running"  # Statistics to match: running (Eq. 3), or those of a batch's one class (class; LPLD).
     initial: Initial = "real"  # Start: real images, median (DELT) or patches (RDED), both chosen by the teacher, or Gaussian noise.
     view: View = "roll"  # Shared view of an iteration: roll (CIFAR), or crop, flip and roll (ImageNet).
     crop_scale: Annotated[tuple[float, float], Range(at_most=1, above=True)] = (0.08, 1.0)  # Fraction of the image area that a crop covers.
@@ -246,6 +249,11 @@ class SynthesisConfig(Config):
     def adjusts(self) -> bool:
         """Whether the weights are moved at all."""
         return self.ascent != "none" and self.rho > 0
+
+    @property
+    def matches_class(self) -> bool:
+        """Whether each batch holds one class, whose statistics it is matched with."""
+        return self.statistics == "class" and self.iterations > 0
 
     @property
     def sees_images(self) -> bool:

@@ -60,6 +60,14 @@ def _delt(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
     return replace(start, iterations=iterations, learning_rate=0.25, rounds=8, batch_ipc=None)
 
 
+def _lpld(dwa: SynthesisConfig, data: DataConfig) -> SynthesisConfig:
+    """LPLD (arXiv 2410.15919): SRe2L with crops, each batch all images of one class, matched with the statistics of that class."""
+    iterations = dwa.iterations if data.layout == "digits" else 4000
+    rate, weight = (0.1, 0.05) if data.layout == "tiny" else (0.25, 0.01)
+    own = replace(_sre2l(dwa, data), view="crop", iterations=iterations, learning_rate=rate, lambda_mean=weight, lambda_var=weight)
+    return replace(own, statistics="class", batch_ipc=None)
+
+
 METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "dwa": lambda dwa, _: dwa,
     "sre2l": _sre2l,
@@ -71,6 +79,7 @@ METHODS: dict[str, Callable[[SynthesisConfig, DataConfig], SynthesisConfig]] = {
     "sre2l++": _sre2l_plus,
     "fadrm": _fadrm,
     "delt": _delt,
+    "lpld": _lpld,
     "fadrm+": _fadrm_plus,
     "dwa+": lambda dwa, data: replace(_fadrm_plus(dwa, data), ascent=dwa.ascent, rho=dwa.rho),
     "cv-dd": lambda dwa, data: replace(_sre2l_plus(dwa, data), teachers_together=2, teacher_turns="index"),
@@ -269,7 +278,8 @@ def recipe(name: str, *, method: str = "dwa", schedule: Schedule = "cosine", pre
         method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
             refined), real-start (no step), random-step, coupled (λ_mean = λ_var), sre2l++ (sre2l that starts from patches, with crops),
             fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again), delt (cda that starts from median
-            images, in eight rounds that refine more and more of them), fadrm+ (fadrm with several teachers in turn), dwa+ (fadrm+ with
+            images, in eight rounds that refine more and more of them), lpld (sre2l with crops that matches the statistics of each class,
+            all images of one in a batch), fadrm+ (fadrm with several teachers in turn), dwa+ (fadrm+ with
             DWA's step of each teacher), cv-dd (sre2l++ with two of several teachers at once, another pair for each image index).
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.

@@ -15,17 +15,20 @@ _WARPS = 8
 
 
 @triton.jit
-def _gaps(sums, variances, channel, inside, n, total):
-    """μ − m = s₁/n and σ² − v = s₂/n − (s₁/n)² − v of a block of channels, float64."""
-    mean_gap = tl.load(sums + channel, mask=inside, other=0.0).to(tl.float64) / n
+def _gaps(sums, variances, means, channel, inside, n, total):
+    """s₁/n, μ − m − a = s₁/n − a and σ² − v = s₂/n − (s₁/n)² − v of a block of channels, float64; a is 0 without means."""
+    mean = tl.load(sums + channel, mask=inside, other=0.0).to(tl.float64) / n
     square = tl.load(sums + total + channel, mask=inside, other=0.0).to(tl.float64) / n
     variance = tl.load(variances + channel, mask=inside, other=0.0).to(tl.float64)
-    return mean_gap, square - mean_gap * mean_gap - variance
+    mean_gap = mean
+    if means is not None:
+        mean_gap = mean - tl.load(means + channel, mask=inside, other=0.0).to(tl.float64)
+    return mean, mean_gap, square - mean * mean - variance
 
 
 @triton.jit
-def _store_gradient(grad, sums, variances, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK: tl.constexpr):
-    """∂s₂ = g_var w d/(n‖d‖),  ∂s₁ = g_mean w (s₁/n)/(n‖s₁/n‖) − 2(s₁/n) ∂s₂   with d = σ² − v; a term is 0 where its norm is 0."""
+def _store_gradient(grad, sums, variances, means, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK: tl.constexpr):
+    """∂s₂ = g_var w d/(n‖d‖),  ∂s₁ = g_mean w e/(n‖e‖) − 2(s₁/n) ∂s₂   with d = σ² − v, e = s₁/n − a; a term is 0 where its norm is 0."""
     mean_scale = tl.load(grad).to(tl.float64) * w / (n * tl.where(norm_of_mean == 0.0, 1.0, norm_of_mean))
     var_scale = tl.load(grad + 1).to(tl.float64) * w / (n * tl.where(norm_of_var == 0.0, 1.0, norm_of_var))
     mean_scale = tl.where(norm_of_mean == 0.0, 0.0, mean_scale)
@@ -34,9 +37,9 @@ def _store_gradient(grad, sums, variances, n, w, norm_of_mean, norm_of_var, grad
     left = last - first
     while left > 0:
         inside = channel < last
-        mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
+        mean, mean_gap, var_gap = _gaps(sums, variances, means, channel, inside, n, total)
         second = var_scale * var_gap
-        tl.store(grad_sums + channel, (mean_scale * mean_gap - 2.0 * mean_gap * second).to(tl.float32), mask=inside)
+        tl.store(grad_sums + channel, (mean_scale * mean_gap - 2.0 * mean * second).to(tl.float32), mask=inside)
         tl.store(grad_sums + total + channel, second.to(tl.float32), mask=inside)
         channel += BLOCK
         left -= BLOCK
@@ -56,10 +59,10 @@ def _store_sums(place, rows, channels, sums, total, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit(do_not_specialize=["total", "layers"])
 def _matching_loss_kernel(
-    partials, places, sums, variances, channel_ptr, counts, weights, grad, norms, loss, grad_sums, finished, total, layers,
+    partials, places, sums, variances, means, channel_ptr, counts, weights, grad, norms, loss, grad_sums, finished, total, layers,
     BLOCK: tl.constexpr, TOTAL_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """norms_l = (‖μ_l − m_l‖₂, ‖σ²_l − v_l‖₂) of layer l = program_id(0),   loss = Σ_l w_l norms_l.
+    """norms_l = (‖μ_l − m_l − a_l‖₂, ‖σ²_l − v_l‖₂) of layer l = program_id(0),   loss = Σ_l w_l norms_l.
 
     With partials first the sums of the layer, from its rows in the arena; with grad last their gradient. `finished` counts the programs
     that are done, and the last one, whichever it is, adds up all norms in the order of the layers and sets it back to 0.
@@ -82,7 +85,7 @@ def _matching_loss_kernel(
     left = last - first
     while left > 0:
         inside = channel < last
-        mean_gap, var_gap = _gaps(sums, variances, channel, inside, n, total)
+        _, mean_gap, var_gap = _gaps(sums, variances, means, channel, inside, n, total)
         mean_squares += tl.where(inside, mean_gap * mean_gap, 0.0)
         var_squares += tl.where(inside, var_gap * var_gap, 0.0)
         channel += BLOCK
@@ -94,7 +97,7 @@ def _matching_loss_kernel(
     if grad is not None:
         w = tl.load(weights + layer).to(tl.float64)
         mean_norm, var_norm = norm_of_mean.to(tl.float64), norm_of_var.to(tl.float64)
-        _store_gradient(grad, sums, variances, n, w, mean_norm, var_norm, grad_sums, first, last, total, BLOCK)
+        _store_gradient(grad, sums, variances, means, n, w, mean_norm, var_norm, grad_sums, first, last, total, BLOCK)
     tl.debug_barrier()
     if tl.atomic_add(finished, 1) == layers - 1:
         each = tl.arange(0, TOTAL_BLOCK)
@@ -112,7 +115,7 @@ def _matching_loss_kernel(
 
 @triton.jit(do_not_specialize=["total", "layers"])
 def _matching_loss_backward_kernel(
-    grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, total, layers, BLOCK: tl.constexpr
+    grad, sums, variances, means, channel_ptr, counts, weights, norms, grad_sums, total, layers, BLOCK: tl.constexpr
 ):
     """The gradient of the sums of layer l = program_id(0), whose norms are known."""
     layer = tl.program_id(0)
@@ -122,7 +125,7 @@ def _matching_loss_backward_kernel(
     w = tl.load(weights + layer).to(tl.float64)
     norm_of_mean = tl.load(norms + layer).to(tl.float64)
     norm_of_var = tl.load(norms + layers + layer).to(tl.float64)
-    _store_gradient(grad, sums, variances, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK)
+    _store_gradient(grad, sums, variances, means, n, w, norm_of_mean, norm_of_var, grad_sums, first, last, total, BLOCK)
 
 
 def matching_loss_forward(
@@ -131,9 +134,10 @@ def matching_loss_forward(
     channel_ptr: Tensor,  # [L + 1] int64
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L] float32
+    means: Tensor | None = None,  # [ΣC] float32
 ) -> tuple[Tensor, Tensor]:
     """loss [2] and norms [2, L], float32. One launch behind the zero of its counter; nothing is read on the host."""
-    loss, norms, _ = _launch(sums.contiguous(), variances, channel_ptr, counts, weights, None, None, None)
+    loss, norms, _ = _launch(sums.contiguous(), variances, channel_ptr, counts, weights, None, None, None, means)
     return loss, norms
 
 
@@ -146,9 +150,10 @@ def matching_gradient(
     grad: Tensor,  # [2] float32, of the loss
     places: Tensor | None = None,  # [2, L] int64: where each layer's partial sums begin in the arena, and how many rows they are
     finished: Tensor | None = None,  # [1] int32, 0 before and after
+    means: Tensor | None = None,  # [ΣC] float32
 ) -> tuple[Tensor, Tensor]:
     """loss [2] and the gradient of the sums, [2, ΣC]. One launch where `finished` is given."""
-    loss, _, grad_sums = _launch(sums.contiguous(), variances, channel_ptr, counts, weights, grad.contiguous(), places, finished)
+    loss, _, grad_sums = _launch(sums.contiguous(), variances, channel_ptr, counts, weights, grad.contiguous(), places, finished, means)
     assert grad_sums is not None
     return loss, grad_sums
 
@@ -162,6 +167,7 @@ def _launch(
     grad: Tensor | None,
     places: Tensor | None,
     finished: Tensor | None,
+    means: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """loss [2], norms [2, L], and with grad the gradient of the sums."""
     layers, total = counts.numel(), variances.numel()
@@ -176,7 +182,7 @@ def _launch(
     norms = torch.empty(2, layers, dtype=torch.float32, device=sums.device)
     with on_device_of(sums):
         _matching_loss_kernel[(layers,)](
-            partials, places, sums, variances, channel_ptr, counts, weights, grad, norms, loss, grad_sums, finished, total, layers,
+            partials, places, sums, variances, means, channel_ptr, counts, weights, grad, norms, loss, grad_sums, finished, total, layers,
             BLOCK=_BLOCK, TOTAL_BLOCK=_TOTAL_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return loss, norms, grad_sums
@@ -190,6 +196,7 @@ def matching_loss_backward(
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L] float32
     norms: Tensor,  # [2, L] float32, of the forward pass
+    means: Tensor | None = None,  # [ΣC] float32
 ) -> Tensor:
     """grad_sums [2, ΣC], float32. One launch."""
     layers = counts.numel()
@@ -199,6 +206,7 @@ def matching_loss_backward(
     grad_sums = torch.empty_like(sums)
     with on_device_of(sums):
         _matching_loss_backward_kernel[(layers,)](
-            grad, sums, variances, channel_ptr, counts, weights, norms, grad_sums, sums.shape[1], layers, BLOCK=_BLOCK, num_warps=_WARPS
-        )
+            grad, sums, variances, means, channel_ptr, counts, weights, norms, grad_sums, sums.shape[1], layers,
+            BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
     return grad_sums

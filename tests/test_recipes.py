@@ -44,6 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fadrm": {**NOISE, "initial": "patches", "view": "crop", "iterations": 2000, "stage_sizes": (32, 32, 32, 32)},
 }
 CHANGES["delt"] = {**CHANGES["cda"], "initial": "median", "jitter": 0, "iterations": 4000, "rounds": 8, "batch_ipc": None}
+CHANGES["lpld"] = {**NOISE, "view": "crop", "iterations": 4000, "statistics": "class", "batch_ipc": None}
 CHANGES["fadrm+"] = CHANGES["fadrm"]
 CHANGES["cv-dd"] = {**CHANGES["sre2l++"], "teachers_together": 2, "teacher_turns": "index"}
 CHANGES["dwa+"] = {**CHANGES["fadrm"], "ascent": "directed", "rho": 0.015}

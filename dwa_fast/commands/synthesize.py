@@ -28,7 +28,7 @@ class Synthesize(TeacherData):
 
     teacher: tuple[Path, ...]  # Checkpoint of the teacher, or of several teachers, which take turns in this order.
     output: Path  # Folder for the images and their manifest.
-    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, delt, fadrm+, dwa+, cv-dd.
+    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, delt, lpld, fadrm+, dwa+, cv-dd.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.
@@ -51,6 +51,7 @@ class Synthesize(TeacherData):
         divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
         recipe = self.full_recipe(synthesis=replace(self.config, device=workers.own_device(self.config.device)))
         with console.bars(shown=workers.rank() == 0) as track:
+            measuring = track("statistics of classes") if recipe.synthesis.matches_class else None
             bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
                 [teacher.module for teacher in teachers],
@@ -65,6 +66,7 @@ class Synthesize(TeacherData):
                 threads=self.threads,
                 workers=divided,
                 progress=bar,
+                measuring=measuring,
                 observer=lambda batch, rows: bar.note(_shown(rows)),
             )
         console.print(f"{self.output}: {self._made(made, self.ipc * len(train.class_names))}")

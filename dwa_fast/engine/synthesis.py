@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.capture import return_stream, take_stream
+from dwa_fast.engine.class_statistics import ClassStatistics, check_statistics
 from dwa_fast.engine.refine import Teacher, matching_dominates, noise
 from dwa_fast.engine.stages import StagedRefinement, resized
 from dwa_fast.engine.teacher import Network, check_precision, prepare
@@ -37,6 +38,7 @@ class Batch:
     images: Tensor  # [B, C, H, W], normalised
     labels: Tensor  # [B]
     index: int = 0  # picks the teachers, where these take turns by index
+    aims: Sequence[Mapping[str, Tensor]] = ()  # what each teacher matches: [2, C] by layer, mean and variance. Empty: running statistics
 
 
 def initial(batch: Batch, config: SynthesisConfig, seed: int) -> Tensor:
@@ -49,17 +51,17 @@ class Replica:
 
     def __init__(self, networks: Sequence[Network], config: SynthesisConfig, normalisation: Normalisation, execution: Execution) -> None:
         self.config, self.normalisation, self.execution = config, normalisation, execution
-        self._teachers = [Teacher(network, network) for network in networks]
+        self.teachers = [Teacher(network, network) for network in networks]
         if config.matching_weights == "original" and config.adjusts:
-            self._teachers = [Teacher(network, copy.deepcopy(network)) for network in networks]
-            for _, matcher in self._teachers:
+            self.teachers = [Teacher(network, copy.deepcopy(network)) for network in networks]
+            for _, matcher in self.teachers:
                 Arena(matcher, execution, moves=False)
         cuda = execution.device.type == "cuda"
         self._stream = take_stream(execution.device) if cuda else None
         self._graph_memory = torch.cuda.graph_pool_handle() if cuda else None  # ascent and refinement never run at the same time
         self._turns = make_turns(config, len(networks))
         self._ascents = [Ascent(network, config, execution, self._graph_memory) for network in networks]
-        self._refinement = StagedRefinement(self._teachers, config, normalisation, execution, self._graph_memory)
+        self._refinement = StagedRefinement(self.teachers, config, normalisation, execution, self._graph_memory)
         self._norms: list[Tensor] = []  # of each teacher's ascent for the current batch, until they have been checked
 
     def begin(self, batch: Batch, seed: int) -> None:
@@ -75,6 +77,8 @@ class Replica:
             first = torch.zeros((), dtype=torch.int64, device=execution.device)
             seen = resized(images, make_stages(config, *images.shape[2:])[0])
             view = execution.operators.view(seen, schedule.rows, first, execution.dtype)
+            for place, aim in enumerate(batch.aims):
+                self.teachers[place].matcher.aim(aim)
             turns = self._turns if config.teacher_turns == "iteration" else [self._turns[batch.index % len(self._turns)]]
             self._refinement.capture(images.shape, batch.labels, turns)
             self._norms = []
@@ -124,7 +128,7 @@ class Replica:
         for ascent in self._ascents:
             ascent.close()
         self._refinement.close()
-        for network in {network for teacher in self._teachers for network in teacher}:
+        for network in {network for teacher in self.teachers for network in teacher}:
             network.close()
         return_stream(self._stream)
         self._stream = None
@@ -145,7 +149,7 @@ class Replica:
     ) -> Tensor:  # [n, classes] float32 on the CPU
         """The logits of a teacher, on the device and in the precision of the synthesis."""
         with self._active(), torch.no_grad():
-            logits: Tensor = self._teachers[place].classifier(self._to_device(images, self.execution.dtype))
+            logits: Tensor = self.teachers[place].classifier(self._to_device(images, self.execution.dtype))
             return logits.float().cpu()
 
     def _to_device(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,6 +228,12 @@ class Synthesizer:
     ) -> Tensor:  # [n, classes] float32 on the CPU
         """The logits of a teacher, the first one by default, on the device and in the precision of the synthesis."""
         return self.replicas[0].logits(images, place)
+
+    def check_statistics(self, statistics: Sequence[ClassStatistics], labels: Tensor) -> None:
+        """Raise InputError unless these are statistics of the teachers' layers, for the classes of the labels."""
+        networks = [teacher.matcher for teacher in self.replicas[0].teachers]
+        sizes = [{name: len(layer.running_mean) for name, layer in network.layers.items()} for network in networks]
+        check_statistics(statistics, sizes, labels, self.classes)
 
     @property
     def predictors(self) -> list[Callable[[Tensor], Tensor]]:

@@ -33,6 +33,7 @@ _ALIGNED = 16  # elements; the partial sums of each layer begin at a multiple of
 _TRIED = 3  # images on which the teacher and its copy are compared
 _ROUNDING = 100.0  # factor on the fp32 tolerance in a lower precision
 _PERTURBATION = 0.02  # relative standard deviation of a change of the weights, which shows weights that a trace has made constants
+_OTHER_LAYERS = "teacher runs other BatchNorm layers, or on other shapes, from one forward pass to the next"
 _NOISE = 0.1  # standard deviation of the noise on these images: no two alike, no pre-activation exactly 0
 
 
@@ -43,10 +44,11 @@ class MatchingPlan:
     Where the operators leave partial sums, those of all layers lie in one arena, which `matching_gradient` adds up in one launch.
     """
 
-    variances: Tensor  # [ΣC]
+    variances: Tensor  # [ΣC] that are aimed at
     channel_ptr: Tensor  # [L + 1] int64
     counts: Tensor  # [L] int64
     weights: Tensor  # [L]
+    means: Tensor | None = None  # [ΣC] by how much the means that are aimed at exceed the running ones; None: 0
     arena: Tensor | None = None  # [S] the layers' partial sums
     slices: Mapping[BatchNormAct | MomentsHook, Tensor] = field(default_factory=dict)  # [2, R, C] each layer's part of it
     places: Tensor | None = None  # [2, L] int64: where each part begins, and its R
@@ -55,14 +57,21 @@ class MatchingPlan:
     forward_done: Any = None  # event after the last layer of a forward pass
 
     @classmethod
-    def of(cls, layers: Sequence[BatchNormAct | MomentsHook], first_layer_weight: float, *, in_arena: bool = False) -> MatchingPlan:
+    def of(
+        cls,
+        layers: Sequence[BatchNormAct | MomentsHook],
+        first_layer_weight: float,
+        *,
+        in_arena: bool = False,
+        aim: Tensor | None = None,  # [2, ΣC] means and variances of the plan; None: the running statistics
+    ) -> MatchingPlan:
         """The plan of these layers, each with the count of its last call."""
-        variances = torch.cat([layer.running_var for layer in layers])
+        variances = torch.cat([layer.running_var for layer in layers]) if aim is None else aim[1]
         device = variances.device
         sizes = torch.tensor([0] + [len(layer.running_var) for layer in layers], device=device)
         counts = torch.tensor([layer.count for layer in layers], device=device)
         weights = torch.tensor([first_layer_weight] + [1.0] * (len(layers) - 1), dtype=variances.dtype, device=device)
-        plan = cls(variances, sizes.cumsum(0), counts, weights)
+        plan = cls(variances, sizes.cumsum(0), counts, weights, None if aim is None else aim[0])
         if not in_arena:
             return plan
         shapes = [(2, layer.rows, len(layer.running_var)) for layer in layers]
@@ -106,6 +115,7 @@ class Network(nn.Module):
         self._arena_plans: dict[torch.Size, MatchingPlan] = {}  # those with an arena of partial sums, by shape of the images
         self._arena_plan: MatchingPlan | None = None  # the one whose arena holds the partial sums of the last forward pass
         self._shape = torch.Size()  # of its images
+        self._aim: Tensor | None = None  # [2, ΣC] what all plans aim at instead of the running statistics; it stays where it is
 
     def release(self) -> None:
         """Take the hooks off the layers, which may be the teacher's own."""
@@ -158,6 +168,16 @@ class Network(nn.Module):
         for layer in self.layers.values():
             layer.sums.clear()
 
+    def aim(self, statistics: Mapping[str, Tensor]) -> None:
+        """Match these statistics from now on, not the running ones; where steps are captured, the first time before that.
+
+        Args:
+            statistics: by name of the layer, mean and variance of its channels, [2, C].
+        """
+        pairs = [(layer, statistics[name].to(layer.running_mean)) for name, layer in self.layers.items()]
+        aim = torch.cat([torch.stack([mean - layer.running_mean, variance]) for layer, (mean, variance) in pairs], 1)
+        self._aim = aim if self._aim is None else self._aim.copy_(aim)
+
     def matching(
         self,
         first_layer_weight: float,
@@ -169,7 +189,7 @@ class Network(nn.Module):
         """
         used, plan = self._plan(first_layer_weight)
         sums = torch.cat([layer.sums.pop() for layer in used], 1)
-        return self.operators.matching_loss(sums, plan.variances, plan.channel_ptr, plan.counts, plan.weights)
+        return self.operators.matching_loss(sums, plan.variances, plan.channel_ptr, plan.counts, plan.weights, plan.means)
 
     def matching_gradient(
         self,
@@ -190,14 +210,14 @@ class Network(nn.Module):
         if self._arena_plan is None:
             if plan.arena is not None:
                 self._arena_plans[self._shape] = plan
-            terms, gradient = self.operators.matching_gradient(torch.cat(moments, 1), *constants)
+            terms, gradient = self.operators.matching_gradient(torch.cat(moments, 1), *constants, means=plan.means)
         elif self._arena_plan is plan:
             with torch.cuda.stream(plan.stream):
                 if plan.stream is not None:
                     plan.stream.wait_event(plan.forward_done)
-                terms, gradient = self.operators.matching_gradient(plan.arena, *constants, plan.places, plan.finished)
+                terms, gradient = self.operators.matching_gradient(plan.arena, *constants, plan.places, plan.finished, plan.means)
         else:
-            raise InputError("teacher runs other BatchNorm layers, or on other shapes, from one forward pass to the next")
+            raise InputError(_OTHER_LAYERS)
         return terms, moments, list(gradient.split([len(layer.running_var) for layer in used], 1))
 
     def join(self) -> None:
@@ -211,9 +231,11 @@ class Network(nn.Module):
             if len(layer.sums) > 1:
                 raise InputError(f"BatchNorm layer {name!r} runs {len(layer.sums)} times in a forward pass; each layer may run once")
         used = [layer for layer in self.layers.values() if layer.sums]
-        shape = (in_arena, first_layer_weight, *(layer.count for layer in used))
+        if self._aim is not None and len(used) < len(self.layers):
+            raise InputError(_OTHER_LAYERS)
+        shape = (in_arena, first_layer_weight, self._aim is not None, *(layer.count for layer in used))
         if shape not in self._plans:
-            self._plans[shape] = MatchingPlan.of(used, first_layer_weight, in_arena=in_arena)
+            self._plans[shape] = MatchingPlan.of(used, first_layer_weight, in_arena=in_arena, aim=self._aim)
         return used, self._plans[shape]
 
 

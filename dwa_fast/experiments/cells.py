@@ -175,7 +175,7 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
     if source.synthesis is None:
         _copy_real(setup, source, ipc, folder)
         return
-    initial = setup.initial if source.synthesis.sees_images else None
+    initial = setup.initial if source.synthesis.sees_images else InitialConfig(skip_bad_images=setup.initial.skip_bad_images)
     used = len(_teachers_of(setup, source))
     method, _ = nearest_method(setup, source.synthesis, source.all_teachers)
     provenance = {"recipe": setup.recipe.name, "method": method, **_teacher_settings(setup.teachers[:used])}

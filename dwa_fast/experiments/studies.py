@@ -43,6 +43,7 @@ TITLES = {
     "sre2l++": "SRe2L++",
     "fadrm": "FADRM",
     "delt": "DELT",
+    "lpld": "LPLD",
     "dwa": "DWA",
     "fadrm+": "FADRM+",
     "dwa+": "DWA+",

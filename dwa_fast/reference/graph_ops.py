@@ -12,17 +12,19 @@ from dwa_fast.reference import ops
 
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
-    variances: Tensor,  # [ΣC] running variances v
+    variances: Tensor,  # [ΣC] variances v that are aimed at
     channel_ptr: Tensor,  # [L + 1] int64
     counts: Tensor,  # [L] int64
     weights: Tensor,  # [L]
+    means: Tensor | None = None,  # [ΣC] by how much the means that are aimed at exceed those of the sums
 ) -> Tensor:  # [2]: R_mean, R_var
     """Both matching terms of all layers at once; as `reference.ops.matching_loss` without reading the layers' sizes on the host."""
     layer = torch.searchsorted(channel_ptr, torch.arange(sums.shape[1], device=sums.device), right=True) - 1
     members = (layer == torch.arange(len(weights), device=sums.device)[:, None]).to(sums.dtype)  # [L, ΣC]
     moments = sums / counts.index_select(0, layer).to(sums.dtype)
     var_gap = moments[1] - moments[0].square() - variances
-    squares = torch.stack([moments[0], var_gap]).square() @ members.T  # [2, L]
+    mean_gap = moments[0] if means is None else moments[0] - means
+    squares = torch.stack([mean_gap, var_gap]).square() @ members.T  # [2, L]
     positive = squares > 0
     norms = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
     return norms @ weights

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,12 @@ class LoopResult:
 
 
 class StatisticsHook:
-    """Distance of one BatchNorm layer's input from its running statistics, taken at each forward pass."""
+    """Distance of one BatchNorm layer's input from its running statistics, or from `aim`, taken at each forward pass."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.mean_distance = torch.empty(0)
         self.var_distance = torch.empty(0)
+        self.aim: Sequence[Tensor] | None = None  # mean and variance, [C] each; None: the running ones
         self.ran = False  # layers that no forward pass reaches take no part
         self._handle = layer.register_forward_pre_hook(self._take, with_kwargs=True)
 
@@ -61,8 +62,9 @@ class StatisticsHook:
         if running_mean is None or running_var is None:
             raise ValueError("the layer keeps no running statistics")
         self.ran = True
-        self.mean_distance = torch.norm(channels.mean(1) - running_mean, 2)
-        self.var_distance = torch.norm(channels.var(1, unbiased=False) - running_var, 2)
+        mean, var = self.aim or (running_mean, running_var)
+        self.mean_distance = torch.norm(channels.mean(1) - mean, 2)
+        self.var_distance = torch.norm(channels.var(1, unbiased=False) - var, 2)
 
     def close(self) -> None:
         """Take the hook off the layer."""
@@ -77,9 +79,11 @@ def recover(
     *,
     seed: int = 0,
     quirks: Quirks | None = None,
+    class_statistics: Sequence[Mapping[str, Tensor]] | None = None,  # of each teacher, by layer: [2, classes, C], means and variances
 ) -> LoopResult:
     """Run the loop over all batches, in the precision and on the device of the images. The teacher itself is not changed.
 
+    With class_statistics each batch is of one class, and matched with that class's instead of the running statistics (LPLD).
     The published program has one teacher; with several, all of its quirks but the leak into the images' gradient are those of each.
     """
     config, quirks = recipe.synthesis, quirks or Quirks()
@@ -103,6 +107,10 @@ def recover(
             source = generator(seed, f"ascent {place}" if place else "ascent", number)
             leak = _adjust(model, real, labels[start:stop], config, schedule, source)
             model.requires_grad_(quirks.keep_weight_gradients)
+        for matched, own_hooks, own in zip(originals if on_original else models, hooks, class_statistics or (), strict=False):
+            (label,) = labels[start:stop].unique().tolist()
+            for name, hook in zip(batchnorm_layers(matched), own_hooks, strict=True):
+                hook.aim = [each[label].to(images) for each in own[name]]
         batch = images[start:stop].clone()
         if config.initial == "noise":
             batch = normal(generator(seed, "noise", number), tuple(batch.shape)).to(batch)

@@ -117,21 +117,23 @@ def mean_pool(
 
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
-    variances: Tensor,  # [ΣC] running variances v
+    variances: Tensor,  # [ΣC] variances v that are aimed at, such as the running ones
     channel_ptr: Tensor,  # [L + 1] int64: channels of layer l are channel_ptr[l] … channel_ptr[l + 1] − 1
     counts: Tensor,  # [L] int64: n = N·H·W of each layer
     weights: Tensor,  # [L] w_l
+    means: Tensor | None = None,  # [ΣC] a: by how much the means that are aimed at exceed m; None: 0
 ) -> Tensor:  # [2]: R_mean, R_var
     """Decoupled matching of BatchNorm statistics, all layers (Eq. 3).
 
-    R_mean = Σ_l w_l ‖μ_l − m_l‖₂,  R_var = Σ_l w_l ‖σ²_l − v_l‖₂, with μ − m = s₁/n and σ² = s₂/n − (s₁/n)².
+    R_mean = Σ_l w_l ‖μ_l − m_l − a_l‖₂,  R_var = Σ_l w_l ‖σ²_l − v_l‖₂, with μ − m = s₁/n and σ² = s₂/n − (s₁/n)².
     The gradient of a norm that is 0 is 0.
     """
     bounds = channel_ptr.tolist()
     terms = [torch.zeros(2).to(sums)]
     for first, last, n, w in zip(bounds[:-1], bounds[1:], counts.tolist(), weights.tolist(), strict=True):
-        mean_gap = sums[0, first:last] / n
-        var_gap = sums[1, first:last] / n - mean_gap.square() - variances[first:last]
+        mean = sums[0, first:last] / n
+        mean_gap = mean if means is None else mean - means[first:last]
+        var_gap = sums[1, first:last] / n - mean.square() - variances[first:last]
         terms.append(w * torch.stack([torch.linalg.vector_norm(mean_gap), torch.linalg.vector_norm(var_gap)]))
     return torch.stack(terms).sum(0)
 
@@ -145,6 +147,7 @@ def matching_gradient(
     grad: Tensor,  # [2], of the loss
     places: Tensor | None = None,  # [2, L] int64: where each layer's partial sums, [2, R, C], begin in the arena, and R
     finished: Tensor | None = None,  # the plain twin needs no counter
+    means: Tensor | None = None,  # [ΣC]
     *,
     loss: Callable[..., Tensor] = matching_loss,
 ) -> tuple[Tensor, Tensor]:  # [2]; [2, ΣC]
@@ -155,7 +158,7 @@ def matching_gradient(
         sums = torch.cat(each, 1)
     leaf = sums.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(leaf, variances, channel_ptr, counts, weights)
+        value = loss(leaf, variances, channel_ptr, counts, weights, means)
     return value.detach(), torch.autograd.grad(value, leaf, grad)[0]
 
 

@@ -18,6 +18,7 @@ from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.teacher_check import warn_if_inaccurate
+from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statistics
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
@@ -68,6 +69,7 @@ def distill(
     logits: str | int | None = None,
     workers: Workers | None = None,
     progress: Progress | None = None,
+    measuring: Progress | None = None,
     observer: Observer | None = None,
     try_teacher: bool = True,
 ) -> int:
@@ -85,13 +87,14 @@ def distill(
         logits: which of several outputs of the teacher are the logits, as `output` of `synthesize`.
         workers: which batches this process makes; default: all.
         progress: called with the iterations finished and the iterations in all; batches that are already there count as finished.
+        measuring: with `statistics="class"`, called with the real images that have passed through the teachers, and those that will.
         observer: called in another thread with each batch that is on the disk and the losses that are kept of it.
         try_teacher: whether the teacher first predicts some of the images, to warn of one that does not fit them.
     Returns:
         the number of images that this call made.
     Raises:
-        InputError: as `synthesize`; or ipc is no multiple of batch_ipc, a class has fewer than ipc images, one of the initial images cannot
-            be decoded, the folder holds a set of other settings or cannot be written.
+        InputError: as `synthesize` and `class_statistics`; or ipc is no multiple of batch_ipc, a class has fewer than ipc images, one of
+            the initial images cannot be decoded, the folder holds a set of other settings or cannot be written.
     """
     check_integer("ipc", ipc, 1)
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
@@ -99,12 +102,16 @@ def distill(
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
-    batches = batch_specs(classes, ipc, config.batch_size, config.batch_ipc or ipc)
+    each = config.batch_ipc or ipc
+    if config.matches_class and each == 1 < ipc:
+        raise InputError("statistics 'class' are those of several images of one class; set batch_ipc to more than 1, or to None for all")
+    batches = batch_specs(classes, ipc, each if config.matches_class else config.batch_size, each)
     sizes = sorted({count for batch in batches for count in refined_counts(batch.labels, config.rounds)})
     synthesizer = Synthesizer(listed(teacher, logits), probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
-    images = initial_images(data, recipe, initial or InitialConfig(), ipc=ipc, seed=seed, predict=synthesizer.logits)
+    initial = initial or InitialConfig()
+    images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     del settings["concurrent_batches"]  # changes the speed only
@@ -125,8 +132,13 @@ def distill(
             if try_teacher and rank() == 0:
                 for predict in synthesizer.predictors:
                     warn_if_inaccurate(predict, data, recipe.data)
+        statistics: list[ClassStatistics] = []
+        if missing and config.matches_class:
+            needed, skipped = sorted(_last_indices(missing)), images.skipped if initial.skip_bad_images else None
+            statistics = class_statistics(teacher, data, recipe, classes=needed, output=logits, skipped=skipped, progress=measuring)
         observers: list[Observer] = [*trackers, *([observer] if observer else [])]
-        builder = SetBuilder(synthesizer, images, store, workers.take(missing), seed=seed, preview=preview, observers=observers)
+        todo = workers.take(missing)
+        builder = SetBuilder(synthesizer, images, store, todo, seed=seed, statistics=statistics, preview=preview, observers=observers)
         made = builder.run(missing, len(share), progress)
     others_done = workers.others_done()
     if others_done is False:  # they complete the set
@@ -152,9 +164,11 @@ class SetBuilder:
         batches: Iterator[BatchSpec],
         *,
         seed: int,
+        statistics: Sequence[ClassStatistics],
         preview: Preview | None,
         observers: Sequence[Observer],
     ) -> None:
+        self.statistics = statistics  # of each teacher, where batches are matched with their class; else empty
         self.synthesizer, self.initial_images, self.store, self.batches = synthesizer, images, store, batches
         self.seed, self.preview, self.observers = seed, preview, observers
 
@@ -192,10 +206,11 @@ class SetBuilder:
         """The next concurrent batches with their initial images; empty when there are no more."""
         group = islice(self.batches, self.synthesizer.config.concurrent_batches)
         each = self.synthesizer.config.batch_ipc or 1
-        return [
-            (spec, Batch(spec.number, self.initial_images.load(spec.images), torch.tensor(spec.labels), spec.index // each))
-            for spec in group
-        ]
+        return [(spec, self._batch(spec, each)) for spec in group]
+
+    def _batch(self, spec: BatchSpec, each: int) -> Batch:
+        aimed = aims(self.statistics, spec.labels) if self.statistics else []
+        return Batch(spec.number, self.initial_images.load(spec.images), torch.tensor(spec.labels), spec.index // each, aimed)
 
     def _write(
         self,

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from dwa_fast.config import Progress
 from dwa_fast.data.datasets import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
+from dwa_fast.engine.class_statistics import ClassStatistics, aims
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
+from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe
 from dwa_fast.sets.exchange import write_set
@@ -57,6 +59,7 @@ def synthesize(
     *,
     seed: int = 0,
     output: str | int | None = None,
+    class_statistics: Sequence[ClassStatistics] | None = None,
     progress: Progress | None = None,
 ) -> SynthesisResult:
     """Refine images so that a student learns from few of them what the teacher knows (DWA, arXiv 2409.17612).
@@ -75,6 +78,8 @@ def synthesize(
         seed: at least 0; the seed of all random numbers.
         output: which of several outputs of a teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
             place in a tuple (0). None: it gives logits and nothing else.
+        class_statistics: with `statistics="class"`, what `dwa_fast.class_statistics` gives for the teachers: for each of them, by name of
+            the BatchNorm layer, mean and variance of its input for every class, [2, classes, C]. Each batch then holds one class.
         progress: called with the iterations finished and the iterations in all.
     Returns:
         images in the same order and normalisation, and the losses of every iteration.
@@ -86,15 +91,25 @@ def synthesize(
         raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
     config, normalisation = recipe.synthesis, recipe.data
     check_arguments(images, labels, normalisation.channels)
+    if class_statistics is None and config.matches_class:
+        raise InputError(
+            "statistics 'class' need class_statistics, a list of one for each teacher, as dwa_fast.class_statistics(teacher, data, recipe) "
+            "takes them from the real images"
+        )
+    if class_statistics is not None and config.statistics != "class":
+        raise InputError("class_statistics would not be used: the recipe matches running statistics; set statistics='class'")
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
     run = Synthesizer(listed(teacher, output), images, config, normalisation, batch_sizes=[len(images[part]) for part in parts])
     check_label_range(labels, run.classes)
+    if class_statistics is not None:
+        run.check_statistics(class_statistics, labels)
     if config.sees_images:
         some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
         for predict in run.predictors:
             tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
             check_predictions(predict, tried, normalisation)
-    batches = [Batch(number, images[part], labels[part], number) for number, part in enumerate(parts)]
+    aimed = [aims(class_statistics or [], labels[part].tolist()) if config.matches_class else [] for part in parts]
+    batches = [Batch(number, images[part], labels[part], number, aimed[number]) for number, part in enumerate(parts)]
     each = max(1, config.iterations)
     total = len(batches) * each
     finished, losses = [], []

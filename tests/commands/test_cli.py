@@ -107,6 +107,28 @@ def test_several_teachers(teacher: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "--architecture must name a network for each of the 2 teachers, got 1" in capsys.readouterr().err
 
 
+def test_statistics_of_classes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LPLD from the command line: pixels of its own, resumed, and refused where a batch would hold single images."""
+    assert synthesize(teacher, tmp_path / "set", "--method", "lpld") == 0
+    shown = capsys.readouterr()
+    assert "20 images" in shown.out
+    assert "statistics of classes: 0/1347" in shown.err  # every training image of the digits
+    manifest = read_manifest(tmp_path / "set")
+    expected = {"method": "lpld", "statistics": "class", "batch_ipc": 2, "initial": "noise"}
+    assert {name: manifest["settings"][name] for name in expected} == expected
+    assert len(manifest["losses"]) == 10  # a batch for each class
+    assert synthesize(teacher, tmp_path / "running", "--method", "lpld", "--statistics", "running") == 0
+    first = sorted(manifest["images"])[0]
+    assert read_manifest(tmp_path / "running")["images"][first] != manifest["images"][first]
+    (tmp_path / "set" / "images" / first).unlink()
+    capsys.readouterr()
+    assert synthesize(teacher, tmp_path / "set", "--method", "lpld") == 0
+    assert "20 images, 2 of them made now" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "set")["images"] == manifest["images"]
+    assert synthesize(teacher, tmp_path / "other", "--statistics", "class") == 1
+    assert "statistics 'class' are those of several images of one class; set batch_ipc to more than 1" in capsys.readouterr().err
+
+
 def test_bare_state_dict_is_taken_for_the_recipe_architecture(tmp_path: Path) -> None:
     torch.save({"state_dict": build("small-resnet", classes=10, channels=1).state_dict()}, tmp_path / "bare.pt")
     assert synthesize(tmp_path / "bare.pt", tmp_path / "set") == 0

@@ -115,10 +115,21 @@ def test_names_say_what_a_set_is(tmp_path: Path) -> None:
         ("fadrm+", {"size": 8}, ("fadrm+", {})),
         ("dwa+", {"size": 8, "rho": 0.5}, ("dwa+", {"rho": 0.5})),
         ("cv-dd", {}, ("cv-dd", {})),
+        ("lpld", {"batch_ipc": 5}, ("lpld", {"batch_ipc": 5})),
     ],
 )
 def test_nearest_method(tmp_path: Path, method: str, changes: dict[str, Any], wanted: tuple[str, dict[str, Any]]) -> None:
     assert nearest_method(small_setup(tmp_path), recipe("digits", method=method, **changes).synthesis, method in SEVERAL_TEACHERS) == wanted
+
+
+def test_set_of_statistics_of_classes(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    synthesis = recipe("digits", method="lpld", iterations=2, backend="reference", size=SIZE).synthesis
+    source, running = DistilledSource(synthesis, 0), DistilledSource(replace(synthesis, statistics="running"), 0)
+    assert set_folder(setup, source) != set_folder(setup, running)
+    make_set(setup, source, 2)
+    settings = read_manifest(set_folder(setup, source))["settings"]
+    assert (settings["method"], settings["statistics"], settings["batch_ipc"]) == ("lpld", "class", 2)
 
 
 def test_cell_keeps_what_its_students_reach(tmp_path: Path) -> None:

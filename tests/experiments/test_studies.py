@@ -46,7 +46,7 @@ def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     assert not any(variant.all_teachers for variant in variants)
     with pytest.raises(
         InputError,
-        match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, dwa",
+        match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, lpld, dwa",
     ):
         by_method(setup, ["mtt"])
     with pytest.raises(InputError, match="--teacher must name the checkpoints of several teachers for method cv-dd, got 1"):

@@ -81,6 +81,8 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
         both("bn_act", y, mean, var, weight, bias, 1e-5, skip, "relu"),
         both("matching_loss", torch.rand(2, 5).requires_grad_(), var, *layers),
         both("matching_gradient", torch.rand(2, 5), var, *layers, torch.rand(2)),
+        both("matching_loss", torch.rand(2, 5).requires_grad_(), var, *layers, mean),
+        both("matching_gradient", torch.rand(2, 5), var, *layers, torch.rand(2), None, None, mean),
         both("view", features(*Y), rows, step, torch.float32),
         *(both(operator, *arguments) for operator, arguments in from_operators("public_calls")),
     ):
@@ -114,9 +116,9 @@ def test_opcheck(calls: set[str]) -> None:
     checked: dict[str, tuple[Any, ...]] = {
         "bn_act_forward": (y, *values, y, "relu", None),
         "bn_act_backward": (y, None, y, *values, None, mask, True, "relu", None, True),
-        "matching_loss_forward": (sums, var, *layers),
-        "matching_gradient": (sums, var, *layers, torch.rand(2), None, torch.zeros(1, dtype=torch.int32)),
-        "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2)),
+        "matching_loss_forward": (sums, var, *layers, mean),
+        "matching_gradient": (sums, var, *layers, torch.rand(2), None, torch.zeros(1, dtype=torch.int32), mean),
+        "matching_loss_backward": (torch.rand(2), sums, var, *layers, torch.rand(2, 2), mean),
         "cross_entropy": (torch.rand(4, 5), torch.arange(4), 2.0),
         "log_losses_": (torch.rand(3, 3), torch.tensor(1), torch.rand(4), torch.rand(2)),
         "ascend_": (torch.rand(9), torch.rand(9), 0.5, True, torch.zeros(9, dtype=torch.bfloat16)),
@@ -130,7 +132,8 @@ def test_opcheck(calls: set[str]) -> None:
     assert calls == set(_library._launchers)
 
 
-def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
+@pytest.mark.parametrize("aims", [False, True], ids=["running statistics", "statistics of a class"])
+def test_an_iteration_on_the_launchers(calls: set[str], aims: bool) -> None:
     """The inner loop as CUDA runs it, with one arena of partial sums, interpreted: as near to float64 as plain PyTorch in float32."""
     torch.manual_seed(0)
     teacher = alive(build("small-resnet", classes=10, channels=1, size=8))
@@ -147,6 +150,11 @@ def test_an_iteration_on_the_launchers(calls: set[str]) -> None:
         network, _ = prepare(teacher, images, execution)
         Arena(network, execution, moves=False)
         with execution.arithmetic():
+            for shift in (9.0, 0.3) if aims else ():  # the plan is made for the first class, and then aims at the second one
+                own_statistics = {
+                    each: torch.stack([layer.running_mean + shift, 1.5 * layer.running_var]) for each, layer in network.layers.items()
+                }
+                network.aim(own_statistics)
             loop = Refinement([Teacher(network, network)], images.shape, own.synthesis, own.data, execution)
             loop.load(images, labels, make_schedule(own.synthesis, 8, 8, seed=0, batch=0))
             loop.advance(3)

@@ -46,14 +46,14 @@ def network(channels: list[int], device: torch.device | str, spread: float = 0.3
     return Network(*(tensor.to(device) for tensor in (torch.stack([mean * n, square * n]), variances, channel_ptr, counts, weights)))
 
 
-def both_ways(given: Network, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    loss, norms = kernel.matching_loss_forward(*given)
-    return loss, kernel.matching_loss_backward(grad, *given, norms), norms
+def both_ways(given: Network, grad: Tensor, means: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    loss, norms = kernel.matching_loss_forward(*given, means)
+    return loss, kernel.matching_loss_backward(grad, *given, norms, means), norms
 
 
-def plainly(given: Network, grad: Tensor) -> tuple[Tensor, Tensor]:
+def plainly(given: Network, grad: Tensor, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
     sums = given.sums.detach().requires_grad_()
-    loss = reference.matching_loss(sums, *given[1:])
+    loss = reference.matching_loss(sums, *given[1:], means)
     return loss.detach(), torch.autograd.grad(loss, sums, grad.to(loss))[0]
 
 
@@ -68,6 +68,21 @@ def test_matches_float64(channels: list[int], spread: float, device: torch.devic
         assert_as_good_as_pytorch(grad_sums[moment], plain[1][moment], expected[1][moment])
 
 
+@pytest.mark.parametrize("channels", NETWORKS, ids=lambda channels: f"{len(channels)}x{max(channels)}")
+def test_other_means_match_float64(channels: list[int], device: torch.device) -> None:
+    given, grad = network(channels, device), torch.tensor([0.01, 0.11], device=device)
+    means = 0.3 * torch.randn(sum(channels)).to(device)
+    loss, grad_sums, _ = both_ways(given, grad, means)
+    plain, expected = plainly(given, grad, means), plainly(given.double(), grad, means.double())
+    assert_as_good_as_pytorch(loss, plain[0], expected[0])
+    for moment in range(2):
+        assert_as_good_as_pytorch(grad_sums[moment], plain[1][moment], expected[1][moment])
+    for result, same in zip(kernel.matching_gradient(*given, grad, means=means), (loss, grad_sums), strict=True):
+        assert torch.equal(result, same)
+    for result, same in zip(both_ways(given, grad, torch.zeros_like(means)), both_ways(given, grad), strict=True):
+        assert torch.equal(result, same)
+
+
 def test_by_hand(device: torch.device) -> None:
     """n = 2: μ − m = (3, 4), σ² − v = (1, 0); then one channel with μ = m and σ² − v = −2, of weight 10."""
     sums = torch.tensor([[6.0, 8.0, 0.0], [22.0, 40.0, 6.0]], device=device)
@@ -78,6 +93,8 @@ def test_by_hand(device: torch.device) -> None:
     loss, grad_sums, norms = both_ways(given, torch.tensor([1.0, 1.0], device=device))
     assert loss.tolist() == [5.0, 21.0]
     assert norms.tolist() == [[5.0, 0.0], [1.0, 2.0]]
+    _, _, norms = both_ways(given, torch.ones(2, device=device), torch.tensor([-3.0, -4.0, 7.0], device=device))
+    assert norms.tolist() == [[10.0, 7.0], [1.0, 2.0]]
     expected = torch.tensor([[0.3 - 3.0, 0.4, 0.0], [0.5, 0.0, -5.0]], device=device)
     torch.testing.assert_close(grad_sums, expected, rtol=1e-6, atol=1e-6)
 
@@ -134,8 +151,9 @@ def test_loss_and_gradient_at_once(channels: list[int], device: torch.device) ->
         assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("aims", [False, True])
 @pytest.mark.parametrize("channels", [[64, 3, 300], RESNET_18[::3]])
-def test_from_partial_sums(channels: list[int], device: torch.device) -> None:
+def test_from_partial_sums(channels: list[int], aims: bool, device: torch.device) -> None:
     """The arena's rows are added up in float64; the counter is 0 again, so that the next launch may follow."""
     rows = [1 + 97 * layer for layer in range(len(channels))]
     sizes = [2 * r * c + 5 for r, c in zip(rows, channels, strict=True)]  # gaps between the layers' parts
@@ -149,10 +167,12 @@ def test_from_partial_sums(channels: list[int], device: torch.device) -> None:
         sums.append(parts.double().sum(1).float())
     given = Network(*(each.to(device) for each in given._replace(sums=torch.cat(sums, 1))))
     places, finished = torch.stack([starts, torch.tensor(rows)]).to(device), torch.zeros(1, dtype=torch.int32, device=device)
-    expected = kernel.matching_gradient(*given, grad.to(device))
+    means = 0.3 * torch.randn(sum(channels)) if aims else None
+    own = None if means is None else means.to(device)
+    expected = kernel.matching_gradient(*given, grad.to(device), means=own)
     for _ in range(2):
-        found = kernel.matching_gradient(arena.to(device), *given[1:], grad.to(device), places, finished)
-        plain = reference.matching_gradient(arena.double(), *(each.cpu() for each in given[1:]), grad.double(), places.cpu())
+        found = kernel.matching_gradient(arena.to(device), *given[1:], grad.to(device), places, finished, own)
+        plain = reference.matching_gradient(arena.double(), *(each.cpu() for each in given[1:]), grad.double(), places.cpu(), means=means)
         for result, same, exact in zip(found, expected, plain, strict=True):
             torch.testing.assert_close(result, same, rtol=1e-6, atol=1e-9)
             assert error(result.cpu(), exact) < 1e-6
@@ -181,4 +201,7 @@ def launches() -> Launches:
     back = partial(kernel.matching_loss_backward, meta(2), sums, of_channels, channel_ptr, counts, of_layers, of_terms)
     yield "53 layers", back
     at_once = partial(kernel.matching_gradient, meta(4_000_000), of_channels, channel_ptr, counts, of_layers, meta(2))
-    yield "53 layers in an arena", partial(at_once, meta(2, 53, dtype=torch.int64), meta(1, dtype=torch.int32))
+    in_arena = partial(at_once, meta(2, 53, dtype=torch.int64), meta(1, dtype=torch.int32))
+    yield "53 layers in an arena", in_arena
+    yield "53 layers in an arena, other means", partial(in_arena, of_channels)
+    yield "53 layers, other means", partial(back, of_channels)

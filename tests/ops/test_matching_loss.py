@@ -19,8 +19,8 @@ LAYERS = [[1], [3], [64], [7, 1, 33], RESNET18, [5, 0, 5]]
 Inputs = dict[str, Tensor]
 
 
-def make(channels: list[int], device: torch.device | str = "cpu") -> Inputs:
-    """Sums of layers whose statistics are some way off the running ones."""
+def make(channels: list[int], device: torch.device | str = "cpu", *, means: bool = False) -> Inputs:
+    """Sums of layers whose statistics are some way off the running ones; with means others than the running ones to aim at."""
     counts = torch.tensor([50 * (4 + layer) ** 2 for layer in range(len(channels))], dtype=torch.int64)
     total = sum(channels)
     per_channel = counts.repeat_interleave(torch.tensor(channels, dtype=torch.int64)).double()
@@ -32,6 +32,7 @@ def make(channels: list[int], device: torch.device | str = "cpu") -> Inputs:
     weights[:1] = 10
     channel_ptr = torch.tensor([0, *itertools.accumulate(channels)])
     tensors = {"sums": sums, "variances": variances, "channel_ptr": channel_ptr, "counts": counts, "weights": weights}
+    tensors |= {"means": 0.3 * torch.randn(total)} if means else {}
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -48,9 +49,10 @@ def error(result: Tensor, expected: Tensor) -> float:
     return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
+@pytest.mark.parametrize("means", [False, True])
 @pytest.mark.parametrize("channels", LAYERS, ids=lambda channels: f"{len(channels)}x{channels[0]}")
-def test_matches_float64(channels: list[int], device: torch.device) -> None:
-    inputs = make(channels, device)
+def test_matches_float64(channels: list[int], means: bool, device: torch.device) -> None:
+    inputs = make(channels, device, means=means)
     results, plain, expected = (
         run(ops.matching_loss, inputs),
         run(reference.matching_loss, inputs),
@@ -61,14 +63,15 @@ def test_matches_float64(channels: list[int], device: torch.device) -> None:
         assert error(ours, exact) <= max(2 * error(theirs, exact), 2**-23)
 
 
+@pytest.mark.parametrize("means", [False, True])
 @pytest.mark.parametrize("channels", LAYERS, ids=lambda channels: f"{len(channels)}x{channels[0]}")
-def test_loss_and_gradient_at_once(channels: list[int], device: torch.device) -> None:
-    inputs = make(channels, device)
+def test_loss_and_gradient_at_once(channels: list[int], means: bool, device: torch.device) -> None:
+    inputs = make(channels, device, means=means)
     grad = torch.tensor([0.01, 0.11], device=device)
     for result, expected in zip(ops.matching_gradient(**inputs, grad=grad), run(ops.matching_loss, inputs), strict=True):
         assert torch.equal(result, expected)
     if device.type == "cpu":
-        torch.library.opcheck(torch.ops.dwa_fast.matching_gradient.default, (*inputs.values(), grad))
+        torch.library.opcheck(torch.ops.dwa_fast.matching_gradient.default, (), {**inputs, "grad": grad})
         with pytest.raises(RuntimeError, match="on a CPU sums are complete"):
             ops.matching_gradient(**(inputs | {"sums": torch.zeros(9)}), grad=grad, places=torch.zeros(2, len(channels), dtype=torch.int64))
     with pytest.raises(ValueError, match=r"sums in an arena must be \[S\]"):
@@ -83,6 +86,27 @@ def test_hand_computed() -> None:
     torch.testing.assert_close(loss, torch.tensor([25.0, 100.0]))
 
 
+def test_other_means_hand_computed(device: torch.device) -> None:
+    """n = 2: μ − m = (1.5, 2), less a = (−1.5, −2) is (3, 4) of norm 5; σ² = s₂/2 − (2.25, 4) does not know a; σ² − v = (0, 2)."""
+    sums = torch.tensor([[3.0, 4.0], [8.5, 16.0]], device=device, requires_grad=True)
+    v, means = torch.tensor([2.0, 2.0], device=device), torch.tensor([-1.5, -2.0], device=device)
+    layers = torch.tensor([0, 2], device=device), torch.tensor([2], device=device), torch.tensor([10.0], device=device)
+    loss = ops.matching_loss(sums, v, *layers, means)
+    assert loss.tolist() == [50.0, 20.0]
+    (gradient,) = torch.autograd.grad(loss.sum(), sums)
+    assert gradient.cpu().tolist() == [[3.0, 4.0 - 20.0], [0.0, 5.0]]  # 10·(3, 4)/(2·5), and −2·(1.5, 2) · 10·(0, 2)/(2·2)
+    loss = ops.matching_loss(sums.detach(), v, *layers, torch.tensor([1.5, 2.0], device=device))
+    assert loss.tolist() == [0.0, 20.0]
+
+
+@pytest.mark.parametrize("channels", LAYERS, ids=lambda channels: f"{len(channels)}x{channels[0]}")
+def test_means_of_zero_change_no_bit(channels: list[int], device: torch.device) -> None:
+    inputs = make(channels, device)
+    zero = torch.zeros_like(inputs["variances"])
+    for result, expected in zip(run(ops.matching_loss, inputs | {"means": zero}), run(ops.matching_loss, inputs), strict=True):
+        assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("term", [0, 1])
 def test_gradient_is_that_of_the_loss(term: int, device: torch.device) -> None:
     inputs = make([7, 1, 33], device)
@@ -95,17 +119,22 @@ def test_gradient_is_that_of_the_loss(term: int, device: torch.device) -> None:
     assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]).item() / 2e-3, rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("zero", ["mean", "both"])
+@pytest.mark.parametrize("zero", ["mean", "both", "means"])
 def test_gradient_of_a_zero_norm_is_zero(zero: str, device: torch.device) -> None:
     inputs = make([4, 4], device)
     inputs["sums"][0, :4] = 0
     if zero == "both":
         inputs["variances"][:4] = 1
         inputs["sums"][1, :4] = inputs["counts"][0].float()
+    if zero == "means":
+        inputs["sums"][0, :4] = inputs["counts"][0].float()
+        inputs["means"] = torch.tensor([1.0] * 4 + [0.5] * 4, device=device)
+        inputs["variances"][:4] = 1
+        inputs["sums"][1, :4] = 2 * inputs["counts"][0].float()
     _, gradient = run(ops.matching_loss, inputs)
     _, expected = run(reference.matching_loss, inputs, torch.float64)
     assert not gradient[0, :4].any()
-    assert (not gradient[1, :4].any()) == (zero == "both")
+    assert (not gradient[1, :4].any()) == (zero != "mean")
     assert error(gradient, expected) < 1e-6
 
 
@@ -157,6 +186,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.dwa_fast.matching_loss_forward.default, inputs)
     norms = torch.ops.dwa_fast.matching_loss_forward(*inputs)[1]
     torch.library.opcheck(torch.ops.dwa_fast.matching_loss_backward.default, (torch.randn(2), *inputs, norms))
+    means = torch.randn(41)
+    torch.library.opcheck(torch.ops.dwa_fast.matching_loss_forward.default, (*inputs, means))
+    torch.library.opcheck(torch.ops.dwa_fast.matching_loss_backward.default, (torch.randn(2), *inputs, norms, means))
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
@@ -169,7 +201,12 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sums": torch.zeros(2, 7).double()}, TypeError, "sums must be float32, got float64"),
     ({"sums": torch.zeros(7)}, ValueError, "sums must be [2, C], got shape (7,)"),
     ({"sums": torch.zeros(2, 8)}, ValueError, "variances must be [8], got shape (7,)"),
-    ({"variances": torch.zeros(7, requires_grad=True)}, ValueError, "matching_loss is not differentiable in variances and weights"),
+    ({"variances": torch.zeros(7, requires_grad=True)}, ValueError, "matching_loss is not differentiable in variances, weights and means"),
+    ({"means": torch.zeros(7, requires_grad=True)}, ValueError, "matching_loss is not differentiable in variances, weights and means"),
+    ({"means": [0.0] * 7}, TypeError, "means must be a tensor, got list"),
+    ({"means": torch.zeros(7).double()}, TypeError, "means must be float32, got float64"),
+    ({"means": torch.zeros(2, 7)}, ValueError, "means must be [7], got shape (2, 7)"),
+    ({"means": torch.zeros(7, device="meta")}, ValueError, "means must be on the device of sums, cpu, got meta"),
     ({"channel_ptr": torch.zeros(3)}, TypeError, "channel_ptr must be int64, got float32"),
     ({"channel_ptr": torch.tensor([0, 3])}, ValueError, "channel_ptr must be [3], got shape (2,)"),
     ({"channel_ptr": torch.tensor([0, 3, 8])}, ValueError, "channel_ptr must not decrease and lie in 0 to 7, got 8 in place 2"),
@@ -193,6 +230,7 @@ def test_wrong_input(change: dict[str, Any], kind: type[Exception], message: str
         ({"sums": torch.zeros(7)}, r"sums must be \[2, C\], got shape \[7\]"),
         ({"variances": torch.zeros(6)}, r"variances must be \[7\], got shape \[6\]"),
         ({"counts": torch.zeros(2)}, "counts must be Long, got Float"),
+        ({"means": torch.zeros(8)}, r"means must be \[7\], got shape \[8\]"),
     ],
 )
 def test_the_operator_checks_for_itself(change: dict[str, Any], message: str) -> None:

@@ -23,6 +23,8 @@ def test_matching_loss_by_hand() -> None:
     layers = torch.tensor([0, 2, 4]), torch.tensor([2, 2]), torch.tensor([10.0, 1.0])
     loss = ops.matching_loss(torch.cat([sums, sums], 1), torch.cat([var, var]), *layers)
     assert loss.tolist() == [11 * 5.0, 11 * 2.0]  # ‖(−3, 4)‖ = 5 and ‖(0, −2)‖ = 2
+    means = torch.tensor([3.0, -4.0, -3.0, 4.0])  # aims at (8, −8), off by (−6, 8), and at (2, 0), which the second layer has
+    assert ops.matching_loss(torch.cat([sums, sums], 1), torch.cat([var, var]), *layers, means).tolist() == [10 * 10.0, 11 * 2.0]
 
 
 def test_bn_act_by_hand() -> None:

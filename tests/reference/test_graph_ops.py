@@ -23,13 +23,14 @@ def test_view_and_its_gradient(view: str, shape: tuple[int, ...]) -> None:
         assert torch.allclose(*gradients, atol=1e-12)
 
 
-def test_matching_loss_and_its_gradient() -> None:
+@pytest.mark.parametrize("means", [None, torch.linspace(-1, 1, 9, dtype=torch.float64)], ids=["running means", "other means"])
+def test_matching_loss_and_its_gradient(means: torch.Tensor | None) -> None:
     sums = torch.randn(2, 9, dtype=torch.float64)
     variances = torch.rand(9, dtype=torch.float64)
     sums[:, 2:5], variances[2:5] = 0, 0  # both norms of the second layer are 0
     sums.requires_grad_(True)
     layers = torch.tensor([0, 2, 5, 9]), torch.tensor([4, 8, 3]), torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
-    losses = [each.matching_loss(sums, variances, *layers) for each in (graph_ops, ops)]
+    losses = [each.matching_loss(sums, variances, *layers, means) for each in (graph_ops, ops)]
     assert torch.allclose(*losses, rtol=1e-12)
     gradients = [torch.autograd.grad(loss @ torch.tensor([0.3, 0.7], dtype=torch.float64), sums)[0] for loss in losses]
     assert torch.allclose(*gradients, rtol=1e-12)
