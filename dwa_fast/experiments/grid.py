@@ -205,7 +205,10 @@ def times(setup: Setup, grid: Grid) -> dict[str, float]:
 
 
 def by_time(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: str) -> tuple[list[Table], list[Chart]]:
-    """Accuracy at the largest ipc against the time of the synthesis, as a table and as points; nothing where no time is known."""
+    """Accuracy at the largest ipc against the time of the synthesis, as a table and as points; nothing where no time is known.
+
+    Sets without a time, such as plain real images, are lines across.
+    """
     seconds, ipc = times(setup, grid), max(grid.ipc)
     if not seconds:
         return [], []
@@ -214,10 +217,10 @@ def by_time(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: s
     points = [
         Series(
             name=name,
-            values=[found[name].mean if other == name else None for other in seconds],
-            spreads=[found[name].std if other == name else None for other in seconds],
+            values=[outcome.mean if each == name or name not in seconds else None for each in seconds],
+            spreads=[outcome.std if each == name else None for each in seconds],
         )
-        for name in seconds
+        for name, outcome in found.items()
     ]
     title = f"{title}, ipc {ipc}, against the time of the synthesis"
     chart = Chart(title=title, x_label=SECONDS, y_label=TOP1, x=list(seconds.values()), series=points, log_x=True)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dwa_fast import InputError
+from dwa_fast.experiments import grid as grid_module
 from dwa_fast.experiments.cells import Cell, DistilledSource, ExternalSet
-from dwa_fast.experiments.grid import Grid, Outcome, Variant, best, by_ipc, by_student, cell_rows, contact_sheet, note, run_grid
+from dwa_fast.experiments.grid import Grid, Outcome, Variant, best, by_ipc, by_student, by_time, cell_rows, contact_sheet, note, run_grid
+from dwa_fast.recipes import recipe
 from tests.experiments.setups import small_setup, with_validation
 
 REAL = Variant(name="real")
@@ -108,6 +110,26 @@ def test_layouts_hold_every_number_in_its_place(tmp_path: Path) -> None:
     assert table.rows == [["small-resnet", "21.0 ± 1.4", "61.0 ± 1.4"], ["convnet128", "31.0 ± 1.4", "71.0 ± 1.4"]]
     assert [series.name for series in chart.series] == ["real", "b"]
     assert chart.x == ["small-resnet", "convnet128"]
+
+
+def test_sets_without_a_time_are_lines_across(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = [
+        REAL,
+        Variant(name="fast", synthesis=recipe("digits").synthesis),
+        Variant(name="slow", synthesis=recipe("digits").synthesis),
+    ]
+    seconds = {"fast": 0.25, "slow": 3.0}
+    monkeypatch.setattr(grid_module, "times", lambda *_: seconds)
+    outcomes = {
+        (name, 5, "small-resnet"): Outcome([[value, value + 2]]) for name, value in (("real", 50.0), ("fast", 60.0), ("slow", 70.0))
+    }
+    tables, (chart,) = by_time("title", small_setup(tmp_path), grid(variants=variants, ipc=(1, 5)), outcomes, "small-resnet")
+    assert tables[0].rows == [["real", "–", "51.0 ± 1.4"], ["fast", "0.25", "61.0 ± 1.4"], ["slow", "3", "71.0 ± 1.4"]]
+    assert chart.x == [0.25, 3.0]
+    assert [each.values for each in chart.series] == [[51, 51], [61, None], [None, 71]]
+    assert [each.spreads for each in chart.series] == [[None, None], [pytest.approx(2**0.5), None], [None, pytest.approx(2**0.5)]]
+    seconds.clear()
+    assert by_time("title", small_setup(tmp_path), grid(variants=variants), outcomes, "small-resnet") == ([], [])
 
 
 def test_best_says_how_much_is_as_good() -> None:
