@@ -63,17 +63,55 @@ class LeanConv(nn.Module):
 
 class _LeanConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LeanConv) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,  # has the gradient
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: LeanConv,
+        whole: Tensor | None = None,  # what x is a sample of, every step-th pixel of each line
+        step: int = 1,
+    ) -> Tensor:
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
-        ctx.layer, ctx.shape, ctx.strides = layer, x.shape, x.stride()
-        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        dense = x if whole is None else torch.empty_like(x, device="meta")
+        ctx.layer, ctx.shape, ctx.strides = layer, dense.shape, dense.stride()
+        source, stride = (x, layer.stride) if whole is None else (whole, (step, step))
+        return F.conv2d(source, weight, bias, stride, layer.padding, layer.dilation, layer.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
         if x is None:  # the library needs its shape and strides; the values are never read
             x = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
-        return *ctx.layer.gradients(gradient, weight, x, list(ctx.needs_input_grad[:3])), None
+        return *ctx.layer.gradients(gradient, weight, x, list(ctx.needs_input_grad[:3])), None, None, None
+
+
+class SampledConv(LeanConv):
+    """A 1×1 Conv2d of stride s > 1 whose gradient is that of the pixels that it reads, and no zeros between them.
+
+    It is handed its input whole, and an alias of the pixels in every s-th row and column, as `bn_act` gives them: it reads the former and
+    has the gradient of the latter, which is that of a convolution of stride 1. Weights and their gradients are as of LeanConv.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        self.step, self.stride = layer.stride[0], (1, 1)
+
+    @staticmethod
+    def suits(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+        """Whether the layer is such a convolution."""
+        if not LeanConv.suits(layer) or layer.kernel_size != (1, 1) or layer.padding != (0, 0):
+            return False
+        return layer.stride[0] == layer.stride[1] > 1
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,  # [N, C, H, W]
+        sampled: Tensor,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]
+    ) -> Tensor:  # [N, O, ⌈H/s⌉, ⌈W/s⌉]
+        """The convolution."""
+        y: Tensor = _LeanConv.apply(sampled, self.weight, self.bias, self, x.detach(), self.step)
+        return y
 
 
 def replace_convolutions(module: nn.Module) -> None:

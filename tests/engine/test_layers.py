@@ -19,12 +19,20 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import trace_step
-from dwa_fast.engine.layers import GlobalMean, LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
+from dwa_fast.engine.layers import (
+    GlobalMean,
+    LeanConv,
+    SampledConv,
+    StemConv,
+    StridedPointwise,
+    replace_stems,
+    replace_strided_pointwise,
+)
 from dwa_fast.engine.refine import Refinement, Teacher
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
-from tests.nets import small_teacher
+from tests.nets import distance, small_teacher
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
     "3×3": lambda: nn.Conv2d(16, 32, 3, padding=1, bias=False),
@@ -65,6 +73,51 @@ def test_lean_convolution_has_the_librarys_bits(layer: str, dtype: torch.dtype, 
     for own, wanted_bits in zip(found[1], found[0], strict=True):
         assert torch.equal(own, wanted_bits)
         assert own.stride() == wanted_bits.stride()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stride", "bias", "groups"), [(2, False, 1), (2, True, 4), (3, True, 1)])
+def test_a_sampled_convolution_gives_the_gradient_of_the_pixels_that_it_reads(
+    stride: int, bias: bool, groups: int, dtype: torch.dtype, channels_last: bool, learns: bool
+) -> None:
+    """The result has the library's bits; the gradients are as near to float64 as its own."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layer = nn.Conv2d(16, 32, 1, stride=stride, bias=bias, groups=groups).to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(2, 16, 11, 9, dtype=dtype).to(memory_format=layout).requires_grad_()
+    gradient = torch.randn_like(layer(x))
+
+    def results(convolution: nn.Conv2d, x: Tensor) -> list[Tensor]:
+        y = convolution(x)
+        of_x, *of_weights = torch.autograd.grad(y, [x, *(convolution.parameters() if learns else [])], gradient.to(y))
+        return [y, of_x[:, :, ::stride, ::stride], *of_weights]
+
+    exact = results(copy.deepcopy(layer).double(), x.detach().double().requires_grad_())
+    theirs = results(layer, x)
+    assert SampledConv.suits(layer)
+    ours, sampled = SampledConv(layer.requires_grad_(learns)), x.detach()[:, :, ::stride, ::stride].requires_grad_()
+    y = ours(x, sampled)
+    found = [y, *torch.autograd.grad(y, [sampled, *(ours.parameters() if learns else [])], gradient)]
+    assert torch.equal(y, theirs[0])
+    assert found[1].is_contiguous(memory_format=layout)
+    for own, plain, expected in zip(found, theirs, exact, strict=True):
+        assert distance(own.double(), expected) <= max(2 * distance(plain.double(), expected), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 1, stride=(2, 1)),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, 1, stride=2, padding=1),
+        None,
+    ],
+)
+def test_a_sampled_convolution_leaves_other_layers_alone(layer: nn.Module | None) -> None:
+    assert not SampledConv.suits(layer)
 
 
 def test_input_is_kept_only_where_weights_learn() -> None:
