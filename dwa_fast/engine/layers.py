@@ -168,32 +168,48 @@ class StemConv(LeanConv):
         plain = layer.groups == 1 and layer.dilation == (1, 1)
         return square and plain and stride in (1, 2) and stride <= size and padding < size and layer.in_channels * _BLOCK**2 <= _LANES
 
+    def forward(
+        self,
+        x: Tensor,  # [N, C, H, W], or its blocks of pixels, [N, C, H/2, 2, W/2, 2], whose gradient then lies where it was computed
+    ) -> Tensor:  # [N, O, H', W']
+        """The convolution."""
+        if x.dim() == 4:
+            return super().forward(x)
+        y: Tensor = _LeanConv.apply(x, self.weight, self.bias, self, _pixels(x.detach()), self.stride[0])
+        return y
+
     def gradients(
         self,
         gradient: Tensor,  # [N, O, H', W']
         weight: Tensor,
-        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape is read
+        x: Tensor,  # [N, C, H, W], or its blocks; without a gradient of the weights only its shape is read
         needed: list[bool],  # of the input, of the weights, of the bias
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the three; None where it is not needed."""
-        _, grad_weight, grad_bias = super().gradients(gradient, weight, x, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
-        return self.image_gradient(gradient, *x.shape[2:]) if needed[0] else None, grad_weight, grad_bias
+        blocks, pixels = x.dim() > 4, x if x.dim() == 4 else _pixels(x)
+        _, grad_weight, grad_bias = super().gradients(gradient, weight, pixels, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
+        image_gradient = self.image_gradient(gradient, *pixels.shape[2:], blocks=blocks) if needed[0] else None
+        return image_gradient, grad_weight, grad_bias
 
     def image_gradient(
         self,
         gradient: Tensor,  # [N, O, H', W']
         height: int,
         width: int,
-    ) -> Tensor:  # [N, C, H, W]
+        *,
+        blocks: bool = False,
+    ) -> Tensor:  # [N, C, H, W], or [N, C, H/2, 2, W/2, 2]
         """Adjoint of the convolution with its present weights."""
-        blocks = self._blocks() if self.arranged is None else self.arranged
+        weights = self._blocks() if self.arranged is None else self.arranged
         step = _BLOCK // self.stride[0]
         rows, columns = -(-height // _BLOCK), -(-width // _BLOCK)
         beyond = max((n - 1) * step + self.extent - m for n, m in ((rows, gradient.shape[2]), (columns, gradient.shape[3])))
         skipped = max(0, -(-(beyond - 2 * self.reach) // step))  # blocks before the first, where more padding is needed behind than before
-        result = F.conv2d(gradient, blocks, stride=step, padding=self.reach + skipped * step)
+        result = F.conv2d(gradient, weights, stride=step, padding=self.reach + skipped * step)
         channels = self.weight.shape[1] * _BLOCK**2
         result = result[:, :channels, skipped : skipped + rows, skipped : skipped + columns]
+        if blocks:
+            return result.view(len(result), -1, _BLOCK, _BLOCK, rows, columns).permute(0, 1, 4, 2, 5, 3)
         return F.pixel_shuffle(result, _BLOCK)[:, :, :height, :width]
 
     def refresh(self) -> None:
@@ -302,6 +318,11 @@ class GlobalMean(nn.Module):
 def replace_global_means(module: nn.Module) -> None:
     """Replace every suitable adaptive pooling below `module`."""
     replace_layers(module, lambda layer: GlobalMean() if GlobalMean.suits(layer) else None)
+
+
+def _pixels(blocks: Tensor) -> Tensor:
+    """[N, C, H, W] of [N, C, H/2, 2, W/2, 2]."""
+    return blocks.flatten(4, 5).flatten(2, 3)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -227,7 +227,7 @@ def adam_clip_(
 
 def view_adam_clip_(
     images: Tensor,  # [N, C, H, W], changed in place
-    gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
+    gradient: Tensor,  # [N, C, H, W] or [N, C, H/2, 2, W/2, 2], with respect to the view, in any precision
     exp_avg: Tensor,  # [N, C, H, W], changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
     rows: Tensor,  # [T, 7] int32, see schedule.Schedule
@@ -243,7 +243,7 @@ def view_adam_clip_(
     with torch.enable_grad():
         leaf = images.detach().requires_grad_(True)
         result = view(leaf, rows, step)
-    (adjoint,) = torch.autograd.grad(result, leaf, gradient.to(images.dtype))
+    (adjoint,) = torch.autograd.grad(result, leaf, gradient.to(images.dtype).reshape(images.shape))
     adam_clip_(images, adjoint * (1 / loss_scale), exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
 
 

@@ -29,10 +29,11 @@ from dwa_fast.engine.layers import (
     replace_strided_pointwise,
 )
 from dwa_fast.engine.refine import Refinement, Teacher
-from dwa_fast.engine.teacher import prepare
+from dwa_fast.engine.teacher import Network, prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
-from tests.nets import distance, small_teacher
+from dwa_fast.schedule import make_schedule
+from tests.nets import alive, distance, small_teacher
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
     "3×3": lambda: nn.Conv2d(16, 32, 3, padding=1, bias=False),
@@ -170,6 +171,45 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     assert {inputs.target for inputs in (node.args[1] for node in backward)} == {torch.ops.aten.empty_strided.default}
 
 
+@pytest.mark.parametrize(("size", "priors"), [(16, 0.0), (15, 0.0), (16, 1e-3)])
+def test_gradient_of_the_images_stays_in_blocks(size: int, priors: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of a run that moves it to [N, C, H, W], which is needed where a side is odd or something else reads the images."""
+    torch.manual_seed(0)
+    teacher = alive(build("resnet18-cifar", classes=10, channels=3, size=size))
+    config = SynthesisConfig(iterations=3, ascent="none", device="cpu", backend="fused", precision="fp32", tv_l2=priors)
+    execution = replace(resolve(config.backend, config.precision, config.device), captures=False)
+    images, labels, results = torch.randn(2, 3, size, size), torch.tensor([1, 2]), []
+    network, _ = prepare(teacher, images, execution)
+    Arena(network, execution, moves=False)
+    for takes in (True, False):
+        if not takes:
+            monkeypatch.setattr(Network, "takes_blocks", False)
+        with execution.arithmetic():
+            refinement = Refinement([Teacher(network, network)], images.shape, config, Normalisation(), execution)
+            refinement.load(images, labels, make_schedule(config, size, size, seed=0, batch=0))
+            assert (refinement._blocks(((0, 1.0),)) is not None) == (takes and size % 2 == 0 and not priors)
+            refinement.advance(3)
+        results.append(refinement.images)
+    assert not torch.equal(results[0], images)
+    assert torch.equal(*results)
+
+
+def test_images_in_blocks_are_for_stems_alone() -> None:
+    """Not where something else reads the images."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build("resnet18-cifar", classes=10, channels=3, size=8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images) + images.mean((1, 2, 3))[:, None]
+
+    execution, images = resolve("fused", "fp32", "cpu"), torch.randn(2, 3, 8, 8)
+    networks = [prepare(alive(teacher), images, execution)[0] for teacher in (Twice(), Twice().net)]
+    assert [network.takes_blocks for network in networks] == [False, True]
+
+
 def test_ascent_moves_the_weights() -> None:
     """The layers' weights are the network's parameters, under their names."""
     torch.manual_seed(0)
@@ -228,6 +268,24 @@ def test_stem_has_the_librarys_outputs_and_gradients(geometry: tuple[int, ...], 
         found.append((y, *torch.autograd.grad(y, wanted, torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1)))))
     for theirs, own in zip(*found, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("geometry", [each for each in GEOMETRIES if each[-2] % 2 == each[-1] % 2 == 0])
+def test_stem_takes_images_in_blocks(geometry: tuple[int, ...], learns: bool) -> None:
+    """The same bits; the gradient of the images is a view of what the convolution computed."""
+    *shape, height, width = geometry
+    stem = StemConv(layer_of(*shape).to(memory_format=torch.channels_last).requires_grad_(learns))  # type: ignore[call-overload]
+    images = torch.randn(2, shape[0], height, width, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for leaf in (images.clone(), images.clone().view(2, shape[0], height // 2, 2, width // 2, 2)):
+        y = stem(leaf.requires_grad_())
+        gradient = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        found.append([y, *torch.autograd.grad(y, [leaf, *(stem.parameters() if learns else [])], gradient)])
+    blocks = found[1][1]
+    assert blocks._is_view()
+    for whole, own in zip(*found, strict=True):
+        assert torch.equal(own.reshape(whole.shape), whole)
 
 
 def test_stem_whose_weights_are_fixed() -> None:
