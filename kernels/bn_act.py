@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
-from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, gradient_of_z, parameter_gradients, per_channel
+from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, alias_gradient, channels_last, laid_out_like, on_device_of, tiles
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 
@@ -82,15 +82,15 @@ def _bn_act_forward_kernel(
     tl.store(place + programs * columns, tl.sum(second, axis=0), mask=used)
 
 
-@triton.jit(do_not_specialize=["count", "rows", "programs"])
+@triton.jit(do_not_specialize=["count", "rows", "programs", "height", "width"])
 def _bn_act_backward_kernel(
     grad_z, grad_alias, grad_sums, y, skip, bits, grad_y, grad_skip, partials, mean, var, weight, bias, slope, eps,
-    count, rows, columns, channels, programs, moment_stride,
-    ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    count, rows, columns, channels, programs, height, width, moment_stride,
+    ACTIVATION: tl.constexpr, ALIAS_STRIDE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_skip = f'(x)·grad_z,   grad_y = a·f'(x)·grad_z + gs1 + 2·gs2·(y − m); without stored bits x comes from y and skip.
 
-    With grad_alias grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
+    With grad_alias grad_z stands for their sum, as `gradient_of_z` gives it.
     Where asked, partials = (Σ f'(x)·grad_z·(y − m), Σ f'(x)·grad_z[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -114,10 +114,9 @@ def _bn_act_backward_kernel(
         inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
             inside = inside & (base + inner < count)
-        gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
-        if grad_alias is not None:
-            gradient += tl.load(grad_alias + base + inner, mask=inside, other=0.0).to(tl.float32)
-            gradient = gradient.to(grad_z.dtype.element_ty).to(tl.float32)
+        gradient = gradient_of_z(
+            grad_z, grad_alias, base, inner, inside, start + row, channel, channels, height, width, ALIAS_STRIDE
+        )  # fmt: skip
         if grad_sums is not None or partials is not None or (ACTIVATION != "none" and bits is None):
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if ACTIVATION != "none":
@@ -220,7 +219,8 @@ def bn_act_backward(
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
-    grad_alias: Tensor | None = None,  # [N, C, H, W]: added to grad_z
+    grad_alias: Tensor | None = None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]: added to grad_z in every s-th row and column
+    alias_stride: int = 1,  # s
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y like y; grad_skip like y with skip and activation (else empty: it is grad_z); those of γ and β, [2, C], and of the slope.
 
@@ -228,7 +228,7 @@ def bn_act_backward(
     """
     channels = y.shape[1]
     like, y, grad_z = y, channels_last(y), channels_last(grad_z)
-    grad_alias = None if grad_alias is None else channels_last(grad_alias)
+    grad_alias, alias_stride = alias_gradient(grad_alias, alias_stride, y)
     changes_skip, keeps_mask = has_skip and activation != "none", has_skip and activation == "relu"
     skip = channels_last(skip) if skip is not None and changes_skip and not keeps_mask else None
     sums = 0 if not parameters else 2 if slope is None else 3
@@ -246,8 +246,8 @@ def bn_act_backward(
         _bn_act_backward_kernel[(cut.column_blocks, cut.programs)](
             grad_z, grad_alias, grad_sums, y, skip, mask if keeps_mask else None, grad_y, grad_skip, partials,
             mean, var, weight, bias, per_channel(slope, channels), eps,
-            y.numel(), cut.rows, cut.columns, channels, cut.programs, 0 if grad_sums is None else grad_sums.stride(0),
-            ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
+            y.numel(), cut.rows, cut.columns, channels, cut.programs, *y.shape[2:], 0 if grad_sums is None else grad_sums.stride(0),
+            ACTIVATION=activation, ALIAS_STRIDE=alias_stride, RAGGED=y.numel() % cut.columns != 0,
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:

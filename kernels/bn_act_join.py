@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
-from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, gradient_of_z, parameter_gradients, per_channel
+from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, alias_gradient, channels_last, laid_out_like, on_device_of, tiles
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 _ROWS = BLOCK_ROWS // 2  # of a tile: two features, and four sums of them, take the registers of one with twice the rows
@@ -69,16 +69,16 @@ def _moment_gradients(grad_sums, moment_stride, channel, used):
     return constant, 2.0 * tl.load(grad_sums + moment_stride + channel, mask=used, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["count", "rows", "programs"])
+@triton.jit(do_not_specialize=["count", "rows", "programs", "height", "width"])
 def _bn_act_join_backward_kernel(
     grad_z, grad_alias, grad_sums, skip_grad_sums, y, skip, grad_y, grad_skip, partials,
     mean, var, weight, bias, eps, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, slope,
-    count, rows, columns, channels, programs, moment_stride, skip_moment_stride,
-    ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    count, rows, columns, channels, programs, height, width, moment_stride, skip_moment_stride,
+    ACTIVATION: tl.constexpr, ALIAS_STRIDE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """g = f'(x)·grad_z,   grad_y = a·g + gs1 + 2·gs2·(y − m),   grad_skip = a'·g + gs1' + 2·gs2'·(y' − m')   with y', the skip.
 
-    With grad_alias grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
+    With grad_alias grad_z stands for their sum, as `gradient_of_z` gives it.
     Where asked, partials = (Σ g·(y − m), Σ g, Σ g·(y' − m')[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -106,10 +106,9 @@ def _bn_act_join_backward_kernel(
         inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
             inside = inside & (base + inner < count)
-        gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
-        if grad_alias is not None:
-            gradient += tl.load(grad_alias + base + inner, mask=inside, other=0.0).to(tl.float32)
-            gradient = gradient.to(grad_z.dtype.element_ty).to(tl.float32)
+        gradient = gradient_of_z(
+            grad_z, grad_alias, base, inner, inside, start + row, channel, channels, height, width, ALIAS_STRIDE
+        )  # fmt: skip
         if grad_sums is not None or partials is not None or ACTIVATION != "none":
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
         if skip_grad_sums is not None or partials is not None or ACTIVATION != "none":
@@ -216,7 +215,8 @@ def bn_act_join_backward(
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     parameters: bool = False,  # whether the gradients of γ, β, γ', β' and the slope are wanted
-    grad_alias: Tensor | None = None,  # [N, C, H, W]: added to grad_z
+    grad_alias: Tensor | None = None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]: added to grad_z in every s-th row and column
+    alias_stride: int = 1,  # s
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y and grad_skip; the gradients of γ, of β and of β', and of γ', [3, C], and of the slope, where they are wanted, else empty.
 
@@ -225,7 +225,7 @@ def bn_act_join_backward(
     channels = y.shape[1]
     like, skip_like = y, skip
     y, skip, grad_z = channels_last(y), channels_last(skip), channels_last(grad_z)
-    grad_alias = None if grad_alias is None else channels_last(grad_alias)
+    grad_alias, alias_stride = alias_gradient(grad_alias, alias_stride, y)
     count = 0 if not parameters else 3 if slope is None else 4
     sums = torch.empty((count, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     grad_y, grad_skip = torch.empty_like(y), torch.empty_like(skip)
@@ -242,9 +242,9 @@ def bn_act_join_backward(
             _bn_act_join_backward_kernel[(cut.column_blocks, cut.programs)](
                 grad_z, grad_alias, grad_sums, skip_grad_sums, y, skip, grad_y, grad_skip, partials,
                 mean, var, weight, bias, eps, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, per_channel(slope, channels),
-                y.numel(), cut.rows, cut.columns, channels, cut.programs,
+                y.numel(), cut.rows, cut.columns, channels, cut.programs, *y.shape[2:],
                 0 if grad_sums is None else grad_sums.stride(0), 0 if skip_grad_sums is None else skip_grad_sums.stride(0),
-                ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
+                ACTIVATION=activation, ALIAS_STRIDE=alias_stride, RAGGED=y.numel() % cut.columns != 0,
                 BLOCK_ROWS=_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
             )  # fmt: skip
             if partials is not None:

@@ -66,6 +66,29 @@ def activation_gradient(x, gradient, slope, ACTIVATION: tl.constexpr):
     return gradient
 
 
+@triton.jit
+def gradient_of_z(
+    grad_z, grad_alias, base, inner, inside, pixel, channel, channels, height, width, ALIAS_STRIDE: tl.constexpr
+):  # fmt: skip
+    """grad_z of a tile; with grad_alias their sum, rounded to their precision, as PyTorch would have added them.
+
+    grad_alias is that of the pixels in every ALIAS_STRIDE-th row and column; where that is not 1, each row of the tile is one pixel.
+    """
+    gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
+    if grad_alias is not None:
+        if ALIAS_STRIDE == 1:
+            again = tl.load(grad_alias + base + inner, mask=inside, other=0.0)
+        else:
+            h, w = pixel // width % height, pixel % width
+            exists = (h % ALIAS_STRIDE == 0) & (w % ALIAS_STRIDE == 0)
+            lines, each = (height + ALIAS_STRIDE - 1) // ALIAS_STRIDE, (width + ALIAS_STRIDE - 1) // ALIAS_STRIDE
+            place = (pixel // width // height * lines + h // ALIAS_STRIDE) * each + w // ALIAS_STRIDE
+            at = place.to(tl.int64)[:, None] * channels + channel[None, :]
+            again = tl.load(grad_alias + at, mask=inside & exists[:, None], other=0.0)
+        gradient = (gradient + again.to(tl.float32)).to(grad_z.dtype.element_ty).to(tl.float32)
+    return gradient
+
+
 def per_channel(slope: Tensor | None, channels: int) -> Tensor | None:
     return None if slope is None else slope.expand(channels).contiguous()
 

@@ -16,6 +16,7 @@ WARPS = 4
 MULTIPROCESSORS = 132  # of an H100 or H200: where there is no GPU
 _REGISTERS = 65536  # of a multiprocessor
 _TILES_EACH = 4  # of a program that leaves none; few, so that the last programs end at about the same time
+_ALIGNED = 16  # elements, of which the columns of a tile are a multiple
 _MOST_PROGRAMS = 65535  # of the second axis of a grid
 
 
@@ -34,6 +35,22 @@ def laid_out_like(result: Tensor, like: Tensor) -> Tensor:
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself where its memory is contiguous or channels-last without gaps, else a contiguous copy."""
     return tensor if tensor.is_contiguous(memory_format=torch.channels_last) else tensor.contiguous()
+
+
+def alias_gradient(
+    gradient: Tensor | None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]
+    stride: int,  # s
+    y: Tensor,  # [N, C, H, W]
+) -> tuple[Tensor | None, int]:
+    """As the kernels read it, and its stride: where a row of the tiles is several pixels, with zeros between those of every s-th line."""
+    channels = y.shape[1]
+    if gradient is None or stride == 1:
+        return None if gradient is None else channels_last(gradient), 1
+    if channels % _ALIGNED == 0 and channels >= BLOCK_COLUMNS and y.numel() < 2**31 * channels:  # pixels are counted in 32 bits
+        return channels_last(gradient), stride
+    whole = torch.zeros_like(y)
+    whole[:, :, ::stride, ::stride] = gradient
+    return whole, 1
 
 
 class Tiles(NamedTuple):
@@ -82,7 +99,7 @@ def partial_rows(
 
 
 def _channels_last_tiles(shape: torch.Size, device: torch.device, registers: int | None) -> Tiles:
-    repeat = 16 // math.gcd(shape[1], 16)
+    repeat = _ALIGNED // math.gcd(shape[1], _ALIGNED)
     while repeat * shape[1] < BLOCK_COLUMNS:
         repeat *= 2
     return _cut(shape.numel(), repeat * shape[1], 1, device, registers)

@@ -103,12 +103,19 @@ def _share(reader, position, crop, size):
 @triton.jit
 def adjoint(
     grad, rows, step, line, place, inside, pitch, height, width,
-    CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
+    image_stride, channel_stride, two_lines, line_stride, two_pixels, pixel_stride,
+    CHANNELS: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Σ weight(o, s) grad_o   over the output pixels o that read source pixel s, for the elements of a program; grad is [N, H, W, C]."""
+    """Σ weight(o, s) grad_o   over the output pixels o that read source pixel s, for the elements of a program.
+
+    grad is [N, H, W, C] in memory, or with BLOCKS [N, C, H/2, 2, W/2, 2] with these strides.
+    """
     top, left, crop_height, crop_width, flip, down, right = _parameters(rows, step)
     y, x = line % height - top, place // CHANNELS - left
-    image = grad + (line // height).to(tl.int64) * height * pitch + place % CHANNELS
+    if BLOCKS:
+        image = grad + (line // height).to(tl.int64) * image_stride + place % CHANNELS * channel_stride
+    else:
+        image = grad + (line // height).to(tl.int64) * height * pitch + place % CHANNELS
 
     # Scalars count the loops: what depends on the column alone is then the same in all lines, and the compiler computes it once.
     total = tl.zeros([LINES * SPAN], dtype=tl.float32)
@@ -123,14 +130,16 @@ def adjoint(
     while next_y < most_y:
         reader_y = first_y + next_y
         share_y = _share(reader_y, y, crop_height, height)
-        seen_line = image + _wrapped(reader_y, down, height) * pitch
+        seen_y = _wrapped(reader_y, down, height)
+        seen_line = image + (seen_y // 2 * two_lines + seen_y % 2 * line_stride if BLOCKS else seen_y * pitch)
         reads_line = inside & (share_y > 0.0)
         next_x = 0
         while next_x < most_x:
             reader_x = first_x + next_x
             share_x = _share(reader_x, x, crop_width, width)
-            seen = _wrapped(tl.where(flip != 0, width - 1 - reader_x, reader_x), right, width)
-            value = tl.load(seen_line + seen * CHANNELS, mask=reads_line & (share_x > 0.0), other=0.0).to(tl.float32)
+            seen_x = _wrapped(tl.where(flip != 0, width - 1 - reader_x, reader_x), right, width)
+            seen = seen_x // 2 * two_pixels + seen_x % 2 * pixel_stride if BLOCKS else seen_x * CHANNELS
+            value = tl.load(seen_line + seen, mask=reads_line & (share_x > 0.0), other=0.0).to(tl.float32)
             total += share_y * share_x * value
             next_x += 1
         next_y += 1

@@ -43,16 +43,20 @@ def _adam_step(x, g, m, v, rate, root, lowest, highest, BETA1: tl.constexpr, BET
 @triton.jit(do_not_specialize=["lines", "pitch"])
 def _view_adam_clip_kernel(
     images, gradient, exp_avg, exp_avg_sq, rows, learning_rates, step, low, high, lines, pitch, height, width,
+    image_stride, channel_stride, two_lines, line_stride, two_pixels, pixel_stride,
     CHANNELS: tl.constexpr, GRADIENT_SCALE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    LINES: tl.constexpr, SPAN: tl.constexpr,
+    LINES: tl.constexpr, SPAN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """g_s = GRADIENT_SCALE · Σ weight(o, s) gradient_o   over the output pixels o that read source pixel s, then Adam and the clamp with g.
 
-    All are [N, H, W, C] in memory. NaN stays NaN.
+    All are [N, H, W, C] in memory, but for the gradient with BLOCKS, see `adjoint`. NaN stays NaN.
     """
     line, place = element(LINES, SPAN)
     inside = (line < lines) & (place < pitch)
-    g = GRADIENT_SCALE * adjoint(gradient, rows, step, line, place, inside, pitch, height, width, CHANNELS, LINES, SPAN)
+    g = GRADIENT_SCALE * adjoint(
+        gradient, rows, step, line, place, inside, pitch, height, width,
+        image_stride, channel_stride, two_lines, line_stride, two_pixels, pixel_stride, CHANNELS, LINES, SPAN, BLOCKS,
+    )  # fmt: skip
 
     # Loaded this late because the gather needs the registers: before it, half as many programs would fit a multiprocessor.
     offset = line.to(tl.int64) * pitch + place
@@ -70,7 +74,7 @@ def _view_adam_clip_kernel(
 
 def view_adam_clip_(
     images: Tensor,  # [N, C, H, W] float32, changed in place
-    gradient: Tensor,  # [N, C, H, W] float32, bfloat16 or float16, with respect to the view
+    gradient: Tensor,  # [N, C, H, W] or [N, C, H/2, 2, W/2, 2] float32, bfloat16 or float16, with respect to the view
     exp_avg: Tensor,  # [N, C, H, W] float32, changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W] float32, changed in place
     rows: Tensor,  # [T, 7] int32
@@ -91,10 +95,12 @@ def view_adam_clip_(
     grid, tile = cut(lines, pitch)
     given = (images, exp_avg, exp_avg_sq)
     x, m, v = (channels_last(tensor) for tensor in given)
+    blocks = gradient.dim() > images.dim()
+    gradient, strides = (gradient, gradient.stride()) if blocks else (channels_last(gradient), [0] * 6)
     with on_device_of(images):
         _view_adam_clip_kernel[grid](
-            x, channels_last(gradient), m, v, rows.contiguous(), learning_rates, step, low, high, lines, pitch, height, width,
-            CHANNELS=channels, GRADIENT_SCALE=1 / loss_scale, BETA1=beta1, BETA2=beta2, EPS=eps, **tile, num_warps=WARPS,
+            x, gradient, m, v, rows.contiguous(), learning_rates, step, low, high, lines, pitch, height, width, *strides,
+            CHANNELS=channels, BLOCKS=blocks, GRADIENT_SCALE=1 / loss_scale, BETA1=beta1, BETA2=beta2, EPS=eps, **tile, num_warps=WARPS,
         )  # fmt: skip
     for tensor, worked_on in zip(given, (x, m, v), strict=True):
         if worked_on is not tensor:

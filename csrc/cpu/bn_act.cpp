@@ -54,7 +54,7 @@ void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
     const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& skip, const at::Tensor& mask, bool has_skip,
-    c10::string_view activation, const OptionalTensor& slope, bool parameters, const OptionalTensor& grad_again) {
+    c10::string_view activation, const OptionalTensor& slope, bool parameters, const OptionalTensor& grad_again, int64_t alias_stride) {
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
   const bool masks = has_skip && act.kind == Activation::kRelu, changes_skip = has_skip && act.kind != Activation::kNone;
@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   TORCH_CHECK(skip.has_value() || !changes_skip || masks, "activation ", activation, " behind a skip needs the skip again");
   const at::Tensor dense_skip = changes_skip && !masks ? dense_like(skip, "skip", y) : at::Tensor();
   const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor dense_again = dense_like(grad_again, "grad_again", y);
+  const SecondGradient again(grad_again, alias_stride, y);
   const at::Tensor dense_sums = dense_sums_of(grad_sums, layer);
   Result grad_y(y);
   std::optional<Result> grad_skip;
@@ -75,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   BnActBackward p{};
   layer.fill(p, act);
   p.grad_z = dense_grad.const_data_ptr();
-  p.grad_again = dense_again.defined() ? dense_again.const_data_ptr() : nullptr;
+  p.again = again.given;
   p.grad_sums = dense_sums.defined() ? dense_sums.const_data_ptr<float>() : nullptr;
   p.mask = masks ? mask.const_data_ptr<uint8_t>() : nullptr;
   p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
@@ -97,7 +97,8 @@ TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
       "Tensor? slope, Tensor(a!)? partials=None) -> (Tensor z, Tensor sums, Tensor mask)");
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None) "
+      "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None, int "
+      "alias_stride=1) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/slice.h>
 
 #include <algorithm>
 #include <array>
@@ -172,6 +173,18 @@ inline at::Tensor dense_like(const OptionalTensor& tensor, const char* name, con
   check_like(*tensor, name, y);
   return tensor->contiguous(at::MemoryFormat::ChannelsLast);
 }
+
+// Of the second use of z, where there is one: the pixels in every `stride`-th row and column of it, [N, C, ⌈H/s⌉, ⌈W/s⌉]
+struct SecondGradient {
+  SecondGradient(const OptionalTensor& grad_again, int64_t stride, const at::Tensor& y) {
+    TORCH_CHECK(stride >= 1, "alias_stride must be at least 1, got ", stride);
+    const at::Tensor seen = at::slice(at::slice(y, 2, 0, std::nullopt, stride), 3, 0, std::nullopt, stride);
+    dense = dense_like(grad_again, "grad_again", seen);
+    given = {dense.defined() ? dense.const_data_ptr() : nullptr, stride, y.size(2), y.size(3)};
+  }
+  at::Tensor dense;
+  GradAgain given;
+};
 
 // [rows, C], float32: the first sums of a layer
 inline at::Tensor rows_of(const std::vector<double>& sums, int64_t rows, const Layer& layer) {

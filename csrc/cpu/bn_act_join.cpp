@@ -76,12 +76,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_join_backward(
     const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
     const at::Tensor& skip, const at::Tensor& skip_mean, const at::Tensor& skip_var, const OptionalTensor& skip_weight,
     const OptionalTensor& skip_bias, double skip_eps, c10::string_view activation, const OptionalTensor& slope, bool parameters,
-    const OptionalTensor& grad_again) {
+    const OptionalTensor& grad_again, int64_t alias_stride) {
   const Joined both(y, mean, var, weight, bias, eps, skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, activation, slope);
   const Layer& layer = both.layer;
   check_like(grad_z, "grad_z", y);
   const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor dense_again = dense_like(grad_again, "grad_again", y);
+  const SecondGradient again(grad_again, alias_stride, y);
   const auto sums_or_zeros = [&](const OptionalTensor& given) {
     const at::Tensor dense = dense_sums_of(given, layer);
     return dense.defined() ? dense : at::zeros({2, layer.channels}, layer.mean.options());
@@ -95,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_join_backward(
   BnActJoinBackward p{};
   both.fill(p);
   p.grad_z = dense_grad.const_data_ptr();
-  p.grad_again = dense_again.defined() ? dense_again.const_data_ptr() : nullptr;
+  p.again = again.given;
   p.grad_sums = dense_sums.const_data_ptr<float>();
   p.skip_grad_sums = skip_dense_sums.const_data_ptr<float>();
   p.grad_y = grad_y.written.data_ptr();
@@ -127,7 +127,7 @@ TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_join_backward(Tensor grad_z, Tensor? grad_sums, Tensor? skip_grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, "
       "Tensor? bias, float eps, Tensor skip, Tensor skip_mean, Tensor skip_var, Tensor? skip_weight, Tensor? skip_bias, float skip_eps, "
-      "str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None) "
+      "str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None, int alias_stride=1) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
 }
 

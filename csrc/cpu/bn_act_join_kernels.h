@@ -85,7 +85,7 @@ struct JoinBackward {
     const T* const y = static_cast<const T*>(p.y);
     const T* const skip = static_cast<const T*>(p.skip);
     const T* const grad_z = static_cast<const T*>(p.grad_z);
-    const T* const grad_again = static_cast<const T*>(p.grad_again);
+    Again<T> second(p.again, p.channels, strip);
     T* const grad_y = static_cast<T*>(p.grad_y);
     T* const grad_skip = static_cast<T*>(p.grad_skip);
     const int64_t channels = p.channels;
@@ -94,11 +94,12 @@ struct JoinBackward {
     const int64_t last = strip.last_row * channels + strip.channel, ahead = kAhead * channels;
     [[maybe_unused]] Sums<U> sum, more;  // of g(y − m) and g; of g(y' − m') and for the slope
     for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      const T* const again = second.next();
       if (several) {
         prefetch<U>(y + start + ahead);
         prefetch<U>(skip + start + ahead);
         prefetch<U>(grad_z + start + ahead);
-        if (grad_again != nullptr) prefetch<U>(grad_again + start + ahead);
+        if (again != nullptr) prefetch<U>(again + ahead);
         prefetch<U>(grad_y + start + ahead);
         prefetch<U>(grad_skip + start + ahead);
       }
@@ -107,7 +108,7 @@ struct JoinBackward {
         const Vec shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
         const Vec skip_shifted = sub(get<Partial>(skip + i, lanes), of.skip_mean[u]);
         Vec grad = get<Partial>(grad_z + i, lanes);
-        if (grad_again != nullptr) grad = rounded<T>(add(grad, get<Partial>(grad_again + i, lanes)));
+        if (again != nullptr) grad = rounded<T>(add(grad, get<Partial>(again + u * kWidth, lanes)));
         if constexpr (A != Activation::kNone) {
           const Vec x = of.joined(u, shifted, skip_shifted);
           if constexpr (kSlope) more.second[u] = fma(grad, smaller(all(0), x), more.second[u]);

@@ -77,6 +77,45 @@ static inline void prefetch(const T* p) {
   for (int i = 0; i < U * kWidth; i += kLine / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i, 0, kSecondLevel);
 }
 
+// Where the second gradient of the pixels of a strip lies, one after the other.
+template <typename T>
+class Again {
+ public:
+  Again(const GradAgain& p, int64_t channels, const Strip& strip)
+      : channels_(channels), stride_(p.stride), height_(p.height), width_(p.width) {
+    if (p.first == nullptr) return;
+    const int64_t line = strip.first_row / width_;
+    row_ = line % height_;
+    column_ = strip.first_row % width_;
+    const int64_t lines = line / height_ * up(height_) + up(row_);  // of the pixels that have one, before this row
+    const int64_t pixels = row_ % stride_ == 0 ? lines * up(width_) + up(column_) : lines * up(width_);
+    to_row_ = up(row_) * stride_ - row_;
+    to_column_ = up(column_) * stride_ - column_;
+    next_ = static_cast<const T*>(p.first) + pixels * channels + strip.channel;
+  }
+
+  // That of the next pixel; null where it has none
+  const T* next() {
+    if (next_ == nullptr) return nullptr;
+    const T* const here = to_row_ == 0 && to_column_ == 0 ? next_ : nullptr;
+    if (here != nullptr) next_ += channels_;
+    to_column_ = to_column_ == 0 ? stride_ - 1 : to_column_ - 1;
+    if (++column_ == width_) {
+      column_ = to_column_ = 0;
+      to_row_ = to_row_ == 0 ? stride_ - 1 : to_row_ - 1;
+      if (++row_ == height_) row_ = to_row_ = 0;
+    }
+    return here;
+  }
+
+ private:
+  int64_t up(int64_t size) const { return (size + stride_ - 1) / stride_; }
+
+  const T* next_ = nullptr;
+  int64_t channels_, stride_, height_, width_;
+  int64_t row_ = 0, column_ = 0, to_row_ = 0, to_column_ = 0;  // of the next pixel, and from there to the next row and column with one
+};
+
 // m, a = γ/√(v + ε), β and the slope of a strip: x = a(y − m) + β, in both directions by the same arithmetic.
 template <int U, bool Partial>
 struct Coefficients {
@@ -192,7 +231,7 @@ struct Backward {
     }
     const T* const y = static_cast<const T*>(p.y);
     const T* const grad_z = static_cast<const T*>(p.grad_z);
-    const T* const grad_again = static_cast<const T*>(p.grad_again);
+    Again<T> second(p.again, p.channels, strip);
     T* const grad_y = static_cast<T*>(p.grad_y);
     [[maybe_unused]] const T* const skip = static_cast<const T*>(p.skip);
     T* const grad_skip = static_cast<T*>(p.grad_skip);
@@ -207,11 +246,12 @@ struct Backward {
       for (int u = 0; u < U; ++u) of_slope[u] = all(0);
     }
     for (int64_t start = strip.first_row * channels + strip.channel; start < last; start += channels) {
+      const T* const again = second.next();
       if (several) {
         if constexpr (kReadsY) prefetch<U>(y + start + ahead);
         if constexpr (Skip && kRecomputes) prefetch<U>(skip + start + ahead);
         prefetch<U>(grad_z + start + ahead);
-        if (grad_again != nullptr) prefetch<U>(grad_again + start + ahead);
+        if (again != nullptr) prefetch<U>(again + ahead);
         prefetch<U>(grad_y + start + ahead);
         if constexpr (Skip) prefetch<U>(grad_skip + start + ahead);
       }
@@ -222,7 +262,7 @@ struct Backward {
         Vec shifted = all(0);
         if constexpr (kReadsY) shifted = sub(get<Partial>(y + i, lanes), of.mean[u]);
         Vec grad = get<Partial>(grad_z + i, lanes);
-        if (grad_again != nullptr) grad = rounded<T>(add(grad, get<Partial>(grad_again + i, lanes)));
+        if (again != nullptr) grad = rounded<T>(add(grad, get<Partial>(again + u * kWidth, lanes)));
         if constexpr (kMask) grad = keep(static_cast<uint32_t>(bits >> (u * kWidth)), grad);
         if constexpr (kRecomputes) {
           Vec x = fma(of.scale[u], shifted, of.bias[u]);

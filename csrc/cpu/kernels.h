@@ -31,9 +31,16 @@ struct BnActForward : BnAct {
   float* partials;  // [blocks, 2, C]: each block's Σ(y − m) and Σ(y − m)²
 };
 
+// The gradient of a second use of z, which is added to that of the first and rounded to their precision: channels-last, of the pixels in
+// every `stride`-th row and column alone.
+struct GradAgain {
+  const void* first;              // or null: there is none
+  int64_t stride, height, width;  // those of y
+};
+
 struct BnActBackward : BnAct {
   const void* grad_z;
-  const void* grad_again;  // or null: the gradient of a second use of z, added to the first and rounded to their precision
+  GradAgain again;
   const float* grad_sums;  // [2, C] or null: 0
   const uint8_t* mask;     // of the forward pass with skip and kRelu, else null
   const void* skip;        // with an activation other than kNone and kRelu: what it was applied to is recomputed from y and skip
@@ -57,7 +64,7 @@ struct BnActJoinForward : BnActJoin {
 
 struct BnActJoinBackward : BnActJoin {
   const void* grad_z;
-  const void* grad_again;       // or null: as of BnActBackward
+  GradAgain again;
   const float* grad_sums;       // [2, C]
   const float* skip_grad_sums;  // [2, C]
   void* grad_y;

@@ -3,6 +3,7 @@
 // m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   x ← clamp(x − lr_t · m/(1−β₁^(t+1)) / (√(v/(1−β₂^(t+1))) + ε), low_c, high_c)
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/pixel_shuffle.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -72,11 +73,23 @@ std::vector<float> repeat(const at::Tensor& bounds, int64_t times) {
   return result;
 }
 
+// The gradient as the images have it, [N, C, H, W]: it may also come as blocks of pixels, [N, C, H/2, 2, W/2, 2].
+at::Tensor of_pixels(const at::Tensor& gradient, const at::Tensor& images) {
+  constexpr int64_t kBlock = 2;
+  const int64_t count = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  const bool even = height % kBlock == 0 && width % kBlock == 0;
+  const bool blocks = even && gradient.sizes() == at::IntArrayRef({count, channels, height / kBlock, kBlock, width / kBlock, kBlock});
+  TORCH_CHECK(blocks || gradient.sizes() == images.sizes(), "gradient must have the shape of images, ", images.sizes(),
+              ", or that of their 2×2 blocks, got ", gradient.sizes());
+  if (!blocks) return gradient;
+  return at::pixel_shuffle(gradient.permute({0, 1, 3, 5, 2, 4}).flatten(1, 3), kBlock);
+}
+
 void view_adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor& exp_avg, at::Tensor& exp_avg_sq, const at::Tensor& rows,
                      const at::Tensor& learning_rates, const at::Tensor& step, const at::Tensor& low, const at::Tensor& high,
                      double loss_scale, double beta1, double beta2, double eps) {
   check_state(images, exp_avg, exp_avg_sq, learning_rates, step, low, high);
-  TORCH_CHECK(gradient.sizes() == images.sizes(), "gradient must have the shape of images, ", images.sizes(), ", got ", gradient.sizes());
+  const at::Tensor given = of_pixels(gradient, images);
   TORCH_CHECK(gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kBFloat16,
               "gradient must be float32 or bfloat16 on a CPU, got ", gradient.scalar_type());
   AdamClip shared = adam_clip_numbers(learning_rates, step, 1 / loss_scale, beta1, beta2, eps);
@@ -85,7 +98,7 @@ void view_adam_clip_(at::Tensor& images, const at::Tensor& gradient, at::Tensor&
 
   // Tensors that lie otherwise than channels-last are copied and copied back.
   constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
-  const at::Tensor seen = gradient.contiguous(kFormat);
+  const at::Tensor seen = given.contiguous(kFormat);
   at::Tensor x = images.contiguous(kFormat), m = exp_avg.contiguous(kFormat), v = exp_avg_sq.contiguous(kFormat);
 
   const Adjoint adjoint(seen, row);

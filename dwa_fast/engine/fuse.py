@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
-from dwa_fast.engine.layers import replace_convolutions, replace_global_means, replace_pools, replace_stems
+from dwa_fast.engine.layers import SampledConv, replace_convolutions, replace_global_means, replace_pools, replace_stems
 from dwa_fast.engine.pool_nodes import Windows, match_pool
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import MomentsHook, given, is_plain, planes
@@ -51,6 +51,7 @@ class BatchNormAct(nn.Module):
         self.joins = False  # whether forward applies another layer, its third argument, to that
         self.joined = False  # whether another layer's forward applies this one
         self.with_alias = False  # whether forward also gives an alias of its result: for two uses, whose gradients the operator adds
+        self.alias_stride = 1  # of the rows and columns of the result whose pixels the alias has
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
         self.windows: Windows | None = None  # of a max-pooling behind it all
@@ -83,12 +84,12 @@ class BatchNormAct(nn.Module):
 
     def _call(self, y: Tensor, skip: Tensor | None, other: BatchNormAct | None) -> tuple[Tensor, ...]:
         """What the operator gives: the result, its alias, the sums of this layer, those of the other one."""
-        behind = self.activation, self.slope, self.partials
+        behind, alias = (self.activation, self.slope, self.partials), (self.with_alias, self.alias_stride)
         if other is not None:
-            return self.operators.bn_act_join(y, *self.statistics, skip, *other.statistics, *behind, other.partials, self.with_alias)
+            return self.operators.bn_act_join(y, *self.statistics, skip, *other.statistics, *behind, other.partials, *alias)
         if self.windows is not None:
             return self.operators.bn_act_pool(y, *self.statistics, *self.windows, *behind, self.with_alias)
-        return self.operators.bn_act(y, *self.statistics, skip, *behind, self.with_alias)
+        return self.operators.bn_act(y, *self.statistics, skip, *behind, *alias)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
@@ -226,7 +227,10 @@ def _join(traced: torch.fx.GraphModule) -> None:
 
 
 def _share(traced: torch.fx.GraphModule) -> None:
-    """Give the two branches of a residual block a result each, so that the operator adds their gradients, and autograd does not."""
+    """Give the two branches of a residual block a result each, so that the operator adds their gradients, and autograd does not.
+
+    Where one begins with a strided 1×1 convolution, its result is what that one reads.
+    """
     for node in list(traced.graph.nodes):
         layer = _submodule(traced, node)
         users = sorted(node.users, key=lambda user: user.meta.get("shape") is None)  # those that read its shape alone come last
@@ -235,8 +239,20 @@ def _share(traced: torch.fx.GraphModule) -> None:
         layer.with_alias = True
         with traced.graph.inserting_after(node):
             first, alias = (traced.graph.call_function(operator.getitem, (node, place)) for place in range(2))
+        strided = None if layer.windows or users[1].meta.get("shape") is None else _strided(traced, users)
         for user in users:
-            user.replace_input_with(node, first if user is users[0] else alias)
+            user.replace_input_with(node, first if user is users[0] or strided else alias)
+        if strided is not None:
+            before = traced.get_submodule(str(strided.target))
+            replace_layers(traced, {before: (conv := SampledConv(before))}.get)  # type: ignore[arg-type]
+            layer.alias_stride, strided.args = conv.step, (first, alias)
+
+
+def _strided(traced: torch.fx.GraphModule, users: list[torch.fx.Node]) -> torch.fx.Node | None:
+    """The first of them that is a strided 1×1 convolution, called here alone."""
+    layers = [_submodule(traced, node) for node in traced.graph.nodes]
+    suited = (user for user in users if SampledConv.suits(layer := _submodule(traced, user)) and layers.count(layer) == 1)
+    return next((user for user in suited if len(user.args) == 1 and not user.kwargs), None)
 
 
 def _sole_users(node: torch.fx.Node) -> Iterator[torch.fx.Node]:

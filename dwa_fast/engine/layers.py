@@ -63,17 +63,55 @@ class LeanConv(nn.Module):
 
 class _LeanConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LeanConv) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,  # has the gradient
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: LeanConv,
+        whole: Tensor | None = None,  # what x is a sample of, every step-th pixel of each line
+        step: int = 1,
+    ) -> Tensor:
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
-        ctx.layer, ctx.shape, ctx.strides = layer, x.shape, x.stride()
-        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        dense = x if whole is None else torch.empty_like(x, device="meta")
+        ctx.layer, ctx.shape, ctx.strides = layer, dense.shape, dense.stride()
+        source, stride = (x, layer.stride) if whole is None else (whole, (step, step))
+        return F.conv2d(source, weight, bias, stride, layer.padding, layer.dilation, layer.groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
         if x is None:  # the library needs its shape and strides; the values are never read
             x = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
-        return *ctx.layer.gradients(gradient, weight, x, list(ctx.needs_input_grad[:3])), None
+        return *ctx.layer.gradients(gradient, weight, x, list(ctx.needs_input_grad[:3])), None, None, None
+
+
+class SampledConv(LeanConv):
+    """A 1×1 Conv2d of stride s > 1 whose gradient is that of the pixels that it reads, and no zeros between them.
+
+    It is handed its input whole, and an alias of the pixels in every s-th row and column, as `bn_act` gives them: it reads the former and
+    has the gradient of the latter, which is that of a convolution of stride 1. Weights and their gradients are as of LeanConv.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        self.step, self.stride = layer.stride[0], (1, 1)
+
+    @staticmethod
+    def suits(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+        """Whether the layer is such a convolution."""
+        if not LeanConv.suits(layer) or layer.kernel_size != (1, 1) or layer.padding != (0, 0):
+            return False
+        return layer.stride[0] == layer.stride[1] > 1
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,  # [N, C, H, W]
+        sampled: Tensor,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]
+    ) -> Tensor:  # [N, O, ⌈H/s⌉, ⌈W/s⌉]
+        """The convolution."""
+        y: Tensor = _LeanConv.apply(sampled, self.weight, self.bias, self, x.detach(), self.step)
+        return y
 
 
 def replace_convolutions(module: nn.Module) -> None:
@@ -130,32 +168,48 @@ class StemConv(LeanConv):
         plain = layer.groups == 1 and layer.dilation == (1, 1)
         return square and plain and stride in (1, 2) and stride <= size and padding < size and layer.in_channels * _BLOCK**2 <= _LANES
 
+    def forward(
+        self,
+        x: Tensor,  # [N, C, H, W], or its blocks of pixels, [N, C, H/2, 2, W/2, 2], whose gradient then lies where it was computed
+    ) -> Tensor:  # [N, O, H', W']
+        """The convolution."""
+        if x.dim() == 4:
+            return super().forward(x)
+        y: Tensor = _LeanConv.apply(x, self.weight, self.bias, self, _pixels(x.detach()), self.stride[0])
+        return y
+
     def gradients(
         self,
         gradient: Tensor,  # [N, O, H', W']
         weight: Tensor,
-        x: Tensor,  # [N, C, H, W]; without a gradient of the weights only its shape is read
+        x: Tensor,  # [N, C, H, W], or its blocks; without a gradient of the weights only its shape is read
         needed: list[bool],  # of the input, of the weights, of the bias
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the three; None where it is not needed."""
-        _, grad_weight, grad_bias = super().gradients(gradient, weight, x, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
-        return self.image_gradient(gradient, *x.shape[2:]) if needed[0] else None, grad_weight, grad_bias
+        blocks, pixels = x.dim() > 4, x if x.dim() == 4 else _pixels(x)
+        _, grad_weight, grad_bias = super().gradients(gradient, weight, pixels, [False, *needed[1:]]) if any(needed[1:]) else (None,) * 3
+        image_gradient = self.image_gradient(gradient, *pixels.shape[2:], blocks=blocks) if needed[0] else None
+        return image_gradient, grad_weight, grad_bias
 
     def image_gradient(
         self,
         gradient: Tensor,  # [N, O, H', W']
         height: int,
         width: int,
-    ) -> Tensor:  # [N, C, H, W]
+        *,
+        blocks: bool = False,
+    ) -> Tensor:  # [N, C, H, W], or [N, C, H/2, 2, W/2, 2]
         """Adjoint of the convolution with its present weights."""
-        blocks = self._blocks() if self.arranged is None else self.arranged
+        weights = self._blocks() if self.arranged is None else self.arranged
         step = _BLOCK // self.stride[0]
         rows, columns = -(-height // _BLOCK), -(-width // _BLOCK)
         beyond = max((n - 1) * step + self.extent - m for n, m in ((rows, gradient.shape[2]), (columns, gradient.shape[3])))
         skipped = max(0, -(-(beyond - 2 * self.reach) // step))  # blocks before the first, where more padding is needed behind than before
-        result = F.conv2d(gradient, blocks, stride=step, padding=self.reach + skipped * step)
+        result = F.conv2d(gradient, weights, stride=step, padding=self.reach + skipped * step)
         channels = self.weight.shape[1] * _BLOCK**2
         result = result[:, :channels, skipped : skipped + rows, skipped : skipped + columns]
+        if blocks:
+            return result.view(len(result), -1, _BLOCK, _BLOCK, rows, columns).permute(0, 1, 4, 2, 5, 3)
         return F.pixel_shuffle(result, _BLOCK)[:, :, :height, :width]
 
     def refresh(self) -> None:
@@ -264,6 +318,11 @@ class GlobalMean(nn.Module):
 def replace_global_means(module: nn.Module) -> None:
     """Replace every suitable adaptive pooling below `module`."""
     replace_layers(module, lambda layer: GlobalMean() if GlobalMean.suits(layer) else None)
+
+
+def _pixels(blocks: Tensor) -> Tensor:
+    """[N, C, H, W] of [N, C, H/2, 2, W/2, 2]."""
+    return blocks.flatten(4, 5).flatten(2, 3)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.teacher import Network
 from dwa_fast.engine.turns import ALONE, Turn
 from dwa_fast.errors import InputError
+from dwa_fast.ops.view_adam_clip import blocks_shape
 from dwa_fast.schedule import HEIGHT, WIDTH, Schedule
 from dwa_fast.seeding import generator, normal
 
@@ -125,7 +126,10 @@ class Refinement:
         order, `bn_act` with the gradients of the moments; `view_adam_clip_`; `log_losses_`.
         """
         operators, scale = self.execution.operators, self.execution.loss_scale
-        view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach().requires_grad_(True)
+        view = operators.view(self.images, self.rows, self.step, self.execution.dtype).detach()
+        if (blocks := self._blocks(turn)) is not None:
+            view = view.view(blocks)
+        view.requires_grad_(True)
         results, gradients, terms = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
         for place, weight in turn:
             classifier, matcher = self.teachers[place]
@@ -147,6 +151,12 @@ class Refinement:
         schedule = self.rows, self.learning_rates, self.step
         operators.view_adam_clip_(self.images, gradient, self.exp_avg, self.exp_avg_sq, *schedule, self.low, self.high, scale)
         operators.log_losses_(self.losses, self.step, ce, matching)
+
+    def _blocks(self, turn: Turn) -> torch.Size | None:
+        """The shape of the view in blocks of 2×2 pixels, where all that reads it takes it so."""
+        priors = self.config.tv_l2 or self.config.l2_scale
+        stems = all(network.takes_blocks for place, _ in turn for network in self.teachers[place])
+        return blocks_shape(self.images) if stems and not priors else None
 
     def _priors(self, view: Tensor) -> list[Tensor]:
         """SRe2L's weighted priors, where they have a weight."""

@@ -117,6 +117,14 @@ class Network(nn.Module):
         self._shape = torch.Size()  # of its images
         self._aim: Tensor | None = None  # [2, ΣC] what all plans aim at instead of the running statistics; it stays where it is
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether `forward` also takes images as [N, C, H/2, 2, W/2, 2]: their gradient is then not moved to [N, C, H, W]."""
+        if not isinstance(self.module, torch.fx.GraphModule):
+            return False
+        images = self.module.graph.find_nodes(op="placeholder")[0]
+        return all(user.op == "call_module" and isinstance(self.module.get_submodule(str(user.target)), StemConv) for user in images.users)
+
     def release(self) -> None:
         """Take the hooks off the layers, which may be the teacher's own."""
         for layer in self.layers.values():
@@ -142,7 +150,7 @@ class Network(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # [N, C, H, W], normalised
+        images: Tensor,  # [N, C, H, W], normalised; see `takes_blocks`
         *,
         deferred: bool = False,
     ) -> Tensor:  # [N, classes] logits

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
 from dwa_fast.ops.activation import Activation
-from dwa_fast.ops.checks import check_activation, check_layer, check_skip
+from dwa_fast.ops.checks import check_activation, check_alias, check_layer, check_skip
 
 
 def bn_act(
@@ -26,7 +26,8 @@ def bn_act(
     slope: Tensor | None = None,  # [1] or [C], float32
     partials: Tensor | None = None,  # [2, R, C], float32, written
     with_alias: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums [2, C] float32
+    alias_stride: int = 1,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias [N, C, ⌈H/s⌉, ⌈W/s⌉] of z, sums [2, C] float32
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input, in one read of the input.
 
         x = γ(y − m)/√(v + ε) + β [+ skip],   z = f(x),   sums = (Σ(y − m), Σ(y − m)²) over N, H and W
@@ -55,19 +56,22 @@ def bn_act(
             once. The values of sums are then undefined; its gradient is that of the sums.
         with_alias: return z as two tensors in the same memory, one for each of two uses. The backward pass adds their gradients itself,
             rounded to their precision: the bits of PyTorch's sum, without its pass over memory.
+        alias_stride: s: the alias has the pixels in every s-th row and column of z alone, and its gradient no more, as for a strided 1×1
+            convolution.
     Returns:
         z in the precision and memory format of y, with_alias an alias of it, and sums, [2, C], float32.
     Raises:
         TypeError: an argument has the wrong type or precision.
         ValueError: shapes or devices do not fit, there is no such activation, leaky_relu has no slope or another one has, or a gradient of
-            mean or var is required.
+            mean or var is required; alias_stride is less than 1, or not 1 without an alias.
         ImportError: the compiled operators, or Triton on CUDA, cannot be used here.
     """
     check_layer(y, mean, var, weight, bias)
     check_skip(skip, y)
     check_activation(activation, slope, y)
+    check_alias(with_alias, alias_stride)
     _library.load()
-    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias)
+    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias, alias_stride)
     z, alias, sums = _BnAct.apply(y, weight, bias, skip, slope, layer)
     return (z, alias, sums) if with_alias else (z, sums)
 
@@ -109,6 +113,11 @@ class LayerConstants(NamedTuple):
     activation: Activation
     partials: Tensor | None
     with_alias: bool
+    alias_stride: int = 1
+
+    def alias(self, z: Tensor) -> Tensor | None:
+        """The second result, in the memory of the first."""
+        return z.detach()[:, :, :: self.alias_stride, :: self.alias_stride] if self.with_alias else None
 
 
 class _BnAct(torch.autograd.Function):
@@ -116,29 +125,28 @@ class _BnAct(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None, slope: Tensor | None, layer: LayerConstants
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        mean, var, eps, activation, partials, with_alias = layer
+        mean, var, eps, activation, partials, *_ = layer
         forward = torch.ops.dwa_fast.bn_act_forward.default
         z, sums, mask = forward(y, mean, var, weight, bias, eps, skip, activation, slope, partials)
         ctx.save_for_backward(y, mean, var, weight, bias, skip if _reads_skip(skip is not None, activation) else None, mask, slope)
-        ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
+        ctx.eps, ctx.has_skip, ctx.activation, ctx.alias_stride = eps, skip is not None, activation, layer.alias_stride
         ctx.set_materialize_grads(False)
-        return z, z.detach() if with_alias else None, sums
+        return z, layer.alias(z), sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor | None, grad_alias: Tensor | None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         y, mean, var, weight, bias, skip, mask, slope = ctx.saved_tensors
         needs_y, needs_weight, needs_bias, needs_skip, needs_slope, _ = ctx.needs_input_grad
-        if grad_z is None:
-            grad_z, grad_alias = torch.zeros_like(y) if grad_alias is None else grad_alias, None
+        grad_z, grad_alias = gradients_of_z(grad_z, grad_alias, ctx.alias_stride, y)
         if grad_alias is not None and ctx.has_skip and ctx.activation == "none":  # the gradient of the skip is the sum itself
-            grad_z, grad_alias = grad_z + grad_alias, None
+            grad_z, grad_alias = _added(grad_z, grad_alias, ctx.alias_stride), None
         layer = y, mean, var, weight, bias, ctx.eps, skip, mask, ctx.has_skip, ctx.activation, slope
         changes_skip, parameters = ctx.has_skip and ctx.activation != "none", needs_weight or needs_bias or needs_slope
         grad_y = grad_skip = grad_weight = grad_bias = grad_slope = None
         if needs_y or parameters or (needs_skip and changes_skip):
             backward = torch.ops.dwa_fast.bn_act_backward.default
-            grad_y, grad_skip, grad_parameters, grad_slope = backward(grad_z, grad_sums, *layer, parameters, grad_alias)
+            grad_y, grad_skip, grad_parameters, grad_slope = backward(grad_z, grad_sums, *layer, parameters, grad_alias, ctx.alias_stride)
             grad_weight = grad_parameters[0] if needs_weight else None
             grad_bias = grad_parameters[1] if needs_bias else None
         if not changes_skip:
@@ -151,6 +159,22 @@ class _BnAct(torch.autograd.Function):
             grad_slope if needs_slope else None,
             None,
         )
+
+
+def gradients_of_z(grad_z: Tensor | None, grad_alias: Tensor | None, alias_stride: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Those of z and of its alias, where the first may be missing."""
+    if grad_z is not None:
+        return grad_z, grad_alias
+    whole = grad_alias is not None and alias_stride == 1
+    return (grad_alias, None) if whole else (torch.zeros_like(like), grad_alias)  # type: ignore[return-value]
+
+
+def _added(grad_z: Tensor, grad_alias: Tensor, alias_stride: int) -> Tensor:
+    if alias_stride == 1:
+        return grad_z + grad_alias
+    total = grad_z.clone()
+    total[:, :, ::alias_stride, ::alias_stride] += grad_alias
+    return total
 
 
 def _reads_skip(has_skip: bool, activation: Activation) -> bool:
@@ -193,6 +217,7 @@ def _backward_fake(
     slope: Tensor | None,
     parameters: bool = False,
     grad_alias: Tensor | None = None,
+    alias_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
     grad_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
 from dwa_fast.ops.activation import Activation
-from dwa_fast.ops.bn_act import LayerConstants
-from dwa_fast.ops.checks import check_activation, check_layer, check_skip
+from dwa_fast.ops.bn_act import LayerConstants, gradients_of_z
+from dwa_fast.ops.checks import check_activation, check_alias, check_layer, check_skip
 
 
 def bn_act_join(
@@ -32,7 +32,8 @@ def bn_act_join(
     partials: Tensor | None = None,  # [2, R, C], float32, written
     skip_partials: Tensor | None = None,  # [2, R, C], float32, written
     with_alias: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums and skip_sums, each [2, C] float32
+    alias_stride: int = 1,
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias [N, C, ⌈H/s⌉, ⌈W/s⌉] of z, sums and skip_sums, each [2, C] float32
     """`bn_act` of a skip that comes out of a BatchNorm of its own, as in a residual block that changes the shape: neither is stored.
 
         x = γ(y − m)/√(v + ε) + β + γ'(y' − m')/√(v' + ε') + β',   z = f(x),   sums = (Σ(y − m), Σ(y − m)²),   skip_sums those of y'
@@ -41,7 +42,7 @@ def bn_act_join(
     layers; the backward pass reads y, y' and the gradient of z once, and computes x again. Precision and bits are as bn_act's.
 
     Args:
-        y, mean, var, weight, bias, eps, activation, slope, partials, with_alias: as of bn_act.
+        y, mean, var, weight, bias, eps, activation, slope, partials, with_alias, alias_stride: as of bn_act.
         skip: the input of the second layer; shape, precision and device of y.
         skip_mean, skip_var, skip_weight, skip_bias, skip_eps: of the second layer, as those of the first.
         skip_partials: memory for the partial sums of the second layer, as many as of the first; given with those or not at all.
@@ -56,10 +57,11 @@ def bn_act_join(
     check_skip(skip, y)
     check_layer(skip, skip_mean, skip_var, skip_weight, skip_bias, prefix="skip_")
     check_activation(activation, slope, y)
+    check_alias(with_alias, alias_stride)
     if (partials is None) != (skip_partials is None):
         raise ValueError("partials and skip_partials must be given together")
     _library.load()
-    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias)
+    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias, alias_stride)
     skip_layer = _SkipConstants(skip_mean, skip_var, float(skip_eps), skip_partials)
     z, alias, *sums = _BnActJoin.apply(y, weight, bias, skip, skip_weight, skip_bias, slope, layer, skip_layer)
     return (z, alias, *sums) if with_alias else (z, *sums)
@@ -88,14 +90,14 @@ class _BnActJoin(torch.autograd.Function):
         layer: LayerConstants,
         skip_layer: _SkipConstants,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        mean, var, eps, activation, partials, with_alias = layer
+        mean, var, eps, activation, partials, *_ = layer
         skip_mean, skip_var, skip_eps, skip_partials = skip_layer
         both = y, mean, var, weight, bias, eps, skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, activation, slope
         z, sums = torch.ops.dwa_fast.bn_act_join_forward.default(*both, partials, skip_partials)
         ctx.save_for_backward(y, mean, var, weight, bias, skip, skip_mean, skip_var, skip_weight, skip_bias, slope)
-        ctx.eps, ctx.skip_eps, ctx.activation = eps, skip_eps, activation
+        ctx.eps, ctx.skip_eps, ctx.activation, ctx.alias_stride = eps, skip_eps, activation, layer.alias_stride
         ctx.set_materialize_grads(False)
-        return z, z.detach() if with_alias else None, sums[0], sums[1]
+        return z, layer.alias(z), sums[0], sums[1]
 
     @staticmethod
     @once_differentiable
@@ -104,14 +106,13 @@ class _BnActJoin(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         y, mean, var, weight, bias, skip, skip_mean, skip_var, skip_weight, skip_bias, slope = ctx.saved_tensors
         needs_y, needs_weight, needs_bias, needs_skip, needs_skip_weight, needs_skip_bias, needs_slope, *_ = ctx.needs_input_grad
-        if grad_z is None:
-            grad_z, grad_alias = torch.zeros_like(y) if grad_alias is None else grad_alias, None
+        grad_z, grad_alias = gradients_of_z(grad_z, grad_alias, ctx.alias_stride, y)
         layer = y, mean, var, weight, bias, ctx.eps
         skip_layer = skip, skip_mean, skip_var, skip_weight, skip_bias, ctx.skip_eps
         parameters = needs_weight or needs_bias or needs_skip_weight or needs_skip_bias or needs_slope
         backward = torch.ops.dwa_fast.bn_act_join_backward.default
         grad_y, grad_skip, grad_parameters, grad_slope = backward(
-            grad_z, grad_sums, skip_grad_sums, *layer, *skip_layer, ctx.activation, slope, parameters, grad_alias
+            grad_z, grad_sums, skip_grad_sums, *layer, *skip_layer, ctx.activation, slope, parameters, grad_alias, ctx.alias_stride
         )
         return (
             grad_y if needs_y else None,
@@ -169,6 +170,7 @@ def _backward_fake(
     slope: Tensor | None,
     parameters: bool = False,
     grad_alias: Tensor | None = None,
+    alias_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_parameters = torch.empty((3, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
     grad_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)

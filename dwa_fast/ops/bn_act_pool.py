@@ -70,13 +70,13 @@ class _BnActPool(torch.autograd.Function):
         layer: LayerConstants,
         windows: tuple[int, int, int],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        mean, var, eps, activation, partials, with_alias = layer
+        mean, var, eps, activation, partials, *_ = layer
         forward = torch.ops.dwa_fast.bn_act_pool_forward.default
         z, sums, index = forward(y, mean, var, weight, bias, eps, activation, slope, *windows, partials)
         ctx.save_for_backward(y, mean, var, weight, bias, index, slope)
         ctx.eps, ctx.activation, ctx.windows = eps, activation, windows
         ctx.set_materialize_grads(False)
-        return z, z.detach() if with_alias else None, sums
+        return z, layer.alias(z), sums
 
     @staticmethod
     @once_differentiable

@@ -92,6 +92,16 @@ def check_activation(activation: str, slope: Tensor | None, y: Tensor) -> None:
         raise ValueError(f"slope must be on the device of y, {y.device}, got {slope.device}")
 
 
+def check_alias(with_alias: bool, alias_stride: int) -> None:
+    """Refuse what cannot be the stride of an alias."""
+    if isinstance(alias_stride, bool) or not isinstance(alias_stride, int):
+        raise TypeError(f"alias_stride must be an integer, got {type(alias_stride).__name__}")
+    if alias_stride < 1:
+        raise ValueError(f"alias_stride must be at least 1, got {alias_stride}")
+    if alias_stride > 1 and not with_alias:
+        raise ValueError(f"alias_stride belongs to with_alias, got {alias_stride} without it")
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -14,7 +14,7 @@ from dwa_fast.ops.view import check_precision, check_schedule
 
 def view_adam_clip_(
     images: Tensor,  # [N, C, H, W], float32, changed in place
-    gradient: Tensor,  # [N, C, H, W], with respect to the view
+    gradient: Tensor,  # [N, C, H, W] or [N, C, H/2, 2, W/2, 2], with respect to the view
     exp_avg: Tensor,  # [N, C, H, W], float32, changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W], float32, changed in place
     rows: Tensor,  # [T, 7], int32
@@ -36,7 +36,8 @@ def view_adam_clip_(
 
     Args:
         images: x, channels-last without a copy, any other strides through one; so are exp_avg (m), exp_avg_sq (v) and gradient.
-        gradient: of the scaled loss, in the precision of the view: float32 or bfloat16, on CUDA also float16.
+        gradient: of the scaled loss, in the precision of the view: float32 or bfloat16, on CUDA also float16. Of blocks of 2×2 pixels, as
+            StemConv has it, with any strides; on CUDA it is read where it is.
         rows, learning_rates: the schedule (schedule.Schedule): the view and lr_t of every iteration.
         step: the row of both, counted from 0, 0 … T − 1.
         low, high: bounds of every channel, in normalised pixels.
@@ -87,6 +88,12 @@ def _view_adam_clip_fake(
     return None
 
 
+def blocks_shape(images: Tensor) -> torch.Size | None:
+    """[N, C, H/2, 2, W/2, 2] of images [N, C, H, W], whose pixels are then in blocks of 2×2; None where H or W is odd."""
+    count, channels, height, width = images.shape
+    return None if height % 2 or width % 2 else torch.Size((count, channels, height // 2, 2, width // 2, 2))
+
+
 def _check_state(
     images: Tensor,
     gradient: Tensor,
@@ -119,6 +126,8 @@ def _check_state(
     if images.dim() != 4:
         raise ValueError(f"images must be [N, C, H, W], got shape {tuple(images.shape)}")
     for name, tensor in (("gradient", gradient), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if name == "gradient" and tensor.shape == blocks_shape(images):
+            continue
         if tensor.shape != images.shape:
             raise ValueError(f"{name} must have the shape of images, {tuple(images.shape)}, got {tuple(tensor.shape)}")
     for name, tensor in (("low", low), ("high", high)):

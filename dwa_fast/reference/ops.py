@@ -36,7 +36,8 @@ def bn_act(
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
     partials: Tensor | None = None,  # [2, R, C], written
     with_alias: bool = False,
-) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums [2, C] float32 or wider
+    alias_stride: int = 1,  # s
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias [N, C, ⌈H/s⌉, ⌈W/s⌉] of z, sums [2, C] float32 or wider
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
 
     z = f(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
@@ -46,7 +47,7 @@ def bn_act(
         z = z + skip
     z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
     sums = moments(y, mean, partials)
-    return (z, z.view_as(z), sums) if with_alias else (z, sums)
+    return (z, z[:, :, ::alias_stride, ::alias_stride], sums) if with_alias else (z, sums)
 
 
 def bn_act_join(
@@ -67,10 +68,11 @@ def bn_act_join(
     partials: Tensor | None = None,  # [2, R, C], written
     skip_partials: Tensor | None = None,  # [2, R, C], written
     with_alias: bool = False,
+    alias_stride: int = 1,
 ) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums and those of the skip, each [2, C] float32 or wider
     """`bn_act` of a skip that comes out of a BatchNorm of its own."""
     normalised, skip_sums = bn_act(skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, partials=skip_partials)
-    return *bn_act(y, mean, var, weight, bias, eps, normalised, activation, slope, partials, with_alias), skip_sums
+    return *bn_act(y, mean, var, weight, bias, eps, normalised, activation, slope, partials, with_alias, alias_stride), skip_sums
 
 
 def bn_act_pool(
@@ -228,7 +230,7 @@ def adam_clip_(
 
 def view_adam_clip_(
     images: Tensor,  # [N, C, H, W], changed in place
-    gradient: Tensor,  # [N, C, H, W], with respect to the view, in any precision
+    gradient: Tensor,  # [N, C, H, W] or [N, C, H/2, 2, W/2, 2], with respect to the view, in any precision
     exp_avg: Tensor,  # [N, C, H, W], changed in place
     exp_avg_sq: Tensor,  # [N, C, H, W], changed in place
     rows: Tensor,  # [T, 7] int32, see schedule.Schedule
@@ -244,7 +246,7 @@ def view_adam_clip_(
     with torch.enable_grad():
         leaf = images.detach().requires_grad_(True)
         result = view(leaf, rows, step)
-    (adjoint,) = torch.autograd.grad(result, leaf, gradient.to(images.dtype))
+    (adjoint,) = torch.autograd.grad(result, leaf, gradient.to(images.dtype).reshape(images.shape))
     adam_clip_(images, adjoint * (1 / loss_scale), exp_avg, exp_avg_sq, learning_rates, step, low, high, betas, eps)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.fuse import BatchNormAct
+from dwa_fast.engine.layers import SampledConv
 from dwa_fast.engine.teacher import Network, prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.seeding import generator
@@ -203,6 +204,54 @@ def test_a_layer_that_reads_its_own_skip_is_not_joined() -> None:
     assert_is_the_teacher(network, teacher)
 
 
+class Strided(nn.Module):
+    """A block that gives a strided 1×1 convolution and others its result; `uses` are what becomes of it and of that convolution."""
+
+    def __init__(self, uses: Callable[[nn.Module, Tensor], Tensor], *, joined: bool) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.other = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)) if joined else None
+        self.conv = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.strided, self.after, self.fc = nn.Conv2d(16, 16, 1, stride=2), nn.BatchNorm2d(16), nn.Linear(16, 5)
+        self.uses = uses
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.stem(images))
+        x = F.relu(x if self.other is None else x + self.other(images))
+        return self.fc(F.relu(self.after(self.uses(self, x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("uses", "stride"),
+    [
+        (lambda net, x: net.conv(x) + net.strided(x), 2),
+        (lambda net, x: net.strided(x) + net.conv(x), 2),
+        (lambda net, x: net.strided(x) + net.conv(x) + F.avg_pool2d(x, 2, ceil_mode=True), 2),
+        (lambda net, x: net.strided(x) + net.strided(x + 1) + net.conv(x), 1),  # one convolution, two calls
+    ],
+)
+def test_a_strided_use_of_a_result(uses: Callable[[nn.Module, Tensor], Tensor], stride: int, joined: bool) -> None:
+    torch.manual_seed(0)
+    teacher = alive(Strided(uses, joined=joined))
+    network = prepared(teacher)
+    assert network.layers["norm"].alias_stride == stride  # type: ignore[union-attr]
+    images = torch.randn(4, 3, 7, 9, generator=torch.Generator().manual_seed(1))
+    for each in (images, torch.randn(IMAGES)):
+        gradient, terms = image_gradient(network, each, LABELS)
+        expected, exact_terms = expected_gradient(copy.deepcopy(teacher).double().requires_grad_(False), each.double(), LABELS)
+        assert distance(gradient, expected) < 1e-5
+        assert distance(terms, exact_terms) < 1e-5
+    assert_is_the_teacher(network, teacher)
+
+
+@pytest.mark.parametrize("uses", [lambda net, x: net.strided(x), lambda net, x: net.strided(x) * x.shape[1]])
+def test_a_strided_use_alone(uses: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """There is no gradient to add that of some pixels to."""
+    torch.manual_seed(0)
+    assert prepared(alive(Strided(uses, joined=False))).layers["norm"].alias_stride == 1  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("name", "joins"),
     [("resnet18", 3), pytest.param("resnet50", 4, marks=pytest.mark.slow), ("resnet18-cifar", 3), ("small-resnet", 2)],
@@ -214,6 +263,10 @@ def test_the_joins_of_resnets(name: str, joins: int) -> None:
     network, _ = prepare(teacher, torch.randn(2, 3, 32, 32), resolve("fused", "fp32", "cpu"))
     layers = [layer for layer in network.layers.values() if isinstance(layer, BatchNormAct)]
     assert (sum(layer.joins for layer in layers), sum(layer.joined for layer in layers)) == (joins, joins)
+    # Each join begins with a strided 1×1 convolution, whose gradient is that of the pixels that it reads, but where nothing is strided.
+    sampled = joins - (name == "resnet50")
+    assert [layer.alias_stride for layer in layers if layer.alias_stride > 1] == [2] * sampled
+    assert sum(isinstance(each, SampledConv) for each in network.modules()) == sampled
 
 
 def test_a_copy_keeps_its_own_weights() -> None:

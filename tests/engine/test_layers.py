@@ -19,12 +19,21 @@ from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import trace_step
-from dwa_fast.engine.layers import GlobalMean, LeanConv, StemConv, StridedPointwise, replace_stems, replace_strided_pointwise
+from dwa_fast.engine.layers import (
+    GlobalMean,
+    LeanConv,
+    SampledConv,
+    StemConv,
+    StridedPointwise,
+    replace_stems,
+    replace_strided_pointwise,
+)
 from dwa_fast.engine.refine import Refinement, Teacher
-from dwa_fast.engine.teacher import prepare
+from dwa_fast.engine.teacher import Network, prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
-from tests.nets import small_teacher
+from dwa_fast.schedule import make_schedule
+from tests.nets import alive, distance, small_teacher
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
     "3×3": lambda: nn.Conv2d(16, 32, 3, padding=1, bias=False),
@@ -65,6 +74,51 @@ def test_lean_convolution_has_the_librarys_bits(layer: str, dtype: torch.dtype, 
     for own, wanted_bits in zip(found[1], found[0], strict=True):
         assert torch.equal(own, wanted_bits)
         assert own.stride() == wanted_bits.stride()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stride", "bias", "groups"), [(2, False, 1), (2, True, 4), (3, True, 1)])
+def test_a_sampled_convolution_gives_the_gradient_of_the_pixels_that_it_reads(
+    stride: int, bias: bool, groups: int, dtype: torch.dtype, channels_last: bool, learns: bool
+) -> None:
+    """The result has the library's bits; the gradients are as near to float64 as its own."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layer = nn.Conv2d(16, 32, 1, stride=stride, bias=bias, groups=groups).to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(2, 16, 11, 9, dtype=dtype).to(memory_format=layout).requires_grad_()
+    gradient = torch.randn_like(layer(x))
+
+    def results(convolution: nn.Conv2d, x: Tensor) -> list[Tensor]:
+        y = convolution(x)
+        of_x, *of_weights = torch.autograd.grad(y, [x, *(convolution.parameters() if learns else [])], gradient.to(y))
+        return [y, of_x[:, :, ::stride, ::stride], *of_weights]
+
+    exact = results(copy.deepcopy(layer).double(), x.detach().double().requires_grad_())
+    theirs = results(layer, x)
+    assert SampledConv.suits(layer)
+    ours, sampled = SampledConv(layer.requires_grad_(learns)), x.detach()[:, :, ::stride, ::stride].requires_grad_()
+    y = ours(x, sampled)
+    found = [y, *torch.autograd.grad(y, [sampled, *(ours.parameters() if learns else [])], gradient)]
+    assert torch.equal(y, theirs[0])
+    assert found[1].is_contiguous(memory_format=layout)
+    for own, plain, expected in zip(found, theirs, exact, strict=True):
+        assert distance(own.double(), expected) <= max(2 * distance(plain.double(), expected), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 1, stride=(2, 1)),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, 1, stride=2, padding=1),
+        None,
+    ],
+)
+def test_a_sampled_convolution_leaves_other_layers_alone(layer: nn.Module | None) -> None:
+    assert not SampledConv.suits(layer)
 
 
 def test_input_is_kept_only_where_weights_learn() -> None:
@@ -115,6 +169,45 @@ def test_iteration_reads_no_activation_for_an_input_gradient(architecture: str) 
     backward = [node for node in nodes if node.target is torch.ops.aten.convolution_backward.default]
     assert len(backward) >= 19  # all but the first layer's, which has its own way
     assert {inputs.target for inputs in (node.args[1] for node in backward)} == {torch.ops.aten.empty_strided.default}
+
+
+@pytest.mark.parametrize(("size", "priors"), [(16, 0.0), (15, 0.0), (16, 1e-3)])
+def test_gradient_of_the_images_stays_in_blocks(size: int, priors: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of a run that moves it to [N, C, H, W], which is needed where a side is odd or something else reads the images."""
+    torch.manual_seed(0)
+    teacher = alive(build("resnet18-cifar", classes=10, channels=3, size=size))
+    config = SynthesisConfig(iterations=3, ascent="none", device="cpu", backend="fused", precision="fp32", tv_l2=priors)
+    execution = replace(resolve(config.backend, config.precision, config.device), captures=False)
+    images, labels, results = torch.randn(2, 3, size, size), torch.tensor([1, 2]), []
+    network, _ = prepare(teacher, images, execution)
+    Arena(network, execution, moves=False)
+    for takes in (True, False):
+        if not takes:
+            monkeypatch.setattr(Network, "takes_blocks", False)
+        with execution.arithmetic():
+            refinement = Refinement([Teacher(network, network)], images.shape, config, Normalisation(), execution)
+            refinement.load(images, labels, make_schedule(config, size, size, seed=0, batch=0))
+            assert (refinement._blocks(((0, 1.0),)) is not None) == (takes and size % 2 == 0 and not priors)
+            refinement.advance(3)
+        results.append(refinement.images)
+    assert not torch.equal(results[0], images)
+    assert torch.equal(*results)
+
+
+def test_images_in_blocks_are_for_stems_alone() -> None:
+    """Not where something else reads the images."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build("resnet18-cifar", classes=10, channels=3, size=8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images) + images.mean((1, 2, 3))[:, None]
+
+    execution, images = resolve("fused", "fp32", "cpu"), torch.randn(2, 3, 8, 8)
+    networks = [prepare(alive(teacher), images, execution)[0] for teacher in (Twice(), Twice().net)]
+    assert [network.takes_blocks for network in networks] == [False, True]
 
 
 def test_ascent_moves_the_weights() -> None:
@@ -175,6 +268,24 @@ def test_stem_has_the_librarys_outputs_and_gradients(geometry: tuple[int, ...], 
         found.append((y, *torch.autograd.grad(y, wanted, torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1)))))
     for theirs, own in zip(*found, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("geometry", [each for each in GEOMETRIES if each[-2] % 2 == each[-1] % 2 == 0])
+def test_stem_takes_images_in_blocks(geometry: tuple[int, ...], learns: bool) -> None:
+    """The same bits; the gradient of the images is a view of what the convolution computed."""
+    *shape, height, width = geometry
+    stem = StemConv(layer_of(*shape).to(memory_format=torch.channels_last).requires_grad_(learns))  # type: ignore[call-overload]
+    images = torch.randn(2, shape[0], height, width, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for leaf in (images.clone(), images.clone().view(2, shape[0], height // 2, 2, width // 2, 2)):
+        y = stem(leaf.requires_grad_())
+        gradient = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        found.append([y, *torch.autograd.grad(y, [leaf, *(stem.parameters() if learns else [])], gradient)])
+    blocks = found[1][1]
+    assert blocks._is_view()
+    for whole, own in zip(*found, strict=True):
+        assert torch.equal(own.reshape(whole.shape), whole)
 
 
 def test_stem_whose_weights_are_fixed() -> None:

@@ -25,6 +25,13 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     return torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
+def spread(sampled: Tensor, like: Tensor, stride: int) -> Tensor:
+    """The gradient of every stride-th pixel of each line as PyTorch has it: zeros between them."""
+    whole = torch.zeros_like(like)
+    whole[:, :, ::stride, ::stride] = sampled
+    return whole
+
+
 def layer(channels: int, device: torch.device | str) -> list[Tensor]:
     """m, v, γ and β of a BatchNorm layer."""
     values = [torch.randn(channels), torch.rand(channels) + 0.1, torch.randn(channels), torch.randn(channels)]

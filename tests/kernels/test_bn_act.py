@@ -28,6 +28,7 @@ from tests.kernels.layers import (
     layer,
     plainly,
     slope_of,
+    spread,
 )
 from tests.kernels.support import PRECISIONS, captured, error
 
@@ -161,6 +162,23 @@ def test_gradients_of_two_uses(has_skip: bool, activation: Activation, dtype: to
     behind = grad_sums, y, *values, EPS, skip, mask, has_skip, activation, None, True
     for result, expected in zip(kernel.bn_act_backward(grad, *behind, more), kernel.bn_act_backward(grad + more, *behind), strict=True):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("has_skip", "activation"), [(True, "relu"), (False, "relu"), (True, "silu")])
+@pytest.mark.parametrize(("shape", "stride"), [((1, 3, 5, 7), 2), ((2, 64, 5, 4), 2), ((1, 128, 4, 5), 3), ((2, 64, 1, 3), 4)])
+def test_gradient_of_a_sampled_use(
+    shape: tuple[int, ...], stride: int, has_skip: bool, activation: Activation, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The same bits as with zeros between the pixels that it has; a row of a tile is one pixel, or with 3 channels many."""
+    y, grad, skip = (batch(shape, dtype, device) for _ in range(3))
+    sampled = batch(y[:, :, ::stride, ::stride].shape, dtype, device)
+    values, skip = layer(shape[1], device), skip if has_skip else None
+    _, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, activation, None)
+    behind = torch.randn(2, shape[1], device=device), y, *values, EPS, skip, mask, has_skip, activation, None, True
+    found = kernel.bn_act_backward(grad, *behind, sampled, stride)
+    expected = kernel.bn_act_backward(grad + spread(sampled, y, stride), *behind)
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 def test_one_slope_for_all_channels(device: torch.device) -> None:
@@ -372,6 +390,9 @@ def launches() -> Launches:
         kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind)
         if activation == "relu":  # both branches of a residual block
             kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind, False, y)
+            sampled = meta(*y[:, :, ::2, ::2].shape, dtype=dtype)  # one of which begins with a strided 1×1 convolution
+            kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind, False, sampled, 2)
+            kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True, sampled, 2)
         # During the ascent the moments go unused and γ and β take gradients.
         kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
 

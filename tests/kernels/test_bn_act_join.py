@@ -15,7 +15,7 @@ from dwa_fast import ops
 from dwa_fast.ops.activation import ACTIVATIONS, Activation
 from dwa_fast.reference import ops as reference
 from tests.kernels.cases import Launches, meta
-from tests.kernels.layers import LARGER, SMALL, batch, layer, slope_of, sum_sizes
+from tests.kernels.layers import LARGER, SMALL, batch, layer, slope_of, spread, sum_sizes
 from tests.kernels.support import PRECISIONS, assert_as_good_as_pytorch, captured
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
@@ -32,12 +32,16 @@ def two_layers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
 
 
 def both_ways(
-    layers: Layers, activation: Activation, grads: tuple[Tensor | None, ...], grad_alias: Tensor | None = None, *, parameters: bool = True
+    layers: Layers,
+    activation: Activation,
+    grads: tuple[Tensor | None, ...],
+    *alias: Any,  # its gradient and stride
+    parameters: bool = True,
 ) -> dict[str, Tensor]:
     """Every result of the kernels, forward and backward; grads are those of z and of both layers' sums."""
     slope = slope_of(activation, layers[0])
     z, sums = kernel.bn_act_join_forward(*layers, activation, slope)
-    grad_y, grad_skip, of_parameters, grad_slope = kernel.bn_act_join_backward(*grads, *layers, activation, slope, parameters, grad_alias)
+    grad_y, grad_skip, of_parameters, grad_slope = kernel.bn_act_join_backward(*grads, *layers, activation, slope, parameters, *alias)
     results = {"z": z, "sums": sums[0], "skip_sums": sums[1], "y": grad_y, "skip": grad_skip}
     if parameters:
         results |= dict(zip(("weight", "bias", "skip_weight"), of_parameters, strict=True))
@@ -149,6 +153,17 @@ def test_gradients_of_two_uses_and_of_frozen_weights(activation: Activation, dty
         assert all(torch.equal(frozen[name], one[name]) for name in frozen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "stride"), [((1, 3, 5, 7), 2), ((2, 64, 5, 4), 2), ((1, 128, 4, 5), 3)])
+def test_gradient_of_a_sampled_use(shape: tuple[int, ...], stride: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The same bits as with zeros between the pixels that it has."""
+    layers, grad, grad_sums = two_layers(shape, dtype, device), batch(shape, dtype, device), pair(shape[1], device)
+    sampled = batch(grad[:, :, ::stride, ::stride].shape, dtype, device)
+    found = both_ways(layers, "relu", (grad, *grad_sums), sampled, stride)
+    expected = both_ways(layers, "relu", (grad + spread(sampled, grad, stride), *grad_sums))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_one_slope_for_all_channels(device: torch.device) -> None:
     """Its gradient is the sum of those of a slope per channel."""
     layers, grads = two_layers((2, 20, 5, 5), torch.float32, device), (batch((2, 20, 5, 5), torch.float32, device), None, None)
@@ -252,6 +267,10 @@ def launches() -> Launches:
         # During the ascent the moments go unused and γ and β take gradients.
         kernel.bn_act_join_backward(y, None, None, *layers, activation, slope, True)
         kernel.bn_act_join_backward(y, None, None, *layers, activation, slope, True, y)
+        if activation == "relu":  # where a strided 1×1 convolution follows, as in the stages of one block
+            sampled = meta(*y[:, :, ::2, ::2].shape, dtype=dtype)
+            for sums, parameters in ((grad_sums, False), ([None, None], True)):
+                kernel.bn_act_join_backward(y, *sums, *layers, activation, slope, parameters, sampled, 2)
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for shape in [(100, 128, 16, 16), (100, 256, 56, 56), (100, 2048, 7, 7)]:

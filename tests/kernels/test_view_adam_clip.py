@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast.reference import ops as reference
@@ -49,6 +50,27 @@ def test_matches_float64(shape: tuple[int, ...], row: Row, device: torch.device)
 def test_every_precision_and_scale(dtype: torch.dtype, loss_scale: float, device: torch.device) -> None:
     state = State((2, 3, 8, 10), device, torch.channels_last)
     assert_as_good(state, (state.gradient * loss_scale).to(dtype), *schedule((1, 2, 6, 7, 1, 3, 2), device), loss_scale)
+
+
+def in_blocks(gradient: Tensor, padded: int = 0) -> Tensor:
+    """The gradient of an even number of lines and columns as a stem's convolution leaves it: a block's pixels are its channels."""
+    count, channels, height, width = gradient.shape
+    blocks = F.pixel_unshuffle(gradient, 2)
+    room = torch.full((count, 4 * channels + padded, height // 2 + 1, width // 2 + 1), math.nan).to(blocks)
+    inside = room.contiguous(memory_format=torch.channels_last)[:, : 4 * channels, 1:, :-1].copy_(blocks)
+    return inside.unflatten(1, (channels, 2, 2)).permute(0, 1, 4, 2, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("row", [(0, 0, 6, 8, 0, 0, 0), (1, 2, 4, 5, 1, 3, 2), (0, 0, 6, 8, 1, 1, 5)])
+def test_gradient_in_blocks(row: Row, dtype: torch.dtype, device: torch.device) -> None:
+    """Read where it is, in whatever strides: the same bits."""
+    state, given = State((2, 3, 6, 8), device, torch.channels_last), schedule(row, device)
+    gradient = state.gradient.mul(1e3).to(dtype)
+    for blocks in (in_blocks(gradient, padded=4), gradient.unflatten(3, (4, 2)).unflatten(2, (3, 2))):
+        assert torch.equal(blocks.reshape(gradient.shape), gradient)
+        for result, expected in zip(ours(state, blocks, *given), ours(state, gradient, *given), strict=True):
+            assert torch.equal(result, expected)
 
 
 def identity(state: State, count: int) -> tuple[Tensor, Tensor]:
@@ -188,3 +210,5 @@ def launches() -> Launches:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             arguments = images, images.to(dtype), images, images, rows, meta(2000), step, bound, bound, 2.0**14, 0.5, 0.9, 1e-8
             yield f"{dtype} {size} px", partial(kernel.view_adam_clip_, *arguments)
+            arguments = images, in_blocks(images.to(dtype), padded=4), *arguments[2:]
+            yield f"{dtype} {size} px, blocks", partial(kernel.view_adam_clip_, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from dwa_fast import ops
 from dwa_fast.ops.activation import Activation
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS
-from tests.ops.layers import DTYPES, EPS, LAYOUTS, VARIANTS, Inputs, error, extension, make, run
+from tests.ops.layers import DTYPES, EPS, LAYOUTS, VARIANTS, Inputs, error, extension, make, make_join, run
 
 
 @pytest.mark.parametrize("shape", [(5, 67, 9, 7), (6, 64, 32, 32)])
@@ -83,6 +84,48 @@ def test_gradients_of_two_uses(
         assert all(torch.equal(*each) for each in zip(result, expected, strict=True))
 
 
+SAMPLED = [((3, 67, 5, 4), 2), ((2, 16, 1, 9), 2), ((9, 64, 12, 7), 2), ((2, 40, 7, 8), 3), ((2, 5, 3, 3), 4)]  # shapes and strides
+
+
+@pytest.mark.parametrize(("skip", "activation"), [(True, "none"), (False, "relu"), (True, "relu"), (True, "silu"), (False, "leaky_relu")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_alias_of_some_pixels(
+    level: str, dtype: torch.dtype, skip: bool, activation: Activation, use_level: Callable[[str], None]
+) -> None:
+    """Its gradient, which may come alone, adds what it would add with zeros between the pixels, bit for bit."""
+    use_level(level)
+    for (shape, stride), layout in zip(SAMPLED, itertools.cycle(LAYOUTS)):
+        inputs = make(shape, dtype, layout, skip=skip, activation=activation)
+        leaves = [inputs[name].requires_grad_() for name in ("y", "weight", "bias", "skip", "slope") if inputs[name] is not None]
+        z, alias, sums = ops.bn_act(**inputs, with_alias=True, alias_stride=stride)
+        assert torch.equal(alias, z[:, :, ::stride, ::stride])
+        assert alias.data_ptr() == z.data_ptr()
+        grad_z, grad_alias, grad_sums = (torch.randn_like(each) for each in (z, alias, sums))
+        whole = torch.zeros_like(z)
+        whole[:, :, ::stride, ::stride] = grad_alias
+        found = torch.autograd.grad([z, alias, sums], leaves, [grad_z, grad_alias, grad_sums], retain_graph=True)
+        alone = torch.autograd.grad([alias, sums], leaves, [grad_alias, grad_sums])
+        for result, gradient in ((found, grad_z + whole), (alone, whole)):
+            expected = torch.autograd.grad(ops.bn_act(**inputs), leaves, [gradient, grad_sums])
+            assert all(torch.equal(*each) for each in zip(result, expected, strict=True))
+
+
+def test_gradients_of_an_alias_of_some_pixels_match_float64(device: torch.device) -> None:
+    """Through the squares of both results, as the plain twin in float64 has them."""
+    for operator, made in (("bn_act", make), ("bn_act_join", make_join)):
+        inputs = made((3, 64, 9, 6), activation="relu", device=device)
+        doubles = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        gradients = []
+        for module, values in ((ops, inputs), (reference, doubles)):
+            leaves = {name: values[name].clone().requires_grad_() for name in ("y", "weight", "bias")}
+            z, alias, *_ = getattr(module, operator)(**(values | leaves), with_alias=True, alias_stride=2)
+            loss = z.sin().sum() + alias.square().sum()
+            gradients.append(torch.autograd.grad(loss, list(leaves.values())))
+        for result, expected in zip(*gradients, strict=True):
+            assert error(result, expected) < 1e-6
+
+
 def test_gradients_of_any_strides(device: torch.device) -> None:
     """z.sum() hands back an expanded scalar, a flattening layer a contiguous tensor."""
     inputs = make((3, 16, 5, 5), activation="relu", device=device)
@@ -141,6 +184,7 @@ def test_opcheck(layout: str, skip: bool, activation: Activation) -> None:
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, True))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, False, grad))
+    torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, False, grad[:, :, ::2, ::2], 2))
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
@@ -178,6 +222,9 @@ WRONG: list[tuple[Inputs, type[Exception], str]] = [
     ({"activation": "leaky_relu", "slope": torch.zeros(1).double()}, TypeError, "slope must be float32, got float64"),
     ({"activation": "leaky_relu", "slope": torch.zeros(3)}, ValueError, "slope must be [1] or [C] with C = 4, got shape (3,)"),
     ({"activation": "leaky_relu", "slope": torch.zeros(4, device="meta")}, ValueError, "slope must be on the device of y, cpu, got meta"),
+    ({"with_alias": True, "alias_stride": 0}, ValueError, "alias_stride must be at least 1, got 0"),
+    ({"with_alias": True, "alias_stride": 2.0}, TypeError, "alias_stride must be an integer, got float"),
+    ({"alias_stride": 2}, ValueError, "alias_stride belongs to with_alias, got 2 without it"),
 ]
 
 
@@ -215,6 +262,21 @@ def test_a_foreign_mask_is_refused() -> None:
     inputs = list(make((2, 4, 3, 3)).values())[:6]
     with pytest.raises(RuntimeError, match=r"mask must be what bn_act_forward returned, uint8 \[9\], got Byte \[8\]"):
         torch.ops.dwa_fast.bn_act_backward(inputs[0], None, *inputs, None, torch.zeros(8, dtype=torch.uint8), True, "relu", None)
+
+
+@pytest.mark.parametrize(
+    ("sampled", "stride", "message"),
+    [
+        ((2, 4, 3, 3), 2, r"grad_again must have the shape of y, \[2, 4, 2, 2\], got \[2, 4, 3, 3\]"),
+        ((2, 4, 3, 3), 0, "alias_stride must be at least 1, got 0"),
+    ],
+)
+def test_a_foreign_gradient_of_an_alias_is_refused(sampled: tuple[int, ...], stride: int, message: str) -> None:
+    ops.load()
+    inputs, none = list(make((2, 4, 3, 3)).values())[:6], torch.zeros(0, dtype=torch.uint8)
+    behind = None, none, False, "relu", None, False, torch.zeros(sampled), stride
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dwa_fast.bn_act_backward(inputs[0], None, *inputs, *behind)
 
 
 def test_the_skip_is_needed_again() -> None:

@@ -78,6 +78,27 @@ def test_gradients_of_two_uses(level: str, dtype: torch.dtype, activation: Activ
         assert all(torch.equal(*each) for each in zip(result, expected, strict=True))
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_alias_of_some_pixels(level: str, dtype: torch.dtype, activation: Activation, use_level: Callable[[str], None]) -> None:
+    """Its gradient, which may come alone, adds what it would add with zeros between the pixels, bit for bit."""
+    use_level(level)
+    for (shape, stride), layout in zip([((3, 67, 5, 4), 2), ((9, 64, 12, 7), 2), ((2, 40, 7, 8), 3)], LAYOUTS, strict=True):
+        inputs = make_join(shape, dtype, layout, activation=activation)
+        leaves = [inputs[name].requires_grad_() for name in ("y", "weight", "bias", "skip", "skip_weight", "skip_bias")]
+        z, alias, *sums = ops.bn_act_join(**inputs, with_alias=True, alias_stride=stride)
+        assert torch.equal(alias, z[:, :, ::stride, ::stride])
+        grad_z, grad_alias, *grad_sums = (torch.randn_like(each) for each in (z, alias, *sums))
+        whole = torch.zeros_like(z)
+        whole[:, :, ::stride, ::stride] = grad_alias
+        found = torch.autograd.grad([z, alias, *sums], leaves, [grad_z, grad_alias, *grad_sums], retain_graph=True)
+        alone = torch.autograd.grad([alias, *sums], leaves, [grad_alias, *grad_sums])
+        for result, gradient in ((found, grad_z + whole), (alone, whole)):
+            expected = torch.autograd.grad(ops.bn_act_join(**inputs), leaves, [gradient, *grad_sums])
+            assert all(torch.equal(*each) for each in zip(result, expected, strict=True))
+
+
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 def test_results_may_go_unused(used: tuple[int, ...], device: torch.device) -> None:
     inputs = make_join((3, 16, 5, 5), activation="relu", device=device)
@@ -159,7 +180,7 @@ def test_opcheck(layout: str, activation: Activation) -> None:
     inputs = make_join((2, 19, 5, 4), torch.bfloat16, layout, activation=activation)
     layers, grad = [inputs[name] for name in (*LAYERS, "activation", "slope")], torch.randn_like(inputs["y"])
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_join_forward.default, layers)
-    for behind in ([], [True], [False, grad]):
+    for behind in ([], [True], [False, grad], [True, grad[:, :, ::2, ::2], 2]):
         for grad_sums in ((torch.randn(2, 19), torch.randn(2, 19)), (None, None)):
             torch.library.opcheck(torch.ops.dwa_fast.bn_act_join_backward.default, (grad, *grad_sums, *layers, *behind))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast import ops
@@ -137,6 +138,22 @@ def test_the_scale_of_the_loss_is_divided_out(scale: float, device: torch.device
         assert error(results[0][name], results[1][name].double()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_in_blocks(layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    """As a stem's convolution leaves it, the inside of a larger tensor, or otherwise: the same bits."""
+    inputs = make((2, 3, 6, 8), CROP, layout, dtype, device=device)
+    expected = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    ops.view_adam_clip_(**expected)
+    room = F.pad(F.pixel_unshuffle(inputs["gradient"], 2), (0, 1, 1, 0, 0, 4)).contiguous(memory_format=torch.channels_last)
+    of_stem = room[:, :12, 1:, :-1].view(2, 3, 2, 2, 3, 4).permute(0, 1, 4, 2, 5, 3)
+    for gradient in (of_stem, inputs["gradient"].unflatten(3, (4, 2)).unflatten(2, (3, 2))):
+        assert torch.equal(gradient.reshape(2, 3, 6, 8), inputs["gradient"])
+        found = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()} | {"gradient": gradient}
+        ops.view_adam_clip_(**found)
+        assert all(torch.equal(found[name], expected[name]) for name in CHANGED)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8)])
 def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
     inputs = make(shape, (0, 0, 8, 8, 0, 1, 1), "contiguous", torch.bfloat16, device=device)
@@ -236,8 +253,10 @@ def test_same_bits_for_any_number_of_threads_and_layout(dtype: torch.dtype) -> N
 def test_opcheck(dtype: torch.dtype) -> None:
     ops.load()
     for layout in LAYOUTS:
-        arguments = list(make((2, 3, 6, 9), CROP, layout, dtype).values())
-        torch.library.opcheck(torch.ops.dwa_fast.view_adam_clip_.default, (*arguments[:9], 2.0**14, 0.5, 0.9, 1e-8))
+        for shape in ((2, 3, 6, 9), (2, 3, 6, 8)):
+            arguments = list(make(shape, CROP, layout, dtype).values())
+            arguments[1] = arguments[1] if shape[3] % 2 else arguments[1].reshape(2, 3, 3, 2, 4, 2)
+            torch.library.opcheck(torch.ops.dwa_fast.view_adam_clip_.default, (*arguments[:9], 2.0**14, 0.5, 0.9, 1e-8))
 
 
 def test_meta_tensors_are_accepted() -> None:
@@ -267,6 +286,11 @@ WRONG: list[tuple[Inputs, type[Exception], str]] = [
     ({"gradient": None}, TypeError, "gradient must be a tensor, got NoneType"),
     ({"gradient": torch.zeros(SHAPE).half()}, TypeError, "gradient must be float32 or bfloat16 on cpu, got float16"),
     ({"gradient": torch.zeros(2, 3, 6, 8)}, ValueError, "gradient must have the shape of images, (2, 3, 6, 9), got (2, 3, 6, 8)"),
+    (
+        {"gradient": torch.zeros(2, 3, 3, 2, 4, 2)},
+        ValueError,
+        "gradient must have the shape of images, (2, 3, 6, 9), got (2, 3, 3, 2, 4, 2)",
+    ),
     ({"gradient": torch.zeros(SHAPE, requires_grad=True)}, ValueError, "view_adam_clip_ is not differentiable"),
     ({"exp_avg": torch.zeros(SHAPE).bfloat16()}, TypeError, "exp_avg must be float32, got bfloat16"),
     ({"exp_avg_sq": torch.zeros(SHAPE, device="meta")}, ValueError, "exp_avg_sq must be on the device of images, cpu, got meta"),
@@ -307,7 +331,10 @@ def test_wrong_input(change: Inputs, kind: type[Exception], message: str) -> Non
     ("change", "message"),
     [
         ({"images": torch.zeros(3, 6, 9)}, r"images must be \[N, C, H, W\], got shape \[3, 6, 9\]"),
-        ({"gradient": torch.zeros(2, 3, 6, 8)}, r"gradient must have the shape of images, \[2, 3, 6, 9\], got \[2, 3, 6, 8\]"),
+        (
+            {"gradient": torch.zeros(2, 3, 6, 8)},
+            r"gradient must have the shape of images, \[2, 3, 6, 9\], or that of their 2×2 blocks, got \[2, 3, 6, 8\]",
+        ),
         ({"gradient": torch.zeros(SHAPE).half()}, "gradient must be float32 or bfloat16 on a CPU, got Half"),
         ({"exp_avg": torch.zeros(SHAPE).half()}, "exp_avg must be float32, got Half"),
         ({"rows": torch.zeros(3, 7)}, r"rows must be Int \[T, 7\], got Float \[3, 7\]"),
