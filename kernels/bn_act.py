@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, gradient_of_z, parameter_gradients, per_channel
-from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, alias_gradient, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.layout import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    WARPS,
+    alias_gradient,
+    channels_last,
+    laid_out_like,
+    left_behind,
+    on_device_of,
+    tiles,
+)
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 
@@ -25,7 +35,7 @@ def _bytes(start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: 
     byte = row[:, None] * (columns // 8) + group[None, :]
     exists = (start + row < rows)[:, None] & (group * 8 < columns)[None, :]
     if RAGGED:
-        exists = exists & (base + byte * 8 < count)
+        exists = exists & (byte * 8 < left_behind(count, base))
     return byte, exists
 
 
@@ -53,7 +63,7 @@ def _bn_act_forward_kernel(
         base = start.to(tl.int64) * columns
         inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
-            inside = inside & (base + inner < count)
+            inside = inside & (inner < left_behind(count, base))
         value = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32)
         if skip is not None:
             added = tl.load(skip + base + inner, mask=inside, other=0.0).to(tl.float32)
@@ -113,7 +123,7 @@ def _bn_act_backward_kernel(
         base = start.to(tl.int64) * columns
         inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
-            inside = inside & (base + inner < count)
+            inside = inside & (inner < left_behind(count, base))
         gradient = gradient_of_z(
             grad_z, grad_alias, base, inner, inside, start + row, channel, channels, height, width, ALIAS_STRIDE
         )  # fmt: skip

@@ -12,7 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, gradient_of_z, parameter_gradients, per_channel
-from dwa_fast.kernels.layout import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, alias_gradient, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.layout import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    WARPS,
+    alias_gradient,
+    channels_last,
+    laid_out_like,
+    left_behind,
+    on_device_of,
+    tiles,
+)
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 _ROWS = BLOCK_ROWS // 2  # of a tile: two features, and four sums of them, take the registers of one with twice the rows
@@ -43,7 +53,7 @@ def _bn_act_join_forward_kernel(
         base = start.to(tl.int64) * columns
         inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
-            inside = inside & (base + inner < count)
+            inside = inside & (inner < left_behind(count, base))
         value = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32)
         skip_value = tl.load(skip + base + inner, mask=inside, other=0.0).to(tl.float32)
         shifted = tl.where(inside, value - m[None, :], 0.0)
@@ -105,7 +115,7 @@ def _bn_act_join_backward_kernel(
         base = start.to(tl.int64) * columns
         inside = (start + row < rows)[:, None] & used[None, :]
         if RAGGED:
-            inside = inside & (base + inner < count)
+            inside = inside & (inner < left_behind(count, base))
         gradient = gradient_of_z(
             grad_z, grad_alias, base, inner, inside, start + row, channel, channels, height, width, ALIAS_STRIDE
         )  # fmt: skip

@@ -116,6 +116,12 @@ def _cut(count: int, columns: int, inner: int, device: torch.device, registers: 
 
 
 @triton.jit
+def left_behind(count, base):
+    """How many of `count` elements lie behind the first `base`, at most 2³¹ − 1: a number of 32 bits, as places in a tile are."""
+    return tl.minimum(count - base, 2147483647).to(tl.int32)
+
+
+@triton.jit
 def sum_of_rows(place, rows, columns, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Σ over the rows of some columns of a matrix [rows, columns], float64, always in the same order."""
     row = tl.arange(0, ROWS)
