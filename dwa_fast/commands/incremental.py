@@ -111,10 +111,10 @@ def as_record(accuracies: Accuracies, seen: list[int], labels: str, **facts: Any
     results = {name: _steps(own) for name, own in accuracies.items()}
     orders = len(next(iter(accuracies.values())))
     rows = [
-        [name, *(format_mean_std(step["mean"], step["std"]) for step in steps), f"{statistics.fmean(step['mean'] for step in steps):.1f}"]
+        [name, *(_with_spread(step) for step in steps), f"{statistics.fmean(step['mean'] for step in steps):.1f}"]
         for name, steps in results.items()
     ]
-    last = "; ".join(f"{name} {format_mean_std(steps[-1]['mean'], steps[-1]['std'])}" for name, steps in results.items())
+    last = "; ".join(f"{name} {_with_spread(steps[-1])}" for name, steps in results.items())
     return Record(
         kind="incremental",
         title=f"Class-incremental learning in {len(seen)} tasks",
@@ -142,6 +142,10 @@ def as_record(accuracies: Accuracies, seen: list[int], labels: str, **facts: Any
         ],
         **facts,
     )
+
+
+def _with_spread(step: dict[str, Any]) -> str:
+    return format_mean_std(step["mean"], step["std"], len(step["accuracies"]))
 
 
 def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:

@@ -75,7 +75,11 @@ class Validate(DistilledData):
             )
         preset = preset_text(recipe)
         training = f", {preset}" if preset else ""
-        console.print(f"{self.student}: {result.mean:.2f} ± {result.std:.2f} % top-1, {len(result.accuracies)} students{training}")
+        count = len(result.accuracies)
+        reached = (
+            f"{result.mean:.2f} ± {result.std:.2f} % top-1, {count} students" if count > 1 else f"{result.mean:.2f} % top-1, one student"
+        )
+        console.print(f"{self.student}: {reached}{training}")
         if self.output:
             record = self._record(result, images_per_class(distilled), [each.info for each in teachers])
             finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
@@ -114,7 +118,7 @@ class Validate(DistilledData):
                 Table(
                     title=title,
                     columns=["student", "top-1 %"],
-                    rows=[*rows, ["mean", format_mean_std(result.mean, result.std)]],
+                    rows=[*rows, ["mean", format_mean_std(result.mean, result.std, len(result.accuracies))]],
                     note=preset_note(recipe),
                 )
             ],

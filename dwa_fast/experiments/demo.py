@@ -21,7 +21,7 @@ from dwa_fast.experiments.studies import TITLES, by_method
 from dwa_fast.io.files import checksum, output_folder
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.recipes import SEVERAL_TEACHERS, recipe
-from dwa_fast.report.records import Record, Table, format_mean_std
+from dwa_fast.report.records import Record, Table
 from dwa_fast.training.fit import top1
 from dwa_fast.training.squeeze import squeeze
 
@@ -136,7 +136,7 @@ def _table(setup: Setup, grid: Grid, outcomes: Outcomes, diversity: dict[tuple[s
     for ipc in grid.ipc:
         for variant in grid.variants:
             outcome, found = outcomes[variant.name, ipc, setup.recipe.architecture], diversity[variant.name, ipc]
-            reached = format_mean_std(outcome.mean, outcome.std)
+            reached = str(outcome)
             rows.append([variant.name, str(ipc), reached, f"{statistics.fmean(found):.0f}" if found else "–"])
     title, columns = (
         f"students of the distilled digits, {setup.recipe.validation.students} of each",

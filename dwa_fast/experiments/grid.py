@@ -88,11 +88,15 @@ class Outcome:
     @property
     def std(self) -> float:
         """Of the sample: over seeds, of the means of their students; over the students where there is one seed; 0 for a single one."""
-        values = [statistics.fmean(each) for each in self.accuracies] if len(self.accuracies) > 1 else self.accuracies[0]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @property
+    def values(self) -> list[float]:
+        """What the standard deviation is over."""
+        return [statistics.fmean(each) for each in self.accuracies] if len(self.accuracies) > 1 else self.accuracies[0]
 
     def __str__(self) -> str:
-        return format_mean_std(self.mean, self.std)
+        return format_mean_std(self.mean, self.std, len(self.values))
 
 
 Outcomes = dict[tuple[str, int, str], Outcome]  # by name of the variant, ipc and student
@@ -232,14 +236,19 @@ def _seconds(value: float | None) -> str:
 
 
 def best(grid: Grid, outcomes: Outcomes) -> str:
-    """A sentence for each ipc and student: the best variant, and how many others are within one standard deviation of it."""
+    """A sentence for each ipc and student: the best variant, and how many others are within one standard deviation, if known."""
     sentences = []
     for ipc, student in itertools.product(grid.ipc, grid.students):
         ranked = sorted(((outcomes[variant.name, ipc, student], variant.name) for variant in grid.variants), key=lambda pair: -pair[0].mean)
         first, name = ranked[0]
         near = sum(first.mean - other.mean <= max(first.std, other.std) for other, _ in ranked[1:])
         place = f"ipc {ipc}" + (f", {student}" if len(grid.students) > 1 else "")
-        others = f"{near} of the other {len(ranked) - 1} within one standard deviation" if len(ranked) > 1 else "nothing to compare it with"
+        if len(ranked) == 1:
+            others = "nothing to compare it with"
+        elif any(len(outcome.values) > 1 for outcome, _ in ranked):
+            others = f"{near} of the other {len(ranked) - 1} within one standard deviation"
+        else:
+            others = f"{ranked[1][1]} next with {ranked[1][0]}; the spread of single students is not known"
         sentences.append(f"{place}: {name} first with {first}, {others}.")
     return " ".join(sentences)
 

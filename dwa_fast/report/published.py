@@ -100,9 +100,9 @@ def beside_published(record: Record) -> Table | None:
             kept_out.update(different)
             continue
         names = [*place[:3], str(place[3]) if seen is None else f"{place[3]}, {seen} {_SEEN}"]
-        rows.append(
-            [*names, format_mean_std(cell["mean"], cell["std"]), f"{number:.1f}", f"{cell['mean'] - number:+.1f}".replace("-", "−")]
-        )
+        each = cell.get("accuracies")
+        here = format_mean_std(cell["mean"], cell["std"], len(each) if isinstance(each, list) else 2)
+        rows.append([*names, here, f"{number:.1f}", f"{cell['mean'] - number:+.1f}".replace("-", "−")])
     if not rows and not kept_out:
         return None
     others = f" Others differ from what was published in: {', '.join(sorted(kept_out))}." if kept_out else ""

@@ -182,6 +182,6 @@ def command_line() -> str:
     return shlex.join(["dwa-fast", *sys.argv[1:]])
 
 
-def format_mean_std(mean: float, std: float) -> str:
-    """A cell of a table."""
-    return f"{mean:.1f} ± {std:.1f}"
+def format_mean_std(mean: float, std: float, count: int) -> str:
+    """A cell of a table: the mean, and the standard deviation where it is over more than one value."""
+    return f"{mean:.1f} ± {std:.1f}" if count > 1 else f"{mean:.1f}"

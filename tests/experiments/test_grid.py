@@ -54,7 +54,8 @@ def test_spread_is_over_sets_where_there_are_several() -> None:
     assert str(several) == "82.0 ± 10.0"
     one = Outcome([[90.0, 94.0, 95.0]])
     assert one.std == pytest.approx(statistics.stdev([90, 94, 95]))
-    assert Outcome([[90.0]]).std == 0
+    single = Outcome([[90.0]])
+    assert (single.std, str(single)) == (0, "90.0")
 
 
 def test_note_says_what_the_spread_is(tmp_path: Path) -> None:
@@ -137,6 +138,8 @@ def test_best_says_how_much_is_as_good() -> None:
     near = {"a": [[80.0], [82.0]], "b": [[81.0], [83.5]], "c": [[60.0], [61.0]]}
     outcomes = {(name, 1, "small-resnet"): Outcome(values) for name, values in near.items()}
     assert best(asked, outcomes) == "ipc 1: b first with 82.2 ± 1.8, 1 of the other 2 within one standard deviation."
+    single = {(name, 1, "small-resnet"): Outcome([[value]]) for name, value in zip("abc", (31.0, 30.0, 30.5), strict=True)}
+    assert best(asked, single) == "ipc 1: a first with 31.0, c next with 30.5; the spread of single students is not known."
 
 
 def test_run_and_contact_sheet(tmp_path: Path) -> None:
