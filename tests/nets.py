@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.data.datasets import MemorySet, digits, normalise
-from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.network import Network
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.recipes import Recipe, recipe

@@ -12,7 +12,7 @@ from dwa_fast.config import SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, GraphMemory
 from dwa_fast.engine.fuse import BatchNormAct
-from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.network import Network
 from dwa_fast.errors import InputError
 from dwa_fast.seeding import normal
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dwa_fast.config import Normalisation, SynthesisConfig
 from dwa_fast.engine.backend import Execution
 from dwa_fast.engine.capture import CapturedStep, GraphMemory
-from dwa_fast.engine.teacher import Network
+from dwa_fast.engine.network import Network
 from dwa_fast.engine.turns import ALONE, Turn
 from dwa_fast.errors import InputError
 from dwa_fast.ops.view_adam_clip import blocks_shape

@@ -18,9 +18,10 @@ from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.capture import return_stream, take_stream
 from dwa_fast.engine.class_statistics import ClassStatistics, check_statistics
+from dwa_fast.engine.network import Network
 from dwa_fast.engine.refine import Teacher, matching_dominates, noise
 from dwa_fast.engine.stages import StagedRefinement, resized
-from dwa_fast.engine.teacher import Network, check_precision, prepare
+from dwa_fast.engine.teacher import check_precision, prepare
 from dwa_fast.engine.turns import make_turns
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed

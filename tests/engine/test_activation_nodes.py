@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import resolve
-from dwa_fast.engine.teacher import Network, prepare
+from dwa_fast.engine.network import Network
+from dwa_fast.engine.teacher import prepare
 from dwa_fast.seeding import generator
 from tests.nets import alive, distance, expected_gradient, image_gradient, small_recipe
 

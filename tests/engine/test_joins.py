@@ -15,7 +15,8 @@ from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.fuse import BatchNormAct
 from dwa_fast.engine.layers import SampledConv
-from dwa_fast.engine.teacher import Network, prepare
+from dwa_fast.engine.network import Network
+from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.seeding import generator
 from tests.nets import alive, distance, expected_gradient, image_gradient, small_recipe

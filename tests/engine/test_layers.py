@@ -28,8 +28,9 @@ from dwa_fast.engine.layers import (
     replace_stems,
     replace_strided_pointwise,
 )
+from dwa_fast.engine.network import Network
 from dwa_fast.engine.refine import Refinement, Teacher
-from dwa_fast.engine.teacher import Network, prepare
+from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.schedule import make_schedule
