@@ -15,13 +15,15 @@ from torch.utils.flop_counter import flop_registry
 
 from dwa_fast.engine.capture import trace_step
 
+_WINOGRAD, _ARRANGED = "dwa_fast.conv3x3_forward.default", "dwa_fast.conv3x3_weights.default"  # the latter once per batch
+
 
 @dataclass(frozen=True)
 class Call:
     """One operator call of an iteration."""
 
     operator: str
-    operations: int  # floating-point operations of convolutions and matrix products
+    operations: int  # floating-point operations of convolutions and matrix products; of Winograd's 3×3 convolutions those of its products
     traffic: int  # bytes: every tensor it reads and every tensor it writes, once
 
 
@@ -38,6 +40,7 @@ def count(peer: harness.Ours) -> list[Call]:
         _call(node, torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value), value(node))
         for node in graph.graph.nodes
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not touches_nothing(node.target)
+        if str(node.target) != _ARRANGED
     ]
 
 
@@ -73,8 +76,14 @@ def traffic(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str
 def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:
     target: Any = node.target
     formula = flop_registry.get(target.overloadpacket)
-    operations = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+    operations = int(formula(*args, **kwargs, out_val=result)) if formula else _products(result, args[0]) if str(target) == _WINOGRAD else 0
     return Call(str(target), operations, traffic(target, args, kwargs, result))
+
+
+def _products(y: Tensor, x: Tensor) -> int:
+    """Of a tile of 2×2 pixels 16 products of every input with every output, and as many additions."""
+    images, outputs, height, width = y.shape
+    return 2 * 16 * images * -(-height // 2) * -(-width // 2) * x.shape[1] * outputs
 
 
 def _tensors(value: Any) -> list[Tensor]:

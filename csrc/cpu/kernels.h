@@ -102,6 +102,45 @@ struct MaxPool {
   bool bfloat16;  // precision: bfloat16 or float32
 };
 
+// A 3×3 convolution, or a gradient of one, in tiles of 2×2 pixels: channels-last, stride 1, one pixel of zeros around. Tiles are counted
+// line by line, image after image; those at the last row and column may reach beyond them.
+struct Winograd {
+  int64_t height;
+  int64_t width;
+  int64_t inputs;   // channels, a multiple of kWinogradPanel
+  int64_t outputs;  // channels, a multiple of kWinogradPanel
+  int64_t tiles_high;
+  int64_t tiles_wide;
+  const float* x;  // [N, H, W, inputs]
+};
+
+constexpr int64_t kWinogradPlaces = 16;   // of a tile: 4×4
+constexpr int64_t kWinogradPanel = 16;    // outputs whose weights lie together
+constexpr int64_t kWinogradPadding = 16;  // floats behind a row: rows of a power of two would share a few lines of the cache
+
+struct WinogradForward : Winograd {
+  const float* weights;  // [16, outputs / 16, inputs, 16], from winograd_weights
+  const float* bias;     // [outputs] or null: 0
+  float* y;              // [N, H, W, outputs]
+};
+
+struct WinogradWeights {
+  int64_t inputs;  // of the convolution that is to be computed
+  int64_t outputs;
+  bool transposed;      // whether that is the gradient of the input of the layer
+  const float* weight;  // [O, 3, 3, C] of the layer; transposed: [inputs, 3, 3, outputs]
+  float* arranged;
+};
+
+struct WinogradGradient : Winograd {
+  const float* grad_y;  // [N, H, W, outputs]
+  int64_t block;        // tiles of which `pixels` and `gradients` have room
+  float* pixels;        // [16, block, inputs + padding]
+  float* gradients;     // [16, block, outputs + padding]
+  float* products;      // [16, outputs, inputs]
+  float* grad_weight;   // [outputs, 3, 3, inputs]
+};
+
 struct AdamClip {
   float* images;
   const float* gradient;
@@ -149,7 +188,15 @@ struct Kernels {
   void (*max_pool)(const MaxPool&, const void*, int64_t, void*, uint8_t*);
   // Of one image the gradient, or null or a second one, and the places; a line of the unpooled gradient
   void (*max_pool_gather)(const MaxPool&, const void*, const void*, const uint8_t*, int64_t, void*);
-  void (*adam_clip)(const AdamClip&, int64_t);  // the first elements, that many
+  // A range of tiles, with room for `winograd_room` floats
+  void (*winograd)(const WinogradForward&, int64_t, int64_t, float*);
+  void (*winograd_weights)(const WinogradWeights&, int64_t, int64_t);  // a range of panels
+  // The tiles from the third argument on, of a block that begins at the second, as many as the fourth says
+  void (*winograd_transform)(const WinogradGradient&, int64_t, int64_t, int64_t);
+  // Of a block of that many tiles: the product of one place for a range of outputs, added to what is there or not
+  void (*winograd_product)(const WinogradGradient&, int64_t, bool, int64_t, int64_t, int64_t);
+  void (*winograd_grad_weight)(const WinogradGradient&, int64_t, int64_t);  // a range of outputs
+  void (*adam_clip)(const AdamClip&, int64_t);                              // the first elements, that many
   void (*view_adjoint)(const ViewAdjoint&);
 };
 

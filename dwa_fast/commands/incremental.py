@@ -45,6 +45,7 @@ class Incremental(DistilledSets):
     student: str  # Architecture of the students, as for squeeze --architecture.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    threads: PositiveInt | None = None  # CPU threads; the last bits of the results depend on them. Default: all.
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     jobs: PositiveInt = 1  # Tasks learned at the same time, each in a process with its share of the CPU's threads.
     protocol: tyro.conf.OmitArgPrefixes[IncrementalConfig] = field(default_factory=IncrementalConfig)

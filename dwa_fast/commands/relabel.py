@@ -34,6 +34,7 @@ class Relabel(DistilledData):
     dry_run: bool = False  # Only print how much disk space the labels would take.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    threads: PositiveInt | None = None  # CPU threads; the last bits of the results depend on them. Default: all.
     architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.
     preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]

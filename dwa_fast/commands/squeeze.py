@@ -10,7 +10,7 @@ from torch import nn
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, naming_bad_images, readable_images
-from dwa_fast.config import NonNegativeInt, SqueezeConfig
+from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
@@ -32,6 +32,7 @@ class Squeeze(Data):
     test_every: NonNegativeInt = 0  # Also test the network after every so many epochs; 0: only at the end.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    threads: PositiveInt | None = None  # CPU threads; the last bits of the results depend on them. Default: all.
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
 
     def run(self, console: Console) -> None:

@@ -36,6 +36,7 @@ class Validate(DistilledData):
     student: Architecture
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    threads: PositiveInt | None = None  # CPU threads; the last bits of the results depend on them. Default: all.
     architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.
     test_every: NonNegativeInt = 0  # Also test each student after every so many epochs; 0: only at the end.
     jobs: PositiveInt = 1  # Students trained at the same time, each in a process with its share of the CPU's threads.

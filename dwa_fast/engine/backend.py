@@ -248,5 +248,5 @@ def _fused(device: torch.device) -> Operators:
 def _implementations(device: torch.device) -> dict[str, str]:
     """What computes each operator of the fused back-end."""
     if device.type == "cuda":
-        return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN}
+        return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN, "conv3x3": _PLAIN}
     return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++", "cross_entropy": _PLAIN, "log_losses_": _PLAIN}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
-from dwa_fast.engine.layers import SampledConv, replace_convolutions, replace_global_means, replace_pools, replace_stems
+from dwa_fast.engine.layers import SampledConv, replace_3x3, replace_convolutions, replace_global_means, replace_pools, replace_stems
 from dwa_fast.engine.pool_nodes import Windows, match_pool
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import MomentsHook, given, is_plain, planes
@@ -147,6 +147,8 @@ def trace(
     _join(traced)
     _share(traced)
     replace_stems(traced)
+    if operators.fuses:
+        replace_3x3(traced, operators.conv3x3)
     replace_convolutions(traced)
     replace_pools(traced, operators.mean_pool)
     replace_global_means(traced)

@@ -117,6 +117,15 @@ def mean_pool(
     return F.avg_pool2d(y, window)
 
 
+def conv3x3(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [O, C, 3, 3]
+    bias: Tensor | None = None,  # [O]
+) -> Tensor:  # [N, O, H, W]
+    """A convolution with stride 1 and one pixel of zeros around."""
+    return F.conv2d(x, weight, bias, padding=1)
+
+
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
     variances: Tensor,  # [ΣC] variances v that are aimed at, such as the running ones
@@ -285,6 +294,7 @@ class Operators:
     view_adam_clip_: Callable[..., None] = view_adam_clip_
     ascend_: Callable[..., Tensor] = ascend_
     mean_pool: Callable[..., Tensor] = mean_pool
+    conv3x3: Callable[..., Tensor] = conv3x3
     partial_rows: Callable[..., int] | None = None  # where bn_act and moments leave partial sums: how many rows
 
 

@@ -103,7 +103,7 @@ def test_wrong_numbers_get_no_ratio_and_fail(
 
 
 def test_floor_counts_operations_and_bytes(throughput: ModuleType, problem: Any) -> None:
-    """The classifier's product by hand, every convolution once each way, and half the traffic in half the precision."""
+    """The classifier's product by hand, every convolution once each way, Winograd's with its own products."""
     floor, harness = throughput.floor, throughput.harness
     calls = floor.count(harness.make_peer("fused", problem, "fp32"))
     (product,) = [call for call in calls if call.operator.startswith("aten.addmm")]
@@ -111,10 +111,12 @@ def test_floor_counts_operations_and_bytes(throughput: ModuleType, problem: Any)
     assert product.traffic == 4 * (4 * 64 + 64 * 10 + 10 + 4 * 10)
     (update,) = [call for call in calls if "adam_clip_" in call.operator]
     assert update.traffic >= 4 * 6 * problem.images.numel()  # images and both moments, read and written
-    convolutions = [call.operator for call in calls if "convolution" in call.operator]
+    convolutions = [call for call in calls if "conv" in call.operator]
     layers = sum(isinstance(layer, torch.nn.Conv2d) for layer in problem.teacher.modules())
     assert len(convolutions) == 2 * layers
-    assert all(call.operations > 0 for call in calls if "convolution" in call.operator)
+    assert all(call.operations > 0 for call in convolutions)
+    first = next(call for call in convolutions if "conv3x3" in call.operator)
+    assert first.operations == 2 * 16 * 4 * (problem.images.shape[-1] // 2) ** 2 * 16 * 16
     slow, fast = floor.seconds(calls, 1e11, 1e10), floor.seconds(calls, 2e11, 2e10)
     assert slow == pytest.approx(2 * fast)
     assert floor.seconds(calls, 1e30, 1e10) == pytest.approx(sum(call.traffic for call in calls) / 1e10)

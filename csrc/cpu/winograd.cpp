@@ -1,0 +1,126 @@
+// y = w ∗ x + b for a 3×3 kernel, stride 1 and one pixel of zeros around, and its gradients, by Winograd's F(2×2, 3×3):
+// cpu/winograd_kernels.h.
+//
+// On channels-last tensors, others through a copy. The bits do not depend on the number of threads.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "cpu/kernels.h"
+#include "cpu/level.h"
+
+namespace dwa_fast {
+namespace {
+
+constexpr int64_t kTiles = 48;                    // of a convolution at a time: what a thread works on stays in its cache
+constexpr int64_t kSeen = 128 * 1024;             // of a gradient of weights at a time: channels of all tiles of a block
+constexpr int64_t kOutputs = 4 * kWinogradPanel;  // of a gradient of weights that a thread takes at a time
+constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
+
+void check(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.dim() == 4, name, " must have four dimensions, got shape ", tensor.sizes());
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.size(1) % kWinogradPanel == 0, name, " must have a multiple of ", kWinogradPanel, " channels, got ", tensor.size(1));
+}
+
+Winograd tiled(const at::Tensor& x, int64_t outputs) {
+  const int64_t height = x.size(2), width = x.size(3);
+  return {height, width, x.size(1), outputs, (height + 1) / 2, (width + 1) / 2, x.const_data_ptr<float>()};
+}
+
+at::Tensor conv3x3_weights(const at::Tensor& weight_, bool transposed) {
+  check(weight_, "weight");
+  TORCH_CHECK(weight_.size(0) % kWinogradPanel == 0 && weight_.size(2) == 3 && weight_.size(3) == 3,
+              "weight must be [O, C, 3, 3], O a multiple of ", kWinogradPanel, ", got shape ", weight_.sizes());
+  const at::Tensor weight = weight_.contiguous(kLayout);
+  const int64_t inputs = weight.size(transposed ? 0 : 1), outputs = weight.size(transposed ? 1 : 0);
+  at::Tensor arranged = at::empty({kWinogradPlaces, outputs / kWinogradPanel, inputs, kWinogradPanel},
+                                  weight.options().memory_format(at::MemoryFormat::Contiguous));
+  const WinogradWeights task{inputs, outputs, transposed, weight.const_data_ptr<float>(), arranged.data_ptr<float>()};
+  at::parallel_for(0, outputs / kWinogradPanel, 1, [&](int64_t begin, int64_t end) { kernels().winograd_weights(task, begin, end); });
+  return arranged;
+}
+
+at::Tensor conv3x3_forward(const at::Tensor& x_, const at::Tensor& arranged_, const std::optional<at::Tensor>& bias_) {
+  check(x_, "x");
+  const at::Tensor x = x_.contiguous(kLayout), arranged = arranged_.contiguous();
+  TORCH_CHECK(arranged.dim() == 4 && arranged.size(0) == kWinogradPlaces && arranged.size(2) == x.size(1) &&
+                  arranged.size(3) == kWinogradPanel && arranged.scalar_type() == at::kFloat,
+              "arranged must be from conv3x3_weights, for ", x.size(1), " inputs, got shape ", arranged.sizes());
+  const int64_t outputs = arranged.size(1) * kWinogradPanel;
+  TORCH_CHECK(!bias_ || (bias_->numel() == outputs && bias_->scalar_type() == at::kFloat), "bias must be float32, [", outputs, "]");
+  const at::Tensor bias = bias_ ? bias_->contiguous() : at::Tensor();
+  at::Tensor y = at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options().memory_format(kLayout));
+  const WinogradForward task{tiled(x, outputs), arranged.const_data_ptr<float>(), bias_ ? bias.const_data_ptr<float>() : nullptr,
+                             y.data_ptr<float>()};
+  const int64_t tiles = x.size(0) * task.tiles_high * task.tiles_wide;
+  if (tiles == 0) return y;
+  const int64_t threads = at::get_num_threads(), block = std::min(kTiles, (tiles + threads - 1) / threads);
+  const int64_t need = kWinogradPlaces * block * (x.size(1) + kWinogradPadding + 2 * kWinogradPanel);
+  at::Tensor room = at::empty({threads, need}, x.options());
+  float* const rooms = room.data_ptr<float>();
+  at::parallel_for(0, (tiles + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      kernels().winograd(task, begin * block, std::min(tiles, (begin + 1) * block), rooms + at::get_thread_num() * need);
+    }
+  });
+  return y;
+}
+
+at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& x_) {
+  check(x_, "x");
+  check(grad_y_, "grad_y");
+  TORCH_CHECK(grad_y_.size(0) == x_.size(0) && grad_y_.size(2) == x_.size(2) && grad_y_.size(3) == x_.size(3),
+              "grad_y must have the images and pixels of x, ", x_.sizes(), ", got shape ", grad_y_.sizes());
+  const at::Tensor x = x_.contiguous(kLayout), grad_y = grad_y_.contiguous(kLayout);
+  const int64_t inputs = x.size(1), outputs = grad_y.size(1);
+  at::Tensor grad_weight = at::empty({outputs, inputs, 3, 3}, x.options().memory_format(kLayout));
+  const Winograd shape = tiled(x, outputs);
+  const int64_t tiles = x.size(0) * shape.tiles_high * shape.tiles_wide;
+  if (tiles == 0) return grad_weight.zero_();
+  const int64_t block = std::min(tiles, std::max<int64_t>(1, kSeen / (inputs + outputs)));  // not by threads: it sets the order of sums
+  const auto room = [&](int64_t rows, int64_t row) { return at::empty({kWinogradPlaces, rows, row}, x.options()); };
+  at::Tensor pixels = room(block, inputs + kWinogradPadding), gradients = room(block, outputs + kWinogradPadding);
+  at::Tensor products = room(outputs, inputs);
+  const WinogradGradient task{shape,
+                              grad_y.const_data_ptr<float>(),
+                              block,
+                              pixels.data_ptr<float>(),
+                              gradients.data_ptr<float>(),
+                              products.data_ptr<float>(),
+                              grad_weight.data_ptr<float>()};
+  const int64_t parts = (outputs + kOutputs - 1) / kOutputs;
+  for (int64_t start = 0; start < tiles; start += block) {
+    const int64_t count = std::min(block, tiles - start);
+    at::parallel_for(start, start + count, 1,
+                     [&](int64_t begin, int64_t end) { kernels().winograd_transform(task, start, begin, end - begin); });
+    at::parallel_for(0, kWinogradPlaces * parts, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        const int64_t first = begin % parts * kOutputs;
+        kernels().winograd_product(task, count, start > 0, begin / parts, first, std::min(outputs, first + kOutputs));
+      }
+    });
+  }
+  at::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) { kernels().winograd_grad_weight(task, begin, end); });
+  return grad_weight;
+}
+
+}  // namespace
+}  // namespace dwa_fast
+
+TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
+  m.def("conv3x3_weights(Tensor weight, bool transposed) -> Tensor");
+  m.def("conv3x3_forward(Tensor x, Tensor arranged, Tensor? bias) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor grad_y, Tensor x) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
+  m.impl("conv3x3_weights", TORCH_FN(dwa_fast::conv3x3_weights));
+  m.impl("conv3x3_forward", TORCH_FN(dwa_fast::conv3x3_forward));
+  m.impl("conv3x3_weight_gradient", TORCH_FN(dwa_fast::conv3x3_weight_gradient));
+}

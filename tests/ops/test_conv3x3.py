@@ -1,0 +1,245 @@
+"""conv3x3: as near to float64 as PyTorch's convolution, with every gradient, on every instruction set; and the layers that it replaces."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwa_fast import ops
+from dwa_fast.engine.backend import resolve
+from dwa_fast.engine.capture import CallList, trace_step
+from dwa_fast.engine.fuse import trace
+from dwa_fast.engine.layers import Conv3x3, LeanConv
+from dwa_fast.engine.packing import pack_convolutions
+from dwa_fast.engine.training_form import training_form
+from dwa_fast.models.batchnorm import batchnorm_layers
+from dwa_fast.reference.ops import Operators
+from tests.ops.conftest import LEVELS
+
+# images, inputs, outputs, height, width: odd and even sides, one pixel, numbers of panels that no group of them divides, several blocks
+SHAPES = [(1, 16, 16, 1, 1), (2, 16, 48, 5, 4), (3, 80, 32, 7, 9), (2, 32, 16, 2, 3), (5, 48, 80, 12, 16), (9, 96, 64, 31, 17)]
+
+
+def problem(shape: tuple[int, int, int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, w, b and ∂L/∂y."""
+    n, c, o, h, w = shape
+    source = torch.Generator().manual_seed(seed)
+    sizes = [(n, c, h, w), (o, c, 3, 3), (o,), (n, o, h, w)]
+    x, weight, bias, gradient = (torch.randn(size, generator=source) for size in sizes)
+    return x, weight / math.sqrt(9 * c), bias, gradient
+
+
+def results(operator: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor) -> list[Tensor]:
+    """y, ∂L/∂x, ∂L/∂w and, with a bias, ∂L/∂b."""
+    leaves = [each.detach().clone().requires_grad_() for each in (x, weight, bias) if each is not None]
+    y = operator(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, gradient.to(y))]
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_further_from_float64_than_pytorch(shape: tuple[int, int, int, int, int], level: str, use_level: Callable[[str], None]) -> None:
+    use_level(level)
+    given = problem(shape)
+    exact = results(Operators("reference").conv3x3, *(each.double() for each in given))
+    theirs, ours = results(Operators("reference").conv3x3, *given), results(ops.conv3x3, *given)
+    for own, plain, expected in zip(ours, theirs, exact, strict=True):
+        assert own.shape == expected.shape
+        assert distance(own, expected) <= max(2 * distance(plain, expected), 4e-7)
+
+
+def test_a_gradient_of_many_tiles_is_a_sum_of_sums() -> None:
+    """The error of one long sum in float32 would be ten times as large."""
+    given = problem((30, 16, 16, 64, 64))
+    exact = results(Operators("reference").conv3x3, *(each.double() for each in given))[2]
+    assert distance(results(ops.conv3x3, *given)[2], exact) < 1e-6
+
+
+def test_any_layout_and_channels_last_results() -> None:
+    x, weight, _, gradient = problem((2, 32, 48, 6, 7))
+    expected = results(ops.conv3x3, x, weight, None, gradient)
+    wide = torch.full((2, 32, 6, 14), math.nan)
+    wide[..., ::2] = x
+    for each in (x.contiguous(memory_format=torch.channels_last), wide[..., ::2]):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = results(ops.conv3x3, each, weight.contiguous(memory_format=layout), None, gradient.contiguous(memory_format=layout))
+            assert all(map(torch.equal, found, expected))
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in expected)
+
+
+def test_same_bits_for_any_number_of_threads_and_any_company() -> None:
+    x, weight, _, gradient = problem((7, 48, 80, 9, 10))
+    found = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        found.append(results(ops.conv3x3, x, weight, None, gradient))
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
+    alone = results(ops.conv3x3, x[2:3], weight, None, gradient[2:3])
+    assert torch.equal(alone[0], found[0][0][2:3])
+    assert torch.equal(alone[1], found[0][1][2:3])
+
+
+def test_only_what_is_needed_is_computed_and_kept() -> None:
+    x, weight, bias, gradient = problem((2, 16, 16, 4, 4))
+    leaf = x.requires_grad_() * 1
+    frozen = ops.conv3x3(leaf, weight, bias)
+    assert frozen.grad_fn is not None
+    assert not any(each is not None and each.data_ptr() == leaf.data_ptr() for each in frozen.grad_fn.saved_tensors)
+    learning = weight.clone().requires_grad_()
+    y = ops.conv3x3(leaf, learning, bias)
+    assert any(each is not None and each.data_ptr() == leaf.data_ptr() for each in y.grad_fn.saved_tensors)
+    expected = results(Operators("reference").conv3x3, x, weight, None, gradient)[2]
+    torch.testing.assert_close(torch.autograd.grad(y, learning, gradient)[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 32, 4, 4), (2, 16, 32, 0, 4)], ids=str)
+def test_nothing_to_read(shape: tuple[int, int, int, int, int]) -> None:
+    y, of_x, of_weight, of_bias = results(ops.conv3x3, *problem(shape))
+    assert y.shape == (shape[0], shape[2], *shape[3:])
+    assert of_x.shape == (shape[0], shape[1], *shape[3:])
+    assert not of_weight.any()
+    assert not of_bias.any()
+
+
+def test_opcheck() -> None:
+    ops.load()
+    x, weight, bias, gradient = problem((2, 32, 48, 5, 4))
+    for transposed in (False, True):
+        torch.library.opcheck(torch.ops.dwa_fast.conv3x3_weights.default, (weight, transposed))
+    arranged = torch.ops.dwa_fast.conv3x3_weights(weight, False)
+    for each in (None, bias):
+        torch.library.opcheck(torch.ops.dwa_fast.conv3x3_forward.default, (x, arranged, each))
+    torch.library.opcheck(torch.ops.dwa_fast.conv3x3_weight_gradient.default, (gradient, x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "message"),
+    [
+        ({0: [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({0: torch.zeros(2, 16, 4, 4).bfloat16()}, TypeError, "x must be float32, got bfloat16"),
+        ({1: torch.zeros(16, 16, 3, 3).double()}, TypeError, "weight must be float32, got float64"),
+        ({2: torch.zeros(16, device="meta")}, ValueError, "bias must be on a CPU, got meta"),
+        ({0: torch.zeros(16, 4, 4)}, ValueError, "x must be [N, C, H, W] with C a multiple of 16, got shape (16, 4, 4)"),
+        ({0: torch.zeros(2, 24, 4, 4)}, ValueError, "x must be [N, C, H, W] with C a multiple of 16, got shape (2, 24, 4, 4)"),
+        ({1: torch.zeros(8, 16, 3, 3)}, ValueError, "weight must be [O, 16, 3, 3] with O a multiple of 16, got shape (8, 16, 3, 3)"),
+        ({1: torch.zeros(16, 16, 1, 1)}, ValueError, "weight must be [O, 16, 3, 3] with O a multiple of 16, got shape (16, 16, 1, 1)"),
+        ({2: torch.zeros(15)}, ValueError, "bias must be [16], got shape (15,)"),
+    ],
+)
+def test_wrong_input(changed: dict[int, object], kind: type[Exception], message: str) -> None:
+    arguments: list[object] = [torch.zeros(2, 16, 4, 4), torch.zeros(16, 16, 3, 3), torch.zeros(16)]
+    for place, value in changed.items():
+        arguments[place] = value
+    with pytest.raises(kind, match=re.escape(message)):
+        ops.conv3x3(*arguments)  # type: ignore[arg-type]
+
+
+def test_operators_refuse_what_the_function_refuses() -> None:
+    ops.load()
+    with pytest.raises(RuntimeError, match="arranged must be from conv3x3_weights, for 16 inputs"):
+        torch.ops.dwa_fast.conv3x3_forward(torch.zeros(1, 16, 4, 4), torch.zeros(16, 1, 32, 16), None)
+    with pytest.raises(RuntimeError, match="grad_y must have the images and pixels of x"):
+        torch.ops.dwa_fast.conv3x3_weight_gradient(torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 5))
+
+
+REPLACED = {
+    "3×3": (nn.Conv2d(16, 32, 3, padding=1), True),
+    "strided": (nn.Conv2d(16, 32, 3, stride=2, padding=1), False),
+    "unpadded": (nn.Conv2d(16, 32, 3), False),
+    "dilated": (nn.Conv2d(16, 32, 3, padding=1, dilation=(1, 2)), False),
+    "groups": (nn.Conv2d(16, 32, 3, padding=1, groups=2), False),
+    "5×5": (nn.Conv2d(16, 32, 5, padding=1), False),
+    "inputs": (nn.Conv2d(3, 32, 3, padding=1), False),
+    "outputs": (nn.Conv2d(16, 40, 3, padding=1), False),
+    "reflected": (nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), False),
+}
+
+
+@pytest.mark.parametrize(("layer", "suits"), REPLACED.values(), ids=REPLACED)
+def test_which_layers_are_replaced(layer: nn.Conv2d, suits: bool) -> None:
+    assert Conv3x3.suits(layer) is suits
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    first, middle = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+    return nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), middle, nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 5))
+
+
+def calls(counted: list[int], conv3x3: Callable[..., Tensor] = ops.conv3x3) -> Callable[..., Tensor]:
+    def operator(*arguments: Tensor) -> Tensor:
+        counted.append(1)
+        return conv3x3(*arguments)
+
+    return operator
+
+
+@pytest.mark.parametrize(("dtype", "side", "replaced"), [(torch.float32, 8, 1), (torch.float32, 3, 0), (torch.bfloat16, 8, 0)])
+def test_where_a_replaced_layer_is_computed_otherwise(dtype: torch.dtype, side: int, replaced: int) -> None:
+    layer, counted = nn.Conv2d(16, 32, 3, padding=1).to(dtype), list[int]()
+    ours, x = Conv3x3(copy.deepcopy(layer), calls(counted)), torch.randn(2, 16, side, side, dtype=dtype)
+    torch.testing.assert_close(ours(x), layer(x))
+    assert len(counted) == replaced
+
+
+def test_teachers_and_trainings_pass_through_it_and_plain_back_ends_do_not() -> None:
+    teacher, images = network().eval().requires_grad_(False), torch.randn(3, 3, 8, 8)
+    for backend, kind in (("fused", Conv3x3), ("compiled", LeanConv)):
+        operators = resolve(backend, "fp32", "cpu").operators  # type: ignore[arg-type]
+        rewritten = trace(copy.deepcopy(teacher), batchnorm_layers(teacher), operators, images)
+        found = [type(each) for each in rewritten.module.modules() if isinstance(each, LeanConv)]
+        assert found[1:] == [kind]
+        torch.testing.assert_close(rewritten.module(images), teacher(images))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_steps_of_a_training(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under autocast, where the library's convolution takes its place, with the library's bits."""
+    counted: list[int] = []
+    monkeypatch.setattr(ops, "conv3x3", calls(counted))
+    found = []
+    for form in (lambda module: module, lambda module: training_form(module, (3, 8, 8), torch.device("cpu"))):
+        module = network().train()
+        forward, images = form(module), torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        counted.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = forward(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), torch.arange(6) % 5)
+        found.append([logits.detach().float(), *torch.autograd.grad(loss, list(module.parameters()))])
+    assert len(counted) == (0 if bf16 else 1)
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, **({"rtol": 0.05, "atol": 0.02} if bf16 else {"rtol": 1e-4, "atol": 1e-5}))
+
+
+def test_a_captured_step_arranges_frozen_weights_once_and_again_when_they_have_changed() -> None:
+    layer = Conv3x3(nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False), ops.conv3x3)
+    x, gradient = torch.randn(2, 16, 6, 6), torch.zeros(2, 16, 6, 6)
+
+    def step() -> None:
+        leaf = x.detach().requires_grad_()
+        gradient.copy_(torch.autograd.grad(layer(leaf).square().sum(), leaf)[0])
+
+    captured = CallList(step)
+    for factor, _ in itertools.product((1.0, 0.5), range(2)):
+        layer.weight.mul_(factor)
+        captured.refresh()
+        step()
+        expected = gradient.clone()
+        gradient.zero_()
+        captured.run(1)
+        assert torch.equal(gradient, expected)
+    once = pack_convolutions(trace_step(step))
+    assert [str(node.target) for node in once] == ["dwa_fast.conv3x3_weights.default"] * 2
