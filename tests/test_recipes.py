@@ -141,6 +141,13 @@ def test_stages_of_fadrm_by_size() -> None:
     assert recipe("digits", method="fadrm").synthesis.iterations == recipe("digits").synthesis.iterations
 
 
+def test_fast_takes_a_quarter_of_the_iterations_and_changes_nothing_else() -> None:
+    for name, method, iterations in (("cifar10", "dwa", 250), ("imagenet", "fadrm", 500), ("tiny", "delt", 1000), ("cifar100", "rded", 0)):
+        usual, fast = recipe(name, method=method), recipe(name, method=method, fast=True)
+        assert fast == replace(usual, synthesis=replace(usual.synthesis, iterations=iterations))
+    assert recipe("cifar10", fast=True, iterations=7).synthesis.iterations == 7
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_goes_with_every_method(name: str) -> None:
     for method in METHODS:

@@ -25,9 +25,11 @@ from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig
 
 
-def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule = "cosine", preset: str = "paper") -> Mapping[str, Any]:
+def commands(
+    recipe: str | None = None, method: str = "dwa", schedule: Schedule = "cosine", preset: str = "paper", fast: bool = False
+) -> Mapping[str, Any]:
     """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
-    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule, preset=preset)
+    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule, preset=preset, fast=fast)
     missing: Any = tyro.MISSING
     data: dict[str, Any] = {"recipe": chosen.name if recipe else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
     data["normalisation"] = Normalisation(mean=chosen.data.mean, std=chosen.data.std)
@@ -37,6 +39,7 @@ def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule 
         "teacher": missing,
         "output": missing,
         "preset": preset,
+        "fast": fast,
         "synthesis": chosen.synthesis,
         "validation": chosen.validation,
     }
@@ -45,7 +48,7 @@ def commands(recipe: str | None = None, method: str = "dwa", schedule: Schedule 
         "info": Info(),
         "demo": Demo(output=missing, config=DemoConfig()),
         "squeeze": Squeeze(**data, output=missing, architecture=chosen.architecture, config=chosen.squeeze),
-        "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, config=chosen.synthesis),
+        "synthesize": Synthesize(**data, teacher=missing, output=missing, method=method, fast=fast, config=chosen.synthesis),
         "verify": Verify(images=missing),
         "relabel": Relabel(**data, teacher=missing, images=missing, output=missing, **students),
         "validate": Validate(**data, images=missing, student=chosen.architecture, **students),

@@ -47,14 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; wrong flags leave through SystemExit, as in every argparse program."""
     from dwa_fast.commands.console import Console
-    from dwa_fast.threads import torch_threads
 
     console = Console()
     try:
         with _terminable():
-            command = _parse(arguments)
-            with torch_threads(getattr(command, "threads", None)):
-                command.run(console)
+            _parse(arguments).run(console)
     except InputError as error:
         console.error(str(error))
     except BrokenPipeError:  # the reader of our output has closed it

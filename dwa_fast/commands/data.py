@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.recipes import PRESETS, Recipe, recipe
+from dwa_fast.threads import torch_threads
 
 log = logging.getLogger("dwa_fast")
 
@@ -178,6 +180,17 @@ def report_skipped(console: Console, skipped: Mapping[str, str]) -> None:
             console.print(f"  {name}: {cause}")
         if len(skipped) > _SHOWN:
             console.print("  …")
+
+
+def on_its_threads(run: Callable[[Any, Console], None]) -> Callable[[Any, Console], None]:
+    """A command's `run`, on as many CPU threads as its flag `threads` says."""
+
+    @functools.wraps(run)
+    def limited(command: Any, console: Console) -> None:
+        with torch_threads(command.threads):
+            run(command, console)
+
+    return limited
 
 
 @contextmanager

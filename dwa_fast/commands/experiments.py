@@ -38,6 +38,7 @@ class Study(TeacherData):
     threads: PositiveInt = 1  # CPU threads of each process; the last bits depend on it, but not on --jobs.
     initial: tyro.conf.OmitArgPrefixes[InitialConfig] = field(default_factory=InitialConfig)
     preset: Preset = "paper"
+    fast: bool = False  # A quarter of DWA's iterations, for every method.
     synthesis: SynthesisConfig  # DWA's settings, from which those of each set are derived.
     validation: ValidationConfig  # Training of the students.
 

@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Preset, compare_normalisation, naming_bad_images, try_teacher
+from dwa_fast.commands.data import Preset, compare_normalisation, naming_bad_images, on_its_threads, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt, PositiveInt, SynthesisConfig, ValidationConfig
@@ -52,6 +52,7 @@ class Incremental(DistilledSets):
     preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
+    @on_its_threads
     def run(self, console: Console) -> None:
         """Train and test a student for every set, order of the classes and step, and write the record."""
         started = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import DistilledData, Preset, naming_bad_images
+from dwa_fast.commands.data import DistilledData, Preset, naming_bad_images, on_its_threads
 from dwa_fast.config import FkdConfig, NonNegativeInt, PositiveInt, ValidationConfig
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
@@ -40,6 +40,7 @@ class Relabel(DistilledData):
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
     fkd: tyro.conf.OmitArgPrefixes[FkdConfig] = field(default_factory=FkdConfig)
 
+    @on_its_threads
     def run(self, console: Console) -> None:
         """Print the size of the labels, and write them."""
         device = backend.resolve_device(self.device)

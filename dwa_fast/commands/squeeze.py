@@ -9,7 +9,7 @@ import tyro
 from torch import nn
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, Data, naming_bad_images, readable_images
+from dwa_fast.commands.data import Architecture, Data, naming_bad_images, on_its_threads, readable_images
 from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.set_layout import refuse_images
@@ -35,6 +35,7 @@ class Squeeze(Data):
     threads: PositiveInt | None = None  # CPU threads; the last bits of the results depend on them. Default: all.
     config: tyro.conf.OmitArgPrefixes[SqueezeConfig]
 
+    @on_its_threads
     def run(self, console: Console) -> None:
         """Train, test where there are held-out images, and write the checkpoint."""
         if self.output.exists() and not self.overwrite:

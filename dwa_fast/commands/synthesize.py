@@ -29,6 +29,7 @@ class Synthesize(TeacherData):
     teacher: tuple[Path, ...]  # Checkpoint of the teacher, or of several teachers, which take turns in this order.
     output: Path  # Folder for the images and their manifest.
     method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, delt, lpld, fadrm+, dwa+, cv-dd.
+    fast: bool = False  # A quarter of the method's iterations.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     architecture: tuple[str, ...] = ()  # Network in each checkpoint, if the files do not name them; default: the recipe's.

@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, DistilledData, Preset, naming_bad_images
+from dwa_fast.commands.data import Architecture, DistilledData, Preset, naming_bad_images, on_its_threads
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import NonNegativeInt, PositiveInt, ValidationConfig
 from dwa_fast.data.manifest import read_manifest
@@ -44,6 +44,7 @@ class Validate(DistilledData):
     preset: Preset = "paper"
     config: tyro.conf.OmitArgPrefixes[ValidationConfig]
 
+    @on_its_threads
     def run(self, console: Console) -> None:
         """Train and test the students."""
         started = time.perf_counter()

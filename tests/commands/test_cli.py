@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from dwa_fast.commands import cli
-from dwa_fast.commands.cli import run
+from dwa_fast.commands.cli import _parse, run
 from dwa_fast.data.manifest import read_manifest
+from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum
 from dwa_fast.models.architectures import ARCHITECTURES, build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
@@ -81,6 +82,40 @@ def test_method_changes_the_defaults(teacher: Path, tmp_path: Path) -> None:
     assert synthesize(teacher, tmp_path, "--method", "sre2l") == 0
     settings = read_manifest(tmp_path)["settings"]
     assert (settings["initial"], settings["rho"], settings["lambda_var"]) == ("noise", 0.0, 0.01)
+
+
+def test_fast_changes_the_defaults() -> None:
+    flags = ["--recipe", "cifar100", "--teacher", "t", "--output", "o", "--fast"]
+    assert _parse(["synthesize", *flags]).config.iterations == 250
+    assert _parse(["synthesize", *flags, "--iterations", "9"]).config.iterations == 9
+    assert _parse(["compare", *flags]).synthesis.iterations == 250
+    assert _parse(["synthesize", *flags[:-1]]).config.iterations == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [("squeeze", "squeeze"), ("validate", "validate"), ("relabel", "relabel"), ("incremental", "learn")]
+)
+def test_threads_of_a_training(
+    name: str, function: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    """They hold while the command runs, and are those of before then."""
+    found: list[int] = []
+
+    def stop(*_: object, **__: object) -> None:
+        found.append(torch.get_num_threads())
+        raise InputError("stopped")
+
+    monkeypatch.setattr(f"dwa_fast.commands.{name}.{function}", stop)
+    assert synthesize(teacher, tmp_path / "set") == 0
+    needed = {
+        "squeeze": [],
+        "incremental": ["--teacher", str(teacher), "--sets", str(tmp_path / "set")],
+    }.get(name, ["--teacher", str(teacher), "--images", str(tmp_path / "set")])
+    command = [name, "--recipe", "digits", "--size", str(SIZE), "--output", str(tmp_path / "out"), *needed]
+    assert run([*command, "--threads", "1"]) == 1
+    assert run(command) == 1
+    assert found == [1, 2]
+    assert torch.get_num_threads() == 2
 
 
 def test_several_teachers(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
