@@ -1,25 +1,21 @@
 """What `bench_operators.py` measures: every operator, on inputs of the shapes that ResNet-18 and ResNet-50 really have.
 
-To add an operator, add a row to `OPERATORS`: what of a network it works on, its inputs, its call, and the bytes that it must move.
+To add an operator, add a row to `OPERATORS`: what of a network it works on (`operator_subjects.py`), its inputs, its call, and the bytes that it must move.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import harness
+import operator_subjects as subjects
 import torch
-from torch import Tensor, nn
+from operator_subjects import Images, Layer, Layers, Network, Subject, Weights
+from torch import Tensor
 
-from dwa_fast.engine.fuse import trace
-from dwa_fast.engine.pool_nodes import Windows
-from dwa_fast.models.architectures import build
-from dwa_fast.models.batchnorm import batchnorm_layers
-from dwa_fast.ops.activation import Activation, title
 from dwa_fast.recipes import recipe
 from dwa_fast.reference.ops import Operators
 from dwa_fast.schedule import HEIGHT, WIDTH, make_schedule
@@ -28,145 +24,7 @@ Inputs = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CPU_ELEMENTS = 2**22  # of the largest tensor of a case on a CPU, so that it takes milliseconds
 _CORNER = 1e-2  # no input of a ReLU is closer to 0: there the gradient depends on the last bit
-
-
-@dataclass(frozen=True)
-class Network:
-    """A teacher and its batches; `depth` 50 takes the place of the workload's ResNet-18."""
-
-    workload: harness.Workload
-    depth: int
-    device: torch.device
-
-    @property
-    def name(self) -> str:
-        """For the reader."""
-        return f"ResNet-{self.depth}, {self.workload.size} px"
-
-    def build(self) -> nn.Module:
-        """The network with fresh weights, in eval mode."""
-        architecture = self.workload.architecture.replace("18", str(self.depth))
-        return build(architecture, classes=self.workload.classes, size=self.workload.size).eval()
-
-    def batch(self, elements: int) -> int:
-        """Images at once, where a layer has that many elements per image: as published, on a CPU fewer."""
-        return self.workload.batch if self.device.type == "cuda" else max(1, min(self.workload.batch, _CPU_ELEMENTS // elements))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A BatchNorm layer with what was fused into it."""
-
-    shape: tuple[int, int, int, int]  # N, C, H, W of its input
-    skip: bool
-    activation: Activation = "none"
-    windows: Windows | None = None  # of a max-pooling
-    joins: bool = False  # whether the skip comes out of a BatchNorm layer of its own
-
-    def __str__(self) -> str:
-        parts = ["×".join(map(str, self.shape)), *(["a second one"] if self.joins else ["skip"] if self.skip else [])]
-        parts += [title(self.activation, None)] if self.activation != "none" else []
-        return " + ".join([*parts, *([f"max-pooling {self.windows.window}/{self.windows.stride}"] if self.windows else [])])
-
-
-@dataclass(frozen=True)
-class Layers:
-    """All BatchNorm layers of a network, as the matching loss sees them: the same work at every image size."""
-
-    network: str
-    channels: tuple[int, ...]
-    counts: tuple[int, ...] = field(compare=False)  # N·H·W of each
-
-    def __str__(self) -> str:
-        return f"{self.network}: {len(self.channels)} layers, {sum(self.channels)} channels"
-
-
-@dataclass(frozen=True)
-class Images:
-    """A batch in the course of a recipe."""
-
-    shape: tuple[int, int, int, int]
-    recipe: str
-
-    def __str__(self) -> str:
-        return f"{'×'.join(map(str, self.shape))}, {self.recipe}"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The arena of a network's weights: but for the last layer the same at every image size."""
-
-    network: str
-    count: int = field(compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.network}: {self.count / 1e6:.1f} M weights"
-
-
-Subject = Layer | Layers | Images | Weights
-
-
-@functools.cache
-def layers(network: Network) -> tuple[Layer, ...]:
-    """Every BatchNorm layer of a network in the order of execution, two that are joined as one, seen by hooks on the traced network."""
-    image = torch.zeros(1, 3, network.workload.size, network.workload.size)
-    seen: list[Layer] = []
-
-    def keep_shape(layer: nn.Module, given: tuple[Any, ...], _: Tensor) -> None:
-        inner = tuple(given[0].shape[1:])
-        shape = network.batch(math.prod(inner)), *inner
-        seen.append(Layer(shape, len(given) > 1, layer.activation, layer.windows, len(given) > 2))  # type: ignore[arg-type]
-
-    module = network.build()
-    rewritten = trace(module, batchnorm_layers(module), Operators("shapes", fuses=True), image.expand(3, -1, -1, -1))
-    for layer in rewritten.layers.values():
-        layer.register_forward_hook(keep_shape)
-    with torch.no_grad():
-        rewritten.module(image)
-    return tuple(seen)
-
-
-def _distinct_layers(network: Network) -> list[Subject]:
-    found = dict.fromkeys(layer for layer in layers(network) if layer.windows is None and not layer.joins)
-    return sorted(found, key=lambda layer: (math.prod(layer.shape[1:]), layer.skip), reverse=True)
-
-
-def _pooled_layers(network: Network) -> list[Subject]:
-    return [layer for layer in layers(network) if layer.windows is not None]
-
-
-def _joined_layers(network: Network) -> list[Subject]:
-    found = dict.fromkeys(layer for layer in layers(network) if layer.joins)
-    return sorted(found, key=lambda layer: math.prod(layer.shape[1:]), reverse=True)
-
-
-def _inputs_of_layers(network: Network) -> list[Subject]:
-    """What the layers read, whatever comes behind them."""
-    shapes = dict.fromkeys(layer.shape for layer in layers(network))
-    return [Layer(shape, skip=False) for shape in sorted(shapes, key=lambda shape: math.prod(shape[1:]), reverse=True)]
-
-
-def _pooled(network: Network) -> list[Subject]:
-    """What a ConvNet-128 pools between its blocks, on images of the network's size; the same for every depth."""
-    return [Layer((network.batch(128 * network.workload.size**2), 128, *(network.workload.size,) * 2), skip=False)]
-
-
-def _all_layers(network: Network) -> list[Subject]:
-    found = [layer for layer in layers(network) for _ in range(2 if layer.joins else 1)]
-    counts = tuple(network.workload.batch * math.prod(layer.shape[2:]) for layer in found)
-    return [Layers(f"ResNet-{network.depth}", tuple(layer.shape[1] for layer in found), counts)]
-
-
-def _images(network: Network) -> list[Subject]:
-    size = network.workload.size
-    return [Images((network.batch(3 * size * size), 3, size, size), network.workload.recipe)]
-
-
-def _weights(network: Network) -> list[Subject]:
-    with torch.device("meta"):
-        return [Weights(f"ResNet-{network.depth}", sum(p.numel() for p in network.build().parameters()))]
 
 
 def _features(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -321,6 +179,42 @@ def _mean_pool_traffic(inputs: Inputs) -> int:
     return inputs["y"].nbytes + n * c * (h // 2) * (w // 2) * inputs["y"].element_size()
 
 
+def _conv3x3(operators: Operators, inputs: Inputs) -> Call:
+    weight = _kernel(inputs)
+    return lambda: (operators.conv3x3(inputs["y"], weight),)
+
+
+def _conv3x3_backward(operators: Operators, inputs: Inputs) -> Call:
+    """As in the inner loop: the weights are frozen, but here their transform is made anew by every call."""
+    leaf = inputs["y"].requires_grad_()
+    z = operators.conv3x3(leaf, _kernel(inputs))
+    return lambda: torch.autograd.grad(z, leaf, inputs["grad_z"], retain_graph=True)
+
+
+def _conv3x3_backward_ascent(operators: Operators, inputs: Inputs) -> Call:
+    """As in the ascent and in trainings."""
+    leaves = inputs["y"].requires_grad_(), _kernel(inputs).requires_grad_()
+    z = operators.conv3x3(*leaves)
+    return lambda: torch.autograd.grad(z, leaves, inputs["grad_z"], retain_graph=True)
+
+
+def _kernel(inputs: Inputs) -> Tensor:
+    """The same numbers every time, [C, C, 3, 3]."""
+    channels, like = inputs["y"].shape[1], inputs["y"]
+    weight = torch.randn((channels, channels, 3, 3), generator=torch.Generator().manual_seed(harness.SEED), dtype=torch.float64)
+    return (weight / math.sqrt(9 * channels)).float().to(like, memory_format=torch.channels_last)
+
+
+def _conv3x3_traffic(inputs: Inputs) -> int:
+    """One of both ways: reads the features or their gradient and the weights; writes the other one."""
+    return 2 * inputs["y"].nbytes + 9 * inputs["y"].shape[1] ** 2 * inputs["y"].element_size()
+
+
+def _conv3x3_ascent_traffic(inputs: Inputs) -> int:
+    """Reads the features, their gradient and the weights; writes the gradients of features and weights."""
+    return 3 * inputs["y"].nbytes + 2 * 9 * inputs["y"].shape[1] ** 2 * inputs["y"].element_size()
+
+
 def _moments_traffic(inputs: Inputs) -> int:
     """Reads y and m; writes both sums."""
     return inputs["y"].nbytes + 3 * inputs["mean"].nbytes
@@ -441,21 +335,24 @@ class Operator:
 
 
 OPERATORS = (
-    Operator("bn_act", _distinct_layers, _features, _bn_act, _bn_act_traffic),
-    Operator("bn_act backward", _distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
-    Operator("bn_act backward, ascent", _distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
-    Operator("bn_act_join", _joined_layers, _features, _bn_act_join, _bn_act_join_traffic),
-    Operator("bn_act_join backward", _joined_layers, _features, _bn_act_join_backward, _bn_act_join_backward_traffic),
-    Operator("bn_act_pool", _pooled_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
-    Operator("bn_act_pool backward", _pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
-    Operator("mean_pool", _pooled, _features, _mean_pool, _mean_pool_traffic),
-    Operator("mean_pool backward", _pooled, _features, _mean_pool_backward, _mean_pool_traffic),
-    Operator("moments", _inputs_of_layers, _features, _moments, _moments_traffic),
-    Operator("moments backward", _inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
-    Operator("matching_loss, both ways", _all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
-    Operator("view", _images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
-    Operator("view_adam_clip_", _images, _pictures, _view_adam_clip, _view_adam_clip_traffic),
-    Operator("ascend_", _weights, _arena, _ascend, _ascend_traffic),
+    Operator("bn_act", subjects.distinct_layers, _features, _bn_act, _bn_act_traffic),
+    Operator("bn_act backward", subjects.distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
+    Operator("bn_act backward, ascent", subjects.distinct_layers, _features, _bn_act_backward_ascent, _bn_act_backward_traffic),
+    Operator("bn_act_join", subjects.joined_layers, _features, _bn_act_join, _bn_act_join_traffic),
+    Operator("bn_act_join backward", subjects.joined_layers, _features, _bn_act_join_backward, _bn_act_join_backward_traffic),
+    Operator("bn_act_pool", subjects.pooled_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
+    Operator("bn_act_pool backward", subjects.pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
+    Operator("mean_pool", subjects.pooled, _features, _mean_pool, _mean_pool_traffic),
+    Operator("mean_pool backward", subjects.pooled, _features, _mean_pool_backward, _mean_pool_traffic),
+    Operator("conv3x3", subjects.convolutions, _features, _conv3x3, _conv3x3_traffic, ("fp32",)),
+    Operator("conv3x3 backward", subjects.convolutions, _features, _conv3x3_backward, _conv3x3_traffic, ("fp32",)),
+    Operator("conv3x3 backward, ascent", subjects.convolutions, _features, _conv3x3_backward_ascent, _conv3x3_ascent_traffic, ("fp32",)),
+    Operator("moments", subjects.inputs_of_layers, _features, _moments, _moments_traffic),
+    Operator("moments backward", subjects.inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
+    Operator("matching_loss, both ways", subjects.all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
+    Operator("view", subjects.images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
+    Operator("view_adam_clip_", subjects.images, _pictures, _view_adam_clip, _view_adam_clip_traffic),
+    Operator("ascend_", subjects.weights, _arena, _ascend, _ascend_traffic),
 )
 
 
@@ -489,8 +386,8 @@ def cases(device: torch.device, all_shapes: bool, networks: Sequence[tuple[int, 
     found: dict[Case, list[str]] = {}
     for operator in OPERATORS:
         for network in used:
-            subjects = operator.subjects(network)
-            for subject in subjects if all_shapes or network is used[0] else subjects[:1]:
+            suited = operator.subjects(network)
+            for subject in suited if all_shapes or network is used[0] else suited[:1]:
                 for precision in operator.precisions:
                     found.setdefault(Case(operator, subject, precision), []).append(network.name)
     return found

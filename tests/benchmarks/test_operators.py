@@ -41,15 +41,15 @@ class Stopped:
 def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
     """ResNet-18 has a stem, eight blocks of two layers, and three strided skips, which are joined with the last layers of their blocks."""
     workload = networks.harness.WORKLOADS["cifar100-resnet18"]
-    found = networks.layers(networks.Network(workload, 18, CPU))
+    found = networks.subjects.layers(networks.Network(workload, 18, CPU))
     kinds = [(layer.skip, layer.joins, layer.activation) for layer in found]
     assert [kinds.count((*kind, "relu")) for kind in ((False, False), (True, False), (True, True))] == [9, 5, 3]
     assert len(kinds) == 17
-    (every,) = networks._all_layers(networks.Network(workload, 18, CPU))
+    (every,) = networks.subjects.all_layers(networks.Network(workload, 18, CPU))
     assert len(every.channels) == len(every.counts) == 20
     assert {layer.shape[1:] for layer in found} == {(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)}
     assert {layer.shape[0] for layer in found if layer.shape[1] == 512} == {workload.batch}
-    inputs = networks._inputs_of_layers(networks.Network(workload, 18, CPU))
+    inputs = networks.subjects.inputs_of_layers(networks.Network(workload, 18, CPU))
     assert [layer.shape[1:] for layer in inputs] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
     assert not any(layer.skip or layer.activation != "none" for layer in inputs)
 
@@ -58,14 +58,15 @@ def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
 def small(networks: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
     subjects = {
-        networks._distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
-        networks._joined_layers: networks.Layer((2, 20, 5, 3), True, "relu", None, True),
-        networks._pooled_layers: networks.Layer((2, 20, 5, 3), False, "relu", networks.Windows(3, 2, 1)),
-        networks._inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
-        networks._pooled: networks.Layer((2, 20, 5, 3), False, False),
-        networks._all_layers: networks.Layers("small", (3, 8), (50, 20)),
-        networks._images: networks.Images((2, 3, 12, 12), "imagenet"),
-        networks._weights: networks.Weights("small", 1000),
+        networks.subjects.distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
+        networks.subjects.joined_layers: networks.Layer((2, 20, 5, 3), True, "relu", None, True),
+        networks.subjects.pooled_layers: networks.Layer((2, 20, 5, 3), False, "relu", networks.subjects.Windows(3, 2, 1)),
+        networks.subjects.inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
+        networks.subjects.pooled: networks.Layer((2, 20, 5, 3), False, False),
+        networks.subjects.convolutions: networks.Layer((2, 32, 5, 3), False),
+        networks.subjects.all_layers: networks.Layers("small", (3, 8), (50, 20)),
+        networks.subjects.images: networks.Images((2, 3, 12, 12), "imagenet"),
+        networks.subjects.weights: networks.Weights("small", 1000),
     }
     return [networks.Case(each, subjects[each.subjects], precision) for each in networks.OPERATORS for precision in each.precisions]
 
@@ -93,6 +94,8 @@ def test_traffic(bench: ModuleType, small: list[Any]) -> None:
         ("bn_act_pool", "bf16"): 2 * features + vectors + 3 * 2 * 20 * 3 * 2,
         ("bn_act_pool backward", "fp32"): 2 * 4 * features + vectors + 5 * 2 * 20 * 3 * 2,
         ("mean_pool backward", "bf16"): 2 * features + 2 * 2 * 20 * 2 * 1,
+        ("conv3x3", "fp32"): 4 * (2 * 2 * 32 * 5 * 3 + 9 * 32 * 32),
+        ("conv3x3 backward, ascent", "fp32"): 4 * (3 * 2 * 32 * 5 * 3 + 2 * 9 * 32 * 32),
         ("moments", "bf16"): 2 * features + vectors // 2,
         ("moments backward", "fp32"): 2 * 4 * features + vectors // 2,
         ("matching_loss, both ways", "fp32"): matching,
