@@ -1,6 +1,7 @@
 """What `bench_operators.py` measures: every operator, on inputs of the shapes that ResNet-18 and ResNet-50 really have.
 
-To add an operator, add a row to `OPERATORS`: what of a network it works on (`operator_subjects.py`), its inputs, its call, and the bytes that it must move.
+To add an operator, add a row to `OPERATORS`: what of a network it works on, from `operator_subjects.py`, its inputs, its call, and the
+bytes that it must move.
 """
 
 from __future__ import annotations
