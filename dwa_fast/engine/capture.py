@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dwa_fast import ops
@@ -51,9 +53,29 @@ def trace_step(step: Callable[[], None]) -> GraphModule:
         step()
 
     # make_fx notes the shape of every result in a fake tensor. Making a mode for each of them would take as long as the rest of the trace.
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), _shared_notes():
         graph: GraphModule = make_fx(traced)(torch.empty(0))
     return graph
+
+
+@contextmanager
+def _shared_notes() -> Iterator[None]:
+    """Inside, results that look alike share a fake tensor: making one takes as long as the operator calls of a small batch."""
+    make, made = proxy_tensor.extract_val, dict[Any, Any]()
+
+    def note(value: Any, *options: Any, **more: Any) -> Any:
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+            return make(value, *options, **more)
+        looks = value.dtype, value.device, value.shape, value.stride()
+        if looks not in made:
+            made[looks] = make(value, *options, **more)
+        return made[looks]
+
+    proxy_tensor.extract_val = note  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        proxy_tensor.extract_val = make
 
 
 def compile_step(step: Callable[[], None]) -> Callable[[], None]:
