@@ -60,6 +60,29 @@ def test_no_further_from_float64_than_pytorch(shape: tuple[int, int, int, int, i
         assert distance(own, expected) <= max(2 * distance(plain, expected), 4e-7)
 
 
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rectified": torch.relu,
+    "far from zero": lambda x: 10 + x / 100,
+    "few": lambda x: torch.where(x > 2, x, 0),
+    "heavy tails": lambda x: x.pow(5),
+    "small": lambda x: x * 1e-30,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_any_kind(kind: str) -> None:
+    """Also the largest error of a single pixel, and where the weights cancel a constant."""
+    x, weight, _, gradient = problem((4, 96, 32, 17, 16))
+    for kernel in (weight, weight - weight.mean((2, 3), keepdim=True)):
+        given = KINDS[kind](x), kernel, None, gradient
+        exact = results(Operators("reference").conv3x3, *(each if each is None else each.double() for each in given))
+        theirs, ours = results(Operators("reference").conv3x3, *given), results(ops.conv3x3, *given)
+        for own, plain, expected in zip(ours, theirs, exact, strict=True):
+            assert distance(own, expected) <= max(2 * distance(plain, expected), 4e-7)
+            largest = float((own - expected).abs().max())
+            assert largest <= max(2 * float((plain - expected).abs().max()), 1e-6 * float(expected.abs().max()))
+
+
 def test_a_gradient_of_many_tiles_is_a_sum_of_sums() -> None:
     """The error of one long sum in float32 would be ten times as large."""
     given = problem((30, 16, 16, 64, 64))
