@@ -22,6 +22,8 @@ constexpr int64_t kSeen = 128 * 1024;             // of a gradient of weights at
 constexpr int64_t kOutputs = 4 * kWinogradPanel;  // of a gradient of weights that a thread takes at a time
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
+int64_t up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
 void check(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.dim() == 4, name, " must have four dimensions, got shape ", tensor.sizes());
   TORCH_CHECK(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
@@ -60,11 +62,12 @@ at::Tensor conv3x3_forward(const at::Tensor& x_, const at::Tensor& arranged_, co
                              y.data_ptr<float>()};
   const int64_t tiles = x.size(0) * task.tiles_high * task.tiles_wide;
   if (tiles == 0) return y;
-  const int64_t threads = at::get_num_threads(), block = std::min(kTiles, (tiles + threads - 1) / threads);
+  // Blocks of about the same size, as many for every thread.
+  const int64_t threads = at::get_num_threads(), blocks = threads * up(tiles, threads * kTiles), block = up(tiles, blocks);
   const int64_t need = kWinogradPlaces * block * (x.size(1) + kWinogradPadding + 2 * kWinogradPanel);
   at::Tensor room = at::empty({threads, need}, x.options());
   float* const rooms = room.data_ptr<float>();
-  at::parallel_for(0, (tiles + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, up(tiles, block), 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       kernels().winograd(task, begin * block, std::min(tiles, (begin + 1) * block), rooms + at::get_thread_num() * need);
     }
@@ -94,7 +97,7 @@ at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& 
                               gradients.data_ptr<float>(),
                               products.data_ptr<float>(),
                               grad_weight.data_ptr<float>()};
-  const int64_t parts = (outputs + kOutputs - 1) / kOutputs;
+  const int64_t parts = up(outputs, kOutputs);
   for (int64_t start = 0; start < tiles; start += block) {
     const int64_t count = std::min(block, tiles - start);
     at::parallel_for(start, start + count, 1,
