@@ -147,7 +147,7 @@ def nearest_preset(own: Recipe) -> tuple[str, dict[str, Any]]:
 
     Of presets with the same settings for this data set, such as fadrm and cv-dd on ImageNet, all are named: "fadrm = cv-dd"; paper alone.
     """
-    published = RECIPES.get(own.name, own)
+    published = replace(RECIPES.get(own.name, own), data=own.data)
 
     def compared(validation: ValidationConfig) -> dict[str, Any]:
         return {field: value for field, value in asdict(validation).items() if field not in _OF_NO_PRESET}
@@ -295,12 +295,12 @@ def recipe(
     check_choice("method", method, list(METHODS))
     check_choice("schedule", schedule, Schedule)
     check_choice("preset", preset, list(PRESETS))
-    chosen = replace(RECIPES[name], validation=PRESETS[preset](RECIPES[name]))
+    data, others = ({field: changes.pop(field) for field in own if field in changes} for own in (_DATA, _OTHERS))
+    chosen = replace(RECIPES[name], data=replace(RECIPES[name].data, **data))
+    chosen = replace(chosen, validation=PRESETS[preset](chosen))
     if schedule == "fast":
         chosen = replace(chosen, squeeze=_fast(chosen.squeeze))
-    data, others = ({field: changes.pop(field) for field in own if field in changes} for own in (_DATA, _OTHERS))
-    own = replace(chosen.data, **data)
-    synthesis = METHODS[method](chosen.synthesis, own)
+    synthesis = METHODS[method](chosen.synthesis, chosen.data)
     if fast:
         synthesis = replace(synthesis, iterations=synthesis.iterations // 4)
-    return replace(chosen, data=own, synthesis=replace(synthesis, **changes), **others)
+    return replace(chosen, synthesis=replace(synthesis, **changes), **others)

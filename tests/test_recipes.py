@@ -160,6 +160,13 @@ def test_presets_train_students_as_published(preset: str, name: str) -> None:
     assert {field: found[field] for field in expected} == expected
 
 
+def test_a_preset_goes_by_the_size_of_the_images() -> None:
+    small, large = recipe("folder", preset="rded", size=32), recipe("folder", preset="rded")
+    assert (small.validation.augmentation, small.validation.shuffle_cells) == ("none", 1)
+    assert (large.validation.augmentation, large.validation.shuffle_cells) == ("resized-crop", 2)
+    assert [nearest_preset(each) for each in (small, large)] == [("rded", {})] * 2
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_goes_with_every_preset(name: str) -> None:
     """Digits keep their views, since no digit may be mirrored; what is left of a recipe does not change."""

@@ -26,10 +26,16 @@ from dwa_fast.experiments.demo import DemoConfig
 
 
 def commands(
-    recipe: str | None = None, method: str = "dwa", schedule: Schedule = "cosine", preset: str = "paper", fast: bool = False
+    recipe: str | None = None,
+    method: str = "dwa",
+    schedule: Schedule = "cosine",
+    preset: str = "paper",
+    fast: bool = False,
+    size: int | None = None,
 ) -> Mapping[str, Any]:
     """Every command with its defaults, in the order of the workflow; defaults of a data set are the recipe's."""
-    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule, preset=preset, fast=fast)
+    own = {} if size is None else {"size": size}
+    chosen = recipes.recipe(recipe or "digits", method=method, schedule=schedule, preset=preset, fast=fast, **own)
     missing: Any = tyro.MISSING
     data: dict[str, Any] = {"recipe": chosen.name if recipe else missing, "size": chosen.data.size, "test_crop": chosen.data.test_crop}
     data["normalisation"] = Normalisation(mean=chosen.data.mean, std=chosen.data.std)

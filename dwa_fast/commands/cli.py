@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from dwa_fast.errors import InputError
 
-OK, FAILED, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # and 2 for wrong usage
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _DESCRIPTIONS = {
     "info": "Show what was built, what this machine has and which back-end would run.",
@@ -31,6 +32,13 @@ _DESCRIPTIONS = {
     "export": "Write a distilled set as Parquet, tensors or numbered folders.",
     "import": "Make a distilled set from Parquet files or tensors.",
 }
+
+
+_LISTS = ("--teacher", "--sets")  # flags that take several values in some commands
+
+
+class _UsageError(InputError):
+    """A command line that makes no sense, whatever the files are."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -52,6 +60,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _terminable():
             _parse(arguments).run(console)
+    except _UsageError as error:
+        console.error(str(error))
+        raise SystemExit(USAGE) from None
     except InputError as error:
         console.error(str(error))
     except BrokenPipeError:  # the reader of our output has closed it
@@ -83,13 +94,27 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _check_words(arguments: Sequence[str]) -> None:
+    """Refuse a misspelled command, and a list of values whose flag stands twice: only what is behind the last would count."""
+    name = arguments[0] if arguments else "-"
+    if not name.startswith("-") and name not in _DESCRIPTIONS:
+        near = difflib.get_close_matches(name, _DESCRIPTIONS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_DESCRIPTIONS)}"
+        raise _UsageError(f"there is no command {name!r}; {hint}")
+    flags = [argument.partition("=")[0] for argument in arguments]
+    for flag in _LISTS:
+        if flags.count(flag) > 1:
+            raise _UsageError(f"{flag} stands {flags.count(flag)} times; it takes all of its values at once: {flag} A B")
+
+
 def _parse(arguments: Sequence[str]) -> Any:
-    """The command with its settings. Recipe, method and schedule are read first, since the defaults of the other flags depend on them."""
+    """The command with its settings. Recipe, method, size and the like are read first, since the defaults of other flags depend on them."""
     import tyro
 
     from dwa_fast.commands import commands
     from dwa_fast.commands.flags import RefusedError, settings_registry
 
+    _check_words(arguments)
     defaults, _ = tyro.cli(commands, args=arguments, return_unknown_args=True, add_help=False)
     try:
         with settings_registry():  # the argument `registry` needs tyro 1.0.12

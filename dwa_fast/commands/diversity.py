@@ -22,7 +22,7 @@ from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine import backend
-from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis, analyse_sets
+from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis, analyse_sets, smallest_class
 from dwa_fast.io.pictures import contact_sheet
 from dwa_fast.recipes import recipe
 from dwa_fast.report.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
@@ -55,6 +55,7 @@ class Diversity(DistilledSets):
         normalisation, device = self.normalisation, backend.resolve_device(self.device)
         train = self.real(console, "train")
         sets = self.open_sets(console, train.class_names)
+        smallest_class(sets)  # before the teacher is loaded and the images are read
         teacher = self.open_teacher(self.teacher, self.architecture, train.class_names)
         for images in sets.values():
             compare_normalisation(images.folder, normalisation, teacher)

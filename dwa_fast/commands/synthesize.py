@@ -52,7 +52,8 @@ class Synthesize(TeacherData):
         divided = workers.torchrun_worker() if workers.launched() else workers.Shard.parse(self.shard or "1/1")
         recipe = self.full_recipe(synthesis=replace(self.config, device=workers.own_device(self.config.device)))
         with console.bars(shown=workers.rank() == 0) as track:
-            measuring = track("statistics of classes") if recipe.synthesis.matches_class else None
+            looking = recipe.synthesis.matches_class or recipe.synthesis.initial in ("patches", "median")
+            measuring = track("statistics of classes" if recipe.synthesis.matches_class else "initial images") if looking else None
             bar = track(f"{self.method}, ipc {self.ipc}")
             made = distill(
                 [teacher.module for teacher in teachers],

@@ -327,6 +327,9 @@ def _train_folder(folder: Path) -> Path:
     """
     if (folder / "train").is_dir():
         return folder / "train"
+    whole = folder.resolve().parent
+    if folder.resolve().name in ("train", *_TEST_FOLDERS) and (whole / "train").is_dir():
+        raise InputError(f"{folder} is one part of a data set; pass the folder that holds it, {folder.parent if folder.name else whole}")
     for name in _TEST_FOLDERS:
         if (folder / name).is_dir():
             raise InputError(

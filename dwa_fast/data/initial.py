@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dwa_fast.config import InitialConfig, InitialOrder, Normalisation
+from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, Progress
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.patches import Patch, Predict, cut, draw_patches, scores, stitch
 from dwa_fast.data.subsets import by_class
@@ -29,6 +29,16 @@ PATCH_SETTINGS = ("patch_candidates", "patch_crops", "patch_factor")
 log = logging.getLogger("dwa_fast")
 
 
+def reporting(labels: Collection[int], progress: Progress | None) -> Iterator[int]:
+    """The labels, with a report before each and behind the last."""
+    for done, label in enumerate(labels):
+        if progress:
+            progress(done, len(labels))
+        yield label
+    if progress:
+        progress(len(labels), len(labels))
+
+
 class InitialImages(Protocol):
     """Image i of every class. It does not depend on the number or order of requests, nor on the number of processes."""
 
@@ -40,9 +50,11 @@ class InitialImages(Protocol):
     def skipped(self) -> dict[str, str]:
         """Files that could not be decoded so far, with the cause; a set that resumes adds those that it has skipped before."""
 
-    def check(self, last: Mapping[int, int]) -> None:
+    def check(self, last: Mapping[int, int], progress: Progress | None = None) -> None:
         """Check that the images of each class, up to the given index by class, can be read.
 
+        Args:
+            progress: called with the classes whose images a teacher has chosen, and those whose images it will choose.
         Raises:
             InputError: as `load`, for the first one that cannot.
         """
@@ -110,7 +122,7 @@ class RealImages:
             pixels = {image: content for own in classes for image, content in own.items()}
         return normalise(torch.cat([pixels[image] for image in images]), self._normalisation)
 
-    def check(self, last: Mapping[int, int]) -> None:
+    def check(self, last: Mapping[int, int], progress: Progress | None = None) -> None:
         """Decode the images of each class up to the given index.
 
         Raises:
@@ -215,7 +227,7 @@ class PatchImages:
         if data.image_shape[1] % self._factor:
             raise InputError(f"patch_factor must divide the size of the images, {data.image_shape[1]}, got {self._factor}")
         if self._needed > self._candidates:
-            raise InputError(f"ipc {ipc} takes {self._needed} patches of each class, but patch_candidates is {self._candidates}; raise it")
+            raise InputError(f"ipc {ipc} takes patches of {self._needed} images of each class, but patch_candidates is {self._candidates}")
         class_members(data, self._needed)
         self.settings: dict[str, Any] = {name: getattr(config, name) for name in PATCH_SETTINGS}
         if self._factor > 1:  # then all images of a class depend on their number
@@ -229,13 +241,13 @@ class PatchImages:
         """Files that could not be decoded so far, with the cause."""
         return self._real.skipped
 
-    def check(self, last: Mapping[int, int]) -> None:
+    def check(self, last: Mapping[int, int], progress: Progress | None = None) -> None:
         """Choose the patches of each class, whatever the index.
 
         Raises:
             InputError: as `RealImages.load`, or the teacher's logits are not finite.
         """
-        for label in last:
+        for label in reporting(last, progress):
             if label not in self._best:
                 self._best[label] = self._choose(label)
 
@@ -290,13 +302,14 @@ class MedianImages:
         """Files that could not be decoded so far, with the cause."""
         return self._real.skipped
 
-    def check(self, last: Mapping[int, int]) -> None:
+    def check(self, last: Mapping[int, int], progress: Progress | None = None) -> None:
         """Rank the images of each class.
 
         Raises:
             InputError: as `RealImages.load`, too few images of a class can be decoded, or the teacher's logits are not finite.
         """
-        for label, index in last.items():
+        for label in reporting(last, progress):
+            index = last[label]
             if label not in self._order:
                 self._order[label] = self._rank(label)
             if index >= len(self._order[label]):
@@ -329,7 +342,7 @@ class TensorImages:
         self._last: dict[int, Tensor] = {}  # files of the last batch: others with the same indices follow
         self._lock = Lock()
 
-    def check(self, last: Mapping[int, int]) -> None:
+    def check(self, last: Mapping[int, int], progress: Progress | None = None) -> None:
         """Read the files up to the largest index.
 
         Raises:
@@ -389,7 +402,7 @@ class NoImages:
         self.skipped: dict[str, str] = {}
         self._image = probe_image(data)
 
-    def check(self, last: Mapping[int, int]) -> None:
+    def check(self, last: Mapping[int, int], progress: Progress | None = None) -> None:
         """Nothing to check."""
 
     def load(self, images: Sequence[tuple[int, int]]) -> Tensor:

@@ -34,6 +34,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if not Path(folder).exists():
+            raise InputError(f"{folder} does not exist") from None
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error

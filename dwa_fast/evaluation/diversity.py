@@ -169,7 +169,7 @@ def analyse_sets(
         raise InputError(f"no set may be called {REAL!r}; those are drawn to compare with")
     if config.real_images is not None:
         real = draw(real, config.real_images, "real images", seed=seed)
-    drawn = draw(real, _smallest_class(sets), "random real images", seed=seed)
+    drawn = draw(real, smallest_class(sets), "random real images", seed=seed)
     everything: dict[str, ImageSet] = {REAL: drawn, **sets}
     total = sum(len(images.labels) for images in everything.values()) + len(real.labels)
     embedder = _Embedder(teacher.to(device).eval(), normalisation, device, config.space, total, progress)
@@ -261,7 +261,7 @@ def _random_images(images: ImageSet, classes: Sequence[int], at_most: int, seed:
     return torch.cat([own[label][generator(seed, "t-sne images", label).permutation(len(own[label]))[:at_most]] for label in classes])
 
 
-def _smallest_class(sets: Mapping[str, ImageSet]) -> int:
+def smallest_class(sets: Mapping[str, ImageSet]) -> int:
     """The size of the smallest class of all sets.
 
     Raises:

@@ -87,7 +87,8 @@ def distill(
         logits: which of several outputs of the teacher are the logits, as `output` of `synthesize`.
         workers: which batches this process makes; default: all.
         progress: called with the iterations finished and the iterations in all; batches that are already there count as finished.
-        measuring: with `statistics="class"`, called with the real images that have passed through the teachers, and those that will.
+        measuring: called before the first batch, where the teachers look at real images: with the classes whose patches or median images
+            are chosen, and all of them; with `statistics="class"`, with the images that have passed through, and those that will.
         observer: called in another thread with each batch that is on the disk and the losses that are kept of it.
         try_teacher: whether the teacher first predicts some of the images, to warn of one that does not fit them.
     Returns:
@@ -128,7 +129,7 @@ def distill(
     with synthesizer, torch_threads(store.settings.get("threads")), tracked(store.storage.track, store.folder, store.settings) as trackers:
         if missing:
             store.begin()
-            images.check(_last_indices(missing))
+            images.check(_last_indices(missing), measuring)
             if try_teacher and rank() == 0:
                 for predict in synthesizer.predictors:
                     warn_if_inaccurate(predict, data, recipe.data)

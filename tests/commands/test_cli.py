@@ -35,7 +35,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def synthesize(teacher: Path, output: Path, *more: str) -> int:
-    return run(["synthesize", "--recipe", "digits", "--teacher", str(teacher), "--output", str(output), "--ipc", "2", *QUICK, *more])
+    teachers = [] if "--teacher" in more else ["--teacher", str(teacher)]
+    return run(["synthesize", "--recipe", "digits", *teachers, "--output", str(output), "--ipc", "2", *QUICK, *more])
 
 
 def usage_error(arguments: Sequence[str]) -> int:
@@ -82,6 +83,26 @@ def test_method_changes_the_defaults(teacher: Path, tmp_path: Path) -> None:
     assert synthesize(teacher, tmp_path, "--method", "sre2l") == 0
     settings = read_manifest(tmp_path)["settings"]
     assert (settings["initial"], settings["rho"], settings["lambda_var"]) == ("noise", 0.0, 0.01)
+
+
+def test_size_changes_the_stages_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["synthesize", "--recipe", "folder", "--method", "fadrm", "--teacher", "t", "--output", "o"]
+    assert _parse([*flags, "--size", "112"]).config.stage_sizes == (100, 112, 100, 112)
+    assert _parse(flags).config.stage_sizes == (200, 224, 200, 224)
+    assert _parse([*flags, "--size", "112", "--stage-sizes", "56", "112"]).config.stage_sizes == (56, 112)
+    assert run([*flags, "--size", "0"]) == 1
+    assert "size must be an integer of at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("sythesize", "; did you mean synthesize?"), ("x", "; there are info, demo, squeeze, ")])
+def test_a_misspelled_command(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error([typed, "--recipe", "digits"]) == 2
+    assert capsys.readouterr().err.startswith(f"dwa-fast: there is no command {typed!r}{meant}")
+
+
+def test_a_list_that_stands_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error(["synthesize", "--teacher", "a.pt", "--teacher", "b.pt"]) == 2
+    assert "--teacher stands 2 times; it takes all of its values at once: --teacher A B" in capsys.readouterr().err
 
 
 def test_fast_changes_the_defaults() -> None:
@@ -229,7 +250,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["synthesize", "--recipe", "digits", "--size", str(SIZE), "--threads", "0"],
         "threads must be an integer of at least 1, got 0",
     ),
-    "no set": (["verify", "nowhere"], "nowhere holds no manifest.json; it is not a set written by dwa-fast"),
+    "no set": (["verify", "nowhere"], "nowhere does not exist"),
     "info": (["info", "--teacher", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
 }
 

@@ -48,7 +48,8 @@ def study(command: str, bench: Path, output: Path, *more: str) -> int:
         "diversity": ["--tsne-images", "4", "--shown-classes", "6"],
         "incremental": ["--epochs", "1", "--padding", "1", "--tasks", "2"],
     }
-    common = ["--recipe", "digits", "--size", str(SIZE), "--teacher", str(bench / "teacher.pt"), "--output", str(output)]
+    teacher = [] if "--teacher" in more else ["--teacher", str(bench / "teacher.pt")]
+    common = ["--recipe", "digits", "--size", str(SIZE), *teacher, "--output", str(output)]
     sets = [] if "--sets" in more else ["--sets", str(bench / "one"), f"negated={bench / 'two'}"]
     return run([command, *common, *quick[command], *sets, *more])
 

@@ -269,6 +269,17 @@ def test_a_folder_of_held_out_images_is_no_class(tmp_path: Path) -> None:
     assert load(FOLDER, tmp_path, "test").class_names == ["cat"]
 
 
+def test_one_part_of_a_data_set_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    classes(tmp_path / "train", "cat", "dog")
+    classes(tmp_path / "val", "cat", "dog")
+    for part in ("train", "val"):
+        with pytest.raises(InputError, match=rf"{part} is one part of a data set; pass the folder that holds it, {tmp_path}$"):
+            load(FOLDER, tmp_path / part, "train")
+    (tmp_path / "train").rename(tmp_path / "photos")
+    assert load(FOLDER, tmp_path / "photos", "train").class_names == ["cat", "dog"]
+    assert load(FOLDER, tmp_path / "val", "train").class_names == ["cat", "dog"]
+
+
 def test_tiny_imagenet_of_other_classes(tmp_path: Path) -> None:
     config = DataConfig(layout="tiny", size=8)
     classes(tmp_path / "train", "n01", "n02")

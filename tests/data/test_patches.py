@@ -101,6 +101,13 @@ def test_the_best_patches_best_first() -> None:
     assert [each.unique().tolist() for each in worst] == [[11], [21], [31], [41], [51], [61]]
 
 
+def test_the_choice_is_reported_class_by_class() -> None:
+    _, start = images_of(grey(), ipc=1)
+    calls: list[tuple[int, int]] = []
+    start.check({0: 0, 1: 0}, lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 2), (1, 2), (2, 2)]
+
+
 def test_the_best_square_of_an_image() -> None:
     """Images that are bright in one corner: squares of it win over the whole."""
     data = grey(per_class=1, size=16)
@@ -129,7 +136,7 @@ def test_four_patches_to_an_image() -> None:
     ("settings", "message"),
     [
         ({"patch_factor": 3}, "patch_factor must divide the size of the images, 8, got 3"),
-        ({"patch_candidates": 1}, "ipc 2 takes 2 patches of each class, but patch_candidates is 1; raise it"),
+        ({"patch_candidates": 1}, "ipc 2 takes patches of 2 images of each class, but patch_candidates is 1"),
         ({"patch_factor": 2}, "class '0' has 6 images, but ipc 8 needs as many initial ones"),
     ],
 )
