@@ -7,11 +7,11 @@ using Bf16 = uint16_t;  // its bits
 #include "cpu/activation_kernels.h"
 #include "cpu/adam_clip_kernel.h"
 #include "cpu/bn_act_kernels.h"
+#include "cpu/conv3x3_kernels.h"
 #include "cpu/max_pool_kernels.h"
 #include "cpu/mean_pool_kernels.h"
 #include "cpu/moments_kernels.h"
 #include "cpu/view_kernel.h"
-#include "cpu/winograd_kernels.h"
 // On those of bn_act.
 #include "cpu/bn_act_join_kernels.h"
 }  // namespace

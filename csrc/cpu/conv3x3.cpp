@@ -1,5 +1,5 @@
 // y = w ∗ x + b for a 3×3 kernel, stride 1 and one pixel of zeros around, and its gradients, by Winograd's F(2×2, 3×3):
-// cpu/winograd_kernels.h.
+// cpu/conv3x3_kernels.h.
 //
 // On channels-last tensors, others through a copy. The bits do not depend on the number of threads.
 #include <ATen/Parallel.h>
