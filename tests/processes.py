@@ -89,8 +89,11 @@ class Bench:
 
     def start(self, folder: Path, *more: str, **order: Any) -> Process:
         """Start a run in a process of its own; for the order, see Order."""
-        log = self.teacher.with_name(f"{time.monotonic_ns()}.log")
-        process = _context.Process(target=serve, args=([*self.command(folder), *more], str(folder), log, Order(**order)))
+        log, command = self.teacher.with_name(f"{time.monotonic_ns()}.log"), self.command(folder)
+        if "--teacher" in more:
+            place = command.index("--teacher")
+            del command[place : place + 2]
+        process = _context.Process(target=serve, args=([*command, *more], str(folder), log, Order(**order)))
         process.start()
         return Process(process, log)
 
