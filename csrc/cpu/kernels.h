@@ -188,7 +188,7 @@ struct Kernels {
   void (*max_pool)(const MaxPool&, const void*, int64_t, void*, uint8_t*);
   // Of one image the gradient, or null or a second one, and the places; a line of the unpooled gradient
   void (*max_pool_gather)(const MaxPool&, const void*, const void*, const uint8_t*, int64_t, void*);
-  // A range of tiles, with room for `winograd_room` floats
+  // A range of tiles, and 16·(inputs + padding + 2 panels) floats of room for each of them
   void (*winograd)(const WinogradForward&, int64_t, int64_t, float*);
   void (*winograd_weights)(const WinogradWeights&, int64_t, int64_t);  // a range of panels
   // The tiles from the third argument on, of a block that begins at the second, as many as the fourth says
