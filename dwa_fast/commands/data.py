@@ -182,6 +182,12 @@ def report_skipped(console: Console, skipped: Mapping[str, str]) -> None:
             console.print("  …")
 
 
+def counted(images: ImageSet) -> str:
+    """How many there are, of how many classes."""
+    classes = len(images.class_names)
+    return f"{len(images.labels)} of {classes} class{'es' if classes > 1 else ''}"
+
+
 def on_its_threads(run: Callable[[Any, Console], None]) -> Callable[[Any, Console], None]:
     """A command's `run`, on as many CPU threads as its flag `threads` says."""
 

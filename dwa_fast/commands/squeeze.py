@@ -9,7 +9,7 @@ import tyro
 from torch import nn
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import Architecture, Data, naming_bad_images, on_its_threads, readable_images
+from dwa_fast.commands.data import Architecture, Data, counted, naming_bad_images, on_its_threads, readable_images
 from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
 from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.set_layout import refuse_images
@@ -45,7 +45,9 @@ class Squeeze(Data):
         device = backend.resolve_device(self.device)
         checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
-            train = readable_images(console, self.load("train"), self.skip_bad_images)
+            train = self.load("train")
+            console.print(f"training images: {counted(train)}")
+            train = readable_images(console, train, self.skip_bad_images)
             test = self._held_out(console)
             recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)
             bar = track("teacher")

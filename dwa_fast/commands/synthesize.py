@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import TeacherData
+from dwa_fast.commands.data import TeacherData, counted
 from dwa_fast.config import InitialConfig, NonNegativeInt, PositiveInt, StorageConfig, SynthesisConfig
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import PairedTeacher, teachers_in_settings
@@ -45,6 +45,8 @@ class Synthesize(TeacherData):
         if set_folder(self.output) == self.output:  # else the output is `images` of a set, which stands for the set
             refuse_images(self.output)
         train = self.load("train")
+        if workers.rank() == 0:
+            console.print(f"real images: {counted(train)}")
         teachers = self._teachers(train.class_names)
         used = teachers_in_settings([each.checksum for each in teachers], [each.outputs for each in teachers])
         if workers.launched() and self.shard:

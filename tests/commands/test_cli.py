@@ -50,7 +50,9 @@ def test_squeeze_synthesize_validate(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert synthesize(teacher, tmp_path / "set", "--backend", "auto") == 0
-    assert f"{tmp_path / 'set'}: 20 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("real images: 1347 of 10 classes\n")
+    assert f"{tmp_path / 'set'}: 20 images" in printed
     manifest = read_manifest(tmp_path / "set")
     assert manifest["settings"]["teacher"] == checksum(teacher)
     assert (manifest["settings"]["recipe"], manifest["settings"]["method"]) == ("digits", "dwa")
