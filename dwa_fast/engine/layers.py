@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.models.modules import has_hooks, replace_layers
+from dwa_fast.ops import cpu_level
 from dwa_fast.ops.conv3x3 import MULTIPLE
 
 _BLOCK = 2  # pixels per side that become channels of one vector or matrix instruction
@@ -149,7 +150,12 @@ def replace_convolutions(module: nn.Module) -> None:
 
 
 def replace_3x3(module: nn.Module, operator: Callable[..., Tensor]) -> None:
-    """Replace every suitable 3×3 convolution below `module`; call this before `replace_convolutions`."""
+    """Replace every suitable 3×3 convolution below `module`; call this before `replace_convolutions`.
+
+    Not on the baseline instruction set, where the library's own kernels may use wider vectors than ours.
+    """
+    if cpu_level() == "baseline":
+        return
     replace_layers(module, lambda layer: Conv3x3(layer, operator) if Conv3x3.suits(layer) else None)
 
 

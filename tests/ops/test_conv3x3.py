@@ -228,6 +228,13 @@ def test_teachers_and_trainings_pass_through_it_and_plain_back_ends_do_not() -> 
         torch.testing.assert_close(rewritten.module(images), teacher(images))
 
 
+def test_the_baseline_keeps_the_librarys_convolutions(use_level: Callable[[str], None]) -> None:
+    use_level("baseline")
+    teacher, images = network().eval().requires_grad_(False), torch.randn(3, 3, 8, 8)
+    rewritten = trace(teacher, batchnorm_layers(teacher), resolve("fused", "fp32", "cpu").operators, images)
+    assert not any(isinstance(each, Conv3x3) for each in rewritten.module.modules())
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_steps_of_a_training(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also under autocast, where the library's convolution takes its place, with the library's bits."""
