@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import harness
@@ -180,22 +181,22 @@ def _mean_pool_traffic(inputs: Inputs) -> int:
     return inputs["y"].nbytes + n * c * (h // 2) * (w // 2) * inputs["y"].element_size()
 
 
-def _conv3x3(operators: Operators, inputs: Inputs) -> Call:
+def _convolution(name: str, operators: Operators, inputs: Inputs) -> Call:
     weight = _kernel(inputs)
-    return lambda: (operators.conv3x3(inputs["y"], weight),)
+    return lambda: (getattr(operators, name)(inputs["y"], weight),)
 
 
-def _conv3x3_backward(operators: Operators, inputs: Inputs) -> Call:
+def _convolution_backward(name: str, operators: Operators, inputs: Inputs) -> Call:
     """As in the inner loop: the weights are frozen, but here their transform is made anew by every call."""
     leaf = inputs["y"].requires_grad_()
-    z = operators.conv3x3(leaf, _kernel(inputs))
+    z = getattr(operators, name)(leaf, _kernel(inputs))
     return lambda: torch.autograd.grad(z, leaf, inputs["grad_z"], retain_graph=True)
 
 
-def _conv3x3_backward_ascent(operators: Operators, inputs: Inputs) -> Call:
+def _convolution_backward_ascent(name: str, operators: Operators, inputs: Inputs) -> Call:
     """As in the ascent and in trainings."""
     leaves = inputs["y"].requires_grad_(), _kernel(inputs).requires_grad_()
-    z = operators.conv3x3(*leaves)
+    z = getattr(operators, name)(*leaves)
     return lambda: torch.autograd.grad(z, leaves, inputs["grad_z"], retain_graph=True)
 
 
@@ -206,12 +207,12 @@ def _kernel(inputs: Inputs) -> Tensor:
     return (weight / math.sqrt(9 * channels)).float().to(like, memory_format=torch.channels_last)
 
 
-def _conv3x3_traffic(inputs: Inputs) -> int:
+def _convolution_traffic(inputs: Inputs) -> int:
     """One of both ways: reads the features or their gradient and the weights; writes the other one."""
     return 2 * inputs["y"].nbytes + 9 * inputs["y"].shape[1] ** 2 * inputs["y"].element_size()
 
 
-def _conv3x3_ascent_traffic(inputs: Inputs) -> int:
+def _convolution_ascent_traffic(inputs: Inputs) -> int:
     """Reads the features, their gradient and the weights; writes the gradients of features and weights."""
     return 3 * inputs["y"].nbytes + 2 * 9 * inputs["y"].shape[1] ** 2 * inputs["y"].element_size()
 
@@ -335,6 +336,15 @@ class Operator:
     precisions: Sequence[str] = tuple(DTYPES)
 
 
+def _convolutions(name: str, found: Callable[[Network], list[Subject]], precision: str) -> list[Operator]:
+    calls = {
+        "": (_convolution, _convolution_traffic),
+        " backward": (_convolution_backward, _convolution_traffic),
+        " backward, ascent": (_convolution_backward_ascent, _convolution_ascent_traffic),
+    }
+    return [Operator(name + way, found, _features, partial(call, name), traffic, (precision,)) for way, (call, traffic) in calls.items()]
+
+
 OPERATORS = (
     Operator("bn_act", subjects.distinct_layers, _features, _bn_act, _bn_act_traffic),
     Operator("bn_act backward", subjects.distinct_layers, _features, _bn_act_backward, _bn_act_backward_traffic),
@@ -345,9 +355,8 @@ OPERATORS = (
     Operator("bn_act_pool backward", subjects.pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
     Operator("mean_pool", subjects.pooled, _features, _mean_pool, _mean_pool_traffic),
     Operator("mean_pool backward", subjects.pooled, _features, _mean_pool_backward, _mean_pool_traffic),
-    Operator("conv3x3", subjects.convolutions, _features, _conv3x3, _conv3x3_traffic, ("fp32",)),
-    Operator("conv3x3 backward", subjects.convolutions, _features, _conv3x3_backward, _conv3x3_traffic, ("fp32",)),
-    Operator("conv3x3 backward, ascent", subjects.convolutions, _features, _conv3x3_backward_ascent, _conv3x3_ascent_traffic, ("fp32",)),
+    *_convolutions("conv3x3", subjects.convolutions, "fp32"),
+    *_convolutions("conv_product", subjects.small_convolutions, "bf16"),
     Operator("moments", subjects.inputs_of_layers, _features, _moments, _moments_traffic),
     Operator("moments backward", subjects.inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
     Operator("matching_loss, both ways", subjects.all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),

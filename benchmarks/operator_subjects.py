@@ -11,8 +11,8 @@ import harness
 import torch
 from torch import Tensor, nn
 
+from dwa_fast.engine.cpu_convolutions import CpuConv
 from dwa_fast.engine.fuse import trace
-from dwa_fast.engine.layers import Conv3x3
 from dwa_fast.engine.pool_nodes import Windows
 from dwa_fast.models.architectures import build
 from dwa_fast.models.batchnorm import batchnorm_layers
@@ -149,7 +149,7 @@ def convolutions(network: Network) -> list[Subject]:
     seen: dict[Subject, None] = {}
 
     def keep_shape(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
-        if Conv3x3.suits(layer) and layer.in_channels == layer.out_channels:
+        if CpuConv.is_3x3(layer) and layer.in_channels == layer.out_channels:
             inner = given[0].shape[1:]
             seen[Layer((network.batch(math.prod(inner)), *inner), skip=False)] = None
 
@@ -159,6 +159,13 @@ def convolutions(network: Network) -> list[Subject]:
     with torch.no_grad():
         module(torch.zeros(1, 3, network.workload.size, network.workload.size))
     return list(seen)
+
+
+def small_convolutions(network: Network) -> list[Subject]:
+    """Those of them, with the smallest map, that may be matrix products in bf16."""
+    found = convolutions(network)
+    least = min((math.prod(layer.shape[2:]) for layer in found), default=0)
+    return [layer for layer in found if math.prod(layer.shape[2:]) == least]
 
 
 def all_layers(network: Network) -> list[Subject]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +167,8 @@ def bf16_instructions() -> str | None:
     allowed = torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
     if not (allowed and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return None
-    if torch.cpu._is_amx_tile_supported():
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if torch.cpu._is_amx_tile_supported() and ("AMX" in limit or limit in ("ALL", "DEFAULT")):
         return "AMX"
     return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
@@ -248,5 +250,10 @@ def _fused(device: torch.device) -> Operators:
 def _implementations(device: torch.device) -> dict[str, str]:
     """What computes each operator of the fused back-end."""
     if device.type == "cuda":
-        return dict.fromkeys(OPERATORS, "Triton") | {"mean_pool": _PLAIN, "conv3x3": _PLAIN}
-    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {"ascend_": "C++", "cross_entropy": _PLAIN, "log_losses_": _PLAIN}
+        return dict.fromkeys(OPERATORS, "Triton") | dict.fromkeys(("mean_pool", "conv3x3", "conv_product"), _PLAIN)
+    return dict.fromkeys(OPERATORS, f"C++ ({ops.cpu_level()})") | {
+        "ascend_": "C++",
+        "conv_product": "C++",
+        "cross_entropy": _PLAIN,
+        "log_losses_": _PLAIN,
+    }

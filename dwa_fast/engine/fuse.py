@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 from dwa_fast.engine.activation_nodes import Match, changed_in_place, match
-from dwa_fast.engine.layers import SampledConv, replace_3x3, replace_convolutions, replace_global_means, replace_pools, replace_stems
+from dwa_fast.engine.cpu_convolutions import replace_cpu_convolutions
+from dwa_fast.engine.layers import SampledConv, replace_convolutions, replace_global_means, replace_pools, replace_stems
 from dwa_fast.engine.pool_nodes import Windows, match_pool
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.models.batchnorm import MomentsHook, given, is_plain, planes
@@ -148,7 +149,7 @@ def trace(
     _share(traced)
     replace_stems(traced)
     if operators.fuses:
-        replace_3x3(traced, operators.conv3x3)
+        replace_cpu_convolutions(traced, operators)
     replace_convolutions(traced)
     replace_pools(traced, operators.mean_pool)
     replace_global_means(traced)

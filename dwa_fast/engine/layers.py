@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.models.modules import has_hooks, replace_layers
-from dwa_fast.ops import cpu_level
-from dwa_fast.ops.conv3x3 import MULTIPLE
 
 _BLOCK = 2  # pixels per side that become channels of one vector or matrix instruction
 _LANES = 16  # channels that such an instruction computes, needed or not
 _ALIGNMENT = 8  # channels, in multiples of which a GPU's convolutions are fast
-_LEAST_PIXELS = 4  # per side, from which on fewer multiplications are less time
 _ONEDNN_BLOCK = 16  # channels that oneDNN's kernels take at a time
 
 
@@ -117,46 +114,9 @@ class SampledConv(LeanConv):
         return y
 
 
-class Conv3x3(LeanConv):
-    """A 3×3 Conv2d of stride 1 that float32 images on a CPU pass through with fewer multiplications; others as through a LeanConv."""
-
-    def __init__(self, layer: nn.Conv2d, operator: Callable[..., Tensor]) -> None:
-        super().__init__(layer)
-        self.operator = operator
-
-    @staticmethod
-    def suits(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-        """Whether the operator computes the layer."""
-        if not LeanConv.suits(layer) or layer.kernel_size != (3, 3) or layer.groups != 1:
-            return False
-        usual = layer.stride == layer.padding == layer.dilation == (1, 1)
-        return usual and layer.in_channels % MULTIPLE == layer.out_channels % MULTIPLE == 0
-
-    def forward(
-        self,
-        x: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, O, H, W]
-        """The convolution."""
-        if torch.is_autocast_enabled(x.device.type):
-            return F.conv2d(x, self.weight, self.bias, padding=1)
-        if x.device.type == "cpu" and x.dtype is torch.float32 and min(x.shape[2:]) >= _LEAST_PIXELS:
-            return self.operator(x, self.weight, self.bias)
-        return super().forward(x)
-
-
 def replace_convolutions(module: nn.Module) -> None:
     """Replace every suitable convolution below `module` by a LeanConv."""
     replace_layers(module, lambda layer: LeanConv(layer) if LeanConv.suits(layer) else None)
-
-
-def replace_3x3(module: nn.Module, operator: Callable[..., Tensor]) -> None:
-    """Replace every suitable 3×3 convolution below `module`; call this before `replace_convolutions`.
-
-    Not on the baseline instruction set, where the library's own kernels may use wider vectors than ours.
-    """
-    if cpu_level() == "baseline":
-        return
-    replace_layers(module, lambda layer: Conv3x3(layer, operator) if Conv3x3.suits(layer) else None)
 
 
 class StemConv(LeanConv):

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node, map_arg
 _aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
 # Calls that alias or write an argument without declaring it in their schema; their arguments count as written.
 _UNDECLARED = {_aten._unsafe_view, _aten.unsafe_split, _aten.unsafe_split_with_sizes, _aten.native_batch_norm, _aten.set_}
-_ARRANGED = "dwa_fast::conv3x3_weights"
+_ARRANGED = ("dwa_fast::conv3x3_weights", "dwa_fast::conv_turned")  # of our own: weights in another order
 _PLAIN: tuple[Any, ...] = ("none", [], None)  # no activation fused behind the convolution
 
 
@@ -60,7 +60,7 @@ def pack_convolutions(graph: GraphModule) -> set[Node]:
     """
     frozen, packing, checked = frozen_tensors(graph), set(), dict[Any, bool]()
     for node in list(graph.graph.nodes):
-        if getattr(node.target, "name", str)() == _ARRANGED and node.args[0] in frozen:
+        if getattr(node.target, "name", str)() in _ARRANGED and node.args[0] in frozen:
             packing.add(node)
             continue
         packed = _packed(node)

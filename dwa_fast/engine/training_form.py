@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dwa_fast import ops
 from dwa_fast.engine.capture import TRACING
+from dwa_fast.engine.cpu_convolutions import replace_cpu_convolutions
 from dwa_fast.engine.fuse import BatchNormAct, fuse_neighbours
-from dwa_fast.engine.layers import StridedPointwise, replace_3x3, replace_global_means, replace_pools, replace_strided_pointwise
+from dwa_fast.engine.layers import StridedPointwise, replace_global_means, replace_pools, replace_strided_pointwise
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.errors import first_line
 from dwa_fast.models.batchnorm import batchnorm_layers, is_plain, planes
@@ -91,10 +92,10 @@ def _traced(module: nn.Module, trial: Tensor) -> nn.Module:
     for layer in layers:
         if _is_fusible(layer):
             fuse_neighbours(traced, layer, _TrainedBatchNormAct(layer, operators))
-    replace_3x3(traced, ops.conv3x3)
-    replace_pools(traced, ops.mean_pool)
-    replace_global_means(traced)
     replace_strided_pointwise(traced)
+    replace_cpu_convolutions(traced, operators)
+    replace_pools(traced, operators.mean_pool)
+    replace_global_means(traced)
     for node in traced.graph.find_nodes(op="call_method", target="view"):
         if not any(isinstance(each, torch.dtype) for each in node.args):
             node.target = "reshape"  # the layout of channels-last features may not allow a view

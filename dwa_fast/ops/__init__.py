@@ -14,6 +14,7 @@ from dwa_fast.ops.bn_act import bn_act, partial_rows
 from dwa_fast.ops.bn_act_join import bn_act_join
 from dwa_fast.ops.bn_act_pool import bn_act_pool
 from dwa_fast.ops.conv3x3 import conv3x3
+from dwa_fast.ops.conv_product import conv_product
 from dwa_fast.ops.losses import cross_entropy, log_losses_
 from dwa_fast.ops.matching_loss import matching_gradient, matching_loss
 from dwa_fast.ops.mean_pool import mean_pool
@@ -30,6 +31,7 @@ __all__ = [
     "built_with",
     "cause",
     "conv3x3",
+    "conv_product",
     "cpu_level",
     "cross_entropy",
     "load",

@@ -126,6 +126,19 @@ def conv3x3(
     return F.conv2d(x, weight, bias, padding=1)
 
 
+def conv_product(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [O, C, K, K]
+    bias: Tensor | None = None,  # [O]
+    stride: int = 1,
+    of_y: bool = True,
+    of_x: bool = True,
+    of_weight: bool = True,
+) -> Tensor:  # [N, O, ⌈H/s⌉, ⌈W/s⌉]
+    """A convolution with (K − 1)/2 pixels of zeros around; what the last three say is how the fused operator computes it."""
+    return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2)
+
+
 def matching_loss(
     sums: Tensor,  # [2, ΣC] from bn_act, layer after layer
     variances: Tensor,  # [ΣC] variances v that are aimed at, such as the running ones
@@ -295,6 +308,7 @@ class Operators:
     ascend_: Callable[..., Tensor] = ascend_
     mean_pool: Callable[..., Tensor] = mean_pool
     conv3x3: Callable[..., Tensor] = conv3x3
+    conv_product: Callable[..., Tensor] = conv_product
     partial_rows: Callable[..., int] | None = None  # where bn_act and moments leave partial sums: how many rows
 
 

@@ -1,26 +1,16 @@
-"""conv3x3: as near to float64 as PyTorch's convolution, with every gradient, on every instruction set; and the layers that it replaces."""
+"""conv3x3: as near to float64 as PyTorch's convolution, with every gradient, on every instruction set."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dwa_fast import ops
-from dwa_fast.engine.backend import resolve
-from dwa_fast.engine.capture import CallList, trace_step
-from dwa_fast.engine.fuse import trace
-from dwa_fast.engine.layers import Conv3x3, LeanConv
-from dwa_fast.engine.packing import pack_convolutions
-from dwa_fast.engine.training_form import training_form
-from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.reference.ops import Operators
 from tests.ops.conftest import LEVELS
 
@@ -176,100 +166,3 @@ def test_operators_refuse_what_the_function_refuses() -> None:
         torch.ops.dwa_fast.conv3x3_forward(torch.zeros(1, 16, 4, 4), torch.zeros(16, 1, 32, 16), None)
     with pytest.raises(RuntimeError, match="grad_y must have the images and pixels of x"):
         torch.ops.dwa_fast.conv3x3_weight_gradient(torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 5))
-
-
-REPLACED = {
-    "3×3": (nn.Conv2d(16, 32, 3, padding=1), True),
-    "strided": (nn.Conv2d(16, 32, 3, stride=2, padding=1), False),
-    "unpadded": (nn.Conv2d(16, 32, 3), False),
-    "dilated": (nn.Conv2d(16, 32, 3, padding=1, dilation=(1, 2)), False),
-    "groups": (nn.Conv2d(16, 32, 3, padding=1, groups=2), False),
-    "5×5": (nn.Conv2d(16, 32, 5, padding=1), False),
-    "inputs": (nn.Conv2d(3, 32, 3, padding=1), False),
-    "outputs": (nn.Conv2d(16, 40, 3, padding=1), False),
-    "reflected": (nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), False),
-}
-
-
-@pytest.mark.parametrize(("layer", "suits"), REPLACED.values(), ids=REPLACED)
-def test_which_layers_are_replaced(layer: nn.Conv2d, suits: bool) -> None:
-    assert Conv3x3.suits(layer) is suits
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    first, middle = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-    return nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), middle, nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 5))
-
-
-def calls(counted: list[int], conv3x3: Callable[..., Tensor] = ops.conv3x3) -> Callable[..., Tensor]:
-    def operator(*arguments: Tensor) -> Tensor:
-        counted.append(1)
-        return conv3x3(*arguments)
-
-    return operator
-
-
-@pytest.mark.parametrize(("dtype", "side", "replaced"), [(torch.float32, 8, 1), (torch.float32, 3, 0), (torch.bfloat16, 8, 0)])
-def test_where_a_replaced_layer_is_computed_otherwise(dtype: torch.dtype, side: int, replaced: int) -> None:
-    layer, counted = nn.Conv2d(16, 32, 3, padding=1).to(dtype), list[int]()
-    ours, x = Conv3x3(copy.deepcopy(layer), calls(counted)), torch.randn(2, 16, side, side, dtype=dtype)
-    torch.testing.assert_close(ours(x), layer(x))
-    assert len(counted) == replaced
-
-
-def test_teachers_and_trainings_pass_through_it_and_plain_back_ends_do_not() -> None:
-    teacher, images = network().eval().requires_grad_(False), torch.randn(3, 3, 8, 8)
-    for backend, kind in (("fused", Conv3x3), ("compiled", LeanConv)):
-        operators = resolve(backend, "fp32", "cpu").operators  # type: ignore[arg-type]
-        rewritten = trace(copy.deepcopy(teacher), batchnorm_layers(teacher), operators, images)
-        found = [type(each) for each in rewritten.module.modules() if isinstance(each, LeanConv)]
-        assert found[1:] == [kind]
-        torch.testing.assert_close(rewritten.module(images), teacher(images))
-
-
-def test_the_baseline_keeps_the_librarys_convolutions(use_level: Callable[[str], None]) -> None:
-    use_level("baseline")
-    teacher, images = network().eval().requires_grad_(False), torch.randn(3, 3, 8, 8)
-    rewritten = trace(teacher, batchnorm_layers(teacher), resolve("fused", "fp32", "cpu").operators, images)
-    assert not any(isinstance(each, Conv3x3) for each in rewritten.module.modules())
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_steps_of_a_training(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also under autocast, where the library's convolution takes its place, with the library's bits."""
-    counted: list[int] = []
-    monkeypatch.setattr(ops, "conv3x3", calls(counted))
-    found = []
-    for form in (lambda module: module, lambda module: training_form(module, (3, 8, 8), torch.device("cpu"))):
-        module = network().train()
-        forward, images = form(module), torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        counted.clear()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = forward(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), torch.arange(6) % 5)
-        found.append([logits.detach().float(), *torch.autograd.grad(loss, list(module.parameters()))])
-    assert len(counted) == (0 if bf16 else 1)
-    for ours, theirs in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(ours, theirs, **({"rtol": 0.05, "atol": 0.02} if bf16 else {"rtol": 1e-4, "atol": 1e-5}))
-
-
-def test_a_captured_step_arranges_frozen_weights_once_and_again_when_they_have_changed() -> None:
-    layer = Conv3x3(nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False), ops.conv3x3)
-    x, gradient = torch.randn(2, 16, 6, 6), torch.zeros(2, 16, 6, 6)
-
-    def step() -> None:
-        leaf = x.detach().requires_grad_()
-        gradient.copy_(torch.autograd.grad(layer(leaf).square().sum(), leaf)[0])
-
-    captured = CallList(step)
-    for factor, _ in itertools.product((1.0, 0.5), range(2)):
-        layer.weight.mul_(factor)
-        captured.refresh()
-        step()
-        expected = gradient.clone()
-        gradient.zero_()
-        captured.run(1)
-        assert torch.equal(gradient, expected)
-    once = pack_convolutions(trace_step(step))
-    assert [str(node.target) for node in once] == ["dwa_fast.conv3x3_weights.default"] * 2
