@@ -133,7 +133,11 @@ def title(runs: Sequence[Run]) -> str:
 
 def _machine(run: Run) -> str:
     content = run.content
-    return content["device"] if run.kind == "cuda" else f"{content['device']}, {content['threads']} threads, {content['vector level']}"
+    if run.kind == "cuda":
+        return str(content["device"])
+    amx = " and AMX" if content.get("bf16 instructions") == "AMX" else ""
+    processor = str(content["device"]).replace("(R)", "").removesuffix(" Processor")
+    return f"{processor}, {content['threads']} threads, {content['vector level']}{amx}"
 
 
 def section(runs: Sequence[Run], *, every_peer: bool = False, figure: str | None = None) -> str:

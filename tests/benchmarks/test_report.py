@@ -162,6 +162,12 @@ def test_facts_of_the_run(report: ModuleType, write: Callable[..., Path]) -> Non
     assert "/tmp" not in text
 
 
+def test_a_processor_with_amx_says_so(report: ModuleType, write: Callable[..., Path]) -> None:
+    measured = workload("digits", [row("published", "fp32", 9.0), row("fused", "bf16", 1.0)])
+    path = write("cpu/a.json", content(measured, device="Intel(R) Xeon(R) Processor", **{"bf16 instructions": "AMX"}))
+    assert report.section([report.read(path)]).startswith("### Intel Xeon, 2 threads, avx512_bf16 and AMX\n")
+
+
 @pytest.mark.parametrize(
     ("wrong", "shown"),
     [
