@@ -9,6 +9,8 @@ from typing import Any
 from dwa_fast.config import LATER_SETTINGS
 from dwa_fast.errors import InputError
 
+_SHOWN = 4  # changed settings in a message
+
 
 def refuse_change(place: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any], advice: str) -> None:
     """Raise InputError with the differences if the settings have changed.
@@ -22,10 +24,11 @@ def refuse_change(place: Path, what: str, before: Mapping[str, Any], now: Mappin
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The changed settings with both values, as text; empty if there are none."""
+    """The changed settings with both values, as text: the method first and no more than a few; empty if there are none."""
     before, now = {**LATER_SETTINGS, **before}, {**LATER_SETTINGS, **now}
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    return "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
+    changed = [key for key in sorted({*before, *now}, key=lambda key: (key != "method", key)) if before.get(key) != now.get(key)]
+    shown = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed[:_SHOWN]]
+    return "; ".join([*shown, *([f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else [])])
 
 
 def _short(value: Any) -> str:
