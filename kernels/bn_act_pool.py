@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dwa_fast.kernels.bn_act import backward_registers
 from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
-from dwa_fast.kernels.layout import WARPS, channels_last, laid_out_like, on_device_of, tiles
+from dwa_fast.kernels.layout import ALIGNED, WARPS, channels_last, laid_out_like, on_device_of, tiles
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
 _CHANNELS = 64  # 128 bytes of bfloat16
@@ -231,13 +231,14 @@ def bn_act_pool_backward(
     partials = sums_to_write(None, tiles(y, registers=backward_registers(activation)), y, sums) if parameters else None
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     pixels = y.numel() // channels
-    programs = triton.cdiv(triton.cdiv(pixels, _TILE // block), _TILES_EACH) if partials is None else partials.shape[1]
+    tile = _TILE if channels % ALIGNED == 0 or partials is None else _TILE // 2  # sums, and addresses of single elements: many registers
+    programs = triton.cdiv(triton.cdiv(pixels, tile // block), _TILES_EACH) if partials is None else partials.shape[1]
     with on_device_of(y):
         _bn_act_pool_backward_kernel[(programs, triton.cdiv(channels, block))](
             grad_z, grad_alias, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, per_channel(slope, channels), eps,
             pixels, height, width, channels, *grad_z.shape[2:], programs, 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, WINDOW=window, STRIDE=stride, PADDING=padding, REACH=triton.cdiv(window, stride),
-            BLOCK_PIXELS=_TILE // block, BLOCK_CHANNELS=block, num_warps=WARPS,
+            BLOCK_PIXELS=tile // block, BLOCK_CHANNELS=block, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
             add_up(partials, grad_parameters, var, eps)

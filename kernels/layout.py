@@ -16,7 +16,7 @@ WARPS = 4
 MULTIPROCESSORS = 132  # of an H100 or H200: where there is no GPU
 _REGISTERS = 65536  # of a multiprocessor
 _TILES_EACH = 4  # of a program that leaves none; few, so that the last programs end at about the same time
-_ALIGNED = 16  # elements, of which the columns of a tile are a multiple
+ALIGNED = 16  # elements, of which the columns of a tile are a multiple
 _MOST_PROGRAMS = 65535  # of the second axis of a grid
 
 
@@ -46,7 +46,7 @@ def alias_gradient(
     channels = y.shape[1]
     if gradient is None or stride == 1:
         return None if gradient is None else channels_last(gradient), 1
-    if channels % _ALIGNED == 0 and channels >= BLOCK_COLUMNS and y.numel() < 2**31 * channels:  # pixels are counted in 32 bits
+    if channels % ALIGNED == 0 and channels >= BLOCK_COLUMNS and y.numel() < 2**31 * channels:  # pixels are counted in 32 bits
         return channels_last(gradient), stride
     whole = torch.zeros_like(y)
     whole[:, :, ::stride, ::stride] = gradient
@@ -99,7 +99,7 @@ def partial_rows(
 
 
 def _channels_last_tiles(shape: torch.Size, device: torch.device, registers: int | None) -> Tiles:
-    repeat = _ALIGNED // math.gcd(shape[1], _ALIGNED)
+    repeat = ALIGNED // math.gcd(shape[1], ALIGNED)
     while repeat * shape[1] < BLOCK_COLUMNS:
         repeat *= 2
     return _cut(shape.numel(), repeat * shape[1], 1, device, registers)
