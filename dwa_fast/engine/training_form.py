@@ -28,8 +28,8 @@ log = logging.getLogger("dwa_fast")
 
 _TRIED = 8  # images that a network and its form are compared on
 _TOLERANCE = 1e-2  # a variance of so few values magnifies rounding
-# In a deep network much more: then up to a tenth, and no more than ten times the distance of the network itself from float64
-_MOST, _TIMES = 0.1, 10
+# In a deep network much more: then the form is compared with float64, and may be a few times as far from it as the network itself
+_TIMES_ITS_OWN_ERROR, _LARGEST_TOLERANCE = 10, 0.1
 
 Forward = Callable[[Tensor], Tensor]  # [N, C, H, W] → [N, classes]
 
@@ -141,8 +141,8 @@ def _difference(module: nn.Module, form: nn.Module, trial: Tensor) -> str | None
         if not exact:
             wide = copy.deepcopy(module).double()
             exact = _response(wide, wide, trial.double())
-        own = _TIMES * float((value - exact[what]).norm()) / float(exact[what].norm())
-        if not _near(got, exact[what], min(_MOST, own)):
+        own_error = float((value - exact[what]).norm()) / max(float(exact[what].norm()), torch.finfo(torch.double).tiny)
+        if not _near(got, exact[what], min(_LARGEST_TOLERANCE, _TIMES_ITS_OWN_ERROR * own_error)):
             return f"its {what} would be off by {float((got - value).norm()):.2g} of {float(value.norm()):.2g}"
     return None
 

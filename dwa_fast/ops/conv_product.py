@@ -80,7 +80,7 @@ class _ConvProduct(torch.autograd.Function):
             if stride > 1:
                 read, grad_x = grad_x, torch.empty(ctx.shape, dtype=gradient.dtype, memory_format=torch.channels_last).zero_()
                 grad_x[:, :, ::stride, ::stride] = read
-        if needs_weight and ctx.of_weight:
+        if needs_weight and ctx.of_weight:  # the windows of x are made again: kept, they would take K² times the memory of x
             product = _pixels(gradient).flatten(0, 2).t() @ _windows(x, kernel, stride)
             grad_weight = product.view(len(weight), kernel, kernel, weight.shape[1]).permute(0, 3, 1, 2)
         grad_bias = gradient.sum((0, 2, 3)) if needs_bias else None

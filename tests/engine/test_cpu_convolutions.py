@@ -135,6 +135,7 @@ def test_where_a_layer_is_a_product(
 @pytest.mark.parametrize("instructions", ["AMX", "AVX-512 BF16", None])
 def test_products_only_with_amx(instructions: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_convolutions, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(cpu_convolutions, "cpu_level", lambda: "avx2")
     module, counted = nn.Sequential(nn.Conv2d(16, 64, 1), nn.Conv2d(64, 64, 3, padding=1)).bfloat16(), list[Any]()
     cpu_convolutions.replace_cpu_convolutions(module, counting(counted))
     assert [isinstance(each, CpuConv) for each in module] == [instructions == "AMX", True]
@@ -152,7 +153,8 @@ def test_amx_is_not_used_where_onednn_is_held_down(limit: str, expected: str, mo
         assert bf16_instructions() == expected
 
 
-def test_teachers_pass_through_it_and_plain_back_ends_do_not() -> None:
+def test_teachers_pass_through_it_and_plain_back_ends_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_convolutions, "cpu_level", lambda: "avx2")
     teacher, images = network().eval().requires_grad_(False), torch.randn(3, 3, 8, 8)
     for backend, kind in (("fused", CpuConv), ("compiled", LeanConv)):
         operators = resolve(backend, "fp32", "cpu").operators  # type: ignore[arg-type]
@@ -175,6 +177,7 @@ def test_steps_of_a_training(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     """In bf16 under autocast, with parameters in float32."""
     counted: list[Any] = []
     monkeypatch.setattr(cpu_convolutions, "bf16_instructions", lambda: "AMX")
+    monkeypatch.setattr(cpu_convolutions, "cpu_level", lambda: "avx2")
     for name in ("conv3x3", "conv_product"):
         monkeypatch.setattr(ops, name, getattr(counting(counted), name))
     found = []
