@@ -33,7 +33,7 @@ from dwa_fast.engine.backend import resolve
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 400.0  # seconds after the build
 _TOOLS = ("memcheck", "racecheck", "initcheck")
-_TESTS = ("tests/kernels", "tests/ops", "tests/engine", "tests/compat")  # the folders that have tests for a GPU
+_TESTS = ("tests/kernels", "tests/ops", "tests/engine", "tests/compat", "tests/training/test_step.py")  # what has tests for a GPU
 _REPORTED = 30  # lines of a tool's report that are kept
 _SMALL = 2**16  # elements at most of a case that a tool watches
 

@@ -26,6 +26,7 @@ import torchvision.models  # noqa: F401  # here once, not in every step: it take
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 import machine
+import pipeline
 import stages
 from proof import Rows, Step, run_steps
 
@@ -52,6 +53,7 @@ class Plan:
     rivals: tuple[str, ...]
     flights: tuple[int, ...]  # batches in flight
     ceilings: int  # copies and products tried for the most that they can do
+    trained: tuple[str, ...]  # cases of pipeline.py
     patience: float = 1.0  # factor of the steps' limits
 
 
@@ -65,6 +67,7 @@ FULL = Plan(
     rivals=("eager+graph", "published"),
     flights=(1, 2, 4, 8),
     ceilings=7,
+    trained=("convnet128", "resnet18"),
 )
 TINY = Plan(
     torch.device("cpu"),
@@ -76,6 +79,7 @@ TINY = Plan(
     rivals=("eager", "published"),
     flights=(1, 2),
     ceilings=1,
+    trained=("tiny",),
     patience=20.0,
 )
 
@@ -92,6 +96,7 @@ def steps(plan: Plan) -> list[Step]:
         *(step(f"loop {name}", loop, 75, name) for name in plan.workloads),
         step("ascent", ascent, 30),
         step("batches in flight", batches_in_flight, 60),
+        *(step(f"training {case}", training, 60, case) for case in plan.trained),
         *(step(f"compiled {name}", compiled, 90, name) for name in plan.workloads),
         step("state", state, 10),
     ]
@@ -198,6 +203,14 @@ def batches_in_flight(plan: Plan, rows: Rows) -> None:
         rows.add("batches in flight", workload=problem.workload.name, count=count, milliseconds=_milliseconds(samples), with_ascent=True)
         del engine, run
         gc.collect()
+
+
+def training(plan: Plan, case: str, rows: Rows) -> None:
+    """Training steps of students and teachers: the package's own, plain PyTorch, and the released loops."""
+    for trains in ("student", "teacher"):
+        result = pipeline.measure(pipeline.CASES[case], trains, plan.iterations, plan.rounds, plan.device)
+        for row in result.pop("rows"):
+            rows.add("training", **{**result, **row})
 
 
 def _pair(plan: Plan, problem: harness.Problem, exact: tuple[torch.Tensor, torch.Tensor], rival: str, rows: Rows) -> None:

@@ -28,7 +28,7 @@ def section(folder: Path, *, brief: bool = False) -> str:
     if brief:
         return "\n".join([f"{facts['device']}:", "", *_loops(speed)])
     lines = [f"### {facts['device']}", "", _facts(facts, speed), ""]
-    lines += [*_loops(speed), *_flights(speed), *_ascents(speed)]
+    lines += [*_loops(speed), *_flights(speed), *_ascents(speed), *_training(speed)]
     lines += [f"- {sentence}" for sentence in [*_first_look(speed), *_checks(check), *_unfinished(speed + check)]]
     return "\n".join(lines) + "\n"
 
@@ -94,6 +94,17 @@ def _flights(speed: Sequence[Row]) -> list[str]:
 def _ascents(speed: Sequence[Row]) -> list[str]:
     rows = [[row["workload"], row["peer"], str(row["steps"]), _milliseconds(row)] for row in _of(speed, "ascent")]
     return _table(["ascent", "peer", "steps", "ms for all steps"], rows)
+
+
+def _training(speed: Sequence[Row]) -> list[str]:
+    """A row per kind of step and peer but the released loop, beside which all were timed in turns."""
+    rows = []
+    for row in _of(speed, "training"):
+        if row["peer"] != "released":
+            ratios = ["numbers differ" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio_to_released", "ratio_to_before")]
+            kind = f"{row['trains']} {row['architecture']}, batch {row['batch']}"
+            rows.append([kind, row["peer"], f"{1e3 * row['seconds']:.3f} ({1e3 * row['low']:.3f} … {1e3 * row['high']:.3f})", *ratios])
+    return _table(["training step", "peer", "ms (10 … 90 %)", "× released loop (fp32)", "× plain PyTorch (fp32)"], rows)
 
 
 def _first_look(speed: Sequence[Row]) -> list[str]:

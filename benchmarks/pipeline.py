@@ -1,10 +1,12 @@
 """Training steps of students and teachers against plain PyTorch and the released loops, on this machine; numbers are compared first.
 
-python benchmarks/pipeline.py --json benchmark-output/pipeline.json
+python benchmarks/pipeline.py --json benchmark-output/pipeline.json             on a CPU
+python benchmarks/pipeline.py --device cuda --steps 50 --json gpu-results/pipeline.json
 
 Peers: `now`, the package's own loop (`training.fit`); `before`, the same in plain PyTorch as the package had it: channels-last images,
 the optimiser's default implementation, memory as the C library gives it; `released`, the loops of the published programs. All are in fp32;
-where the processor computes in bf16, `now bf16` and `before bf16` are too, the teacher's labels included.
+where the device computes in bf16, `now bf16` and `before bf16` are too, the teacher's labels included. On a GPU samples begin behind the
+steps that are called before one is captured.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from dwa_fast.recipes import Recipe, recipe
 from dwa_fast.reference.training import train_student, train_teacher
 from dwa_fast.training.fit import fit, predict, teacher_labels
 from dwa_fast.training.squeeze import sgd
+from dwa_fast.training.step import CALLED
 from dwa_fast.training.validate import optimiser_of, soft_loss
 
 CPU = torch.device("cpu")
@@ -71,26 +74,28 @@ CASES = {"convnet128": Case("convnet128", 100), "resnet18": Case("resnet18-cifar
 class Steps:
     """Steps of one peer on one case; each call goes on with the same network."""
 
-    def __init__(self, peer: str, trains: str, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, peer: str, trains: str, case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+        self.device = device
         self.peer, self.trains, self.dtype = peer.removesuffix(" bf16"), trains, dtype
         self.precision: TrainingPrecision = "bf16" if peer in BF16_PEERS else "fp32"
         shape = {"classes": case.classes, "channels": 3, "size": case.size}
         torch.manual_seed(harness.SEED)
-        self.network = build(case.architecture, **shape).to(dtype).train()
+        self.network = build(case.architecture, **shape).to(device, dtype).train()
         self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
         with torch.no_grad():  # the student must not start as its own teacher
             for p in self.teacher.parameters():
-                p.add_(0.3 * p.abs().mean() * torch.randn(p.shape).to(dtype))
-        pixels = torch.randn(case.batch, case.size, case.size, 3).to(dtype)
+                p.add_(0.3 * p.abs().mean() * torch.randn(p.shape).to(p))
+        pixels = torch.randn(case.batch, case.size, case.size, 3).to(device, dtype)
         self.images = pixels.permute(0, 3, 1, 2)  # as the gather of the views leaves them
-        self.labels = torch.arange(case.batch) % case.classes
+        self.labels = (torch.arange(case.batch) % case.classes).to(device)
         settings = recipe("cifar10", size=case.size)
         self.recipe: Recipe = replace(settings, validation=replace(settings.validation, precision=self.precision))
         self.clocks: list[tuple[float, float, int]] = []
+        self._unmeasured, self._last = 1 if device.type == "cpu" else CALLED + 2, 0
         image_shape = (3, case.size, case.size)
-        self.forward = training_form(self.network, image_shape, CPU) if self.peer == "now" else self.network
+        self.forward = training_form(self.network, image_shape, device) if self.peer == "now" else self.network
         if self.peer == "now":
-            self.soft_labels = teacher_labels([self.teacher], self.recipe.validation, image_shape, CPU)
+            self.soft_labels = teacher_labels([self.teacher], self.recipe.validation, image_shape, device)
         squeezed, validated = self.recipe.squeeze, self.recipe.validation
         fused = self.peer == "now" or None
         self.optimizer = sgd(self.network, squeezed, fused) if trains == "teacher" else optimiser_of(self.network, validated, fused)
@@ -106,7 +111,7 @@ class Steps:
             fit(
                 self.network,
                 self.optimizer,
-                _Loader(self._batches(steps), steps),  # type: ignore[arg-type]
+                _Loader(self._batches(steps), steps, self.device),  # type: ignore[arg-type]
                 lambda batch: [self._loss(batch)],
                 epochs=1,
                 learning_rate=rate,
@@ -138,7 +143,7 @@ class Steps:
 
     def _before(self, steps: int, rate: float) -> None:
         """The loop that the package had."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for batch in self._batches(steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -165,13 +170,16 @@ class Steps:
             self.losses = train_student(self.network, self.teacher, ticking(self.images), rates, self.recipe.validation)
 
     def _clock(self) -> None:
+        if len(self.clocks) in (self._unmeasured - 1, self._last):  # between them a GPU has a queue, as in a training
+            machine.wait(self.device)
         used = resource.getrusage(resource.RUSAGE_SELF)
         self.clocks.append((time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_minflt))
 
     def sample(self, steps: int) -> tuple[float, float, float]:
-        """Seconds, CPU seconds and page faults of a warm step: one more runs before them."""
-        self.advance(1 + steps)
-        first, last = self.clocks[0], self.clocks[steps]
+        """Seconds, CPU seconds and page faults of a warm step, behind those that are not measured."""
+        self._last = self._unmeasured - 1 + steps
+        self.advance(self._unmeasured + steps)
+        first, last = self.clocks[self._unmeasured - 1], self.clocks[self._last]
         return tuple((after - before) / steps for before, after in zip(first, last, strict=True))  # type: ignore[return-value]
 
 
@@ -181,40 +189,40 @@ class _Loader:
 
     batches: Iterator[TrainingBatch]
     steps: int
-    device: torch.device = CPU
+    device: torch.device
 
     def epoch(self, number: int) -> Iterator[TrainingBatch]:
         """All of them."""
         return self.batches
 
 
-def numbers(peer: str, trains: str, case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+def numbers(peer: str, trains: str, case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> tuple[Tensor, float]:
     """Gradient of all weights and loss of the first step of a fresh network."""
-    steps = Steps(peer, trains, case, dtype)
-    found = [torch.zeros(p.numel(), dtype=torch.float64) for p in steps.network.parameters()]
+    steps = Steps(peer, trains, case, dtype, device)
+    found = [torch.zeros(p.numel(), dtype=torch.float64, device=device) for p in steps.network.parameters()]
     for p, place in zip(steps.network.parameters(), found, strict=True):
         p.register_hook(functools.partial(_keep, place))
     (loss,) = steps.advance(1, _SMALLEST_RATE)
-    return torch.cat(found), loss
+    return torch.cat(found).cpu(), loss
 
 
 def _keep(place: Tensor, grad: Tensor) -> None:
     place.copy_(grad.detach().flatten())
 
 
-def convolutions(case: Case, trains: str) -> Callable[[], float]:
+def convolutions(case: Case, trains: str, device: torch.device = CPU) -> Callable[[], float]:
     """Seconds of the convolutions of a step alone: forward, both gradients, and the teacher's forward; channels-last, memory kept."""
-    network = build(case.architecture, classes=case.classes, channels=3, size=case.size)
+    network = build(case.architecture, classes=case.classes, channels=3, size=case.size).to(device)
     calls: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
 
     def keep_shape(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
-        x, y = (torch.randn(each.shape).to(memory_format=torch.channels_last) for each in (inputs[0], output))
+        x, y = (torch.randn(each.shape).to(device, memory_format=torch.channels_last) for each in (inputs[0], output))
         calls.append((layer, x, y))
 
     handles = [layer.register_forward_hook(keep_shape) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     with torch.no_grad():
-        network(torch.randn(case.batch, 3, case.size, case.size))
+        network(torch.randn(case.batch, 3, case.size, case.size).to(device))
     for handle in handles:
         handle.remove()
 
@@ -229,18 +237,19 @@ def convolutions(case: Case, trains: str) -> Callable[[], float]:
             torch.ops.aten.convolution_backward(grad, x, layer.weight, sizes, *shape, False, [0, 0], layer.groups, needed)
 
     def seconds() -> float:
-        with kept_memory(CPU):
+        with kept_memory(device):
             run()
-            return machine.timed(run, CPU)
+            return machine.timed(run, device)
 
     return seconds
 
 
-def measure(case: Case, trains: str, steps: int, rounds: int, peers: Sequence[str] = PEERS) -> dict[str, Any]:
+def measure(case: Case, trains: str, steps: int, rounds: int, device: torch.device = CPU) -> dict[str, Any]:
     """All peers of one kind of step, checked and timed in turns in one process."""
-    exact, errors = numbers("before", trains, case, torch.float64), {}
+    exact, errors = numbers("before", trains, case, torch.float64, device), {}
+    peers = (*PEERS, *(BF16_PEERS if precisions("fused", device)[0] == "bf16" else ()))
     for peer in peers:
-        gradient, loss = numbers(peer, trains, case)
+        gradient, loss = numbers(peer, trains, case, device=device)
         errors[peer] = harness.distance(gradient, exact[0]), abs(loss - exact[1]) / abs(exact[1])
     allowed, wrong = {}, set()
     for own, *plain in (PEERS, BF16_PEERS):
@@ -251,8 +260,10 @@ def measure(case: Case, trains: str, steps: int, rounds: int, peers: Sequence[st
                 wrong.add(own)
     made, peaks = {}, {}
     for peer in peers:
-        made[peer], peaks[peer] = machine.peak_memory_of(lambda peer=peer: Steps(peer, trains, case), lambda each: each.advance(2), CPU)  # type: ignore[misc]
-    floor = convolutions(case, trains)
+        made[peer], peaks[peer] = machine.peak_memory_of(
+            lambda peer=peer: Steps(peer, trains, case, device=device), lambda each: each.sample(1), device
+        )  # type: ignore[misc]
+    floor = convolutions(case, trains, device)
     jobs: dict[str, Callable[[], Any]] = {peer: (lambda each=each: each.sample(steps)) for peer, each in made.items()}  # type: ignore[misc]
     samples = harness.in_turns({**jobs, "floor": floor}, rounds)
     seconds = {peer: statistics.median(sample[0] for sample in samples[peer]) for peer in peers}
@@ -313,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, help="images of a batch; default: as the case has it")
     parser.add_argument("--steps", type=int, default=2, help="steps of one sample")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each peer, taken in turns")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="default: cpu")
     parser.add_argument("--json", type=Path, help="also write everything there, raw samples included")
     parser.add_argument("--dry-run", action="store_true", help="a small network and one sample: whether everything runs")
     options = parser.parse_args(arguments)
@@ -322,12 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = ["tiny"] if options.dry_run else options.case
     steps, rounds = (1, 1) if options.dry_run else (options.steps, options.rounds)
     results: list[dict[str, Any]] = []
-    peers = [*PEERS, *(BF16_PEERS if precisions("fused", CPU)[0] == "bf16" else ())]
-    facts = machine.facts(CPU, sys.argv)
+    facts = machine.facts(options.device, sys.argv)
     for name in cases:
         for trains in options.trains:
             case = replace(CASES[name], batch=options.batch_size or CASES[name].batch)
-            results.append(measure(case, trains, steps, rounds, peers))
+            results.append(measure(case, trains, steps, rounds, options.device))
             if options.json:  # after each, so that a later one cannot lose it
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 content = {**facts, "training_steps": results}

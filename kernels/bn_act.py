@@ -100,7 +100,7 @@ def _bn_act_backward_kernel(
 ):  # fmt: skip
     """grad_skip = f'(x)·grad_z,   grad_y = a·f'(x)·grad_z + gs1 + 2·gs2·(y − m); without stored bits x comes from y and skip.
 
-    With grad_alias grad_z stands for their sum, as `gradient_of_z` gives it.
+    With grad_alias grad_z stands for their sum, as `gradient_of_z` gives it. Without grad_y none is made.
     Where asked, partials = (Σ f'(x)·grad_z·(y − m), Σ f'(x)·grad_z[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -149,10 +149,11 @@ def _bn_act_backward_kernel(
             halves = tl.reshape(gradient, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS])
             first += tl.sum(halves * tl.reshape(shifted, [2, BLOCK_ROWS // 2, BLOCK_COLUMNS]), axis=0)
             second += tl.sum(halves, axis=0)
-        out = gradient * a[None, :]
-        if grad_sums is not None:
-            out = tl.fma(gradient, a[None, :], tl.fma(shifted, gs2[None, :], gs1[None, :]))
-        tl.store(grad_y + base + inner, out.to(grad_y.dtype.element_ty), mask=inside)
+        if grad_y is not None:
+            out = gradient * a[None, :]
+            if grad_sums is not None:
+                out = tl.fma(gradient, a[None, :], tl.fma(shifted, gs2[None, :], gs1[None, :]))
+            tl.store(grad_y + base + inner, out.to(grad_y.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
     if partials is not None:
         place = partials + tl.program_id(1) * columns + column
@@ -231,10 +232,12 @@ def bn_act_backward(
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
     grad_alias: Tensor | None = None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]: added to grad_z in every s-th row and column
     alias_stride: int = 1,  # s
+    with_y: bool = True,  # whether grad_y is wanted
+    shares: Tensor | None = None,  # [2, C] float32, written with the gradients of γ and β: see `partial_sums.add_up`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y like y; grad_skip like y with skip and activation (else empty: it is grad_z); those of γ and β, [2, C], and of the slope.
 
-    One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
+    What is not wanted is empty. One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
     """
     channels = y.shape[1]
     like, y, grad_z = y, channels_last(y), channels_last(grad_z)
@@ -244,11 +247,11 @@ def bn_act_backward(
     sums = 0 if not parameters else 2 if slope is None else 3
     grad_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        empty = torch.empty_like(like) if changes_skip else y.new_empty(0)
-        return torch.empty_like(like), empty, *parameter_gradients(grad_parameters.zero_(), slope)
+        of_y, of_skip = (torch.empty_like(like) if wanted else y.new_empty(0) for wanted in (with_y, changes_skip))
+        return of_y, of_skip, *parameter_gradients(grad_parameters.zero_(), slope)
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
-    grad_y = torch.empty_like(y)
+    grad_y = torch.empty_like(y) if with_y else None
     grad_skip = torch.empty_like(y) if changes_skip else None
     cut = tiles(y, registers=backward_registers(activation) if parameters else None)
     partials = sums_to_write(None, cut, y, sums) if parameters else None
@@ -261,6 +264,6 @@ def bn_act_backward(
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
-            add_up(partials, grad_parameters, var, eps)
-    behind = y.new_empty(0) if grad_skip is None else laid_out_like(grad_skip, like)
-    return laid_out_like(grad_y, like), behind, *parameter_gradients(grad_parameters, slope)
+            add_up(partials, grad_parameters, var, eps, weight, shares, y.numel() // channels)
+    of_y, of_skip = (y.new_empty(0) if each is None else laid_out_like(each, like) for each in (grad_y, grad_skip))
+    return of_y, of_skip, *parameter_gradients(grad_parameters, slope)

@@ -14,14 +14,25 @@ _CHANNELS = 16
 
 
 @triton.jit(do_not_specialize=["count"])
-def _add_up_kernel(partials, sums, var, eps, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """sums_c = Σ partials over the `count` rows of sum program_id(1), always in the same order; with var, sum 0 is divided by √(v + ε)."""
+def _add_up_kernel(
+    partials, sums, var, eps, weight, shares, values, count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):  # fmt: skip
+    """sums_c = Σ partials over the `count` rows of sum program_id(1), always in the same order; with var, sum 0 is divided by √(v + ε).
+
+    shares as `add_up` says.
+    """
     moment = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     result = sum_of_rows(partials + moment * count * channels, count, channels, channel, BLOCK_ROWS, BLOCK_CHANNELS)
     if var is not None:
-        v = tl.load(var + channel, mask=channel < channels, other=1.0).to(tl.float64)
-        result = tl.where(moment == 0, result / tl.sqrt(v + eps), result)
+        deviation = tl.sqrt(tl.load(var + channel, mask=channel < channels, other=1.0).to(tl.float64) + eps)
+        result = tl.where(moment == 0, result / deviation, result)
+    if shares is not None:
+        share = -result / deviation / values
+        if weight is not None:
+            share *= tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float64)
+        share = tl.where(moment == 0, 0.5 * share / deviation, share)
+        tl.store(shares + (1 - moment) * channels + channel, share.to(tl.float32), mask=(channel < channels) & (moment < 2))
     tl.store(sums + moment * channels + channel, result.to(tl.float32), mask=channel < channels)
 
 
@@ -40,9 +51,16 @@ def add_up(
     sums: Tensor,  # [S, C], written
     var: Tensor | None = None,  # [C]
     eps: float = 0.0,
+    weight: Tensor | None = None,  # [C]
+    shares: Tensor | None = None,  # [2, C], written
+    values: int = 0,  # of a channel
 ) -> None:
-    """Adds the programs' sums up; the first is divided by √(v + ε) where var is given."""
+    """Adds the programs' sums up; the first is divided by √(v + ε) where var is given.
+
+    shares, where sums are the gradients of γ and β and v is the variance of a batch of n values: what Σ(y − μ) and Σ(y − μ)² take of the
+    gradient of y, −γ/√(v + ε) · (∂L/∂β, ½ ∂L/∂γ/√(v + ε)) / n.
+    """
     _add_up_kernel[(triton.cdiv(sums.shape[1], _CHANNELS), len(sums))](
-        partials, sums, var, eps, partials.shape[1], sums.shape[1],
+        partials, sums, var, eps, weight, shares, values, partials.shape[1], sums.shape[1],
         BLOCK_ROWS=_ROWS, BLOCK_CHANNELS=_CHANNELS, num_warps=WARPS,
     )  # fmt: skip

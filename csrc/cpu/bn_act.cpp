@@ -50,11 +50,12 @@ void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
 }
 
 // The gradient of z is grad_z, or its sum with grad_again, rounded. With `parameters` also (Σ g·(y − m)/√(v + ε), Σ g), [2, C], g =
-// f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it
+// f'(x)·gz: the gradients of γ and β; and that of the slope, shaped like it. What is not wanted is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
     const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& skip, const at::Tensor& mask, bool has_skip,
-    c10::string_view activation, const OptionalTensor& slope, bool parameters, const OptionalTensor& grad_again, int64_t alias_stride) {
+    c10::string_view activation, const OptionalTensor& slope, bool parameters, const OptionalTensor& grad_again, int64_t alias_stride,
+    bool with_y) {
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
   const bool masks = has_skip && act.kind == Activation::kRelu, changes_skip = has_skip && act.kind != Activation::kNone;
@@ -65,8 +66,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   const at::Tensor dense_grad = grad_z.contiguous(at::MemoryFormat::ChannelsLast);
   const SecondGradient again(grad_again, alias_stride, y);
   const at::Tensor dense_sums = dense_sums_of(grad_sums, layer);
-  Result grad_y(y);
-  std::optional<Result> grad_skip;
+  std::optional<Result> grad_y, grad_skip;
+  if (with_y) grad_y.emplace(y);
   if (changes_skip) grad_skip.emplace(y);
   const bool sloped = parameters && act.slope.defined();
   at::Tensor partials;
@@ -79,13 +80,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   p.grad_sums = dense_sums.defined() ? dense_sums.const_data_ptr<float>() : nullptr;
   p.mask = masks ? mask.const_data_ptr<uint8_t>() : nullptr;
   p.skip = dense_skip.defined() ? dense_skip.const_data_ptr() : nullptr;
-  p.grad_y = grad_y.written.data_ptr();
+  p.grad_y = with_y ? grad_y->written.data_ptr() : nullptr;
   p.grad_skip = changes_skip ? grad_skip->written.data_ptr() : nullptr;
   p.partials = parameters ? partials.data_ptr<double>() : nullptr;
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_backward(p, begin, end); });
 
   auto [of_parameters, of_slope] = parameter_gradients(partials, layer, act);
-  return {grad_y.finish(), changes_skip ? grad_skip->finish() : at::empty({0}, y.options()), of_parameters, of_slope};
+  const auto finished = [&](std::optional<Result>& result) { return result ? result->finish() : at::empty({0}, y.options()); };
+  return {finished(grad_y), finished(grad_skip), of_parameters, of_slope};
 }
 
 }  // namespace
@@ -98,7 +100,7 @@ TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
       "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None, int "
-      "alias_stride=1) "
+      "alias_stride=1, bool with_y=True) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
 }
 

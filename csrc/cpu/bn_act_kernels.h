@@ -252,7 +252,7 @@ struct Backward {
         if constexpr (Skip && kRecomputes) prefetch<U>(skip + start + ahead);
         prefetch<U>(grad_z + start + ahead);
         if (again != nullptr) prefetch<U>(again + ahead);
-        prefetch<U>(grad_y + start + ahead);
+        if (grad_y != nullptr) prefetch<U>(grad_y + start + ahead);
         if constexpr (Skip) prefetch<U>(grad_skip + start + ahead);
       }
       uint64_t bits = 0;
@@ -275,6 +275,7 @@ struct Backward {
           sum.second[u] = add(sum.second[u], grad);
         }
         if constexpr (Skip) put<Partial>(grad_skip + i, grad, lanes);
+        if (grad_y == nullptr) continue;
         Vec result = mul(of.scale[u], grad);
         if constexpr (Moments) result = fma(slope[u], shifted, fma(of.scale[u], grad, constant[u]));
         put<Partial>(grad_y + i, result, lanes);

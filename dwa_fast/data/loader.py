@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +44,14 @@ class TrainingBatch:
     images: Tensor  # [B, C, H, W], normalised, mixed
     labels: Tensor  # [B] int64
     plan: BatchPlan
+    partner_labels: Tensor | None = None  # [B] int64: of the images that were mixed in
+    shares: Tensor | None = None  # [2] float32: of the images themselves and of what was mixed in
+    logits: Tensor | None = None  # [B, classes]: stored teacher logits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a training step reads, by the names of the fields."""
+        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "plan"}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class BatchSampler(Protocol):
@@ -122,7 +130,7 @@ class ImageCache:
         """
         if self._held is not None:
             for order in orders:
-                yield self._held[order.to(self.device)]
+                yield self._held[moved(order, self.device)]
             return
         waiting: deque[Future[Tensor]] = deque()
         with ThreadPoolExecutor(1) as prefetcher:
@@ -161,8 +169,28 @@ class TrainingLoader:
         """The batches of one epoch, counted from 0."""
         plans = self._sampler.epoch(number)
         for plan, pixels in zip(plans, self._images.batches(plan.indices for plan in plans), strict=True):
-            images = normalise(apply_views(pixels, plan.views, self._padding), self._normalisation)
-            yield TrainingBatch(apply_mix(images, plan.mix), self._labels[plan.indices.to(pixels.device)], plan)
+            device = pixels.device
+            views, mix = _on_device(plan.views, device), replace(plan.mix, partner=_moved(plan.mix.partner, device))
+            images = apply_mix(normalise(apply_views(pixels, views, self._padding), self._normalisation), mix)
+            labels, partner_labels, shares = self._labels[moved(plan.indices, device)], None, None
+            if mix.partner is not None:
+                partner_labels, shares = labels[mix.partner], moved(torch.tensor([mix.share, 1 - mix.share]), device)
+            yield TrainingBatch(images, labels, plan, partner_labels, shares, _moved(plan.logits, device))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a CPU on the device; a GPU copies it when its queue gets there, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else moved(tensor, device)
+
+
+def _on_device(views: Views, device: torch.device) -> Views:
+    """Views whose tensors are on the device, but for the boxes, of which the host makes the weights."""
+    tensors = {name: _moved(getattr(views, name), device) for name in ("offsets", "flipped", "crops", "cells")}
+    return replace(views, **tensors)  # type: ignore[arg-type]
 
 
 def batch_size_of(config: SqueezeConfig | ValidationConfig, images: int, classes: int) -> int:

@@ -231,18 +231,19 @@ def operators_for(device: torch.device, dtype: torch.dtype) -> Operators:
     if not causes and dtype not in {_DTYPES[precision] for precision in precisions("fused", device)}:
         causes = [f"they do not compute in {str(dtype).removeprefix('torch.')} on {device.type}"]
     if not causes:
-        return _fused(device)
+        return fused_operators(device)
     log.warning("BatchNorm statistics are measured with %s, not by the fused operators: %s", _PLAIN, "; ".join(causes))
     return Operators("reference")
 
 
 def _operators(backend: str, device: torch.device) -> Operators:
     if backend == "fused":
-        return _fused(device)
+        return fused_operators(device)
     return graph_operators(backend) if backend == "compiled" else Operators(backend)
 
 
-def _fused(device: torch.device) -> Operators:
+def fused_operators(device: torch.device) -> Operators:
+    """The fused operators of a device where they can run, plain ones in the place of those that it lacks."""
     implemented = {each: getattr(ops, each) for each, by in _implementations(device).items() if by != _PLAIN}
     return Operators("fused", **implemented, fuses=True, partial_rows=ops.partial_rows if device.type == "cuda" else None)
 

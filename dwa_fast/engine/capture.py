@@ -224,6 +224,11 @@ def _captured(step: Callable[[], None], device: torch.device, graph_memory: Grap
         for _ in range(_WARM_UPS):
             step()
     current.wait_stream(stream)
+    return capture_graph(step, stream, graph_memory)
+
+
+def capture_graph(step: Callable[[], object], stream: torch.cuda.Stream, graph_memory: GraphMemory | None) -> torch.cuda.CUDAGraph:
+    """The kernels of a step that has run on that stream before, none of which runs now."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=graph_memory, stream=stream):
         step()

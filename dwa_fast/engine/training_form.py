@@ -1,4 +1,4 @@
-"""Networks made ready for training steps on a CPU: fused layers, channels-last, and the parameters of the network itself."""
+"""Networks made ready for training steps: fused layers, channels-last, and the parameters of the network itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from dwa_fast import ops
+from dwa_fast.engine.backend import fused_causes, fused_operators
 from dwa_fast.engine.capture import TRACING
 from dwa_fast.engine.cpu_convolutions import replace_cpu_convolutions
 from dwa_fast.engine.fuse import BatchNormAct, fuse_neighbours
@@ -20,7 +21,7 @@ from dwa_fast.engine.layers import StridedPointwise, replace_global_means, repla
 from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.errors import first_line
 from dwa_fast.models.batchnorm import batchnorm_layers, is_plain, planes
-from dwa_fast.reference.ops import OPERATORS, Operators
+from dwa_fast.reference.ops import Operators
 from dwa_fast.seeding import generator, normal
 from dwa_fast.threads import torch_threads
 
@@ -67,17 +68,16 @@ def training_form(
     image_shape: tuple[int, int, int],  # channels, height, width
     device: torch.device,
 ) -> Forward:
-    """The forward pass of a module as its steps run it, in the module's present mode: on a CPU fused and channels-last.
+    """The forward pass of a module as its steps run it, in the module's present mode: fused and channels-last.
 
     It reads and changes the parameters and running statistics of the module, whatever is loaded into them later. It is compared with the
     module on a few random images; where it cannot be made, or differs, it is the module itself, and the log says why.
     """
-    if device.type != "cpu" or ops.cause() is not None:
+    if fused_causes(device):
         return module
-    layout = torch.contiguous_format if any(map(StridedPointwise.suits, module.modules())) else torch.channels_last  # one of them crashes
     try:
-        with TRACING, torch_threads(1), torch.enable_grad(), _undisturbed(module):
-            trial = normal(generator(0, "trial"), (_TRIED, *image_shape))
+        with TRACING, torch_threads(1), torch.enable_grad(), _undisturbed(module, device):
+            trial = normal(generator(0, "trial"), (_TRIED, *image_shape)).to(device)
             form = _traced(module, trial)
             cause = _difference(module, form, trial)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
@@ -85,20 +85,27 @@ def training_form(
     if cause is None:
         return lambda images: form(_channels_last(images))
     log.info("network runs layer by layer, not fused: %s", cause)
+    layout = torch.channels_last if takes_channels_last(module, device) else torch.contiguous_format
     return lambda images: module(images.contiguous(memory_format=layout))
+
+
+def takes_channels_last(module: nn.Module, device: torch.device) -> bool:
+    """Whether a module that is not fused may have its images and weights channels-last: some layers crash on a CPU then."""
+    return device.type != "cpu" or not any(map(StridedPointwise.suits, module.modules()))
 
 
 def _traced(module: nn.Module, trial: Tensor) -> nn.Module:
     layers = batchnorm_layers(module).values()
     traced = symbolic(module, trial[:3], list(layers))
-    operators = Operators("fused", **{name: getattr(ops, name) for name in OPERATORS if hasattr(ops, name)})
+    operators = fused_operators(trial.device)
     for layer in layers:
         if _is_fusible(layer):
             fuse_neighbours(traced, layer, _TrainedBatchNormAct(layer, operators))
-    replace_strided_pointwise(traced)
-    replace_cpu_convolutions(traced, operators)
-    replace_pools(traced, operators.mean_pool)
-    replace_global_means(traced)
+    if trial.device.type == "cpu":
+        replace_strided_pointwise(traced)
+        replace_cpu_convolutions(traced, operators)
+        replace_pools(traced, operators.mean_pool)
+        replace_global_means(traced)
     for node in traced.graph.find_nodes(op="call_method", target="view"):
         if not any(isinstance(each, torch.dtype) for each in node.args):
             node.target = "reshape"  # the layout of channels-last features may not allow a view
@@ -118,11 +125,11 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
+def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Afterwards the buffers of the module, its gradients and the random numbers are what they were."""
     buffers = {buffer: buffer.detach().clone() for buffer in module.buffers()}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         with torch.no_grad():
@@ -132,7 +139,7 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 def _difference(module: nn.Module, form: nn.Module, trial: Tensor) -> str | None:
     """What the form gives otherwise than the module: logits, running statistics or gradients of the weights; None if nothing."""
-    with _undisturbed(module):
+    with _undisturbed(module, trial.device):
         expected = _response(module, module, trial)
     exact: dict[str, Tensor] = {}
     for (what, value), got in zip(expected.items(), _response(form, module, _channels_last(trial)).values(), strict=True):
@@ -158,6 +165,6 @@ def _response(form: nn.Module, module: nn.Module, images: Tensor) -> dict[str, T
     gradients = torch.autograd.grad(logits.square().mean(), weights, materialize_grads=True) if weights else ()
 
     def flat(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([torch.zeros(1, dtype=torch.double), *(each.detach().double().flatten() for each in tensors)])
+        return torch.cat([torch.zeros(1, dtype=torch.double), *(each.detach().double().flatten().cpu() for each in tensors)])
 
     return {"logits": flat([logits]), "running statistics": flat(module.buffers()), "gradients": flat(gradients)}

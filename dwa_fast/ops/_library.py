@@ -14,16 +14,20 @@ LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # instruction sets of th
 _HIGHEST = {"NO AVX": "baseline", "DEFAULT": "baseline", "AVX2": "avx2"}  # by what PyTorch computes with; with more there is no limit
 _fakes: dict[str, Callable[..., object]] = {}  # operator: its fake, registered once the library that defines its schema is loaded
 _schemas: dict[str, str] = {}  # operator: its schema, where C++ does not define it
+_composed: dict[str, Callable[..., object]] = {}  # operator: what computes it on a CPU, where C++ does not
 _launchers: dict[str, str] = {}  # operator: the module of kernels/ with its Triton launcher, a function of the operator's name
-_cuda: torch.library.Library | None = None  # holds the registrations; there once the extension is loaded
+_registrations: torch.library.Library | None = None  # holds the registrations; there once the extension is loaded
 
 
-def fake(operator: str, triton: str | None = None, schema: str | None = None) -> Callable[[Callable[..., object]], Callable[..., object]]:
+def fake(
+    operator: str, triton: str | None = None, schema: str | None = None, cpu: Callable[..., object] | None = None
+) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Decorator: the shapes that torch.ops.dwa_fast.<operator> returns, for torch.compile and meta tensors.
 
     Args:
         triton: the module of kernels/ that launches the operator on CUDA; None where C++ does, or nothing.
-        schema: of an operator that Triton alone implements; None where C++ defines it.
+        schema: of an operator that C++ does not know; None where C++ defines it.
+        cpu: computes it on a CPU from other operators; None where C++ does, or nothing.
     """
 
     def register(function: Callable[..., object]) -> Callable[..., object]:
@@ -32,6 +36,8 @@ def fake(operator: str, triton: str | None = None, schema: str | None = None) ->
             _launchers[operator] = triton
         if schema is not None:
             _schemas[operator] = schema
+        if cpu is not None:
+            _composed[operator] = cpu
         return function
 
     return register
@@ -55,8 +61,8 @@ def load() -> None:
     Raises:
         ImportError: the extension cannot be used; the message gives the reason; the original error is its cause.
     """
-    global _cuda
-    if _cuda is not None:
+    global _registrations
+    if _registrations is not None:
         return
     try:
         extension = importlib.import_module(_NAME)
@@ -73,12 +79,14 @@ def load() -> None:
     highest = _HIGHEST.get(torch.backends.cpu.get_cpu_capability())
     if highest and LEVELS.index(extension.cpu_level()) > LEVELS.index(highest):
         extension.set_cpu_level(highest)
-    _cuda = torch.library.Library("dwa_fast", "FRAGMENT")
+    _registrations = torch.library.Library("dwa_fast", "FRAGMENT")
     for operator, schema in _schemas.items():
-        _cuda.define(f"{operator}{schema}")
+        _registrations.define(f"{operator}{schema}")
+    for operator, function in _composed.items():
+        _registrations.impl(operator, function, "CPU")
     for operator, function in _fakes.items():
         torch.library.register_fake(f"dwa_fast::{operator}", function)
-    register_launchers(_cuda, "CUDA")
+    register_launchers(_registrations, "CUDA")
 
 
 def cause() -> str | None:

@@ -1,4 +1,4 @@
-"""BatchNorm in train mode with the skip and activation behind it, from the operators `moments` and `bn_act`."""
+"""BatchNorm in train mode with the skip and activation behind it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,8 @@ def batch_norm_act(
     if count < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
     _library.load()
-    z, mean, var = _BatchNormAct.apply(y, weight, bias, float(eps), skip, activation, slope)
-    if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * (count / (count - 1)), momentum)
-    return z  # type: ignore[no-any-return]
+    z: Tensor = _BatchNormAct.apply(y, running_mean, running_var, weight, bias, float(momentum), float(eps), skip, activation, slope)
+    return z
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -62,49 +59,142 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        momentum: float,
         eps: float,
         skip: Tensor | None,
         activation: Activation,
         slope: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        count = y.numel() // y.shape[1]
-        near = y[:, :, 0, 0].mean(0, dtype=torch.float32)  # shifted by a value of this size, squares lose no digits
-        first, second = torch.ops.dwa_fast.moments_forward.default(y, near).double() / count
-        mean, var = (near + first).float(), (second - first.square()).clamp_min_(0).float()
-        layer = y, mean, var, weight, bias, eps, skip, activation, slope
-        z, _, mask = torch.ops.dwa_fast.bn_act_forward.default(*layer)
+    ) -> Tensor:
+        forward = torch.ops.dwa_fast.batch_norm_act_forward.default
+        z, mean, var, mask = forward(y, running_mean, running_var, weight, bias, momentum, eps, skip, activation, slope)
         reads_skip = skip is not None and activation not in ("none", "relu")
         ctx.save_for_backward(y, mean, var, weight, bias, skip if reads_skip else None, mask, slope)
         ctx.eps, ctx.has_skip, ctx.activation = eps, skip is not None, activation
-        ctx.mark_non_differentiable(mean, var)
-        return z, mean, var
+        return z  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        y, mean, var, weight, bias, skip, mask, slope = ctx.saved_tensors
-        layer = y, mean, var, weight, bias, ctx.eps
-        behind = ctx.has_skip, ctx.activation, slope
-        backward = torch.ops.dwa_fast.bn_act_backward.default
-        grad_skip, grad_parameters, grad_slope = backward(grad_z, None, *layer, skip, mask, *behind, True)[1:]
-        deviation = (var.double() + ctx.eps).sqrt()
-        scale = -(deviation.reciprocal() if weight is None else weight / deviation) * (y.shape[1] / y.numel())
-        grad_weight, grad_bias = grad_parameters[0], grad_parameters[1]
-        shares = torch.stack([scale * grad_bias, 0.5 * scale * grad_weight / deviation]).float()  # of Σ(y − μ) and Σ(y − μ)²
-        if not ctx.has_skip:
-            grad_y = backward(grad_z, shares, *layer, None, mask, *behind)[0]
-        else:
-            grad_skip = grad_z if ctx.activation == "none" else grad_skip
-            grad_y = backward(grad_skip, shares, *layer, None, mask.new_empty(0), False, "none", None)[0]
-        needs_y, needs_weight, needs_bias, _, needs_skip, _, needs_slope = ctx.needs_input_grad
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        *layer, skip, mask, slope = ctx.saved_tensors
+        backward = torch.ops.dwa_fast.batch_norm_act_backward.default
+        grads = backward(grad_z, *layer, ctx.eps, skip, mask, ctx.has_skip, ctx.activation, slope)
+        grad_y, grad_skip, (grad_weight, grad_bias), grad_slope = grads
+        needs_y, _, _, needs_weight, needs_bias, _, _, needs_skip, _, needs_slope = ctx.needs_input_grad
         return (
             grad_y if needs_y else None,
+            None,
+            None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             None,
-            grad_skip if needs_skip else None,
+            None,
+            (grad_z if ctx.activation == "none" else grad_skip) if needs_skip else None,
             None,
             grad_slope if needs_slope else None,
         )
+
+
+def _forward(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    skip: Tensor | None,
+    activation: Activation,
+    slope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, mean and biased variance of the batch, and the mask of `bn_act`, from the passes of `moments` and `bn_act`."""
+    count = y.numel() // y.shape[1]
+    near = y[:, :, 0, 0].mean(0, dtype=torch.float32)  # shifted by a value of this size, squares lose no digits
+    first, second = torch.ops.dwa_fast.moments_forward.default(y, near).double() / count
+    mean, var = (near + first).float(), (second - first.square()).clamp_min_(0).float()
+    z, _, mask = torch.ops.dwa_fast.bn_act_forward.default(y, mean, var, weight, bias, eps, skip, activation, slope)
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / (count - 1)), momentum)
+    return z, mean, var, mask
+
+
+def _backward(
+    grad_z: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    skip: Tensor | None,
+    mask: Tensor,
+    has_skip: bool,
+    activation: Activation,
+    slope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of y and, with an activation behind a skip, of the skip; those of γ and β, [2, C], and of the slope; else empty."""
+    layer, behind = (y, mean, var, weight, bias, eps), (has_skip, activation, slope)
+    backward = torch.ops.dwa_fast.bn_act_backward.default
+    grad_skip, grad_parameters, grad_slope = backward(grad_z, None, *layer, skip, mask, *behind, True, with_y=False)[1:]
+    deviation = (var.double() + eps).sqrt()
+    scale = -(deviation.reciprocal() if weight is None else weight / deviation) * (y.shape[1] / y.numel())
+    grad_weight, grad_bias = grad_parameters
+    shares = torch.stack([scale * grad_bias, 0.5 * scale * grad_weight / deviation]).float()  # of Σ(y − μ) and Σ(y − μ)²
+    if not has_skip:
+        grad_y = backward(grad_z, shares, *layer, None, mask, *behind)[0]
+    else:
+        gradient = grad_z if activation == "none" else grad_skip
+        grad_y = backward(gradient, shares, *layer, None, mask.new_empty(0), False, "none", None)[0]
+    return grad_y, grad_skip, grad_parameters, grad_slope
+
+
+_FORWARD = (
+    "(Tensor y, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, float momentum, float eps, Tensor? skip, "
+    "str activation, Tensor? slope) -> (Tensor z, Tensor mean, Tensor var, Tensor mask)"
+)
+_BACKWARD = (
+    "(Tensor grad_z, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, Tensor mask, bool has_skip, "
+    "str activation, Tensor? slope) -> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)"
+)
+
+
+@_library.fake("batch_norm_act_forward", triton="batch_norm_act", schema=_FORWARD, cpu=_forward)
+def _forward_fake(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    skip: Tensor | None,
+    activation: Activation,
+    slope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bits = y.numel() if skip is not None and activation == "relu" else 0
+    mean, var = (torch.empty(y.shape[1], dtype=torch.float32, device=y.device) for _ in range(2))
+    return torch.empty_like(y), mean, var, torch.empty((bits + 7) // 8, dtype=torch.uint8, device=y.device)
+
+
+@_library.fake("batch_norm_act_backward", triton="batch_norm_act", schema=_BACKWARD, cpu=_backward)
+def _backward_fake(
+    grad_z: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    skip: Tensor | None,
+    mask: Tensor,
+    has_skip: bool,
+    activation: Activation,
+    slope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_parameters = torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device)
+    grad_slope = torch.empty(0 if slope is None else len(slope), dtype=torch.float32, device=y.device)
+    return torch.empty_like(y), torch.empty_like(y) if has_skip and activation != "none" else y.new_empty(0), grad_parameters, grad_slope

@@ -218,7 +218,9 @@ def _backward_fake(
     parameters: bool = False,
     grad_alias: Tensor | None = None,
     alias_stride: int = 1,
+    with_y: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_parameters = torch.empty((2, y.shape[1]) if parameters else 0, dtype=torch.float32, device=y.device)
     grad_slope = torch.empty(len(slope) if parameters and slope is not None else 0, dtype=torch.float32, device=y.device)
-    return torch.empty_like(y), torch.empty_like(y) if has_skip and activation != "none" else y.new_empty(0), grad_parameters, grad_slope
+    grad_y, grad_skip = (torch.empty_like(y) if wanted else y.new_empty(0) for wanted in (with_y, has_skip and activation != "none"))
+    return grad_y, grad_skip, grad_parameters, grad_slope

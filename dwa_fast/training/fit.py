@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +24,15 @@ from dwa_fast.config import (
 )
 from dwa_fast.data.datasets import ImageSet, normalise
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
-from dwa_fast.engine.layers import StridedPointwise
 from dwa_fast.engine.memory import kept_memory
-from dwa_fast.engine.training_form import Forward, training_form
+from dwa_fast.engine.training_form import Forward, takes_channels_last, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive
 from dwa_fast.training.state import TrainingState, WeightAverage, as_in_files, weight_digest
+from dwa_fast.training.step import TrainingStep
 
 SoftLabelFn = Callable[[TrainingBatch], Tensor]  # batch → teacher logits, [B, classes] float32
 
@@ -65,6 +65,7 @@ def fit(
     progress: Progress | None = None,
     test: Callable[[int], object] | None = None,
     test_every: int = 0,
+    captures: bool = True,
 ) -> None:
     """Train a network for `epochs` epochs, resuming from `state` if it holds finished ones.
 
@@ -79,11 +80,12 @@ def fit(
         progress: called with the finished steps, including those of an earlier run, and the total.
         test: called with the number of finished epochs after every `test_every`-th, but not after the last one; may leave the network in
             eval mode, and must not draw random numbers. test_every: 0: never.
+        captures: whether steps may be captured on a GPU; the losses must then depend on the tensors of a batch alone, not on its plan.
     Raises:
         InputError: the loss or a weight is not finite after an epoch. The state of that epoch is not saved.
     """
     model.train()
-    if loader.device.type == "cpu" and not any(map(StridedPointwise.suits, model.modules())):
+    if takes_channels_last(model, loader.device):
         model.to(memory_format=torch.channels_last)  # as the images are: convolutions then copy no weights and no gradients
     average = WeightAverage(model, weight_ema) if weight_ema else None
     finished = state.restore(model, optimizer, average) if state else 0
@@ -95,25 +97,17 @@ def fit(
 
     if progress and done:
         progress(done, total)
-    with kept_memory(loader.device):
+    step = TrainingStep(model, optimizer, losses, average, loader.device, captures=captures)
+    with kept_memory(loader.device), closing(step):
         for epoch in range(finished, epochs):
-            total_loss = torch.zeros((), device=loader.device)
-            with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable():
+            with seeded_layers(derive(seed, "dropout", epoch), loader.device), repeatable(), step.epoch():
                 for batch in loader.epoch(epoch):
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate * factor(done)
-                    optimizer.zero_grad()
-                    for value in losses(batch):
-                        value.backward()
-                        total_loss += value.detach()
-                    optimizer.step()
-                    if average:
-                        average.update()
+                    step.take(batch, learning_rate * factor(done))
                     done += 1
                     if progress:
                         progress(done, total)
-            if not total_loss.isfinite() or not has_finite_weights(model):
-                what = "weights" if total_loss.isfinite() else "loss"
+            if not step.total_loss.isfinite() or not has_finite_weights(model):
+                what = "weights" if step.total_loss.isfinite() else "loss"
                 raise InputError(f"training diverged: {what} not finite in epoch {epoch + 1} of {epochs}; {remedy()}")
             if test and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < epochs:
                 with average.in_place() if average else nullcontext():
@@ -121,7 +115,6 @@ def fit(
                 model.train()
             if state:
                 state.save(model, optimizer, epoch + 1, average)
-        optimizer.zero_grad()  # the gradients' memory goes back too
     if average:
         average.swap()
     for weight in model.parameters():

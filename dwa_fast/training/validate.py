@@ -274,8 +274,8 @@ class _StudentTrainer:
             return teacher_labels(self.live_teachers, self.config, self.distilled.image_shape, self.device)
 
         def read(batch: TrainingBatch) -> Tensor:
-            assert batch.plan.logits is not None
-            return batch.plan.logits.to(self.device).float()
+            assert batch.logits is not None
+            return batch.logits.float()
 
         return read
 
@@ -369,7 +369,8 @@ def optimiser_of(student: nn.Module, config: ValidationConfig, fused: bool | Non
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if config.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+    captured = any(p.is_cuda for p in student.parameters())
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=captured)
 
 
 def soft_loss(
@@ -395,8 +396,8 @@ def hard_loss(
 ) -> Tensor:
     """Cross-entropy; for mixed images share·CE(own label) + (1 − share)·CE(partner's label)."""
     own = F.cross_entropy(logits, batch.labels[rows])
-    mix = batch.plan.mix
-    if mix.partner is None:
+    if batch.partner_labels is None or batch.shares is None:
         return own
-    other = F.cross_entropy(logits, batch.labels[mix.partner[rows].to(logits.device)])
-    return mix.share * own + (1 - mix.share) * other
+    share, of_partner = batch.shares
+    mixed: Tensor = share * own + of_partner * F.cross_entropy(logits, batch.partner_labels[rows])
+    return mixed

@@ -253,3 +253,17 @@ def test_what_students_alone_have_changes_no_other_view() -> None:
     one, two = draw_views(7, plain, source()), draw_views(7, more, source())
     assert torch.equal(one.offsets, two.offsets)  # type: ignore[arg-type]
     assert torch.equal(one.flipped, two.flipped)  # type: ignore[arg-type]
+
+
+def test_a_batch_has_what_a_step_reads() -> None:
+    """Images, labels, and for mixed images the partners' labels with both shares."""
+    data = small_set()
+    for batch in TrainingLoader(ImageCache(data, CPU, 1.0), RandomSampler(data, CONFIG, seed=0), DIGITS.data, 1).epoch(0):
+        mix = batch.plan.mix
+        assert mix.partner is not None
+        assert list(batch.tensors()) == ["images", "labels", "partner_labels", "shares"]
+        assert torch.equal(batch.tensors()["partner_labels"], data.labels[batch.plan.indices[mix.partner]])
+        assert batch.tensors()["shares"].tolist() == pytest.approx([mix.share, 1 - mix.share])
+    plain = replace(CONFIG, mixing="none")
+    batch = next(TrainingLoader(ImageCache(data, CPU, 1.0), RandomSampler(data, plain, seed=0), DIGITS.data, 1).epoch(0))
+    assert list(batch.tensors()) == ["images", "labels"]

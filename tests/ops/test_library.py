@@ -19,7 +19,7 @@ def test_it_loads_and_says_what_it_is() -> None:
 
 def test_built_for_another_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     built_for = ops.built_with()["torch"]
-    monkeypatch.setattr(_library, "_cuda", None)
+    monkeypatch.setattr(_library, "_registrations", None)
     monkeypatch.setattr(torch, "__version__", "1.0.0")
     said = f"dwa_fast._C was built for PyTorch {built_for}, this is PyTorch 1.0.0; build it again"
     assert ops.cause() == f"the compiled operators of dwa_fast cannot be used: {said}"

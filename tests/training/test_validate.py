@@ -99,7 +99,9 @@ def test_hard_loss_mixes_both_labels() -> None:
     raw = torch.randn(2, 5)
     logits = raw.log_softmax(1)
     for mix, share in ((Mix(partner, 0.7), 0.7), (Mix(), 1.0)):
-        batch = TrainingBatch(torch.zeros(2, 3), labels, BatchPlan(torch.arange(2), Views(), mix))
+        plan, mixed = BatchPlan(torch.arange(2), Views(), mix), mix.partner is not None
+        shares = torch.tensor([share, 1 - share])
+        batch = TrainingBatch(torch.zeros(2, 3), labels, plan, labels[partner] if mixed else None, shares if mixed else None)
         other = logits[0, 2] + logits[1, 1]
         expected = -(share * (logits[0, 1] + logits[1, 2]) + (1 - share) * other) / 2
         assert float(hard_loss(raw, batch)) == pytest.approx(float(expected), rel=1e-6)
