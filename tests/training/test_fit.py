@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from dwa_fast.data.datasets import MemorySet, digits, normalise
+from dwa_fast.training import fit
 from dwa_fast.training.fit import cosine, mean_logits, new_network, predict, resolve_precision, triangle
-from tests.nets import real_images, small_teacher
+from tests.nets import DIGITS, SIZE, real_images, small_teacher
 
 CPU = torch.device("cpu")
 
@@ -66,3 +69,22 @@ def test_bf16_computes_in_bf16_and_gives_fp32() -> None:
 
 def test_precision_is_fp32_on_a_cpu_unless_asked_for() -> None:
     assert [resolve_precision(each, CPU) for each in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]  # type: ignore[arg-type]
+
+
+def test_many_images_are_tested_by_the_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same accuracy, and the network stays as it was; an odd number of images, in several batches."""
+    data, network = digits("train", SIZE), small_teacher().train()
+    data = MemorySet(data.pixels[:1003], data.labels[:1003], data.class_names)
+    before, forms = copy.deepcopy(network.state_dict()), []
+    make = fit.training_form
+    monkeypatch.setattr(fit, "training_form", lambda *given: forms.append(given) or make(*given))
+    accuracy = fit.top1(network, data, DIGITS.data, CPU)
+    assert len(forms) == 1
+    with torch.no_grad():
+        expected = (network(normalise(data.pixels, DIGITS.data)).argmax(1) == data.labels).double().mean()
+    assert accuracy == pytest.approx(100 * float(expected))
+    assert 0 < accuracy < 100
+    assert not network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    fit.top1(network, MemorySet(data.pixels[:999], data.labels[:999], data.class_names), DIGITS.data, CPU)
+    assert len(forms) == 1
