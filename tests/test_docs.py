@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dwa_fast.commands.cli import _DESCRIPTIONS, _parse, run
+from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,8 @@ def exit_code(arguments: list[str]) -> int:
         _parse(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    except InputError:
+        return 2
     return 0
 
 

@@ -107,6 +107,20 @@ def _check_words(arguments: Sequence[str]) -> None:
             raise _UsageError(f"{flag} stands {flags.count(flag)} times; it takes all of its values at once: {flag} A B")
 
 
+def _check_flags(name: str, command: Any, arguments: Sequence[str]) -> None:
+    """Refuse a flag that the command does not have, and say which one may be meant."""
+    from dwa_fast.commands.flags import flag_names, flags_meant
+
+    flags = list(flag_names(command))
+    for argument in arguments:
+        typed = argument.partition("=")[0].replace("_", "-")
+        known = typed in ("--", "--help") or typed in flags or typed.replace("no-", "", 1) in flags
+        if typed.startswith("--") and not known:
+            near = flags_meant(typed, flags)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"dwa-fast {name} --help lists its flags"
+            raise _UsageError(f"{name} has no flag {typed}; {hint}")
+
+
 def _parse(arguments: Sequence[str]) -> Any:
     """The command with its settings. Recipe, method, size and the like are read first, since the defaults of other flags depend on them."""
     import tyro
@@ -116,6 +130,8 @@ def _parse(arguments: Sequence[str]) -> Any:
 
     _check_words(arguments)
     defaults, _ = tyro.cli(commands, args=arguments, return_unknown_args=True, add_help=False)
+    if arguments and arguments[0] in defaults and not {"-h", "--help"} & {*arguments}:
+        _check_flags(arguments[0], defaults[arguments[0]], arguments)
     try:
         with settings_registry():  # the argument `registry` needs tyro 1.0.12
             return tyro.cli(

@@ -1,16 +1,20 @@
-"""Rules for tyro: the help of a number ends with its range, and a value that is out of range is an InputError."""
+"""Rules for tyro: the help of a number ends with its range, and a value that is out of range is an InputError. Flags that are meant."""
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Callable
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from dwa_fast.config import check_fields, range_of
 from dwa_fast.errors import InputError
+
+_ABBREVIATIONS = {"lr": "learning-rate", "bs": "batch-size", "wd": "weight-decay", "gpu": "device", "model": "architecture"}
+_SUGGESTED = 3  # flags at most that a message suggests
 
 
 class RefusedError(Exception):
@@ -55,3 +59,22 @@ def _checked(make: Callable[..., Any]) -> Callable[..., Any]:
         return settings
 
     return checked
+
+
+def flag_names(command: Any, prefix: str = "") -> Iterator[str]:
+    """The flags of a command, given it with its defaults; without the --no-… of switches."""
+    for field in fields(command):
+        name, value = prefix + field.name.replace("_", "-"), getattr(command, field.name)
+        if is_dataclass(value):
+            yield from flag_names(value, prefix if "OmitArgPrefixes" in str(field.type) else f"{name}.")
+        elif "Positional" not in str(field.type):
+            yield f"--{name}"
+
+
+def flags_meant(typed: str, flags: Sequence[str]) -> list[str]:
+    """Those that an unknown flag may stand for: an abbreviation, a beginning, a name without its prefix, or a misspelling."""
+    word = typed.lstrip("-")
+    word = _ABBREVIATIONS.get(word, word)
+    names = [flag.lstrip("-").rpartition(".")[2] for flag in flags]
+    near = {word} & {*names} or {name for name in names if name.startswith(word)} or {*difflib.get_close_matches(word, names, 1)}
+    return [flag for flag, name in zip(flags, names, strict=True) if name in near][:_SUGGESTED]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dwa_fast.commands import cli
+from dwa_fast.commands import cli, commands
 from dwa_fast.commands.cli import _parse, run
+from dwa_fast.commands.flags import flag_names
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum
@@ -105,6 +106,32 @@ def test_a_misspelled_command(typed: str, meant: str, capsys: pytest.CaptureFixt
 def test_a_list_that_stands_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error(["synthesize", "--teacher", "a.pt", "--teacher", "b.pt"]) == 2
     assert "--teacher stands 2 times; it takes all of its values at once: --teacher A B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("synthesize --lr 0.1 --output o", "synthesize has no flag --lr; did you mean --learning-rate?"),
+        ("squeeze --out=t.pt", "squeeze has no flag --out; did you mean --output?"),
+        ("squeeze --bs 8", "squeeze has no flag --bs; did you mean --batch-size?"),
+        ("squeeze --wd 0", "squeeze has no flag --wd; did you mean --weight-decay?"),
+        ("squeeze --gpu 0", "squeeze has no flag --gpu; did you mean --device?"),
+        ("squeeze --arch resnet18", "squeeze has no flag --arch; did you mean --architecture?"),
+        ("validate --imges s", "validate has no flag --imges; did you mean --images?"),
+        ("compare --lr 1", "compare has no flag --lr; did you mean --synthesis.learning-rate or --validation.learning-rate?"),
+        ("info --zzz", "info has no flag --zzz; dwa-fast info --help lists its flags"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_that_is_meant(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error([*arguments.split(), "--recipe", "digits"]) == 2
+    assert capsys.readouterr().err == f"dwa-fast: {sentence}\n"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_flags_of_a_command_are_those_of_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error([name, "--help"])
+    shown = re.findall(r"^[│ ] (--[a-z][\w.-]*)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(shown) == sorted(flag_names(commands()[name]))
 
 
 def test_fast_changes_the_defaults() -> None:
@@ -316,7 +343,7 @@ def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[st
     assert usage_error([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert "usage: dwa-fast" in text
-    for flag in re.split(r"^│ (?=--)", text, flags=re.MULTILINE)[1:]:
+    for flag in re.split(r"^[│ ] (?=--[a-z])", text, flags=re.MULTILINE)[1:]:
         sentence = re.sub(r"[│╭╮╰╯─\s]+", " ", flag)
         words = re.sub(r"--[\w-]+|\{.*?\}|\(default.*|\(required.*|At least \d+\.|Above [^.]*\.|0 to 1\.", "", sentence)
         assert re.search(r"[a-z]{3,}", words), f"{command} {sentence} is not explained"
