@@ -90,7 +90,7 @@ class Validate(DistilledData):
         made, recipe = self._set_settings(), self.full_recipe(validation=self.config)
         name = set_folder(self.images).name
         title = f"{self.student} on {name}, ipc {ipc}"
-        rows = [[str(seed), f"{accuracy:.2f}"] for seed, accuracy in zip(result.seeds, result.accuracies, strict=True)]
+        rows = [[str(number), f"{accuracy:.2f}"] for number, accuracy in enumerate(result.accuracies, 1)]
         cell = {
             "recipe": self.recipe,
             "method": str(made.get("method", name)),  # another program's set goes by the name of its folder

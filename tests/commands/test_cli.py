@@ -63,7 +63,8 @@ def test_squeeze_synthesize_validate(
     record = read_record(tmp_path / "out" / "record.json")
     (cell,) = record.data["cells"]
     assert (cell["recipe"], cell["method"], cell["student"], cell["ipc"]) == ("digits", "dwa", "small-resnet", 1)
-    assert len(cell["accuracies"]) == 2
+    assert len(cell["accuracies"]) == len(cell["seeds"]) == 2
+    assert [row[0] for row in record.tables[0].rows] == ["1", "2", "mean"]
     monkeypatch.setitem(published._DWA, ("digits", "small-resnet", 1), 50.0)  # as if the paper had it
     beside = published.beside_published(record)
     assert beside
