@@ -69,6 +69,7 @@ class Study(TeacherData):
                     file=file,
                     checksum=each.checksum,
                     architecture=each.info.architecture,
+                    accuracy=each.info.accuracy,
                     classes=each.info.classes,
                     outputs=tuple(each.outputs) if each.outputs else None,
                 )

@@ -66,6 +66,7 @@ class Synthesize(TeacherData):
                 initial=self.initial,
                 seed=self.seed,
                 provenance={"recipe": self.recipe, "method": self.method, **used},
+                teacher_info=[{"architecture": each.info.architecture, "accuracy": each.info.accuracy} for each in teachers],
                 storage=self.storage,
                 threads=self.threads,
                 workers=divided,

@@ -54,10 +54,20 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         lists
         and maps
         and isinstance(content.get("complete"), bool)
+        and isinstance(content.get("teachers", []), list)
+        and all(map(_is_teacher, content.get("teachers", [])))
         and all(isinstance(name, str) for name in content["class_names"])
         and all(map(_maps_to_text, (content["versions"], *content["continued_with"], *map(content.get, ("skipped", "images", "losses")))))
         and all(map(str.isdecimal, content["losses"]))
         and all(map(IMAGE_NAME.fullmatch, content["images"]))  # no name leads out of the set
+    )
+
+
+def _is_teacher(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("architecture"), str)
+        and isinstance(value.get("accuracy"), (float, int, type(None)))
     )
 
 

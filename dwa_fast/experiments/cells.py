@@ -45,6 +45,7 @@ class StudyTeacher:
     file: Path
     checksum: str  # as checkpoint.teacher_checksum
     architecture: str
+    accuracy: float | None = None  # top-1, percent, if its checkpoint says so
     classes: int | None = None  # number of its outputs; None: that of the data
     outputs: tuple[int, ...] | None = None  # those that are the classes of the data; None: all, in their order
 
@@ -189,6 +190,7 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
         initial=initial,
         seed=source.seed,
         provenance=provenance,
+        teacher_info=[{"architecture": each.architecture, "accuracy": each.accuracy} for each in setup.teachers[:used]],
         threads=setup.threads,
         progress=progress,
         try_teacher=False,  # already checked, once for all sets

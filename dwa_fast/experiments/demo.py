@@ -59,7 +59,7 @@ def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
     started = time.perf_counter()
     output_folder(output)
     accuracy = _teacher(output / "teacher.pt", config, track)
-    setup = _setup(output, config)
+    setup = _setup(output, config, accuracy)
     grid = Grid(variants=by_method(setup, config.methods), ipc=config.ipc, students=(setup.recipe.architecture,), seeds=(config.seed,))
     outcomes = run_grid(setup, grid, jobs=config.jobs or default_jobs(setup), progress_bar=track("sets and students"))
     shown = [TITLES[method] for method in _ON_SHEET]
@@ -104,7 +104,7 @@ def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
     return info.accuracy if info.accuracy is not None else top1(module.to(device), test, digits.data, device)
 
 
-def _setup(output: Path, config: DemoConfig) -> Setup:
+def _setup(output: Path, config: DemoConfig, accuracy: float) -> Setup:
     digits, teacher = recipe("digits", device=config.device), output / "teacher.pt"
     synthesis, validation = digits.synthesis, replace(digits.validation, students=config.students)
     if config.iterations is not None:
@@ -117,7 +117,7 @@ def _setup(output: Path, config: DemoConfig) -> Setup:
         folder=None,
         train_checksum=image_digest(load(digits.data, None, "train")),
         test_checksum=image_digest(load(digits.data, None, "test")),
-        teachers=(StudyTeacher(file=teacher, checksum=checksum(teacher), architecture=digits.architecture),),
+        teachers=(StudyTeacher(file=teacher, checksum=checksum(teacher), architecture=digits.architecture, accuracy=accuracy),),
     )
 
 

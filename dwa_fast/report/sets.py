@@ -49,8 +49,6 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     classes, count = len(manifest["class_names"]), len(manifest["images"])
     ipc = count // classes if classes else 0
     names = [str(settings[name]) for name in ("method", "recipe") if name in settings]
-    teachers = settings.get("teacher")
-    several = [f"{len(teachers)} teachers"] if isinstance(teachers, list) else []
     sheet = _sheet(first, ipc)
     facts = [Facts("Settings", groups(settings))]
     if manifest["skipped"]:
@@ -60,12 +58,33 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     others = f" · {more} more set{'s' * (more > 1)} with another seed" if more else ""
     return Section(
         anchor=anchor,
-        title=", ".join([*names, f"ipc {ipc}", *several, *_changes(settings)]),
+        title=", ".join([*names, *_size(settings), f"ipc {ipc}", *_teachers(manifest), *_changes(settings)]),
         subtitle=f"{first.name} · {count} images of {classes} classes{state}{others}",
         paragraphs=[] if sheet else ["No whole row of images yet."],
         images=[sheet] if sheet else [],
         facts=[*facts, Facts("Versions", groups(manifest["versions"]))],
     )
+
+
+def _size(settings: Mapping[str, Any]) -> list[str]:
+    """Pixels of an image."""
+    shape = settings.get("image_shape")
+    if not isinstance(shape, list) or len(shape) != 3:
+        return []
+    _, height, width = map(shown, shape)
+    return [f"{width} px" if height == width else f"{width} × {height} px"]
+
+
+def _teachers(manifest: Mapping[str, Any]) -> list[str]:
+    """Architecture and accuracy of each teacher; older manifests have their checksums alone."""
+    checksums, known = manifest["settings"].get("teacher"), manifest.get("teachers", [])
+    several = f"{len(checksums)} teachers" if isinstance(checksums, list) else "teacher" if known else ""
+    described = " and ".join(_described(each["architecture"], each.get("accuracy")) for each in known)
+    return [f"{several} {described}".strip()] if several else []
+
+
+def _described(architecture: str, accuracy: float | None) -> str:
+    return architecture if accuracy is None else f"{architecture} ({accuracy:.1f} %)"
 
 
 def _changes(settings: Mapping[str, Any]) -> list[str]:

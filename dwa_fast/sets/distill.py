@@ -64,6 +64,7 @@ def distill(
     initial: InitialConfig | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
+    teacher_info: Sequence[Mapping[str, Any]] = (),
     storage: StorageConfig | None = None,
     threads: int | None = None,
     logits: str | int | None = None,
@@ -81,6 +82,7 @@ def distill(
         ipc: images per class, at least 1.
         initial: which initial images; default: a seeded sample of the real ones.
         provenance: what else the images depend on (the teachers' checksums, recipe); written into the manifest.
+        teacher_info: architecture and accuracy of each teacher, if they are known; written into the manifest for its readers.
         storage: how images and losses are written.
         threads: CPU threads to compute with, at least 1; the last bits depend on it where the device is a CPU. None: those that the
             set in the folder was started with; for a new set, as many as PyTorch takes in a single process.
@@ -121,7 +123,7 @@ def distill(
     storage = storage or StorageConfig()
     if config.iterations == 0:  # and so no losses
         storage = replace(storage, losses_every=0)
-    store = ImageStore(output, settings, data.class_names, storage)
+    store = ImageStore(output, settings, data.class_names, storage, teacher_info)
     images.skipped.update(store.skipped)
     preview = Preview(store, data.image_shape, ipc) if store.storage.preview else None
     share = workers.share(batches)

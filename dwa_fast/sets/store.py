@@ -55,13 +55,21 @@ class ImageStore:
     write one set: a batch has the same bytes whoever writes it, and any process that finds every batch there may complete the set.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], class_names: Sequence[str], storage: StorageConfig | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        class_names: Sequence[str],
+        storage: StorageConfig | None = None,
+        teachers: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Start a set, or resume the one in the folder.
 
         Args:
             folder: of the set, or its `images/`.
             settings: everything else that the images depend on; JSON values.
             storage: how images and losses are written.
+            teachers: architecture and accuracy of each, for readers of the manifest; its settings have their checksums.
         Raises:
             InputError: the folder cannot be written, or holds a set of other settings.
         """
@@ -69,6 +77,7 @@ class ImageStore:
         self.class_names = list(class_names)
         self.storage = storage or StorageConfig()
         self.settings: dict[str, Any] = json.loads(json.dumps({**self.storage.describe(), **settings}))
+        self._teachers = list(map(dict, teachers))
         self.complete = False
         self._images: dict[str, str] = {}  # name → checksum
         self._losses: dict[int, str] = {}  # number of the batch → its lines
@@ -210,6 +219,7 @@ class ImageStore:
         now = self.settings | {"class_names": self.class_names}
         if changed := difference(before, now):
             raise InputError(f"{self.folder} holds a set made with other settings ({changed}); choose another folder")
+        self._teachers = self._teachers or manifest.get("teachers", [])
         self.complete = manifest["complete"]
         self._versions = [manifest["versions"], *manifest["continued_with"]]
         texts = log_file.read_losses(self.folder)
@@ -259,6 +269,7 @@ class ImageStore:
             "versions": first,
             "continued_with": others,
             "settings": self.settings,
+            **({"teachers": self._teachers} if self._teachers else {}),
             "class_names": self.class_names,
             "skipped": dict(sorted(self.skipped.items())),
             "images": dict(sorted(self._images.items())),

@@ -19,7 +19,7 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum
 from dwa_fast.models.architectures import ARCHITECTURES, build
-from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.report import published
 from dwa_fast.report.records import read_record
 from tests.nets import SIZE, small_teacher
@@ -56,6 +56,7 @@ def test_squeeze_synthesize_validate(
     assert f"{tmp_path / 'set'}: 20 images" in printed
     manifest = read_manifest(tmp_path / "set")
     assert manifest["settings"]["teacher"] == checksum(teacher)
+    assert manifest["teachers"] == [{"architecture": "small-resnet", "accuracy": load_teacher(teacher)[1].accuracy}]
     assert (manifest["settings"]["recipe"], manifest["settings"]["method"]) == ("digits", "dwa")
     arguments = ["validate", "--recipe", "digits", "--teacher", str(teacher), "--images", str(tmp_path / "set"), "--size", str(SIZE)]
     quick = ["--epochs", "2", "--padding", "1", "--students", "2", "--ipc", "1", "--output", str(tmp_path / "out")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ def make_run(folder: Path, record: Record = WHOLE) -> Path:
     return folder
 
 
-def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = True, **changes: Any) -> Path:
+def make_set(folder: Path, classes: int = 3, ipc: int = 2, *, complete: bool = True, teachers: Sequence[Any] = (), **changes: Any) -> Path:
     """A set of images of 8 pixels; those of class c and index i have the level 10 c + i."""
     settings = {"recipe": "digits", "method": "dwa", "image_shape": [1, 8, 8], "seed": 0, **changes}
-    store = ImageStore(folder, settings, [f"class {label}" for label in range(classes)], StorageConfig(losses_every=0))
+    store = ImageStore(folder, settings, [f"class {label}" for label in range(classes)], StorageConfig(losses_every=0), teachers)
     batches = [BatchSpec(index, index, list(range(classes))) for index in range(ipc)]
     for batch in batches:
         levels = [torch.full((1, 8, 8), (10 * label + batch.index) % 256, dtype=torch.uint8) for label in batch.labels]

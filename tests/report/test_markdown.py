@@ -17,7 +17,7 @@ def test_everything_is_there(runs: Path, tmp_path: Path) -> None:
     for line in (
         *("# Tables", r"- [λ\_var alone](#run-1)", '<a id="run-1"></a>', r"## λ\_var alone", "Best in the middle."),
         *(r"| λ\_var | top-1 % |", "|---|---:|", "| 0.11 | 39.6 ± 0.4 |", "Three seeds.", "dwa-fast ablate lambda-var --recipe digits"),
-        *("| iterations | 500 |", "| deep · er | – |", "## dwa, digits, ipc 2"),
+        *("| iterations | 500 |", "| deep · er | – |", "## dwa, digits, 8 px, ipc 2"),
         "All 2 images of each of all 3 classes, a row per class. Rows: class 0, class 1, class 2.",
     ):
         assert line in text.splitlines(), line

@@ -98,7 +98,7 @@ def test_page_says_what_it_is(elements: list[Element]) -> None:
     assert metas["viewport"] == "width=device-width, initial-scale=1"
     assert metas["color-scheme"] == "light dark"
     links = [(each.attributes["href"], each.text) for each in named(elements, "a")]
-    assert links == [("#run-1", "λ_var alone"), ("#run-2", "Again"), ("#set-1", "dwa, digits, ipc 2")]
+    assert links == [("#run-1", "λ_var alone"), ("#run-2", "Again"), ("#set-1", "dwa, digits, 8 px, ipc 2")]
 
 
 def test_everything_of_a_record_is_shown(elements: list[Element]) -> None:

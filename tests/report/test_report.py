@@ -146,14 +146,27 @@ def test_sets_that_differ_in_their_seed_alone_are_shown_once(tmp_path: Path) -> 
         make_set(tmp_path / "sets" / name, **changes)
     shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t")
     assert [(each.title, each.subtitle) for each in shown.sets] == [
-        ("dwa, digits, ipc 2", "sets/a · 6 images of 3 classes · 2 more sets with another seed"),
-        ("dwa, digits, ipc 2, 2 teachers, batch_ipc 2, rho 0.1", "sets/c · 6 images of 3 classes"),
+        ("dwa, digits, 8 px, ipc 2", "sets/a · 6 images of 3 classes · 2 more sets with another seed"),
+        ("dwa, digits, 8 px, ipc 2, 2 teachers, batch_ipc 2, rho 0.1", "sets/c · 6 images of 3 classes"),
     ]
     assert not shown.sets_note
     shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t", most_sets=1)
     assert len(shown.sets) == 1
     for name in ("page.html", "page.md"):
         assert "Shown: 1 of 2 kinds of sets; --sets 2 shows all." in (tmp_path / name).read_text()
+
+
+def test_titles_name_the_teachers_of_a_set(tmp_path: Path) -> None:
+    one, two = {"architecture": "convnet128", "accuracy": 81.76}, {"architecture": "timm:resnet18", "accuracy": None}
+    make_set(tmp_path / "sets" / "a", teacher="0a", teachers=[one])
+    make_set(tmp_path / "sets" / "b", teacher=["0a", "1b"], teachers=[one, two])
+    make_set(tmp_path / "sets" / "c", teacher="0a", image_shape=[1, 8, 6], seed=3)
+    shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t")
+    assert [each.title for each in shown.sets] == [
+        "dwa, digits, 8 px, ipc 2, teacher convnet128 (81.8 %)",
+        "dwa, digits, 8 px, ipc 2, 2 teachers convnet128 (81.8 %) and timm:resnet18",
+        "dwa, digits, 6 × 8 px, ipc 2",
+    ]
 
 
 def test_record_of_foreign_types_does_no_harm(tmp_path: Path) -> None:
