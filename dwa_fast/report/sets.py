@@ -26,8 +26,8 @@ from dwa_fast.report.search import DistilledSet
 from dwa_fast.report.values import groups, shown
 
 _CLASSES, _IMAGES = 10, 10  # shown of a set, at most
-_TILE = 64  # pixels to which larger images are shrunk in a contact sheet
-_SHOWN_TILE = 32  # pixels to which smaller ones are enlarged, about
+_TILE, _LARGEST_TILE = 64, 128  # pixels of an image in a contact sheet: small ones are enlarged by a whole number, large ones shrunk
+_SHEET = 384  # pixels of the width of a sheet that few images share
 _MISSING = 128  # grey
 _CHANGES = 4  # at most this many settings that differ from the recipe, in a title
 
@@ -109,11 +109,11 @@ def _sheet(found: DistilledSet, ipc: int) -> Image | None:
         return None
     files = [_file(found.manifest, *divmod(place, columns)) for place in range(rows * columns)]
     sides = [_side(found.folder, file) for file in files]
-    size = min([_TILE, *filter(None, sides)])
+    tile = min(_LARGEST_TILE, max(_TILE, _SHEET // columns))
+    size = min([tile, *filter(None, sides)])
     tiles = [_tile(found.folder / file, size) if side else _blank(size) for file, side in zip(files, sides, strict=True)]
-    levels = mosaic(torch.stack(tiles), columns)
-    times = max(1, round(_SHOWN_TILE / size))
-    levels = levels.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    enlarged = torch.stack(tiles).repeat_interleave(tile // size, 2).repeat_interleave(tile // size, 3)
+    levels = mosaic(enlarged, columns)
     image, buffer = PIL.Image.fromarray(levels.numpy()), io.BytesIO()
     image.save(buffer, format="PNG")
     which = f"the first {rows} of {len(names)} classes" if rows < len(names) else f"all {rows} classes"

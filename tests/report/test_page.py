@@ -134,9 +134,22 @@ def test_contact_sheet_has_a_row_per_class(elements: list[Element]) -> None:
     sheet = named(elements, "img")[-1]
     assert sheet.attributes["alt"] == "All 2 images of each of all 3 classes, a row per class"
     shown = pixels(sheet)[..., 0]
-    assert shown.shape == ((3 * 10 - 2) * 4, (2 * 10 - 2) * 4)  # 8 pixels and a gap of 2, enlarged to 32
-    assert [[int(shown[40 * row, 40 * column]) for column in range(2)] for row in range(3)] == [[0, 1], [10, 11], [20, 21]]
+    assert shown.shape == (3 * 130 - 2, 2 * 130 - 2)  # 8 pixels, enlarged to 128, and a gap of 2
+    assert [[int(shown[130 * row, 130 * column]) for column in range(2)] for row in range(3)] == [[0, 1], [10, 11], [20, 21]]
     assert [each.text for each in named(elements, "li")][-3:] == ["class 0", "class 1", "class 2"]
+
+
+@pytest.mark.parametrize(("size", "ipc", "tile"), [(8, 1, 128), (8, 10, 64), (28, 2, 112), (100, 1, 100), (100, 10, 64), (224, 1, 128)])
+def test_small_images_are_enlarged_by_a_whole_number(tmp_path: Path, size: int, ipc: int, tile: int) -> None:
+    folder = make_set(tmp_path / "set", classes=2, ipc=ipc, image_shape=[1, size, size])
+    checked = (np.indices((size, size)).sum(0) % 2 * 255).astype(np.uint8)
+    for file in folder.rglob("*.png"):
+        Image.fromarray(checked).save(file)
+    write_report([folder], tmp_path / "page.html", "t")
+    shown = pixels(named(read(tmp_path / "page.html"), "img")[0])[..., 0]
+    assert shown.shape == (2 * (tile + 2) - 2, ipc * (tile + 2) - 2)
+    if tile >= size:
+        assert (shown[:tile, :tile] == checked.repeat(tile // size, 0).repeat(tile // size, 1)).all()
 
 
 def test_missing_images_are_grey_and_a_set_in_the_making_says_so(tmp_path: Path) -> None:
@@ -149,7 +162,7 @@ def test_missing_images_are_grey_and_a_set_in_the_making_says_so(tmp_path: Path)
     contents = write_report([tmp_path / "sets", tmp_path / "begun"], tmp_path / "page.html", "t")
     elements = read(tmp_path / "page.html")
     shown = pixels(named(elements, "img")[0])[..., 0]
-    assert [[int(shown[40 * row, 40 * column]) for column in range(2)] for row in range(3)] == [[0, 1], [10, 128], [128, 21]]
+    assert [[int(shown[130 * row, 130 * column]) for column in range(2)] for row in range(3)] == [[0, 1], [10, 128], [128, 21]]
     assert contents.sets[1].subtitle.endswith("begun · 0 images of 3 classes · not complete")
     assert "No whole row of images yet." in named(elements, "main")[0].text
 
