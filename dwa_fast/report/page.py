@@ -27,7 +27,7 @@ _ACTIVE = re.compile(r"([\\`*_\[\]<>|~#])")  # characters with a meaning in Mark
 def write_report(folders: Sequence[Path], output: Path, title: str, *, most_sets: int = 24) -> Contents:
     """Write all records and distilled sets below some folders as one HTML page, and as Markdown beside it with its pictures in NAME-files.
 
-    The same records and sets give the same bytes.
+    The same records and sets give the same bytes. Pictures that the replaced Markdown shows and the new one does not are removed.
 
     Args:
         output: the page, NAME.html.
@@ -43,6 +43,7 @@ def write_report(folders: Sequence[Path], output: Path, title: str, *, most_sets
     if pictures.is_symlink():
         raise InputError(f"{pictures} is a symbolic link; pictures are written into a folder beside the report")
     contents = _gather(folders, title, most_sets)
+    before = _shown_pictures(text, pictures)
     output_folder(output.parent)
     sections = [*contents.runs, *contents.sets]
     files = {pictures / f"{each.anchor}-{number}.png": image.png for each in sections for number, image in enumerate(each.images, 1)}
@@ -53,7 +54,17 @@ def write_report(folders: Sequence[Path], output: Path, title: str, *, most_sets
     for path, content in files.items():
         with atomic_write(path) as target:
             target.write_bytes(content)
+    for path in before - files.keys():
+        path.unlink(missing_ok=True)
     return contents
+
+
+def _shown_pictures(text: Path, pictures: Path) -> set[Path]:
+    """The pictures that a Markdown report shows, which it wrote; whatever else lies in their folder is not ours."""
+    if not text.exists():
+        return set()
+    names = re.findall(r"^!\[.*\]\(.*/((?:run|set)-\d+-\d+\.png)\)$", text.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return {pictures / name for name in names}
 
 
 def _gather(folders: Sequence[Path], title: str, most_sets: int) -> Contents:

@@ -52,6 +52,17 @@ def test_same_runs_same_bytes(runs: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
+def test_pictures_of_earlier_runs_go_and_all_else_stays(runs: Path, tmp_path: Path) -> None:
+    page, folder = tmp_path / "page.html", tmp_path / "page-files"
+    write_report([runs], page, "](page-files/set-8-1.png)")
+    mine = ["cat.png", "notes.txt", "run-1-9.png", "set-8-1.png"]  # the last two: named as the report's, but not on its page
+    for name in mine:
+        (folder / name).write_text("mine")
+    write_report([runs / "b"], page, "t")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["run-1-1.png", *mine])
+    assert all((folder / name).read_text() == "mine" for name in mine)
+
+
 def test_what_lies_below_two_folders_is_shown_once(runs: Path, tmp_path: Path) -> None:
     shown = write_report([runs / "a", runs], tmp_path / "page.html", "t")
     assert [section.subtitle.split(" · ")[1] for section in shown.runs] == ["a", "runs/b"]
