@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
 from dwa_fast.io.files import sorted_scandir, walk_files
 from dwa_fast.seeding import generator
 
+log = logging.getLogger("dwa_fast")
+
 Split = Literal["train", "test"]
 
 DIGITS_TEST_SHARE = 0.25
@@ -27,6 +30,7 @@ _TINY_TABLE = Path("val", "val_annotations.txt")
 _TINY_LIST = "wnids.txt"
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folder names
 _TEST_FOLDERS = ("test", "val")
+_UNREAD = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")  # of images that are left out
 _SHOWN = 5  # classes or files that an error message names
 
 
@@ -265,7 +269,7 @@ def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: in
     """A folder with one sub-folder of images per class, or a distilled set; classes and files in sorted order.
 
     Hidden files and folders are ignored. Class folders and files may be symbolic links; links to folders inside a class folder are not
-    followed.
+    followed. Warns of what is left out that may be meant as an image, and of images in folders inside a class folder.
 
     Args:
         per_class: use only the first files of each class.
@@ -277,15 +281,32 @@ def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: in
     names = class_folders(folder)
     files: list[str] = []
     labels: list[int] = []
+    left_out = [entry.name for entry in sorted_scandir(str(folder)) if _is_named_as_image(entry.name) and not os.path.isdir(entry)]
     for label, name in enumerate(names):
-        members = sorted(_images(folder, name), key=natural) if by_number else list(_images(folder, name))
+        members = list(_images(folder, name, left_out))
+        if by_number:
+            members.sort(key=natural)
         if len(members) < (per_class or 1):
             wanted = f"at least {per_class}" if per_class else "some"
             raise InputError(f"class folder {folder / name} has {len(members)} images, expected {wanted}")
         members = members[:per_class]
         files += members
         labels += [label] * len(members)
+    _warn(folder, files, left_out)
     return FileSet(folder, files, torch.tensor(labels), names, size, channels)
+
+
+def _warn(folder: Path, files: Sequence[str], left_out: Sequence[str]) -> None:
+    """Say what a reader may not expect: files that are no part of the data, and the class of images that lie deeper."""
+    if left_out:
+        log.warning(
+            "%s: left out %d files or links, such as %s; only .png, .jpg, .webp, .bmp, .tif, .ppm and .pgm files in class folders are read",
+            *(folder, len(left_out), left_out[0]),
+        )
+    deeper = [file for file in files if file.count(os.sep) > 1 and f"{os.sep}images{os.sep}" not in file]  # Tiny-ImageNet has "images"
+    if deeper:
+        label = deeper[0].partition(os.sep)[0]
+        log.warning("%s: %d images lie in folders inside class folders; %s counts as class %r", folder, len(deeper), deeper[0], label)
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
@@ -308,15 +329,28 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
-def _images(folder: Path, class_name: str) -> Iterator[str]:
-    """Relative paths of the images of a class, sorted, without hidden ones (._1.png of macOS, .ipynb_checkpoints)."""
+def _images(folder: Path, class_name: str, left_out: list[str]) -> Iterator[str]:
+    """Relative paths of the images of a class, sorted, without hidden ones (._1.png of macOS, .ipynb_checkpoints).
+
+    Links to folders and what else is named as an image are appended to `left_out`.
+    """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     prefix = os.path.join(folder, "")
     for entry in walk_files(prefix + class_name):
-        hidden = f"{os.sep}." in entry.path[len(prefix) :]
-        if not hidden and entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
-            yield entry.path[len(prefix) :]
+        path = entry.path[len(prefix) :]
+        if f"{os.sep}." in path:
+            continue
+        if path.lower().endswith(IMG_EXTENSIONS) and (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
+            yield path
+        elif _is_named_as_image(path) or os.path.isdir(entry):
+            left_out.append(path)
+
+
+def _is_named_as_image(name: str) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return not name.startswith(".") and name.lower().endswith((*IMG_EXTENSIONS, *_UNREAD))
 
 
 def _train_folder(folder: Path) -> Path:
@@ -340,6 +374,9 @@ def _train_folder(folder: Path) -> Path:
 
 def _test_folder(folder: Path, names: Sequence[str]) -> Path:
     """The sub-folder of the test images."""
+    labelled = [name for name in names if _labelled(folder, (name,))]
+    if len(labelled) > 1:
+        log.info("%s: the held-out images are those in %r; those in %r are not used", folder, *labelled)
     found = _labelled(folder, names) or next((folder / name for name in names if (folder / name).is_dir()), None)
     if found is None:
         wanted = " or ".join(repr(name) for name in reversed(names))

@@ -307,6 +307,38 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     assert image_folder(tmp_path, 8).files == ["cat/0.png"]
 
 
+def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/0.png", "b/0.png", "b/images/1.png"):
+        write_image(tmp_path / "train" / name)
+    for name in ("a/list.txt", "a/.1.gif", "Thumbs.db"):
+        (tmp_path / "train" / name).touch()
+    image_folder(tmp_path / "train", 8)
+    assert caplog.messages == []
+    write_image(tmp_path / "train" / "2.png")
+    (tmp_path / "train" / "a" / "1.GIF").touch()
+    (tmp_path / "train" / "a" / "3.png").symlink_to("nowhere")
+    (tmp_path / "train" / "b" / "more").symlink_to("../a")
+    assert image_folder(tmp_path / "train", 8).files == ["a/0.png", "b/0.png", "b/images/1.png"]
+    (sentence,) = caplog.messages
+    assert sentence.startswith(f"{tmp_path}/train: left out 4 files or links, such as 2.png; only .png, .jpg,")
+
+
+def test_images_that_lie_deeper_count_and_their_class_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("training/cat/0.png", "training/dog/0.png", "validation/cat/0.png"):
+        write_image(tmp_path / name)
+    data = load(FOLDER, tmp_path, "train")
+    assert (data.class_names, data.labels.tolist()) == (["training", "validation"], [0, 0, 1])
+    assert caplog.messages == [f"{tmp_path}: 3 images lie in folders inside class folders; training/cat/0.png counts as class 'training'"]
+
+
+def test_the_held_out_images_of_two_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val", "test"):
+        write_image(tmp_path / split / "a" / f"{split}.png")
+    with caplog.at_level("INFO", "dwa_fast"):
+        assert [load(FOLDER, tmp_path, split).name(0) for split in ("train", "test")] == ["a/train.png", "a/test.png"]
+    assert caplog.messages == [f"{tmp_path}: the held-out images are those in 'test'; those in 'val' are not used"]
+
+
 def test_files_sorted_by_number(tmp_path: Path) -> None:
     for name in ("class0_id1000.png", "class0_id999.png", "class0_id101.png", "10.png", "9.png", "a.png"):
         write_image(tmp_path / "new0" / name)
