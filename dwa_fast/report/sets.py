@@ -67,12 +67,17 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
 
 
 def _size(settings: Mapping[str, Any]) -> list[str]:
-    """Pixels of an image."""
+    """Pixels of an image, for its title."""
+    height, width = _sides(settings) or (0, 0)
+    return [] if not width else [f"{width} px" if height == width else f"{width} × {height} px"]
+
+
+def _sides(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of an image, if a manifest says them."""
     shape = settings.get("image_shape")
-    if not isinstance(shape, list) or len(shape) != 3:
-        return []
-    _, height, width = map(shown, shape)
-    return [f"{width} px" if height == width else f"{width} × {height} px"]
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
+        return None
+    return shape[1], shape[2]
 
 
 def _teachers(manifest: Mapping[str, Any]) -> list[str]:
@@ -92,8 +97,9 @@ def _changes(settings: Mapping[str, Any]) -> list[str]:
     name, method = str(settings.get("recipe")), str(settings.get("method"))
     if name not in RECIPES or method not in METHODS:
         return []
-    shape = settings.get("image_shape")
-    made = recipe(name, method=method, **({"size": shape[-1]} if shape else {}))
+    sides = _sides(settings)
+    size: dict[str, Any] = {"size": sides[1]} if sides else {}
+    made = recipe(name, method=method, **size)
     own = json.loads(json.dumps({"mean": made.data.mean, "std": made.data.std, **asdict(made.synthesis)}))
     stated = {**json.loads(json.dumps(LATER_SETTINGS)), **settings}
     compared = [field for field in own if field not in EXECUTION_SETTINGS and field in stated]

@@ -180,6 +180,12 @@ def test_titles_name_the_teachers_of_a_set(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("shape", [5, "x", {"a": 1}, [1, "x", "y"], [1, 16, 1e9], [1, 8, 0], []])
+def test_a_set_of_a_foreign_shape_is_shown_without_it(tmp_path: Path, shape: Any) -> None:
+    make_set(tmp_path / "set", image_shape=shape)
+    assert [each.title for each in write_report([tmp_path / "set"], tmp_path / "page.html", "t").sets] == ["dwa, digits, ipc 2"]
+
+
 def test_record_of_foreign_types_does_no_harm(tmp_path: Path) -> None:
     """Every value of a whole record replaced by one of another type, one at a time: shown or left out, never an error."""
     content = json.loads((make_run(tmp_path / "good") / RECORD).read_text())
