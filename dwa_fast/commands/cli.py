@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dwa_fast._version import __version__
 from dwa_fast.errors import InputError
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -57,6 +58,9 @@ def run(arguments: Sequence[str]) -> int:
     from dwa_fast.commands.console import Console
 
     console = Console()
+    if list(arguments) == ["--version"]:
+        console.print(f"dwa-fast {__version__}")
+        return OK
     try:
         with _terminable():
             _parse(arguments).run(console)

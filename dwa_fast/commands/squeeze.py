@@ -38,6 +38,8 @@ class Squeeze(Data):
     @on_its_threads
     def run(self, console: Console) -> None:
         """Train, test where there are held-out images, and write the checkpoint."""
+        if self.output.is_dir():
+            raise InputError(f"{self.output} is a folder; --output names the file of the teacher, such as {self.output / 'teacher.pt'}")
         if self.output.exists() and not self.overwrite:
             raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
         refuse_images(self.output)

@@ -228,6 +228,8 @@ def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | 
 def _open(config: DataConfig, folder: Path | None, split: Split, download: bool) -> MemorySet | FileSet:
     channels = config.channels
     if config.layout == "digits":
+        if folder is not None:
+            raise InputError(f"the digits come with scikit-learn and take no --data, got {folder}; your own images are --recipe folder")
         return digits(split, config.size)
     if folder is None:
         raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")

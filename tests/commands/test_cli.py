@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dwa_fast
 from dwa_fast.commands import cli, commands
 from dwa_fast.commands.cli import _parse, run
 from dwa_fast.commands.flags import flag_names
@@ -269,6 +270,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "ipc": (["synthesize", "--recipe", "digits", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
     "device": (["synthesize", "--recipe", "digits", "--device", "tpu"], "unknown device 'tpu'"),
     "precision": (["synthesize", "--recipe", "digits", "--precision", "fp16"], "precision 'fp16' is not offered by back-end"),
+    "digits with data": (["squeeze", "--recipe", "digits", "--data", "."], "the digits come with scikit-learn and take no --data, got .;"),
     "data": (["synthesize", "--recipe", "cifar10"], "data of layout 'cifar10' lie in a folder; name it with --data"),
     "no CIFAR": (["synthesize", "--recipe", "cifar10", "--data", "."], "or pass --download to fetch the first"),
     "folder": (["synthesize", "--recipe", "imagenet", "--data", "nowhere"], "nowhere is not a folder"),
@@ -328,6 +330,9 @@ def test_existing_teacher_is_not_overwritten(teacher: Path, capsys: pytest.Captu
     assert run(["squeeze", "--recipe", "digits", "--output", str(teacher)]) == 1
     assert "exists; choose another name, or pass --overwrite" in capsys.readouterr().err
     assert checksum(teacher) == before
+    assert run(["squeeze", "--recipe", "digits", "--output", str(teacher.parent), "--overwrite"]) == 1
+    sentence = f"{teacher.parent} is a folder; --output names the file of the teacher, such as {teacher.parent}/teacher.pt"
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -386,6 +391,11 @@ def test_help_names_every_architecture(command: str, flag: str, capsys: pytest.C
     usage_error([command, "--recipe", "digits", "--help"])
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert f"One of {', '.join(ARCHITECTURES)}." in text.split(f" {flag} ", 1)[1]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"dwa-fast {dwa_fast.__version__}\n"
 
 
 def test_info_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
