@@ -127,7 +127,7 @@ def count(teacher: nn.Module, workload: harness.Workload, batch: int, precision:
     own = recipe(workload.recipe, iterations=4, batch_size=batch)
     _library.load()
     cuda = torch.device("cuda")
-    execution = backend.Execution("fused", backend._fused(cuda), torch.device("cpu"), precision)
+    execution = backend.Execution("fused", backend.fused_operators(cuda), torch.device("cpu"), precision)
     images = torch.randn(batch, own.data.channels, workload.size, workload.size)
     network, _ = prepare(teacher, images[:3, :, :_TRIAL, :_TRIAL], execution)
     assert network.traced
