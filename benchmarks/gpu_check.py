@@ -62,7 +62,7 @@ FULL = Plan(
     iterations=300,
     precisions=("fp32", "bf16"),
     network=(18, "imagenet-resnet18"),
-    cases=14,
+    cases=16,
     ceilings=15,
 )
 TINY = Plan(

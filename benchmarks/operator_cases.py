@@ -60,6 +60,19 @@ def _features(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
     return inputs | {"grad_z": features(1e-3), "grad_sums": torch.randn(2, channels, device=device) * 1e-6}
 
 
+def _trained(layer: Layer, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Arguments of batch_norm_act; the statistics of the batch are those of y, so that a ReLU's corner is elsewhere."""
+    inputs = _features(layer, dtype, device) | {"momentum": 0.1}
+    while layer.activation == "relu":
+        exact = doubled(inputs) | {"activation": "none"}
+        near = Operators("exact").batch_norm_act(*(exact[name] for name in _BATCH_NORM_ACT)).abs() < _CORNER
+        if not near.any():
+            break
+        inputs["y"] = torch.where(near, inputs["y"] + 0.1, inputs["y"])
+    return inputs
+
+
+_BATCH_NORM_ACT = ("y", "mean", "var", "weight", "bias", "momentum", "eps", "skip", "activation")
 _LAYER = ("y", "mean", "var", "weight", "bias", "eps")
 _BN_ACT = (*_LAYER, "skip", "activation")
 _BN_ACT_JOIN = (*_LAYER, "skip", *(f"skip_{name}" for name in _LAYER[1:]), "activation")
@@ -150,6 +163,29 @@ def _bn_act_backward_traffic(inputs: Inputs) -> int:
 
 def _mask_bytes(inputs: Inputs) -> int:
     return math.ceil(inputs["y"].numel() / 8) if inputs["activation"] == "relu" and inputs["skip"] is not None else 0
+
+
+def _batch_norm_act(operators: Operators, inputs: Inputs) -> Call:
+    inputs["y"].requires_grad_()
+    return lambda: (operators.batch_norm_act(*(inputs[name] for name in _BATCH_NORM_ACT)),)
+
+
+def _batch_norm_act_backward(operators: Operators, inputs: Inputs) -> Call:
+    leaves = [inputs[name].requires_grad_() for name in ("y", "skip", "weight", "bias") if inputs[name] is not None]
+    z = operators.batch_norm_act(*(inputs[name] for name in _BATCH_NORM_ACT))
+    return lambda: torch.autograd.grad(z, leaves, inputs["grad_z"], retain_graph=True)
+
+
+def _batch_norm_act_traffic(inputs: Inputs) -> int:
+    """Reads y twice, the skip, γ, β and both running statistics; writes z, the running statistics and the bits of `_bn_act_traffic`."""
+    features = 3 if inputs["skip"] is None else 4
+    return features * inputs["y"].nbytes + 6 * inputs["mean"].nbytes + _mask_bytes(inputs)
+
+
+def _batch_norm_act_backward_traffic(inputs: Inputs) -> int:
+    """Reads y and a gradient twice, the bits, μ, σ², γ, β; writes the gradients of y, γ, β and, behind an activation, of the skip."""
+    bits = _mask_bytes(inputs)
+    return (6 if bits else 5) * inputs["y"].nbytes + 6 * inputs["mean"].nbytes + bits
 
 
 def _moments(operators: Operators, inputs: Inputs) -> Call:
@@ -353,6 +389,8 @@ OPERATORS = (
     Operator("bn_act_join backward", subjects.joined_layers, _features, _bn_act_join_backward, _bn_act_join_backward_traffic),
     Operator("bn_act_pool", subjects.pooled_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
     Operator("bn_act_pool backward", subjects.pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
+    Operator("batch_norm_act", subjects.distinct_layers, _trained, _batch_norm_act, _batch_norm_act_traffic),
+    Operator("batch_norm_act backward", subjects.distinct_layers, _trained, _batch_norm_act_backward, _batch_norm_act_backward_traffic),
     Operator("mean_pool", subjects.pooled, _features, _mean_pool, _mean_pool_traffic),
     Operator("mean_pool backward", subjects.pooled, _features, _mean_pool_backward, _mean_pool_traffic),
     *_convolutions("conv3x3", subjects.convolutions, "fp32"),

@@ -12,7 +12,6 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from dwa_fast import ops
 from dwa_fast.engine.backend import fused_causes, fused_operators
 from dwa_fast.engine.capture import TRACING
 from dwa_fast.engine.cpu_convolutions import replace_cpu_convolutions
@@ -47,12 +46,14 @@ class _TrainedBatchNormAct(BatchNormAct):
 
     def forward(self, input: Tensor, skip: Tensor | None = None, other: BatchNormAct | None = None) -> Tensor:
         """f(BatchNorm(input) [+ skip]); no two layers are joined in training."""
-        y, added = planes(input), None if skip is None else planes(skip)
+        y, added = planes(input), None if skip is None else planes(skip).to(input.dtype)  # under autocast one of them may be float32
         behind = added, self.activation, self.slope
         if self.trains:
-            z = ops.batch_norm_act(y, self.running_mean, self.running_var, self.weight, self.bias, self._next_momentum(), self.eps, *behind)
+            z = self.operators.batch_norm_act(
+                y, self.running_mean, self.running_var, self.weight, self.bias, self._next_momentum(), self.eps, *behind
+            )
         else:
-            z, _ = ops.bn_act(y, self.running_mean, self.running_var, self.weight, self.bias, self.eps, *behind)
+            z, _ = self.operators.bn_act(y, *self.statistics, *behind)
         return z if input.dim() == 4 else z.view(input.shape)
 
     def _next_momentum(self) -> float:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from dwa_fast.ops import _library
 from dwa_fast.ops.activation import Activation
+from dwa_fast.ops.checks import check_activation, check_features, check_per_channel, check_skip
 
 
 def batch_norm_act(
@@ -35,7 +36,7 @@ def batch_norm_act(
         ∂L/∂y = γ/√(σ² + ε) · (g − ∂L/∂β / n − (y − μ)/√(σ² + ε) · ∂L/∂γ / n)
 
     Args:
-        y: output of a convolution, float32 or bfloat16; any strides.
+        y: output of a convolution, float32 or bfloat16, on CUDA also float16; any strides.
         running_mean, running_var: running statistics; None: they are not kept.
         momentum: k.
         eps: ε.
@@ -43,9 +44,17 @@ def batch_norm_act(
     Returns:
         z in the precision and memory format of y.
     Raises:
+        TypeError: an argument has the wrong type or precision.
         ValueError: a channel has a single value, from which no variance can be computed, or an argument does not fit.
         ImportError: the compiled operators cannot be used here.
     """
+    check_features(y)
+    given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, values in given.items():
+        if values is not None:
+            check_per_channel(name, values, y)
+    check_skip(skip, y)
+    check_activation(activation, slope, y)
     count = y.numel() // max(1, y.size(1))
     if count < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")

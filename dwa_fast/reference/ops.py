@@ -50,6 +50,25 @@ def bn_act(
     return (z, z[:, :, ::alias_stride, ::alias_stride], sums) if with_alias else (z, sums)
 
 
+def batch_norm_act(
+    y: Tensor,  # [N, C, H, W]
+    running_mean: Tensor | None,  # [C], written
+    running_var: Tensor | None,  # [C], written
+    weight: Tensor | None,  # [C] γ
+    bias: Tensor | None,  # [C] β
+    momentum: float,
+    eps: float,
+    skip: Tensor | None = None,  # [N, C, H, W]
+    activation: Activation = "none",
+    slope: Tensor | None = None,  # [1] or [C], of leaky_relu
+) -> Tensor:  # [N, C, H, W]
+    """BatchNorm in train mode with what follows it."""
+    z = F.batch_norm(y, running_mean, running_var, weight, bias, training=True, momentum=momentum, eps=eps)
+    if skip is not None:
+        z = z + skip
+    return _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
+
+
 def bn_act_join(
     y: Tensor,  # [N, C, H, W]
     mean: Tensor,  # [C] running mean m
@@ -298,6 +317,7 @@ class Operators:
     bn_act: Callable[..., tuple[Tensor, ...]] = bn_act
     bn_act_join: Callable[..., tuple[Tensor, ...]] = bn_act_join
     bn_act_pool: Callable[..., tuple[Tensor, ...]] = bn_act_pool
+    batch_norm_act: Callable[..., Tensor] = batch_norm_act
     moments: Callable[..., Tensor] = moments
     matching_loss: Callable[..., Tensor] = matching_loss
     matching_gradient: Callable[..., tuple[Tensor, Tensor]] = matching_gradient

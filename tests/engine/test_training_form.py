@@ -176,3 +176,24 @@ def test_one_image_per_channel_is_refused_as_by_pytorch() -> None:
     forward = training_form(network, SHAPE, CPU)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         forward(torch.randn(1, *SHAPE))
+
+
+def test_under_autocast_a_skip_may_be_float32() -> None:
+    """Images that are added to features in bfloat16, whatever the comparison in float32 has seen."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.fc(F.relu(self.norm(self.conv(images)) + images).mean((2, 3)))
+            return logits
+
+    network, images = Residual().train(), torch.randn(6, *SHAPE)
+    exact, form = copy.deepcopy(network), training_form(network, SHAPE, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = form(images)
+    torch.testing.assert_close(logits.float(), exact(images), rtol=0.02, atol=0.02)
+    logits.float().square().sum().backward()
+    assert network.conv.weight.grad is not None

@@ -148,12 +148,12 @@ def test_a_constant_channel_and_nan(device: torch.device) -> None:
     assert mean.isnan().tolist() == var.isnan().tolist() == [channel == 5 for channel in range(8)]
 
 
-def public_call() -> tuple[Any, ...]:
+def public_calls() -> list[tuple[str, tuple[Any, ...]]]:
     """For test_dispatch."""
     y, skip, weight, bias = (
         each.requires_grad_() for each in (*(batch((2, 5, 4, 3), torch.float32, "cpu") for _ in range(2)), *torch.rand(2, 5))
     )
-    return y, torch.zeros(5), torch.ones(5), weight, bias, MOMENTUM, EPS, skip, "relu"
+    return [("batch_norm_act", (y, torch.zeros(5), torch.ones(5), weight, bias, MOMENTUM, EPS, skip, "relu"))]
 
 
 def schema_calls() -> list[tuple[str, tuple[Any, ...]]]:

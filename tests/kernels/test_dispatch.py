@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast import ops, recipe
@@ -22,7 +21,6 @@ from dwa_fast.models.architectures import build
 from dwa_fast.ops import _library
 from dwa_fast.reference import ops as reference
 from dwa_fast.schedule import make_schedule
-from tests.kernels import test_batch_norm_act
 from tests.kernels.cases import schedule
 from tests.nets import alive, distance
 
@@ -104,11 +102,6 @@ def test_every_launcher_is_reached(calls: set[str]) -> None:
     ]
     for result, expected in zip((norms[0], *arenas[0]), (norms[1], *arenas[1]), strict=True):
         torch.testing.assert_close(result, expected)
-    *trained, momentum, eps, skip, activation = test_batch_norm_act.public_call()
-    exact = F.relu(F.batch_norm(*(each.detach().double() for each in trained), True, momentum, eps) + skip.detach().double())
-    z = ops.batch_norm_act(*trained, momentum, eps, skip, activation)
-    torch.testing.assert_close(z.double(), exact)
-    z.square().sum().backward()
     ops.log_losses_(torch.zeros(3, 3), step.clone(), ops.cross_entropy(torch.rand(4, 5), torch.arange(4), 1.0)[0], torch.zeros(2))
     assert calls == set(_library._launchers)
 

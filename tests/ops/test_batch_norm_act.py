@@ -108,3 +108,19 @@ def test_without_parameters_and_running_statistics() -> None:
     (gradient,) = torch.autograd.grad(z[:, :, 0].square().sum(), y)
     (expected,) = torch.autograd.grad(layer(y)[:, :, 0].square().sum(), y)
     assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    y, four = torch.randn(3, 4, 2, 2), torch.ones(4)
+    refused: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
+        (ValueError, "y must be", (y[0], None, None, None, None, 0.1, 1e-5)),
+        (TypeError, "y must be", (y.double(), None, None, None, None, 0.1, 1e-5)),
+        (ValueError, "running_var must be", (y, four, four[:3], None, None, 0.1, 1e-5)),
+        (TypeError, "weight must be float32", (y, None, None, four.double(), None, 0.1, 1e-5)),
+        (TypeError, "skip must have the precision", (y, None, None, None, None, 0.1, 1e-5, y.bfloat16())),
+        (ValueError, "skip must have the shape", (y, None, None, None, None, 0.1, 1e-5, y[:2])),
+        (ValueError, "activation must be one of", (y, None, None, None, None, 0.1, 1e-5, None, "tanh")),
+    ]
+    for error, message, arguments in refused:
+        with pytest.raises(error, match=message):
+            ops.batch_norm_act(*arguments)
