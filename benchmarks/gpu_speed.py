@@ -96,7 +96,7 @@ def steps(plan: Plan) -> list[Step]:
         *(step(f"loop {name}", loop, 75, name) for name in plan.workloads),
         step("ascent", ascent, 30),
         step("batches in flight", batches_in_flight, 60),
-        *(step(f"training {case}", training, 60, case) for case in plan.trained),
+        *(step(f"training {case}", training, 90, case) for case in plan.trained),
         *(step(f"compiled {name}", compiled, 90, name) for name in plan.workloads),
         step("state", state, 10),
     ]

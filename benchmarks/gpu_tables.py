@@ -103,7 +103,15 @@ def _training(speed: Sequence[Row]) -> list[str]:
         if row["peer"] != "released":
             ratios = ["numbers differ" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio_to_released", "ratio_to_before")]
             kind = f"{row['trains']} {row['architecture']}, batch {row['batch']}"
-            rows.append([kind, row["peer"], f"{1e3 * row['seconds']:.3f} ({1e3 * row['low']:.3f} … {1e3 * row['high']:.3f})", *ratios])
+            own = row["peer"].startswith("now") and not row["fused"]
+            rows.append(
+                [
+                    kind,
+                    f"{row['peer']}{', not fused' if own else ''}",
+                    f"{1e3 * row['seconds']:.3f} ({1e3 * row['low']:.3f} … {1e3 * row['high']:.3f})",
+                    *ratios,
+                ]
+            )
     return _table(["training step", "peer", "ms (10 … 90 %)", "× released loop (fp32)", "× plain PyTorch (fp32)"], rows)
 
 

@@ -39,7 +39,7 @@ from dwa_fast.data.augment import Mix, Views
 from dwa_fast.data.loader import BatchPlan, TrainingBatch
 from dwa_fast.engine.backend import precisions
 from dwa_fast.engine.memory import kept_memory
-from dwa_fast.engine.training_form import Forward, training_form
+from dwa_fast.engine.training_form import Forward, FusedForm, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.recipes import Recipe, recipe
@@ -276,6 +276,7 @@ def measure(case: Case, trains: str, steps: int, rounds: int, device: torch.devi
         rows.append(
             {
                 "peer": peer,
+                "fused": isinstance(made[peer].forward, FusedForm),
                 "seconds": median,
                 "low": low,
                 "high": high,

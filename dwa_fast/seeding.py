@@ -7,6 +7,8 @@ stream has used, so a batch gives the same images whether it runs first, last or
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,3 +39,14 @@ def normal(
 ) -> Tensor:  # shape, float32 on the CPU
     """Standard normal numbers, drawn on the host so that they are the same on every device."""
     return torch.from_numpy(source.standard_normal(shape, dtype=np.float32))
+
+
+@contextmanager
+def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, random layers and new weights follow the seed, on the CPU and the device; afterwards the generators are as before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

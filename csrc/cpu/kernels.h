@@ -44,8 +44,8 @@ struct BnActBackward : BnAct {
   const float* grad_sums;  // [2, C] or null: 0
   const uint8_t* mask;     // of the forward pass with skip and kRelu, else null
   const void* skip;        // with an activation other than kNone and kRelu: what it was applied to is recomputed from y and skip
-  void* grad_y;      // or null
-  void* grad_skip;   // with mask or skip
+  void* grad_y;            // or null
+  void* grad_skip;         // with mask or skip
   double* partials;  // [blocks, 2, C] or null: each block's Σ g·(y − m) and Σ g, where g is gz times the derivative of the activation;
                      // with kLeakyRelu [blocks, 3, C]: also Σ gz·min(x, 0), where x is what it was applied to
 };

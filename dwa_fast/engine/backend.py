@@ -82,7 +82,7 @@ class Execution:
         compute on one at once must agree on tf32. The last one to leave puts back what the first one found.
         """
         with (
-            _settings_of_a_gpu(self.precision == "tf32"),
+            settings_of_a_gpu(self.precision == "tf32"),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(self.device.type, enabled=False),
@@ -95,7 +95,8 @@ _inside: list[tuple[bool, bool, bool, bool]] = []  # for each that is within `ar
 
 
 @contextmanager
-def _settings_of_a_gpu(tf32: bool) -> Iterator[None]:
+def settings_of_a_gpu(tf32: bool) -> Iterator[None]:
+    """Inside, a GPU rounds the factors of products to TensorFloat-32 or not, and gives the same bits every time."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with _lock:
         before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark

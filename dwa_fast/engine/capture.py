@@ -228,8 +228,23 @@ def _captured(step: Callable[[], None], device: torch.device, graph_memory: Grap
 
 
 def capture_graph(step: Callable[[], object], stream: torch.cuda.Stream, graph_memory: GraphMemory | None) -> torch.cuda.CUDAGraph:
-    """The kernels of a step that has run on that stream before, none of which runs now."""
+    """The kernels of a step that has run on that stream before, none of which runs now.
+
+    Raises:
+        RuntimeError: the step waits for the device, such as by reading a value; the device and its memory are as before.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_memory, stream=stream):
+    with torch.cuda.graph(graph, pool=graph_memory, stream=stream), _no_waiting():
         step()
     return graph
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, PyTorch raises before it waits for a GPU: a wait during a capture would break it, and with PyTorch 2.11 all later ones too."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

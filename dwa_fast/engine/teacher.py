@@ -23,7 +23,7 @@ from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.models.finite import check_finite_weights
 from dwa_fast.models.wrappers import copied, describe_output, unwrapped
-from dwa_fast.seeding import generator, normal
+from dwa_fast.seeding import generator, normal, seeded_layers
 
 log = logging.getLogger("dwa_fast")
 
@@ -101,13 +101,11 @@ def _layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def _check_teacher(module: nn.Module, layers: Mapping[str, nn.Module], trial: Tensor) -> Response:
     """The teacher's own response to the trial images, checked."""
-    with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
-        torch.manual_seed(0)
-        with _taking(trial):
-            first = module(trial)
-            _check_logits(first)
-            first = first.detach()
-            expected = teacher_response(module, layers, trial, gradients=True)
+    with seeded_layers(0, trial.device), _taking(trial):
+        first = module(trial)
+        _check_logits(first)
+        first = first.detach()
+        expected = teacher_response(module, layers, trial, gradients=True)
     if expected.gradients and not (expected.gradients.logits.isfinite().all() and expected.gradients.matching.isfinite().all()):
         raise InputError("gradients of the teacher are not finite, though its logits are: some weights are too large, or damaged")
     if not expected.gaps:
@@ -115,8 +113,7 @@ def _check_teacher(module: nn.Module, layers: Mapping[str, nn.Module], trial: Te
             f"none of the {len(layers)} BatchNorm layers of the teacher runs in a forward pass, so that no statistics can be matched"
         )
     if not _alike(first, expected.logits):
-        with torch.random.fork_rng(devices=[trial.device] if trial.is_cuda else []):
-            torch.manual_seed(1)
+        with seeded_layers(1, trial.device):
             again = module(trial).detach()
         if _alike(first, again):
             raise InputError(

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from dwa_fast.engine.backend import fused_causes, fused_operators
+from dwa_fast.engine.backend import fused_causes, fused_operators, settings_of_a_gpu
 from dwa_fast.engine.capture import TRACING
 from dwa_fast.engine.cpu_convolutions import replace_cpu_convolutions
 from dwa_fast.engine.fuse import BatchNormAct, fuse_neighbours
@@ -21,7 +21,7 @@ from dwa_fast.engine.symbolic import symbolic
 from dwa_fast.errors import first_line
 from dwa_fast.models.batchnorm import batchnorm_layers, is_plain, planes
 from dwa_fast.reference.ops import Operators
-from dwa_fast.seeding import generator, normal
+from dwa_fast.seeding import generator, normal, seeded_layers
 from dwa_fast.threads import torch_threads
 
 log = logging.getLogger("dwa_fast")
@@ -77,17 +77,29 @@ def training_form(
     if fused_causes(device):
         return module
     try:
-        with TRACING, torch_threads(1), torch.enable_grad(), _undisturbed(module, device):
+        with TRACING, torch_threads(1), torch.enable_grad(), settings_of_a_gpu(tf32=False), seeded_layers(0, device), _undisturbed(module):
             trial = normal(generator(0, "trial"), (_TRIED, *image_shape)).to(device)
             form = _traced(module, trial)
             cause = _difference(module, form, trial)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         cause = first_line(error)
     if cause is None:
-        return lambda images: form(_channels_last(images))
+        return FusedForm(form)
     log.info("network runs layer by layer, not fused: %s", cause)
     layout = torch.channels_last if takes_channels_last(module, device) else torch.contiguous_format
     return lambda images: module(images.contiguous(memory_format=layout))
+
+
+class FusedForm:
+    """The fused layers of a network, which have its parameters."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        self._layers = layers
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] → [N, classes]."""
+        logits: Tensor = self._layers(_channels_last(images))
+        return logits
 
 
 def takes_channels_last(module: nn.Module, device: torch.device) -> bool:
@@ -126,12 +138,11 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards the buffers of the module, its gradients and the random numbers are what they were."""
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers of the module are what they were."""
     buffers = {buffer: buffer.detach().clone() for buffer in module.buffers()}
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
+        yield
     finally:
         with torch.no_grad():
             for buffer, before in buffers.items():
@@ -140,7 +151,7 @@ def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _difference(module: nn.Module, form: nn.Module, trial: Tensor) -> str | None:
     """What the form gives otherwise than the module: logits, running statistics or gradients of the weights; None if nothing."""
-    with _undisturbed(module, trial.device):
+    with _undisturbed(module):
         expected = _response(module, module, trial)
     exact: dict[str, Tensor] = {}
     for (what, value), got in zip(expected.items(), _response(form, module, _channels_last(trial)).values(), strict=True):
@@ -160,10 +171,10 @@ def _near(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _response(form: nn.Module, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    torch.manual_seed(0)
     weights = [p for p in module.parameters() if p.requires_grad]
-    logits = form(images)
-    gradients = torch.autograd.grad(logits.square().mean(), weights, materialize_grads=True) if weights else ()
+    with seeded_layers(0, images.device):
+        logits = form(images)
+        gradients = torch.autograd.grad(logits.square().mean(), weights, materialize_grads=True) if weights else ()
 
     def flat(tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([torch.zeros(1, dtype=torch.double), *(each.detach().double().flatten().cpu() for each in tensors)])

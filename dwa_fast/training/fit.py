@@ -30,7 +30,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
 from dwa_fast.recipes import Recipe
-from dwa_fast.seeding import derive
+from dwa_fast.seeding import derive, seeded_layers
 from dwa_fast.training.state import TrainingState, WeightAverage, as_in_files, weight_digest
 from dwa_fast.training.step import TrainingStep
 
@@ -43,8 +43,7 @@ _WORTH_FUSING = 1000  # images that a CPU tests in less time with the fused form
 
 def new_network(architecture: str, *, classes: int, channels: int, size: int, seed: int, device: torch.device) -> nn.Module:
     """A network whose random weights depend on the seed alone. The global generator of torch is not advanced."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "weights"))
+    with seeded_layers(derive(seed, "weights"), torch.device("cpu")):
         return build(architecture, classes=classes, channels=channels, size=size).to(device)
 
 
@@ -302,17 +301,6 @@ def mean_logits(
         norms = stacked.flatten(1).norm(dim=1)
         stacked = stacked * (norms.mean() / norms)[:, None, None]
     return stacked.mean(0)
-
-
-@contextmanager
-def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed dropout and other random layers inside the block, and restore torch's generators afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @contextmanager

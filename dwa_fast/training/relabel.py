@@ -19,7 +19,7 @@ from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
 from dwa_fast.recipes import Recipe
-from dwa_fast.seeding import derive
+from dwa_fast.seeding import derive, seeded_layers
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import (
     as_teachers,
@@ -28,7 +28,6 @@ from dwa_fast.training.fit import (
     label_precision,
     repeatable,
     resolve_precision,
-    seeded_layers,
     teacher_labels,
     teacher_settings,
     with_batch_size,

@@ -48,10 +48,12 @@ class TrainingStep:
         self._memory: GraphMemory | None = None  # of all graphs, which never run at the same time
         self._stream = take_stream(device) if self._captures else None
         self._rate: Tensor | None = None
-        if self._captures:  # a graph reads the learning rate from memory
-            self._rate = torch.zeros((), device=device)
+        if _has_graphs(device):  # a graph reads the learning rate from memory; called steps do too, for the same bits
+            self._rate = torch.zeros((), dtype=torch.float32, device=device)
             for group in optimizer.param_groups:
                 group["lr"] = self._rate
+                if "capturable" in group:  # a checkpoint may say otherwise
+                    group["capturable"] = True
 
     @contextmanager
     def epoch(self) -> Iterator[None]:
@@ -86,13 +88,14 @@ class TrainingStep:
 
     def close(self) -> None:
         """Give the gradients' memory back, and that of the graphs."""
+        if self._stream is not None:
+            self._stream.synchronize()
         self._optimizer.zero_grad()
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
         self._captures = False
         if self._stream is not None:
-            self._stream.synchronize()
             return_stream(self._stream)
             self._stream = None
 

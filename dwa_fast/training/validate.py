@@ -369,7 +369,7 @@ def optimiser_of(student: nn.Module, config: ValidationConfig, fused: bool | Non
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if config.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
-    captured = any(p.is_cuda for p in student.parameters())
+    captured = bool(fused) and any(p.is_cuda for p in student.parameters())
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, capturable=captured)
 
 

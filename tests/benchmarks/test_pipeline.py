@@ -33,6 +33,7 @@ def test_all_peers_take_the_same_steps(pipeline: ModuleType, tmp_path: Path) -> 
         assert result["matches"]
         peers = [*pipeline.PEERS, *(pipeline.BF16_PEERS if precisions("fused", torch.device("cpu"))[0] == "bf16" else ())]
         assert [row["peer"] for row in result["rows"]] == peers
+        assert [row["fused"] for row in result["rows"]] == [peer.startswith("now") for peer in peers]
         assert all(row["ratio_to_before"] > 0 and row["ratio_to_released"] > 0 for row in result["rows"])
         assert result["floor_seconds"] > 0
 
