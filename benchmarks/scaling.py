@@ -25,7 +25,8 @@ import machine
 
 from dwa_fast import distill
 from dwa_fast.config import Precision
-from dwa_fast.data.datasets import MemorySet, denormalise
+from dwa_fast.data.images import MemorySet
+from dwa_fast.data.pixels import denormalise
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError

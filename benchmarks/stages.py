@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dwa_fast import distill
-from dwa_fast.data.datasets import denormalise, image_folder, normalise
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.pixels import denormalise, normalise
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.reference.loop import apply_view

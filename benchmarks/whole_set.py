@@ -23,8 +23,10 @@ import machine
 
 from dwa_fast import distill
 from dwa_fast.config import InitialConfig
-from dwa_fast.data.datasets import FileSet, ImageSet, denormalise, image_folder, to_levels
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.images import FileSet, ImageSet
 from dwa_fast.data.initial import initial_images
+from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.recipes import Recipe

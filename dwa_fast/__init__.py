@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from dwa_fast._version import __version__
 from dwa_fast.config import DataConfig, FkdConfig, InitialConfig, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig
-from dwa_fast.data.datasets import FileSet, MemorySet, denormalise, digits, image_folder, normalise
+from dwa_fast.data.datasets import digits
 from dwa_fast.data.datasets import load as load_data
 from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.images import FileSet, MemorySet
+from dwa_fast.data.pixels import denormalise, normalise
 from dwa_fast.engine.class_statistics import ClassStatistics, class_statistics
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher

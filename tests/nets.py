@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.data.datasets import MemorySet, digits, normalise
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
+from dwa_fast.data.pixels import normalise
 from dwa_fast.engine.network import Network
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.models.batchnorm import batchnorm_layers

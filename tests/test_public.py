@@ -30,7 +30,7 @@ from dwa_fast import (
     synthesize,
     validate,
 )
-from dwa_fast.data.datasets import to_levels
+from dwa_fast.data.pixels import to_levels
 from dwa_fast.sets.verify import problems
 
 SIZE = 16

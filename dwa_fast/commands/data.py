@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dwa_fast.commands.console import Console
 from dwa_fast.config import Fraction, Normalisation, PositiveFraction, PositiveInt
-from dwa_fast.data.datasets import FileSet, ImageSet, Split, load
+from dwa_fast.data.datasets import Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
+from dwa_fast.data.images import FileSet, ImageSet
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.errors import InputError

@@ -18,8 +18,8 @@ from dwa_fast.commands.data import compare_normalisation, naming_bad_images, try
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt
-from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis, analyse_sets, smallest_class

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwa_fast.commands.console import Console
 from dwa_fast.config import Fraction, NonNegativeInt, Normalisation, Positive, PositiveInt
-from dwa_fast.data.datasets import to_levels
+from dwa_fast.data.pixels import to_levels
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.data.tensors import IMAGES_FILE, LABELS_FILE, as_pixels, read_tensors, write_tensors
 from dwa_fast.errors import InputError

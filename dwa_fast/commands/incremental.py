@@ -17,8 +17,8 @@ from dwa_fast.commands.data import Preset, compare_normalisation, naming_bad_ima
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt, PositiveInt, SynthesisConfig, ValidationConfig
-from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import FileSet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class

@@ -16,7 +16,7 @@ import tyro
 from dwa_fast import ops
 from dwa_fast._version import __version__
 from dwa_fast.commands.console import Console
-from dwa_fast.data.datasets import shown
+from dwa_fast.data.class_names import shown
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine import backend
 from dwa_fast.engine.teacher import prepare

@@ -11,7 +11,7 @@ from torch import nn
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, counted, naming_bad_images, on_its_threads, readable_images
 from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
-from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError

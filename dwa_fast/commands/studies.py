@@ -11,8 +11,9 @@ from typing import Any
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import TeacherData, naming_bad_images, readable_images, report_skipped
 from dwa_fast.config import PositiveInt
-from dwa_fast.data.datasets import FileSet, ImageSet, Split
+from dwa_fast.data.datasets import Split
 from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.images import FileSet, ImageSet
 from dwa_fast.data.pairing import PairedTeacher
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.errors import InputError

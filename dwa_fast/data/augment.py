@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.boxes import resize_boxes
-from dwa_fast.data.datasets import to_unit
+from dwa_fast.data.pixels import to_unit
 
 _SMALLEST, _RATIO = 0.08, (3 / 4, 4 / 3)  # random resized crop of the published training recipes
 _CROP_ATTEMPTS = 10

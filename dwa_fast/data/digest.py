@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dwa_fast.data.datasets import FileSet, ImageSet
+from dwa_fast.data.images import FileSet, ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from dwa_fast.config import check_integer
-from dwa_fast.data.datasets import FileSet, as_named, image_folder, shown
+from dwa_fast.data.class_names import as_named, shown
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.images import FileSet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import MANIFEST, is_set
 from dwa_fast.errors import InputError

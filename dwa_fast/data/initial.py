@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import InitialConfig, InitialOrder, Normalisation, Progress
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.patches import Patch, Predict, cut, draw_patches, scores, stitch
+from dwa_fast.data.pixels import normalise
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError

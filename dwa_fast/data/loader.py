@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dwa_fast.config import Normalisation, SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views, mirror
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.images import ImageSet
+from dwa_fast.data.pixels import normalise
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import as_named, shown
+from dwa_fast.data.class_names import as_named, shown
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, teacher_checksum
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import normalise
+from dwa_fast.data.pixels import normalise
 from dwa_fast.models.finite import check_logits
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [n, C, S, S] → logits [n, classes]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.images import ImageSet
 from dwa_fast.errors import InputError
 from dwa_fast.seeding import generator
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import ImageSet, normalise, shown, to_levels, to_unit
+from dwa_fast.data.class_names import shown
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.pairing import described
+from dwa_fast.data.pixels import normalise, to_levels, to_unit
 from dwa_fast.data.subsets import by_class
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import RECIPES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import denormalise
+from dwa_fast.data.pixels import denormalise
 from dwa_fast.errors import InputError
 from dwa_fast.io.torch_files import read_archive, write_archive
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import Progress
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.images import ImageSet
+from dwa_fast.data.pixels import normalise
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.capture import TRACING

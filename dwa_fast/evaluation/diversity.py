@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import Config, Normalisation, PositiveInt, Progress, Range
-from dwa_fast.data.datasets import ImageSet, to_unit
+from dwa_fast.data.images import ImageSet
+from dwa_fast.data.pixels import to_unit
 from dwa_fast.data.subsets import by_class, draw
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.embedding import Embedding, embed, stream, tsne

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.images import ImageSet
+from dwa_fast.data.pixels import normalise
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_finite_weights, check_logits
 from dwa_fast.seeding import derive

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dwa_fast.config import Config, PositiveInt, Progress, check_integer
-from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.errors import InputError

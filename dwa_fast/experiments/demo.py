@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dwa_fast.config import Config, NonNegativeInt, PositiveInt, check_choice
-from dwa_fast.data.datasets import image_folder, load, normalise
+from dwa_fast.data.datasets import load
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.pixels import normalise
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
 from dwa_fast.evaluation.diversity import class_diversity

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dwa_fast.config import SynthesisConfig, check_integer
-from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.folders import image_folder
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, check_integer
-from dwa_fast.data.datasets import ImageSet, denormalise, to_levels
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
+from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statistics

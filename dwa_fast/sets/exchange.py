@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from dwa_fast.config import ImageFormat, Normalisation, Progress, StorageConfig
-from dwa_fast.data.datasets import image_folder, normalise
+from dwa_fast.data.folders import image_folder
 from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
+from dwa_fast.data.pixels import normalise
 from dwa_fast.data.set_layout import image_root, is_set
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import Progress
-from dwa_fast.data.datasets import denormalise, to_levels
+from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.class_statistics import ClassStatistics, aims
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range

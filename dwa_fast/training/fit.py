@@ -22,8 +22,9 @@ from dwa_fast.config import (
     TrainingPrecision,
     ValidationConfig,
 )
-from dwa_fast.data.datasets import ImageSet, normalise
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
+from dwa_fast.data.pixels import normalise
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, takes_channels_last, training_form
 from dwa_fast.errors import InputError

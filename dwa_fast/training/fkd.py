@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler
 
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix, Views
-from dwa_fast.data.datasets import FileSet, ImageSet
+from dwa_fast.data.images import FileSet, ImageSet
 from dwa_fast.data.loader import BatchPlan
 from dwa_fast.errors import InputError
 

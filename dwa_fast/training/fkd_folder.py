@@ -16,7 +16,7 @@ import torch
 
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix
-from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import BatchPlan, batch_size_of
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, sorted_scandir

@@ -16,7 +16,7 @@ import torch
 from dwa_fast.config import FkdConfig, ValidationConfig
 from dwa_fast.data.augment import Views, draw_mix
 from dwa_fast.data.boxes import draw_boxes
-from dwa_fast.data.datasets import ImageSet
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import BatchPlan, batch_size_of
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import atomic_write, checksum, output_folder

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer
-from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError

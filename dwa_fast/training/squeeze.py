@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import Progress, SqueezeConfig
-from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.recipes import Recipe

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check_integer
-from dwa_fast.data.datasets import ImageSet
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError

@@ -14,7 +14,8 @@ from PIL import Image
 from dwa_fast.commands.cli import run
 from dwa_fast.commands.diversity import as_record
 from dwa_fast.config import StorageConfig
-from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.subsets import draw
 from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis
 from dwa_fast.io.files import checksum

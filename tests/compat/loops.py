@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dwa_fast import SynthesisConfig
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import denormalise
+from dwa_fast.data.pixels import denormalise
 from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.reference.loop import apply_view

@@ -16,7 +16,9 @@ from PIL import Image
 
 from dwa_fast import InputError
 from dwa_fast.config import DataConfig
-from dwa_fast.data.datasets import denormalise, digits, image_folder, load, normalise, to_levels
+from dwa_fast.data.datasets import digits, load
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.pixels import denormalise, normalise, to_levels
 from dwa_fast.recipes import recipe
 
 FOLDER = DataConfig(layout="folder", size=8)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dwa_fast.data.datasets import FileSet, ImageSet, MemorySet, digits, image_folder
+from dwa_fast.data.datasets import digits
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.images import FileSet, ImageSet, MemorySet
 from dwa_fast.errors import InputError
 
 

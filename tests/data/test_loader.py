@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import RandAugment
 from dwa_fast import InputError
 from dwa_fast.config import SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views, mirror
-from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.folders import image_folder
 from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_size_of, batch_sizes, batches, parts
 from dwa_fast.recipes import recipe
 from dwa_fast.seeding import generator

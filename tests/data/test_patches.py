@@ -14,10 +14,12 @@ from torch import Tensor
 
 from dwa_fast import InputError, distill, recipe, synthesize
 from dwa_fast.config import InitialConfig
-from dwa_fast.data.datasets import FileSet, MemorySet, image_folder, normalise
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.images import FileSet, MemorySet
 from dwa_fast.data.initial import initial_images
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.patches import Patch, cut, draw_patches, scores, stitch
+from dwa_fast.data.pixels import normalise
 from dwa_fast.seeding import generator
 from dwa_fast.sets.verify import problems
 from tests.nets import small_recipe, small_set, small_teacher

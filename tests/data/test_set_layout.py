@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig
-from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.folders import image_folder
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.set_layout import FLAT_FORMAT, IMAGES, MANIFEST, image_root, is_set, refuse_images, set_folder
 from dwa_fast.report.search import search

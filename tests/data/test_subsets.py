@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dwa_fast import InputError
-from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.subsets import by_class, draw, images_per_class, part, some_classes
 from tests.nets import SIZE
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dwa_fast import distill, synthesize
 from dwa_fast.config import Normalisation
-from dwa_fast.data.datasets import MemorySet, normalise
+from dwa_fast.data.images import MemorySet
+from dwa_fast.data.pixels import normalise
 from dwa_fast.data.teacher_check import judge, warn_if_inaccurate
 from tests.nets import DIGITS, real_images, small_recipe, small_set, small_teacher
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dwa_fast import InputError
-from dwa_fast.data.datasets import ImageSet, MemorySet, digits
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import ImageSet, MemorySet
 from dwa_fast.data.subsets import draw
 from dwa_fast.evaluation.diversity import (
     REAL,

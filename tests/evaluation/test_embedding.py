@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dwa_fast import InputError
-from dwa_fast.data.datasets import digits, normalise
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.pixels import normalise
 from dwa_fast.evaluation.embedding import embed, stream, tsne
 from tests.nets import DIGITS, SIZE, real_images, small_teacher
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dwa_fast import InputError
-from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
 from tests.nets import DIGITS, SIZE, real_images, small_set, small_teacher

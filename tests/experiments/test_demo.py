@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from dwa_fast.commands.cli import run
-from dwa_fast.data.datasets import FileSet, MemorySet
+from dwa_fast.data.images import FileSet, MemorySet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.experiments import demo
 from dwa_fast.io.files import checksum

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dwa_fast.config import Normalisation, StorageConfig
-from dwa_fast.data.datasets import image_folder
+from dwa_fast.data.folders import image_folder
 from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.store import ImageStore
 

@@ -21,7 +21,9 @@ from dwa_fast import InputError, distill
 from dwa_fast.commands.cli import run
 from dwa_fast.commands.console import Console
 from dwa_fast.config import DataConfig
-from dwa_fast.data.datasets import MemorySet, image_folder, load
+from dwa_fast.data.datasets import load
+from dwa_fast.data.folders import image_folder
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.initial import read_tensor
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import escape_control_chars

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dwa_fast import InputError
 from dwa_fast.config import StorageConfig
-from dwa_fast.data.datasets import to_levels
 from dwa_fast.data.manifest import image_name, read_manifest
+from dwa_fast.data.pixels import to_levels
 from dwa_fast.data.set_layout import IMAGES
 from dwa_fast.io.files import is_left_over
 from dwa_fast.sets import store as store_module

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dwa_fast.data.datasets import FileSet
+from dwa_fast.data.images import FileSet
 from tests.training.fkd_setups import set_on_disk
 
 

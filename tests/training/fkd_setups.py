@@ -11,8 +11,8 @@ from PIL import Image
 
 from dwa_fast import FkdConfig
 from dwa_fast.config import ValidationConfig
-from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.images import FileSet
 from dwa_fast.data.loader import parts
 from dwa_fast.training.relabel import relabel
 from dwa_fast.training.validate import ValidationResult, validate

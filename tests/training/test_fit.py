@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dwa_fast.data.datasets import MemorySet, digits, normalise
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
+from dwa_fast.data.pixels import normalise
 from dwa_fast.training import fit
 from dwa_fast.training.fit import cosine, mean_logits, new_network, predict, resolve_precision, triangle
 from tests.nets import DIGITS, SIZE, real_images, small_teacher

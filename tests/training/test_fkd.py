@@ -16,8 +16,8 @@ from torch import nn
 from dwa_fast import FkdConfig, InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig, ValidationConfig
-from dwa_fast.data.datasets import FileSet
 from dwa_fast.data.distilled import open_distilled
+from dwa_fast.data.images import FileSet
 from dwa_fast.data.loader import ImageCache, TrainingLoader
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dwa_fast import FkdConfig, InputError
-from dwa_fast.data.datasets import FileSet
+from dwa_fast.data.images import FileSet
 from dwa_fast.training import state
 from dwa_fast.training.fkd_folder import FkdFolder
 from dwa_fast.training.relabel import label_bytes

@@ -15,8 +15,10 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import Progress, SqueezeConfig
-from dwa_fast.data.datasets import MemorySet, digits, normalise
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.loader import RandomSampler
+from dwa_fast.data.pixels import normalise
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.training import fit, state

@@ -16,7 +16,8 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.config import ValidationConfig
 from dwa_fast.data.augment import Mix, Views
-from dwa_fast.data.datasets import MemorySet, digits
+from dwa_fast.data.datasets import digits
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingBatch, TrainingLoader
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.models.architectures import ARCHITECTURES
