@@ -1,4 +1,4 @@
-"""Bad input to the Python interface: one clear sentence each. Checkpoints are in test_teacher, folders in test_datasets and test_cli."""
+"""Bad input to the Python interface: one clear sentence each. Checkpoints are in test_teacher, folders in tests/data and test_cli."""
 
 from __future__ import annotations
 

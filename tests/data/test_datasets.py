@@ -17,16 +17,9 @@ from PIL import Image
 from dwa_fast import InputError
 from dwa_fast.config import DataConfig
 from dwa_fast.data.datasets import digits, load
-from dwa_fast.data.folders import image_folder
-from dwa_fast.data.pixels import denormalise, normalise, to_levels
+from dwa_fast.data.pixels import normalise
 from dwa_fast.recipes import recipe
-
-FOLDER = DataConfig(layout="folder", size=8)
-
-
-def write_image(path: Path, colour: int | tuple[int, ...] = (255, 0, 51), size: tuple[int, int] = (8, 8)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+from tests.data.image_files import FOLDER, classes, write_image
 
 
 def test_digits_are_split_by_class_without_overlap() -> None:
@@ -39,22 +32,6 @@ def test_digits_are_split_by_class_without_overlap() -> None:
     images = normalise(train.load(range(1347)), recipe("digits").data)
     assert abs(float(images.mean())) < 0.01
     assert abs(float(images.std()) - 1) < 0.01
-
-
-def test_normalise_and_back() -> None:
-    pixels = torch.rand(2, 3, 4, 4)
-    images = normalise(pixels, recipe("cifar10").data)
-    assert torch.allclose(images[:, 1], (pixels[:, 1] - 0.4822) / 0.1994)
-    assert torch.allclose(denormalise(images, recipe("cifar10").data), pixels, atol=1e-6)
-
-
-def test_every_level_is_normalised_as_its_fraction_of_255() -> None:
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    config = recipe("digits").data
-    assert torch.equal(normalise(levels, config), normalise(levels.float() / 255, config))
-    assert torch.equal(to_levels(denormalise(normalise(levels, config), config)), levels)
-    with pytest.raises(InputError, match=r"pixels must be uint8, or floating point in \[0, 1\], got torch.int64"):
-        normalise(levels.long(), config)
 
 
 @pytest.mark.parametrize(("layout", "classes"), [("cifar10", 10), ("cifar100", 100)])
@@ -82,21 +59,6 @@ def test_cifar_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         InputError, match=r"holds neither an intact .* nor folders train and test .*, or pass --download to fetch the first"
     ):
         load(DataConfig(layout=layout, size=32), tmp_path, "train")
-
-
-def test_image_folder_is_sorted_resized_and_cropped(tmp_path: Path) -> None:
-    write_image(tmp_path / "zebra" / "b.png", size=(20, 10))
-    write_image(tmp_path / "zebra" / "a.JPEG", size=(8, 8))
-    write_image(tmp_path / "ant" / "deep" / "x.png", 128)
-    (tmp_path / "ant" / "notes.txt").write_text("no image")
-    data = load(FOLDER, tmp_path, "train")
-    assert data.class_names == ["ant", "zebra"]
-    assert data.labels.tolist() == [0, 1, 1]
-    pixels = data.load([0, 2])
-    assert pixels.shape == (2, 3, 8, 8)
-    assert pixels[0].unique().tolist() == [128]
-    assert pixels[1].flatten(1).float().mean(1).tolist() == pytest.approx([255, 0, 51], abs=2)
-    assert load(replace(FOLDER, mean=(0.5,), std=(0.5,)), tmp_path, "train").load([0]).shape == (1, 1, 8, 8)
 
 
 def test_train_and_val_folders(tmp_path: Path) -> None:
@@ -168,15 +130,6 @@ def test_tiny_imagenet_sorted_into_class_folders(tmp_path: Path) -> None:
     assert load(DataConfig(layout="tiny", size=8), tmp_path, "test").labels.tolist() == [0, 1]
 
 
-def test_first_images_of_each_class(tmp_path: Path) -> None:
-    for index in range(3):
-        write_image(tmp_path / "a" / f"{index}.png", index * 100)
-    data = image_folder(tmp_path, 8, 1, per_class=2)
-    assert data.files == ["a/0.png", "a/1.png"]
-    with pytest.raises(InputError, match="has 3 images, expected at least 4"):
-        image_folder(tmp_path, 8, 1, per_class=4)
-
-
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a folder; expected one with a sub-folder of images per class"):
         load(FOLDER, tmp_path / "nowhere", "train")
@@ -219,50 +172,6 @@ def test_a_share_of_the_training_images_is_held_out_in_place_of_the_test_images(
         load(replace(FOLDER, held_out_share=0.1), tmp_path, "train")
 
 
-def classes(folder: Path, *names: str) -> None:
-    """A class folder each, with an image whose level says which."""
-    for number, name in enumerate(names):
-        write_image(folder / name / "0.png", (20 * number, 0, 0))
-
-
-def test_held_out_images_are_numbered_by_the_training_images(tmp_path: Path) -> None:
-    classes(tmp_path / "train", "airplane", "dog", "truck")
-    classes(tmp_path / "val", "dog", "truck", "zebra")
-    message = r"val has class folders that .*train lacks: zebra, and it lacks airplane; training and held-out images must be of the same"
-    for split in ("train", "test"):
-        with pytest.raises(InputError, match=message):
-            load(FOLDER, tmp_path, split)  # type: ignore[arg-type]
-    load(replace(FOLDER, held_out_share=0.5), _with_two_each(tmp_path), "train")  # val is not used
-    (tmp_path / "val" / "zebra").rename(tmp_path / "val" / ".zebra")
-    with pytest.raises(InputError, match=r"^\S*val lacks airplane; training"):
-        load(FOLDER, tmp_path, "test")
-    classes(tmp_path / "val", "airplane")
-    assert load(FOLDER, tmp_path, "test").class_names == ["airplane", "dog", "truck"]
-    classes(tmp_path / "test", "dog")
-    with pytest.raises(InputError, match=r"test lacks airplane, truck"):
-        load(FOLDER, tmp_path, "train")
-
-
-def _with_two_each(folder: Path) -> Path:
-    for path in list((folder / "train").iterdir()):
-        write_image(path / "1.png")
-    return folder
-
-
-def test_numbers_padded_in_one_split_alone_are_the_same_classes(tmp_path: Path) -> None:
-    """Sorted as text they are 00, 01, …, 10 and 0, 1, 10, 2, …: each split by itself would number them otherwise."""
-    classes(tmp_path / "train", *(f"{number:02d}" for number in range(11)))
-    classes(tmp_path / "val", *map(str, range(11)))
-    test = load(FOLDER, tmp_path, "test")
-    assert test.class_names == [f"{number:02d}" for number in range(11)]
-    levels = test.load(range(11))[:, 0].float().mean((1, 2)).round().int()
-    assert (levels // 20).tolist() == test.labels.tolist()
-    assert load(FOLDER, tmp_path, "train").class_names == test.class_names
-    (tmp_path / "val" / "10").rename(tmp_path / "val" / "11")
-    with pytest.raises(InputError, match=r"train lacks: 0, 1, 11, 2, 3, … \(11 in all\), and it lacks 00"):
-        load(FOLDER, tmp_path, "test")
-
-
 def test_a_folder_of_held_out_images_is_no_class(tmp_path: Path) -> None:
     classes(tmp_path, "cat", "dog")
     write_image(tmp_path / "val" / "cat" / "0.png")
@@ -300,52 +209,12 @@ def test_tiny_imagenet_of_other_classes(tmp_path: Path) -> None:
         load(config, tmp_path, "test")
 
 
-def test_hidden_files_are_no_images(tmp_path: Path) -> None:
-    """macOS leaves ._0.png beside 0.png, Jupyter copies of images in .ipynb_checkpoints."""
-    classes(tmp_path, "cat")
-    for name in ("._0.png", ".ipynb_checkpoints/0-checkpoint.png", "more/.1.png"):
-        (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "cat" / name).write_bytes(b"no image")
-    assert image_folder(tmp_path, 8).files == ["cat/0.png"]
-
-
-def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a/0.png", "b/0.png", "b/images/1.png"):
-        write_image(tmp_path / "train" / name)
-    for name in ("a/list.txt", "a/.1.gif", "Thumbs.db"):
-        (tmp_path / "train" / name).touch()
-    image_folder(tmp_path / "train", 8)
-    assert caplog.messages == []
-    write_image(tmp_path / "train" / "2.png")
-    (tmp_path / "train" / "a" / "1.GIF").touch()
-    (tmp_path / "train" / "a" / "3.png").symlink_to("nowhere")
-    (tmp_path / "train" / "b" / "more").symlink_to("../a")
-    assert image_folder(tmp_path / "train", 8).files == ["a/0.png", "b/0.png", "b/images/1.png"]
-    (sentence,) = caplog.messages
-    assert sentence.startswith(f"{tmp_path}/train: left out 4 files or links, such as 2.png; only .png, .jpg,")
-
-
-def test_images_that_lie_deeper_count_and_their_class_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("training/cat/0.png", "training/dog/0.png", "validation/cat/0.png"):
-        write_image(tmp_path / name)
-    data = load(FOLDER, tmp_path, "train")
-    assert (data.class_names, data.labels.tolist()) == (["training", "validation"], [0, 0, 1])
-    assert caplog.messages == [f"{tmp_path}: 3 images lie in folders inside class folders; training/cat/0.png counts as class 'training'"]
-
-
 def test_the_held_out_images_of_two_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split in ("train", "val", "test"):
         write_image(tmp_path / split / "a" / f"{split}.png")
     with caplog.at_level("INFO", "dwa_fast"):
         assert [load(FOLDER, tmp_path, split).name(0) for split in ("train", "test")] == ["a/train.png", "a/test.png"]
     assert caplog.messages == [f"{tmp_path}: the held-out images are those in 'test'; those in 'val' are not used"]
-
-
-def test_files_sorted_by_number(tmp_path: Path) -> None:
-    for name in ("class0_id1000.png", "class0_id999.png", "class0_id101.png", "10.png", "9.png", "a.png"):
-        write_image(tmp_path / "new0" / name)
-    data = image_folder(tmp_path, 8, per_class=5, by_number=True)
-    assert data.files == [f"new0/{name}.png" for name in ("9", "10", "a", "class0_id101", "class0_id999")]
 
 
 @pytest.mark.parametrize("layout", ["cifar10", "cifar100"])
