@@ -241,7 +241,7 @@ def capture_graph(step: Callable[[], object], stream: torch.cuda.Stream, graph_m
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside, PyTorch raises before it waits for a GPU: a wait during a capture would break it, and with PyTorch 2.11 all later ones too."""
+    """Inside, PyTorch raises before it waits for a GPU: that would break a capture, and with PyTorch 2.11 all later ones of the process."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
