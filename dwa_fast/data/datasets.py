@@ -28,7 +28,7 @@ DIGITS_TEST_SHARE = 0.25
 _TINY_TABLE = Path("val", "val_annotations.txt")
 _TINY_LIST = "wnids.txt"
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folder names
-_TEST_FOLDERS = ("test", "val")
+_TRAIN_FOLDERS, _TEST_FOLDERS = ("train", "training"), ("test", "val", "valid", "validation")
 
 
 def load(
@@ -87,7 +87,7 @@ def _open(config: DataConfig, folder: Path | None, split: Split, download: bool)
         raise InputError(f"data of layout {config.layout!r} lie in a folder; name it with --data")
     if config.layout in _CIFAR:
         archive = (folder / _CIFAR[config.layout]).is_dir()
-        if archive or download or not any((folder / name).is_dir() for name in ("train", *_TEST_FOLDERS)):
+        if archive or download or not any((folder / name).is_dir() for name in (*_TRAIN_FOLDERS, *_TEST_FOLDERS)):
             if config.size != 32:
                 raise InputError(f"{config.layout} images are 32 pixels wide, got size {config.size}")
             return _cifar(config.layout, folder, split, download)
@@ -96,8 +96,8 @@ def _open(config: DataConfig, folder: Path | None, split: Split, download: bool)
         return test if split == "test" else image_folder(_train_folder(folder), config.size, channels)
     held_out = ("val",) if config.layout == "tiny" else _TEST_FOLDERS  # the images in Tiny-ImageNet's folder "test" have no labels
     if split == "test":
-        data = image_folder(_test_folder(folder, held_out), config.size, channels)
-        return _numbered_alike(data, folder / "train") if (folder / "train").is_dir() else data
+        data, train = image_folder(_test_folder(folder, held_out), config.size, channels), _first_of(folder, _TRAIN_FOLDERS)
+        return _numbered_alike(data, train) if train else data
     data = image_folder(_train_folder(folder), config.size, channels)
     test_folder = None if config.held_out_share else _labelled(folder, held_out)
     if test_folder:
@@ -120,15 +120,15 @@ def digits(split: Split, size: int) -> MemorySet:
 
 
 def _train_folder(folder: Path) -> Path:
-    """The sub-folder "train" if there is one (as in ImageNet), else the folder itself.
+    """The sub-folder of the training images if there is one (as in ImageNet), else the folder itself.
 
     Raises:
         InputError: there is a folder of test images, but none of training images: `val` would count as a class.
     """
-    if (folder / "train").is_dir():
-        return folder / "train"
+    if found := _first_of(folder, _TRAIN_FOLDERS):
+        return found
     whole = folder.resolve().parent
-    if folder.resolve().name in ("train", *_TEST_FOLDERS) and (whole / "train").is_dir():
+    if folder.resolve().name in (*_TRAIN_FOLDERS, *_TEST_FOLDERS) and _first_of(whole, _TRAIN_FOLDERS):
         raise InputError(f"{folder} is one part of a data set; pass the folder that holds it, {folder.parent if folder.name else whole}")
     for name in _TEST_FOLDERS:
         if (folder / name).is_dir():
@@ -142,12 +142,18 @@ def _test_folder(folder: Path, names: Sequence[str]) -> Path:
     """The sub-folder of the test images."""
     labelled = [name for name in names if _labelled(folder, (name,))]
     if len(labelled) > 1:
-        log.info("%s: the held-out images are those in %r; those in %r are not used", folder, *labelled)
-    found = _labelled(folder, names) or next((folder / name for name in names if (folder / name).is_dir()), None)
+        others = ", ".join(map(repr, labelled[1:]))
+        log.info("%s: the held-out images are those in %r; those in %s are not used", folder, labelled[0], others)
+    found = _labelled(folder, names) or _first_of(folder, names)
     if found is None:
-        wanted = " or ".join(repr(name) for name in reversed(names))
+        wanted = " or ".join(repr(name) for name in reversed(names[:2]))
         raise InputError(f"{folder} has no {wanted} folder with the held-out images; --held-out-share takes some from the training images")
     return found
+
+
+def _first_of(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these sub-folders that is there."""
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
 def _labelled(folder: Path, names: Sequence[str]) -> Path | None:

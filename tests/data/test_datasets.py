@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,23 @@ def test_test_images_are_cut_as_torchvision_does(tmp_path: Path) -> None:
     whole = v2.Compose([v2.Resize(224), v2.CenterCrop(224), v2.PILToTensor()])(Image.fromarray(gradient))
     assert float((train - whole).abs().max()) <= 1
     assert float(test[0, 0, 0]) > float(train[0, 0, 0]) + 10  # x begins further inside
+
+
+@pytest.mark.parametrize("train", ["train", "training"])
+@pytest.mark.parametrize("test", ["test", "val", "valid", "validation"])
+def test_usual_names_of_the_two_folders(tmp_path: Path, train: str, test: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They are no classes."""
+    caplog.set_level("INFO", "dwa_fast")
+    for split in (train, test):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / split / name / "0.png")
+    config = DataConfig(layout="folder", size=8)
+    for split in ("train", "test"):
+        assert load(config, tmp_path, split).class_names == ["cat", "dog"]  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is one part of a data set; pass the folder that holds it"):
+        load(config, tmp_path / test, "train")
+    for other in {"test", "val", "valid"} - {test}:
+        write_image(tmp_path / other / "cat" / "0.png")
+        write_image(tmp_path / other / "dog" / "0.png")
+    load(config, tmp_path, "test")
+    assert re.search(r"the held-out images are those in 'test'; those in '.*', '.*' are not used", caplog.text)

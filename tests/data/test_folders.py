@@ -63,11 +63,11 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_images_that_lie_deeper_count_and_their_class_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("training/cat/0.png", "training/dog/0.png", "validation/cat/0.png"):
+    for name in ("indoor/cat/0.png", "indoor/dog/0.png", "outdoor/cat/0.png"):
         write_image(tmp_path / name)
     data = load(FOLDER, tmp_path, "train")
-    assert (data.class_names, data.labels.tolist()) == (["training", "validation"], [0, 0, 1])
-    assert caplog.messages == [f"{tmp_path}: 3 images lie in folders inside class folders; training/cat/0.png counts as class 'training'"]
+    assert (data.class_names, data.labels.tolist()) == (["indoor", "outdoor"], [0, 0, 1])
+    assert caplog.messages == [f"{tmp_path}: 3 images lie in folders inside class folders; indoor/cat/0.png counts as class 'indoor'"]
 
 
 def test_files_sorted_by_number(tmp_path: Path) -> None:
