@@ -45,7 +45,7 @@ def load(
         folder: root of the data; None for digits.
         download: whether CIFAR may be downloaded into the folder.
     Raises:
-        InputError: the data do not exist, do not have the layout of `config`, have another number of classes, different classes in both
+        InputError: the data do not exist or cannot be downloaded, do not have the layout of `config`, have another number of classes, different classes in both
             splits, or too few images of a class for a validation split.
     """
     folder = None if folder is None else Path(folder)
@@ -79,6 +79,8 @@ def _part(data: MemorySet | FileSet, share: float, split: Split) -> MemorySet | 
 
 def _open(config: DataConfig, folder: Path | None, split: Split, download: bool) -> MemorySet | FileSet:
     channels = config.channels
+    if download and config.layout not in _CIFAR:
+        raise InputError(f"--download fetches CIFAR alone (--recipe cifar10 or cifar100), not data of layout {config.layout!r}")
     if config.layout == "digits":
         if folder is not None:
             raise InputError(f"the digits come with scikit-learn and take no --data, got {folder}; your own images are --recipe folder")

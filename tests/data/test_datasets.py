@@ -268,3 +268,8 @@ def test_usual_names_of_the_two_folders(tmp_path: Path, train: str, test: str, c
         write_image(tmp_path / other / "dog" / "0.png")
     load(config, tmp_path, "test")
     assert re.search(r"the held-out images are those in 'test'; those in '.*', '.*' are not used", caplog.text)
+
+
+def test_what_cannot_be_downloaded_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--download fetches CIFAR alone"):
+        load(FOLDER, tmp_path, "train", download=True)
