@@ -45,8 +45,8 @@ def load(
         folder: root of the data; None for digits.
         download: whether CIFAR may be downloaded into the folder.
     Raises:
-        InputError: the data do not exist or cannot be downloaded, do not have the layout of `config`, have another number of classes, different classes in both
-            splits, or too few images of a class for a validation split.
+        InputError: the data do not exist, cannot be downloaded, or do not have the layout of `config`; they have another number of classes,
+            different classes in both splits, or too few images of a class for a validation split.
     """
     folder = None if folder is None else Path(folder)
     check_choice("split", split, Split)
