@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast import ops, recipe
@@ -17,6 +19,7 @@ from dwa_fast.engine import backend
 from dwa_fast.engine.ascent import Arena
 from dwa_fast.engine.refine import Refinement, Teacher
 from dwa_fast.engine.teacher import prepare
+from dwa_fast.engine.training_form import FusedForm, training_form
 from dwa_fast.models.architectures import build
 from dwa_fast.ops import _library
 from dwa_fast.reference import ops as reference
@@ -164,3 +167,22 @@ def test_an_iteration_on_the_launchers(calls: set[str], aims: bool) -> None:
         assert distance(ours, exact) <= max(2 * distance(plain, exact), 1e-6)
     layers = {f"{name}_{way}" for name in ("bn_act", "bn_act_join") for way in ("forward", "backward")}
     assert layers | {"matching_gradient", "cross_entropy", "log_losses_", "view", "view_adam_clip_"} <= calls
+
+
+def test_training_steps_on_the_launchers(calls: set[str]) -> None:
+    """A student's layers as CUDA runs them, interpreted: gradients and running statistics as near to float64 as plain PyTorch's."""
+    torch.manual_seed(0)
+    start, images, labels = build("small-resnet", classes=10, channels=1, size=8).train(), torch.randn(6, 1, 8, 8), torch.arange(6)
+    found = []
+    for dtype, fused in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        network = copy.deepcopy(start).to(dtype)
+        forward = training_form(network, (1, 8, 8), torch.device("cpu")) if fused else network
+        assert isinstance(forward, FusedForm) == fused
+        for _ in range(2):
+            F.cross_entropy(forward(images.to(dtype)), labels).backward()
+        gradients = {f"gradient of {name}": p.grad for name, p in network.named_parameters()}
+        found.append({**gradients, **{name: value.double() for name, value in network.named_buffers()}})
+    exact, plain, ours = found
+    for name, value in exact.items():
+        assert distance(ours[name], value) <= max(2 * distance(plain[name], value), 1e-6), name
+    assert {"batch_norm_act_forward", "batch_norm_act_backward"} <= calls
