@@ -40,7 +40,7 @@ class TrainingStep:
         *,
         captures: bool = True,  # on a GPU
     ) -> None:
-        self.total_loss = torch.zeros((), device=device)  # of all steps since `begin`
+        self.total_loss = torch.zeros((), device=device)  # of the steps of this epoch so far
         self._optimizer, self._losses, self._average, self._device = optimizer, losses, average, device
         self._captures = captures and _has_graphs(device) and not _counts_batches(model)
         self._called: Counter[Any] = Counter()
