@@ -47,12 +47,13 @@ def open_distilled(
     Returns:
         the set, and the causes by skipped file.
     Raises:
-        InputError: per_class is below 1, the folders do not match the classes, one has too few images, or images or their size differ from
-            the manifest.
+        InputError: per_class is below 1, the folder holds several sets, the class folders do not match the classes, one has too few images,
+            or images or their size differ from the manifest.
     """
     folder = Path(folder)
     if per_class is not None:
         check_integer("ipc", per_class, 1)
+    _check_one_set(folder)
     data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class, by_number=True)
     manifest = set_manifest(folder)
     if manifest:
@@ -79,6 +80,15 @@ def set_manifest(folder: Path) -> dict[str, Any] | None:
     except InputError as error:
         log.warning("%s; its classes and settings are not known", error)
         return None
+
+
+def _check_one_set(folder: Path) -> None:
+    """Raise InputError if the folder holds sets and is none itself: each would count as a class."""
+    if is_set(folder) or not folder.is_dir():
+        return
+    sets = [entry.name for entry in sorted(folder.iterdir()) if (entry / MANIFEST).is_file()]
+    if sets:
+        raise InputError(f"{folder} is no distilled set, but holds {shown(sets)}; name one of them, such as {folder / sets[0]}")
 
 
 def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:

@@ -205,3 +205,10 @@ def test_images_beyond_a_thousand_are_sorted_by_number(tmp_path: Path) -> None:
     for per_class, last in ((3, "id999"), (4, "id1000")):
         data, _ = open_distilled(tmp_path, 8, 3, ["cat"], per_class=per_class)
         assert data.files[-1] == f"new000/class000_{last}.png"
+
+
+def test_a_folder_of_several_sets_is_refused(tmp_path: Path) -> None:
+    for name in ("dwa", "sre2l"):
+        own_set(tmp_path / name, ["dog", "airplane", "truck"])
+    with pytest.raises(InputError, match=r"is no distilled set, but holds dwa, sre2l; name one of them, such as .*dwa$"):
+        open_distilled(tmp_path, 8, 3, WNIDS)
