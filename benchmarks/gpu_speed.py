@@ -10,6 +10,7 @@ import argparse
 import functools
 import gc
 import importlib.metadata
+import itertools
 import os
 import statistics
 import subprocess
@@ -85,19 +86,20 @@ TINY = Plan(
 
 
 def steps(plan: Plan) -> list[Step]:
-    """In the order of their worth: a plan that is cut short has lost the least. Compiling takes longest and comes last."""
+    """In the order of their worth: a plan that is cut short has lost the least. Compiling takes longest: in turns with the rest."""
 
     def step(name: str, work: Callable[..., None], limit: float, *arguments: Any) -> Step:
         return Step(name, functools.partial(work, plan, *arguments), plan.patience * limit)
 
+    compilations = [step(f"compiled {name}", compiled, 90, name) for name in plan.workloads]
+    trainings = [step(f"training {case}", training, 90, case) for case in plan.trained]
+    others = [*trainings[:1], step("batches in flight", batches_in_flight, 60), *trainings[1:]]
     return [
         step("facts", facts, 40),
         step("first look", first_look, 60),
         *(step(f"loop {name}", loop, 75, name) for name in plan.workloads),
         step("ascent", ascent, 30),
-        step("batches in flight", batches_in_flight, 60),
-        *(step(f"training {case}", training, 90, case) for case in plan.trained),
-        *(step(f"compiled {name}", compiled, 90, name) for name in plan.workloads),
+        *(each for pair in itertools.zip_longest(compilations, others) for each in pair if each is not None),
         step("state", state, 10),
     ]
 
