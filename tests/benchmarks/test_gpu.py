@@ -197,3 +197,36 @@ def test_gpu_check_runs_every_test_for_a_gpu() -> None:
     own = {path for path in found if path.parent.name != "benchmarks"}
     assert {path for path in own if not any(path.is_relative_to(each) for each in run)} == set()
     assert all(any(path.is_relative_to(each) for path in own) for each in run)
+
+
+@pytest.mark.parametrize(("target", "has_torch"), [("gpu-speed", True), ("gpu-check", False)])
+def test_make_gpu_says_that_there_is_none(target: str, has_torch: bool, tmp_path: Path) -> None:
+    """One sentence, before anything is built, whether PyTorch sees no GPU or is not there."""
+    tool(tmp_path, "python", "exit 1")
+    python = sys.executable if has_torch else f"{tmp_path}/python"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # these tests may run in a make
+    command = ["make", target, f"PYTHON={python}"]
+    run = subprocess.run(command, cwd=ROOT, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    said, makes_own = run.stderr.splitlines()
+    assert said == f"make gpu needs a PyTorch that sees a GPU, and the one of '{python}' does not."
+    assert makes_own.startswith("make: ***")
+    assert run.stdout == ""
+
+
+@pytest.mark.parametrize(("script", "version"), [("echo 580.95.05; echo 580.95.05", "580.95.05"), ("exit 9", None), (None, None)])
+def test_driver(script: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script:
+        tool(tmp_path, "nvidia-smi", script)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert importlib.import_module("machine").driver() == version
+
+
+def test_commit_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = importlib.import_module("machine")
+    assert machine.commit() is not None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DWA_FAST_COMMIT", raising=False)
+    assert machine.commit() is None
+    monkeypatch.setenv("DWA_FAST_COMMIT", "0123abc")
+    assert machine.commit() == "0123abc"
