@@ -22,8 +22,8 @@ from torch import nn
 from dwa_fast import synthesize
 from dwa_fast.data.datasets import load
 from dwa_fast.data.images import MemorySet
-from dwa_fast.data.initial import sample
 from dwa_fast.data.pixels import denormalise, normalise
+from dwa_fast.data.real import sample
 from dwa_fast.engine.backend import precisions, resolve_device
 from dwa_fast.recipes import recipe
 from dwa_fast.sets.distill import batch_specs

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dwa_fast.compat.fields import plain
 from dwa_fast.compat.namespace import Recovery, read_namespace
 from dwa_fast.config import BackendName, Precision, check_integer
-from dwa_fast.data.initial import read_tensor, tensor_file
 from dwa_fast.data.manifest import image_name
 from dwa_fast.data.pixels import denormalise, normalise
 from dwa_fast.data.teacher_check import check_predictions
+from dwa_fast.data.tensor_files import read_tensor, tensor_file
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.engine.synthesis import Batch, Replica, Synthesizer, memory_errors

@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig
+from dwa_fast.data.chosen import PATCH_SETTINGS
 from dwa_fast.data.datasets import load
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.folders import image_folder
 from dwa_fast.data.images import ImageSet
-from dwa_fast.data.initial import PATCH_SETTINGS, initial_images
+from dwa_fast.data.initial import initial_images
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import KnownClasses, teachers_in_settings
 from dwa_fast.data.pixels import denormalise, to_levels

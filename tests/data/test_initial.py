@@ -16,9 +16,11 @@ from dwa_fast import InputError, distill
 from dwa_fast.config import InitialConfig
 from dwa_fast.data.folders import image_folder
 from dwa_fast.data.images import FileSet, MemorySet
-from dwa_fast.data.initial import initial_images, read_tensor, sample
+from dwa_fast.data.initial import initial_images
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import normalise
+from dwa_fast.data.real import sample
+from dwa_fast.data.tensor_files import read_tensor
 from dwa_fast.io.files import checksum
 from tests.nets import SIZE, small_recipe, small_set, small_teacher
 

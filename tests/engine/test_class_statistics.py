@@ -24,9 +24,9 @@ from dwa_fast import (
     recipe,
     synthesize,
 )
-from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.pixels import denormalise, to_levels
+from dwa_fast.data.real import sample
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.models.batchnorm import batchnorm_layers
 from dwa_fast.reference.loop import recover

@@ -14,8 +14,8 @@ from dwa_fast import InputError
 from dwa_fast.config import InitialConfig
 from dwa_fast.data.distilled import open_distilled
 from dwa_fast.data.folders import image_folder
-from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import read_manifest
+from dwa_fast.data.real import sample
 from dwa_fast.experiments.cells import (
     Cell,
     DistilledSource,

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.distributed import HashStore
 
 from dwa_fast import InputError, distill, synthesize
-from dwa_fast.data.initial import sample
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.pixels import denormalise, normalise, to_levels
+from dwa_fast.data.real import sample
 from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import BatchSpec, batch_specs
 from dwa_fast.sets.store import ImageStore

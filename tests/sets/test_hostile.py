@@ -24,8 +24,8 @@ from dwa_fast.config import DataConfig
 from dwa_fast.data.datasets import load
 from dwa_fast.data.folders import image_folder
 from dwa_fast.data.images import MemorySet
-from dwa_fast.data.initial import read_tensor
 from dwa_fast.data.manifest import read_manifest
+from dwa_fast.data.tensor_files import read_tensor
 from dwa_fast.errors import escape_control_chars
 from dwa_fast.io import pictures
 from dwa_fast.io.decode import BadImageError, decode
