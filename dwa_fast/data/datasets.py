@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dwa_fast.config import DataConfig, check_choice
+from dwa_fast.config import DataConfig, check_choice, check_integer
 from dwa_fast.data.class_names import class_numbers, shown
 from dwa_fast.data.folders import class_folders, image_folder
 from dwa_fast.data.images import FileSet, ImageSet, MemorySet
@@ -108,10 +108,18 @@ def _open(config: DataConfig, folder: Path | None, split: Split, download: bool)
 
 
 def digits(split: Split, size: int) -> MemorySet:
-    """scikit-learn's 1797 handwritten digits, grey, resized from 8 to `size` pixels; a quarter of each class is the test split."""
+    """scikit-learn's 1797 handwritten digits, grey, resized from 8 to `size` pixels; a quarter of each class is the test split.
+
+    Args:
+        split: "train" (1347 images) or "test" (450). size: height and width, pixels, at least 1.
+    Raises:
+        InputError: an unknown split, or a size that is no such number.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    check_choice("split", split, Split)
+    check_integer("size", size, 1)
     source = load_digits()
     parts = train_test_split(np.arange(len(source.target)), test_size=DIGITS_TEST_SHARE, stratify=source.target, random_state=0)
     chosen = np.sort(parts[0 if split == "train" else 1])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dwa_fast.config import check_integer
 from dwa_fast.data.images import FileSet
 from dwa_fast.data.set_layout import image_root
 from dwa_fast.errors import InputError
@@ -27,11 +28,18 @@ def image_folder(folder: str | Path, size: int, channels: int = 3, per_class: in
     followed. Warns of what is left out that may be meant as an image, and of images in folders inside a class folder.
 
     Args:
-        per_class: use only the first files of each class.
+        size: height and width of the decoded images, pixels, at least 1. channels: 1 (grey) or 3 (RGB).
+        per_class: use only the first files of each class, at least 1.
         by_number: sort the files of a class by the numbers in their names: id999 before id1000.
     Raises:
-        InputError: the folder does not exist or has no class folders, or one of them is empty or has fewer than `per_class` images.
+        InputError: the folder does not exist or has no class folders, or one of them is empty or has fewer than `per_class` images; or a
+            number is out of its range.
     """
+    check_integer("size", size, 1)
+    if channels not in (1, 3):
+        raise InputError(f"channels must be 1 or 3, got {channels!r}")
+    if per_class is not None:
+        check_integer("per_class", per_class, 1)
     folder = image_root(Path(folder))
     names = class_folders(folder)
     files: list[str] = []

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
+
+Indices = Sequence[int] | Tensor  # of images; a tensor may also be a mask, one boolean per image
 
 
 class ImageSet(Protocol):
-    """Labelled images of one size."""
+    """Labelled images of one size: what `distill`, `squeeze`, `validate` and `relabel` read. Any object with these five will do."""
 
     @property
     def labels(self) -> Tensor:
@@ -35,13 +39,50 @@ class ImageSet(Protocol):
         """Images [n, C, S, S], uint8."""
 
 
-@dataclass(frozen=True)
-class MemorySet:
-    """Images held in memory."""
+def check_image_set(data: Any, name: str = "data") -> None:
+    """Raise TypeError unless that is a set of images: a `FileSet`, a `MemorySet` or something like them."""
+    if not all(hasattr(data, each) for each in ("labels", "class_names", "image_shape", "name", "load")):
+        raise TypeError(
+            f"{name} must be a set of images, such as image_folder(folder, size) or MemorySet(pixels, labels, class_names), "
+            f"got {type(data).__name__}"
+        )
 
-    pixels: Tensor  # [N, C, S, S] uint8
-    labels: Tensor  # [N] int64
+
+@dataclass(frozen=True, repr=False)
+class MemorySet:
+    """Images held in memory: pixels [N, C, S, S] uint8, labels [N] int64 in 0 … classes − 1, and the class names by label.
+
+    `len(data)` is N, and `data[i]` an image [C, S, S] uint8 and its label, so that a torch DataLoader takes it.
+
+    Raises:
+        InputError: pixels or labels are of another type or shape, or a label is not the number of a class.
+    """
+
+    pixels: Tensor
+    labels: Tensor
     class_names: list[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pixels, Tensor) or self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4:
+            raise InputError(f"pixels must be a tensor [N, C, S, S] of uint8, got {_described(self.pixels)}")
+        if not isinstance(self.labels, Tensor) or self.labels.is_floating_point() or self.labels.shape != self.pixels.shape[:1]:
+            raise InputError(f"labels must be a tensor [{len(self.pixels)}] of integers, got {_described(self.labels)}")
+        if isinstance(self.class_names, str) or not all(isinstance(name, str) for name in self.class_names):
+            raise InputError(f"class_names must be a list of names, got {self.class_names!r}")
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
+            raise InputError(
+                f"labels must lie in 0 … {len(self.class_names) - 1}, one number for each of the class_names, "
+                f"got {int(self.labels.min())} … {int(self.labels.max())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index], int(self.labels[index])
+
+    def __repr__(self) -> str:
+        return _summary(self)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -49,22 +90,34 @@ class MemorySet:
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
 
-    def select(self, indices: Sequence[int]) -> MemorySet:
-        """A subset, in the given order."""
-        return replace(self, pixels=self.pixels[list(indices)], labels=self.labels[list(indices)])
+    def select(self, indices: Indices) -> MemorySet:
+        """A subset, in the given order, or of a mask [N] of booleans.
+
+        Raises:
+            InputError: an index is not that of an image.
+        """
+        chosen = places(indices, len(self))
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
 
     def name(self, index: int) -> str:
         """The index as text."""
         return str(index)
 
-    def load(self, indices: Sequence[int]) -> Tensor:
-        """Images [n, C, S, S], uint8."""
-        return self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
+    def load(self, indices: Indices) -> Tensor:
+        """Images [n, C, S, S], uint8.
+
+        Raises:
+            InputError: an index is not that of an image.
+        """
+        return self.pixels[places(indices, len(self))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileSet:
-    """Image files, decoded on demand: shorter side resized, then a centre crop."""
+    """Image files, decoded on demand: shorter side resized, then a centre crop.
+
+    `len(data)` is the number of images, and `data[i]` an image [C, S, S] uint8 and its label, so that a torch DataLoader takes it.
+    """
 
     folder: Path
     files: list[str]  # paths relative to the folder, sorted class by class
@@ -73,6 +126,15 @@ class FileSet:
     size: int
     channels: int
     resize: int | None = None  # length of the shorter side before the centre crop; None: `size`
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._read(range(len(self.files))[index]), int(self.labels[index])
+
+    def __repr__(self) -> str:
+        return _summary(self)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,20 +145,27 @@ class FileSet:
         """Path of the file, relative to the folder."""
         return self.files[index]
 
-    def load(self, indices: Sequence[int]) -> Tensor:
+    def load(self, indices: Indices) -> Tensor:
         """Images [n, C, S, S], uint8.
 
         Raises:
             BadImageError: a file is not an image.
-            InputError: a file cannot be read.
+            InputError: a file cannot be read, or an index is not that of an image.
         """
-        if len(indices) == 1:  # decoded in this thread, which may itself run a task of READERS
-            return self._read(indices[0])[None]
-        return torch.stack(list(READERS.map(self._read, indices)))
+        chosen = places(indices, len(self)).tolist()
+        if len(chosen) == 1:  # decoded in this thread, which may itself run a task of READERS
+            return self._read(chosen[0])[None]
+        decoded = list(READERS.map(self._read, chosen))
+        return torch.stack(decoded) if decoded else torch.empty(0, *self.image_shape, dtype=torch.uint8)
 
-    def select(self, indices: Sequence[int]) -> FileSet:
-        """A subset, in the given order."""
-        return replace(self, files=[self.files[index] for index in indices], labels=self.labels[list(indices)])
+    def select(self, indices: Indices) -> FileSet:
+        """A subset, in the given order, or of a mask [N] of booleans.
+
+        Raises:
+            InputError: an index is not that of an image.
+        """
+        chosen = places(indices, len(self))
+        return replace(self, files=[self.files[index] for index in chosen.tolist()], labels=self.labels[chosen])
 
     def faults(self) -> dict[int, str]:
         """Read every file; gives the indices of those that cannot be decoded, with the cause.
@@ -116,3 +185,35 @@ class FileSet:
         except BadImageError as error:
             return error.cause
         return None
+
+
+def places(
+    indices: Indices,
+    count: int,
+) -> Tensor:  # [n] int64
+    """The indices of some of `count` images, checked; a mask gives those where it is true.
+
+    Raises:
+        InputError: an index is not that of an image.
+    """
+    given = torch.as_tensor(indices if isinstance(indices, (Tensor, np.ndarray)) else list(indices))
+    if given.dtype == torch.bool and given.shape == (count,):
+        return given.nonzero().flatten()
+    if given.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if given.dim() != 1 or given.dtype == torch.bool or given.is_floating_point():
+        raise InputError(f"expected indices of images, or a mask of {count} booleans, got {_described(given)}")
+    low, high = int(given.min()), int(given.max())
+    if low < 0 or high >= count:
+        raise InputError(f"indices must lie in 0 … {count - 1}, got {low if low < 0 else high}")
+    return given.to(torch.int64)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _summary(data: ImageSet) -> str:
+    """In place of a dataclass's repr, which would print every file or pixel."""
+    where = f" from {data.folder}" if isinstance(data, FileSet) else ""
+    return f"{type(data).__name__}({len(data.labels)} images of {len(data.class_names)} classes, {list(data.image_shape)}{where})"

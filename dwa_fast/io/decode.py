@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,13 +16,34 @@ from torch import Tensor
 
 from dwa_fast.errors import InputError
 
-READERS = ThreadPoolExecutor(8, thread_name_prefix="reader")  # the only pool that decodes images; its tasks never wait for one another
+T = TypeVar("T")
+
+_THREADS = 8
 
 # The formats behind torchvision's IMG_EXTENSIONS, and GIF, which hides behind them. Pillow knows more; its EPS reader starts Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _TIFF_BITS = 258  # the tag BitsPerSample
 _DAMAGE = (None, errno.EINVAL, errno.EOVERFLOW)  # errno of OSErrors that mean a damaged file: Pillow's own, and invalid offsets
 _NARROWEST = 100  # largest aspect ratio; beyond it the resized image would be huge and its centre a sliver
+
+
+class Readers:
+    """Threads that decode images. A forked process, which has none of its parent's threads, gets its own."""
+
+    def __init__(self) -> None:
+        self._start()
+        if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+            os.register_at_fork(after_in_child=self._start)
+
+    def _start(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="reader")
+
+    def map(self, function: Callable[..., T], *values: Iterable[Any]) -> Iterator[T]:
+        """As `Executor.map`; the calls must not wait for one another."""
+        return self._pool.map(function, *values)
+
+
+READERS = Readers()  # the only pool that decodes images
 
 
 class BadImageError(InputError):
