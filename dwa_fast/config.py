@@ -54,6 +54,9 @@ LATER_SETTINGS = {
 LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
 LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
 
+# What people write for a setting.
+SHORT_NAMES = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "gpu": "device", "model": "architecture"}
+
 Progress = Callable[[int, int], None]  # called with the steps done and the steps in all
 
 
@@ -109,6 +112,21 @@ def range_of(annotation: Any) -> Range | None:
     return next((each for each in [*found, *map(range_of, get_args(annotation))] if each), None)
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy, or a tensor of one, as Python's own: settings are written as JSON."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _as_annotated(value: Any, annotation: Any) -> Any:
+    """A value in the type of its annotation, where another one says the same: numbers of NumPy, lists for tuples, a device for its name."""
+    if annotation is str and type(value).__module__ == "torch":  # a torch.device; without importing torch, which takes a second
+        return str(value)
+    wanted = {get_origin(annotation), *(get_origin(part) for part in get_args(annotation))}
+    if tuple in wanted and hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
+        return tuple(map(plain, value))
+    return plain(value)
+
+
 def check_fields(settings: Any) -> None:
     """Raise InputError unless every field of a dataclass has a value of its annotation: of its Literal, or in its Range."""
     for name, annotation in _annotations(settings.__class__).items():
@@ -127,8 +145,14 @@ def _check(name: str, value: Any, annotation: Any) -> None:
     elif origin in (Union, UnionType) and value is not None:
         _check(name, value, kind)
     elif origin is tuple and others == [...]:
+        if not isinstance(value, tuple):
+            raise InputError(f"{name} must be a list of numbers, got {value!r}")
         for each in value:
             _check(name, each, kind)
+    elif annotation is bool and not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {value!r}")
+    elif annotation is str and not isinstance(value, str):
+        raise InputError(f"{name} must be text, got {value!r}")
     elif origin is Annotated and (allowed := range_of(annotation)):
         if get_origin(kind) is tuple:
             _check_pair(name, value, allowed)
@@ -138,16 +162,20 @@ def _check(name: str, value: Any, annotation: Any) -> None:
         check_real(name, value, allowed.at_least, allowed.at_most, above=allowed.above)
 
 
-def _check_pair(name: str, value: tuple[float, float], allowed: Range) -> None:
-    if len(value) != 2 or not allowed.at_least < value[0] <= value[1] <= allowed.at_most:
+def _check_pair(name: str, value: Any, allowed: Range) -> None:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, (int, float)) for each in value)
+    if not pair or not allowed.at_least < value[0] <= value[1] <= allowed.at_most:
         high = f" ≤ {allowed.at_most:g}" if allowed.at_most < math.inf else ""
         raise InputError(f"{name} must be (low, high) with {allowed.at_least:g} < low ≤ high{high}, got {value}")
 
 
 class Config:
-    """Settings that are checked on creation."""
+    """Settings that are checked on creation. What `help()` does not show, what each means and its range, is in docs/recipes.md."""
 
     def __post_init__(self) -> None:
+        own: Any = self
+        for name, annotation in _annotations(own.__class__).items():
+            object.__setattr__(self, name, _as_annotated(getattr(self, name), annotation))
         check_fields(self)
 
 
@@ -159,9 +187,9 @@ class Normalisation(Config):
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # Standard deviation of each channel, for pixels in [0, 1]; 1 or 3 values.
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise InputError(f"mean and std must hold 1 or 3 values each, got {len(self.mean)} and {len(self.std)}")
-        super().__post_init__()
 
     @property
     def channels(self) -> int:

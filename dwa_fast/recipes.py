@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from dwa_fast.config import LATER_SETTINGS, DataConfig, Schedule, SqueezeConfig, SynthesisConfig, ValidationConfig, check_choice
+from dwa_fast.config import (
+    LATER_SETTINGS,
+    SHORT_NAMES,
+    DataConfig,
+    Schedule,
+    SqueezeConfig,
+    SynthesisConfig,
+    ValidationConfig,
+    check_choice,
+)
+
+_STAGES = {"data": DataConfig, "synthesis": SynthesisConfig, "squeeze": SqueezeConfig, "validation": ValidationConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +32,11 @@ class Recipe:
     synthesis: SynthesisConfig
     squeeze: SqueezeConfig
     validation: ValidationConfig
+
+    def __post_init__(self) -> None:
+        for name, kind in _STAGES.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, or in recipe() a dictionary of its fields, got {getattr(self, name)!r}")
 
     def settings(self, stage: Literal["synthesis", "squeeze", "validation"]) -> dict[str, Any]:
         """The settings of a stage with mean and std, as manifests, checkpoints and records hold them.
@@ -267,7 +284,7 @@ def _fast(published: SqueezeConfig) -> SqueezeConfig:
     return replace(published, schedule="fast", epochs=max(1, round(published.epochs / 10)), learning_rate=2 * published.learning_rate)
 
 
-_DATA, _OTHERS = [field.name for field in fields(DataConfig)], ["architecture", "squeeze", "validation"]
+_FIELDS = {stage: [field.name for field in fields(kind)] for stage, kind in _STAGES.items()}
 
 
 def recipe(
@@ -286,16 +303,19 @@ def recipe(
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         fast: a quarter of the method's iterations, which on CIFAR-10 with ten images per class costs no accuracy.
-        changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`, `squeeze` and `validation`.
+        changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`; and `squeeze` and `validation`, each
+            a dictionary of the fields to change, such as `squeeze={"epochs": 20}`, or a whole `SqueezeConfig` or `ValidationConfig`.
     Raises:
         InputError: no such recipe, method or preset, or a value that cannot be used.
-        TypeError: no such field.
+        TypeError: no such field; the message names the one that may be meant.
     """
     check_choice("recipe", name, list(RECIPES))
     check_choice("method", method, list(METHODS))
     check_choice("schedule", schedule, Schedule)
     check_choice("preset", preset, list(PRESETS))
-    data, others = ({field: changes.pop(field) for field in own if field in changes} for own in (_DATA, _OTHERS))
+    others = {field: changes.pop(field) for field in ("architecture", "squeeze", "validation") if field in changes}
+    data = {field: changes.pop(field) for field in _FIELDS["data"] if field in changes}
+    _check_names(changes, "synthesis")
     chosen = replace(RECIPES[name], data=replace(RECIPES[name].data, **data))
     chosen = replace(chosen, validation=PRESETS[preset](chosen))
     if schedule == "fast":
@@ -303,4 +323,23 @@ def recipe(
     synthesis = METHODS[method](chosen.synthesis, chosen.data)
     if fast:
         synthesis = replace(synthesis, iterations=synthesis.iterations // 4)
+    for stage in ("squeeze", "validation"):
+        if isinstance(others.get(stage), Mapping):
+            _check_names(others[stage], stage)
+            others[stage] = replace(getattr(chosen, stage), **others[stage])
     return replace(chosen, synthesis=replace(synthesis, **changes), **others)
+
+
+def _check_names(changes: Iterable[str], stage: str) -> None:
+    """Raise TypeError for a field that the settings of a stage do not have, with the one that may be meant, or the stage that has it."""
+    for field in changes:
+        if field in _FIELDS[stage]:
+            continue
+        near = difflib.get_close_matches(SHORT_NAMES.get(field, field), _FIELDS[stage], 1)
+        elsewhere = [each for each in ("squeeze", "validation") if each != stage and field in _FIELDS[each]]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if elsewhere:
+            hint = f"; it is one of {' and of '.join(elsewhere)}: recipe(…, {elsewhere[0]}={{{field!r}: …}})"
+        elif field in ("seed", "ipc", "output"):
+            hint = "; it is an argument of synthesize or distill"
+        raise TypeError(f"{field!r} is no setting of the {stage}{hint}")

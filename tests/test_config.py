@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 from dwa_fast import InputError
 from dwa_fast.config import DataConfig, Range, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig, range_of
@@ -44,3 +47,41 @@ def test_the_upper_end_of_a_range() -> None:
     assert StorageConfig(jpeg_quality=100).jpeg_quality == 100
     with pytest.raises(InputError, match="jpeg_quality must be a finite number of at least 1 and at most 100, got 101"):
         StorageConfig(jpeg_quality=101)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("iterations", np.int64(5), 5),
+        ("iterations", torch.tensor(5), 5),
+        ("learning_rate", np.float64(0.5), 0.5),
+        ("batch_ipc", np.int32(3), 3),
+        ("crop_scale", [0.5, 1.0], (0.5, 1.0)),
+        ("stage_sizes", np.array([24, 32]), (24, 32)),
+        ("device", torch.device("cpu"), "cpu"),
+        ("normalize_ascent", np.bool_(False), False),
+    ],
+)
+def test_other_types_of_the_same_value_are_kept_as_pythons_own(field: str, value: Any, kept: Any) -> None:
+    """Settings are compared with each other and written as JSON, after a run that may take hours."""
+    given = SynthesisConfig(**{field: value})
+    assert given == SynthesisConfig(**{field: kept})
+    assert hash(given) == hash(SynthesisConfig(**{field: kept}))
+    assert json.dumps(getattr(given, field)) == json.dumps(kept)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value", "message"),
+    [
+        (SynthesisConfig, "normalize_ascent", "no", "normalize_ascent must be True or False, got 'no'"),
+        (SynthesisConfig, "stage_sizes", 32, "stage_sizes must be a list of numbers, got 32"),
+        (SynthesisConfig, "crop_scale", 0.5, r"crop_scale must be \(low, high\) with 0 < low ≤ high ≤ 1, got 0.5"),
+        (SynthesisConfig, "crop_scale", ("a", 1), r"crop_scale must be \(low, high\) with 0 < low ≤ high ≤ 1, got \('a', 1\)"),
+        (SynthesisConfig, "device", 3, "device must be text, got 3"),
+        (DataConfig, "mean", 0.5, "mean must be a list of numbers, got 0.5"),
+        (DataConfig, "mean", "0.5", "mean must be a list of numbers, got '0.5'"),
+    ],
+)
+def test_a_value_of_another_type_is_named(config: type, field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**{field: value})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,42 @@ def test_fast_takes_a_quarter_of_the_iterations_and_changes_nothing_else() -> No
         usual, fast = recipe(name, method=method), recipe(name, method=method, fast=True)
         assert fast == replace(usual, synthesis=replace(usual.synthesis, iterations=iterations))
     assert recipe("cifar10", fast=True, iterations=7).synthesis.iterations == 7
+
+
+def test_single_settings_of_the_trainings_can_be_changed() -> None:
+    usual = recipe("folder", method="sre2l")
+    changed = recipe("folder", method="sre2l", squeeze={"epochs": 3}, validation={"students": 1, "batch_size": 20})
+    assert changed == replace(
+        usual, squeeze=replace(usual.squeeze, epochs=3), validation=replace(usual.validation, students=1, batch_size=20)
+    )
+    assert recipe("folder", schedule="fast", squeeze={"epochs": 3}).squeeze.schedule == "fast"
+    assert recipe("folder", preset="rd3", validation={"epochs": 5}).validation == replace(
+        recipe("folder", preset="rd3").validation, epochs=5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.1}, "'lr' is no setting of the synthesis; did you mean learning_rate?"),
+        ({"iteration": 5}, "'iteration' is no setting of the synthesis; did you mean iterations?"),
+        (
+            {"epochs": 3},
+            "'epochs' is no setting of the synthesis; it is one of squeeze and of validation: recipe(…, squeeze=",
+        ),
+        (
+            {"temperature": 3},
+            "'temperature' is no setting of the synthesis; it is one of validation: recipe(…, validation={",
+        ),
+        ({"seed": 3}, "'seed' is no setting of the synthesis; it is an argument of synthesize or distill"),
+        ({"squeeze": {"epoch": 3}}, "'epoch' is no setting of the squeeze; did you mean epochs?"),
+        ({"validation": 3}, "validation must be a ValidationConfig, or in recipe() a dictionary of its fields, got 3"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_does_not_exist_is_named_with_the_one_that_is_meant(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        recipe("folder", **changes)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -10,10 +10,9 @@ from typing import Any
 
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from dwa_fast.config import check_fields, range_of
+from dwa_fast.config import SHORT_NAMES, check_fields, range_of
 from dwa_fast.errors import InputError
 
-_ABBREVIATIONS = {"lr": "learning-rate", "bs": "batch-size", "wd": "weight-decay", "gpu": "device", "model": "architecture"}
 _SUGGESTED = 3  # flags at most that a message suggests
 
 
@@ -74,7 +73,7 @@ def flag_names(command: Any, prefix: str = "") -> Iterator[str]:
 def flags_meant(typed: str, flags: Sequence[str]) -> list[str]:
     """Those that an unknown flag may stand for: an abbreviation, a beginning, a name without its prefix, or a misspelling."""
     word = typed.lstrip("-")
-    word = _ABBREVIATIONS.get(word, word)
+    word = SHORT_NAMES.get(word, word).replace("_", "-")
     names = [flag.lstrip("-").rpartition(".")[2] for flag in flags]
     near = {word} & {*names} or {name for name in names if name.startswith(word)} or {*difflib.get_close_matches(word, names, 1)}
     return [flag for flag, name in zip(flags, names, strict=True) if name in near][:_SUGGESTED]

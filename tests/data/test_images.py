@@ -97,7 +97,10 @@ def test_a_set_is_shown_in_one_line(data: MemorySet | FileSet, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixels": torch.zeros(2, 1, 8, 8)}, r"pixels must be a tensor \[N, C, S, S\] of uint8, got torch.float32 of shape \(2, 1, 8, 8\)"),
+        (
+            {"pixels": torch.zeros(2, 1, 8, 8)},
+            r"pixels must be a tensor \[N, C, S, S\] of uint8, got torch.float32 of shape \(2, 1, 8, 8\)",
+        ),
         ({"pixels": np.zeros((2, 1, 8, 8), np.uint8)}, "pixels must be a tensor .* got ndarray"),
         ({"labels": [0, 1]}, r"labels must be a tensor \[2\] of integers, got list"),
         ({"labels": torch.tensor([0])}, r"labels must be a tensor \[2\] of integers, got torch.int64 of shape \(1,\)"),
