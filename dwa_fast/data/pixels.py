@@ -16,30 +16,57 @@ def to_unit(
     return pixels.float() / torch.full((), 255.0, device=pixels.device)
 
 
-def normalise(
-    pixels: Tensor,  # [N, C, H, W], uint8 as `ImageSet.load` gives them, or floating point in [0, 1]
-    normalisation: Normalisation,
-) -> Tensor:  # [N, C, H, W]
+_LARGEST = 4.0  # above it a pixel in floating point is no fraction; below it may be that of noise, or of a filter that overshoots
+
+
+def normalise(pixels: Tensor, normalisation: Normalisation) -> Tensor:
     """(pixels − mean) / std per channel, with the pixels scaled to [0, 1].
 
+    Args:
+        pixels: [N, C, H, W], uint8 as `ImageSet.load` gives them, or floating point in [0, 1].
+        normalisation: mean and std of C channels, such as `recipe("cifar100").data`.
+    Returns:
+        [N, C, H, W], in the precision of the pixels, float32 for uint8.
     Raises:
-        InputError: the pixels are integers other than uint8.
+        TypeError: an argument is of the wrong type.
+        InputError: the pixels are integers other than uint8, have another number of channels, or, on a CPU, are no fractions.
     """
+    _check(pixels, normalisation, "pixels")
     if pixels.dtype == torch.uint8:
         pixels = to_unit(pixels)
     elif not pixels.is_floating_point():
         raise InputError(f"pixels must be uint8, or floating point in [0, 1], got {pixels.dtype}")
+    elif not pixels.is_cuda and pixels.numel() and float(pixels.detach().amax()) > _LARGEST:  # a GPU would have to be waited for
+        raise InputError(f"pixels in floating point must lie in [0, 1], got up to {float(pixels.detach().amax()):g}; divide them by 255?")
     mean, std = (torch.tensor(value).to(pixels)[:, None, None] for value in (normalisation.mean, normalisation.std))
     return (pixels - mean) / std
 
 
-def denormalise(
-    images: Tensor,  # [N, C, H, W], normalised
-    normalisation: Normalisation,
-) -> Tensor:  # [N, C, H, W] in [0, 1]
-    """images · std + mean per channel: undoes `normalise`, up to rounding."""
+def denormalise(images: Tensor, normalisation: Normalisation) -> Tensor:
+    """images · std + mean per channel: undoes `normalise`, up to rounding.
+
+    Args:
+        images: [N, C, H, W], normalised, floating point. normalisation: mean and std of C channels.
+    Returns:
+        [N, C, H, W] in [0, 1], as far as the images are those of pixels.
+    Raises:
+        TypeError: an argument is of the wrong type.
+        InputError: the images have another number of channels, or are integers.
+    """
+    _check(images, normalisation, "images")
+    if not images.is_floating_point():
+        raise InputError(f"images must be normalised floating point, got {images.dtype}")
     mean, std = (torch.tensor(value).to(images)[:, None, None] for value in (normalisation.mean, normalisation.std))
     return images * std + mean
+
+
+def _check(pixels: Tensor, normalisation: Normalisation, what: str) -> None:
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f"{what} must be a torch.Tensor, got {type(pixels).__name__}")
+    if not isinstance(normalisation, Normalisation):
+        raise TypeError(f"normalisation must hold mean and std, as recipe('cifar100').data does, got {type(normalisation).__name__}")
+    if pixels.dim() != 4 or pixels.shape[1] != normalisation.channels:
+        raise InputError(f"{what} must be [N, {normalisation.channels}, H, W] for this mean and std, got shape {tuple(pixels.shape)}")
 
 
 def to_levels(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import InitialConfig, Progress, StorageConfig, check_integer
-from dwa_fast.data.images import ImageSet
+from dwa_fast.config import InitialConfig, Progress, StorageConfig, check_integer, plain
+from dwa_fast.data.digest import image_digest
+from dwa_fast.data.images import FileSet, ImageSet, check_image_set
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import denormalise, to_levels
-from dwa_fast.data.set_layout import is_set
+from dwa_fast.data.set_layout import is_set, set_folder
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statistics
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
-from dwa_fast.models.wrappers import listed
+from dwa_fast.models.wrappers import listed, unwrapped
 from dwa_fast.recipes import Recipe
 from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
@@ -32,6 +35,7 @@ from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, Workers, default_threads, rank
 from dwa_fast.threads import recorded_threads, torch_threads
+from dwa_fast.training.state import weight_digest
 
 Observer = Callable[[BatchSpec, Rows], None]  # called with a batch that is on the disk, and the losses that are kept of it
 
@@ -82,7 +86,8 @@ def distill(
         recipe: settings of the synthesis, mean and std.
         ipc: images per class, at least 1.
         initial: which initial images; default: a seeded sample of the real ones.
-        provenance: what else the images depend on (the teachers' checksums, recipe); written into the manifest.
+        provenance: what else the images depend on (recipe, checksums of the teachers' files as "teacher"; by default those of their
+            weights); written into the manifest.
         teacher_info: architecture and accuracy of each teacher, if they are known; written into the manifest for its readers.
         storage: how images and losses are written.
         threads: CPU threads to compute with, at least 1; the last bits depend on it where the device is a CPU. None: those that the
@@ -97,10 +102,15 @@ def distill(
     Returns:
         the number of images that this call made.
     Raises:
+        TypeError: data or recipe are of the wrong type.
         InputError: as `synthesize` and `class_statistics`; or ipc is no multiple of batch_ipc, a class has fewer than ipc images, one of
             the initial images cannot be decoded, the folder holds a set of other settings or cannot be written.
     """
+    ipc, seed = plain(ipc), plain(seed)
     check_integer("ipc", ipc, 1)
+    check_image_set(data)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     if threads is not None:
@@ -118,9 +128,14 @@ def distill(
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
+    before = read_manifest(set_folder(output))["settings"] if is_set(set_folder(output)) else None
+    identities = {"real_images_digest": _digest_of(data)}
+    if "teacher" not in settings:
+        identities["teacher"] = " ".join(weight_digest(unwrapped(each)) for each in listed(teacher))
+    settings |= {name: value for name, value in identities.items() if before is None or name in before}  # older sets do not have them
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":
-        settings["threads"] = threads or _threads_of(output) or default_threads()
+        settings["threads"] = threads or (recorded_threads(before) if before else None) or default_threads()
     storage = storage or StorageConfig()
     if config.iterations == 0:  # and so no losses
         storage = replace(storage, losses_every=0)
@@ -238,6 +253,8 @@ def _last_indices(batches: Iterable[BatchSpec]) -> dict[int, int]:
     return last
 
 
-def _threads_of(output: Path) -> int | None:
-    """CPU threads that the set in a folder is computed with, if there is one."""
-    return recorded_threads(read_manifest(output)["settings"]) if is_set(output) else None
+def _digest_of(data: ImageSet) -> str:
+    """Checksum of the real images: of files the names and classes, since a damaged one may be repaired before a set is resumed."""
+    if not isinstance(data, FileSet):
+        return image_digest(data)
+    return hashlib.sha256(json.dumps([data.files, data.labels.tolist(), data.class_names]).encode()).hexdigest()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress
+from dwa_fast.config import Normalisation, Progress, plain
 from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.class_statistics import ClassStatistics, aims
@@ -20,35 +22,65 @@ from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe
 from dwa_fast.sets.exchange import write_set
 
+log = logging.getLogger("dwa_fast")
+
+_BEYOND = 2.0  # how far outside of [0, 1] a pixel may lie; Gaussian noise, which some methods start from, reaches some way
 _TRIED = 1000  # images at most that the teacher is tried with before the first batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SynthesisResult:
-    """What `synthesize` returns."""
+    """What `synthesize` returns.
 
-    images: Tensor  # [N, C, H, W] float32 (float64 in that precision), normalised, in the order of the input, on its device
-    losses: Tensor  # [batches, T, 3] float32 on the CPU: cross-entropy, R_mean, R_var of each iteration
-    labels: Tensor  # [N] as given
+    Attributes:
+        images: [N, C, H, W] float32 (float64 in that precision), normalised, in the order of the input, on its device; pixels for a
+            student's own loader, or for `denormalise`.
+        losses: [batches, T, 3] float32 on the CPU: cross-entropy, R_mean, R_var of each iteration.
+        labels: [N], a copy of those that were given.
+        recipe: the settings that were given.
+        seed: likewise.
+        execution: what ran: back-end, precision, kind of device, and on a CPU the number of threads.
+    """
+
+    images: Tensor
+    losses: Tensor
+    labels: Tensor
     recipe: Recipe
     seed: int
+    execution: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        batches, iterations, _ = self.losses.shape
+        return f"SynthesisResult({len(self.images)} images {list(self.images.shape[1:])}, {batches} batches of {iterations} iterations)"
 
     def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> None:
         """Write the images as `dwa-fast synthesize` does: PNGs in class folders below `images/`, and beside these a manifest.
 
+        A set holds images of every class, and opens again only if they are squares.
+
         Args:
             folder: of the set; made where there is none.
-            class_names: of all classes, in the order of their numbers; default: the numbers.
+            class_names: different names of all classes, in the order of their numbers; default: the numbers.
         Raises:
-            InputError: a class has no image, the folder holds another set or cannot be written.
+            InputError: the names are not those of the labels, a class has no image, the folder holds another set or cannot be written.
         """
-        labels = [int(label) for label in self.labels]
-        names = [str(label) for label in range(max(labels) + 1)] if class_names is None else list(class_names)
+        labels = self.labels.tolist()
+        names = [str(label) for label in range(max(labels) + 1)] if class_names is None else _checked_names(class_names, max(labels))
         levels = to_levels(denormalise(self.images, self.recipe.data))
         # Teacher and initial images are not known here: only the pixels tell a result from another one of the same settings.
         pixels = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
-        settings = {**self.recipe.settings("synthesis"), "seed": self.seed, "pixels": pixels}
+        settings = {**self.recipe.settings("synthesis"), **self.execution, "seed": self.seed, "pixels": pixels}
         write_set(Path(folder), lambda row: levels[row], labels, names, settings)
+
+
+def _checked_names(names: Sequence[str], last: int) -> list[str]:
+    """The class names as a list, if they are different names of the classes 0 … last at least."""
+    listed = names if isinstance(names, (list, tuple)) else []
+    if not listed or not all(isinstance(name, str) and name for name in listed) or len(set(listed)) != len(listed):
+        raise InputError(f"class_names must be a list of different names, one for each class, got {names!r}")
+    if len(listed) <= last:
+        raise InputError(f"class_names must name every class, and label {last} is that of class {last + 1}; got {len(listed)} names")
+    return list(listed)
 
 
 def synthesize(
@@ -72,9 +104,11 @@ def synthesize(
         teacher: classifier with BatchNorm layers (1d, 2d or 3d); it is copied, never changed. Or a list of several, which take turns:
             iteration t of a batch, counted from 0, is that of teacher t mod their number (FADRM+), each with weights θ̃ of its own. With
             `teacher_turns="index"` the teachers take turns from batch to batch, in a set (`distill`) from image index to image index.
-        images: [N, C, H, W], floating, normalised with mean and std of `recipe.data`: initial images, and what the ascent sees.
+        images: [N, C, H, W], floating, normalised with mean and std of `recipe.data` (`normalise`): initial images, and what the ascent
+            sees. They need not be squares, nor of the recipe's size.
         labels: [N], integers in 0 … classes − 1.
-        recipe: settings, for example `recipe("cifar100")`.
+        recipe: settings, for example `recipe("cifar100")`. Those that start from patches or median images (methods such as rded, fadrm and
+            delt) are for whole sets, out of which the teacher chooses them; `initial="real"` starts from the images that are given.
         seed: at least 0; the seed of all random numbers.
         output: which of several outputs of a teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
             place in a tuple (0). None: it gives logits and nothing else.
@@ -89,8 +123,15 @@ def synthesize(
     """
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
-    config, normalisation = recipe.synthesis, recipe.data
+    config, normalisation, seed = recipe.synthesis, recipe.data, plain(seed)
     check_arguments(images, labels, normalisation.channels)
+    if config.initial in ("patches", "median"):
+        raise InputError(
+            f"initial {config.initial!r} is for distill, whose teacher chooses among all images of a class; "
+            "with initial='real' the given images are refined"
+        )
+    if config.sees_images:
+        _check_range(images, normalisation)
     if class_statistics is None and config.matches_class:
         raise InputError(
             "statistics 'class' need class_statistics, a list of one for each teacher, as dwa_fast.class_statistics(teacher, data, recipe) "
@@ -124,4 +165,21 @@ def synthesize(
             finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())
     run.close()
-    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels, recipe, seed)
+    execution: dict[str, Any] = run.execution.describe()
+    if run.execution.device.type == "cpu":
+        execution["threads"] = torch.get_num_threads()
+    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels.clone(), recipe, seed, execution)
+
+
+def _check_range(images: Tensor, normalisation: Normalisation) -> None:
+    """Refuse images that no normalisation of pixels gives, and warn of those that look like pixels in [0, 1]."""
+    pixels = denormalise(images.detach(), normalisation)
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < -_BEYOND or high > 1 + _BEYOND:
+        raise InputError(
+            f"images must be normalised with mean and std of the recipe: (pixels - mean) / std, with pixels in [0, 1]; "
+            f"undone, those given would have pixels from {low:.3g} to {high:.3g}"
+        )
+    own = any(normalisation.mean)  # else pixels in [0, 1] are normalised
+    if own and float(images.min()) >= 0 and float(images.max()) <= 1:
+        log.warning("all values of the images lie in 0 … 1, as pixels do that are not normalised; normalise(images, recipe.data) does it")

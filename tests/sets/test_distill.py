@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from PIL import Image
 from torch.distributed import HashStore
 
 from dwa_fast import InputError, distill, synthesize
+from dwa_fast.data.images import MemorySet
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.pixels import denormalise, normalise, to_levels
 from dwa_fast.data.real import sample
+from dwa_fast.data.set_layout import MANIFEST
 from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import BatchSpec, batch_specs
 from dwa_fast.sets.store import ImageStore
@@ -287,3 +290,41 @@ def test_worker_that_is_not_the_last_leaves_the_set_to_the_others(tmp_path: Path
     assert batch.number == 0
     assert run(tmp_path / "set") == 4
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_set_is_not_continued_with_another_teacher_or_other_images(tmp_path: Path) -> None:
+    """Also where nobody says so in the provenance."""
+    config = small_recipe(iterations=4, batch_size=4, backend="reference")
+    distill(small_teacher(), small_set(), config, ipc=1, output=tmp_path)
+    whole = contents(tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(teacher was '.*', is '.*'\)"):
+        distill(small_teacher(seed=1), small_set(), config, ipc=2, output=tmp_path)
+    data = small_set()
+    inverted = MemorySet(255 - data.load(range(len(data.labels))), data.labels, data.class_names)
+    with pytest.raises(InputError, match=r"other settings \(real_images_digest was '.*', is '.*'\)"):
+        distill(small_teacher(), inverted, config, ipc=2, output=tmp_path)
+    assert contents(tmp_path) == whole
+    assert distill(small_teacher(), small_set(), config, ipc=2, output=tmp_path) == 10
+
+
+def test_a_set_that_does_not_know_its_teacher_and_images_is_continued(tmp_path: Path) -> None:
+    """As those of version 0.1 do not."""
+    config = small_recipe(iterations=4, batch_size=4, backend="reference")
+    distill(small_teacher(), small_set(), config, ipc=2, output=tmp_path / "new")
+    distill(small_teacher(), small_set(), config, ipc=1, output=tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
+    for name in ("teacher", "real_images_digest"):
+        del manifest["settings"][name]
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
+    assert distill(small_teacher(), small_set(), config, ipc=2, output=tmp_path / "old") == 10
+    assert {**contents(tmp_path / "old"), MANIFEST: b""} == {**contents(tmp_path / "new"), MANIFEST: b""}
+
+
+def test_arguments_of_another_type_are_named(tmp_path: Path) -> None:
+    config = small_recipe(iterations=1)
+    for data in ("photos", tmp_path, torch.utils.data.TensorDataset(torch.zeros(2))):
+        with pytest.raises(TypeError, match=r"data must be a set of images, such as image_folder\(folder, size\) or MemorySet"):
+            distill(small_teacher(), data, config, ipc=1, output=tmp_path / "set")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="recipe must be a Recipe"):
+        distill(small_teacher(), small_set(), config.data, ipc=1, output=tmp_path / "set")  # type: ignore[arg-type]
+    assert not (tmp_path / "set").exists()
