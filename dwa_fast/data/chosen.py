@@ -43,7 +43,7 @@ class PatchImages:
             raise InputError(f"patch_factor must divide the size of the images, {data.image_shape[1]}, got {self._factor}")
         if self._needed > self._candidates:
             raise InputError(f"ipc {ipc} takes patches of {self._needed} images of each class, but patch_candidates is {self._candidates}")
-        class_members(data, self._needed)
+        class_members(data, self._needed, f"ipc {ipc} takes patches of {self._needed} of them")
         self.settings: dict[str, Any] = {name: getattr(config, name) for name in PATCH_SETTINGS}
         if self._factor > 1:  # then all images of a class depend on their number
             self.settings["patch_ipc"] = ipc

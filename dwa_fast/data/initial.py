@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,10 @@ from dwa_fast.data.tensor_files import TensorImages
 from dwa_fast.errors import InputError
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import generator, normal
+
+log = logging.getLogger("dwa_fast")
+
+SMALL = 64  # pixels; up to this size published patches fill an image
 
 
 class InitialImages(Protocol):
@@ -70,6 +75,8 @@ def initial_images(
         return MedianImages(data, recipe.data, config, ipc=ipc, seed=seed, predict=predict)
     if recipe.synthesis.initial == "patches":
         assert predict is not None
+        if recipe.synthesis.iterations == 0 and recipe.data.size > SMALL and config.patch_factor == 1:
+            log.warning("each image is one patch; RDED is published with 2 × 2 for images of more than %d pixels (patch_factor 2)", SMALL)
         return PatchImages(data, recipe.data, config, ipc=ipc, seed=seed, predict=predict)
     return RealImages(data, recipe.data, config, ipc=ipc, seed=seed)
 

@@ -133,16 +133,19 @@ class _ClassOrder:
     tried: int = 0  # number of images of `order` that have been tried
 
 
-def class_members(data: ImageSet, ipc: int) -> Sequence[Tensor]:
+def class_members(data: ImageSet, needed: int, wanted: str = "") -> Sequence[Tensor]:
     """Indices of the images of each class, in the order of the set.
 
+    Args:
+        needed: images of each class. wanted: who takes them, for the message; default: as many initial images per class.
     Raises:
-        InputError: a class has fewer than ipc images.
+        InputError: a class has fewer.
     """
     found = by_class(data)
     for label, own in enumerate(found):
-        if len(own) < ipc:
-            raise InputError(f"class {data.class_names[label]!r} has {len(own)} images, but ipc {ipc} needs as many initial ones")
+        if len(own) < needed:
+            wanted = wanted or f"ipc {needed} needs as many initial ones"
+            raise InputError(f"class {data.class_names[label]!r} has {len(own)} images, but {wanted}")
     return found
 
 

@@ -107,11 +107,12 @@ class Ascent:
             captured.close()
 
     def _randomly(self, source: np.random.Generator) -> Tensor:
-        """A Gaussian direction of length ρ; drawn in the order of the parameters, whatever their layout."""
-        arena = self.arena
-        noise = normal(source, (arena.weights.numel(),)).to(arena.weights)
-        for slot, part in zip(arena.slots, noise.split([slot.numel() for slot in arena.slots]), strict=True):
-            slot.copy_(part.view(slot.shape))
+        """A Gaussian direction of length ρ; drawn in the order of the teacher's parameters, so that every back-end takes the same one."""
+        arena, drawn = self.arena, self.network.drawn
+        noise = normal(source, (sum(parameter.numel() for parameter in drawn),)).to(arena.weights)
+        parts = dict(zip(drawn, noise.split([parameter.numel() for parameter in drawn]), strict=True))
+        for slot, parameter in zip(arena.slots, arena.parameters, strict=True):
+            slot.copy_(parts[parameter].view(slot.shape))
         return self.network.operators.ascend_(arena.weights, arena.gradients, self.config.rho, compute=arena.compute)[None]
 
     def _step(self, view: Tensor, labels: Tensor) -> None:

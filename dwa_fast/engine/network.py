@@ -98,6 +98,7 @@ class Network(nn.Module):
         self.layers = rewritten.layers
         self.traced = rewritten.traced
         self.capture_error: str | None = None  # why steps with this network cannot be captured, if so
+        self.drawn: list[nn.Parameter] = []  # the parameters in the order of the teacher, which a trace may have changed
         self._plans: dict[tuple[float, ...], MatchingPlan] = {}
         self._arena_plans: dict[torch.Size, MatchingPlan] = {}  # those with an arena of partial sums, by shape of the images
         self._arena_plan: MatchingPlan | None = None  # the one whose arena holds the partial sums of the last forward pass

@@ -59,6 +59,7 @@ def prepare(
     exact = replace(execution, precision="fp32") if execution.precision == "tf32" else execution  # a copy is compared to 1e-3
     with TRACING, torch.inference_mode(False), exact.arithmetic():
         module = copied(teacher, execution.device, execution.master_dtype)
+        drawn = list(module.parameters())
         trial = _trial_images(images, execution)
         layers = _layers(module)
         check_finite_weights(module)
@@ -72,6 +73,7 @@ def prepare(
             perturbed = teacher_response(module, layers, trial, gradients=False)
         others = [_tiled(trial, size) for size in {*batch_sizes} - {len(trial)}] + resized
         network = _verified_network(module, layers, expected, perturbed, trial, execution, others)
+        network.drawn = list(dict.fromkeys([*drawn, *network.parameters()]))
     return network, expected.logits.shape[1]
 
 

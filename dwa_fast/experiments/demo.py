@@ -54,13 +54,13 @@ class DemoConfig(Config):
 
 
 def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
-    """Run the whole pipeline in a folder: teacher.pt, the sets, the results of the students, contact-sheet.png.
+    """Run the whole pipeline in a folder: teacher.pt (teacher-seed1.pt of seed 1), the sets, the results of the students, contact-sheet.png.
 
     Finished work of an earlier run with the same settings is reused.
     """
     started = time.perf_counter()
     output_folder(output)
-    accuracy = _teacher(output / "teacher.pt", config, track)
+    accuracy = _teacher(_teacher_file(output, config), config, track)
     setup = _setup(output, config, accuracy)
     grid = Grid(variants=by_method(setup, config.methods), ipc=config.ipc, students=(setup.recipe.architecture,), seeds=(config.seed,))
     outcomes = run_grid(setup, grid, jobs=config.jobs or default_jobs(setup), progress_bar=track("sets and students"))
@@ -106,8 +106,13 @@ def _teacher(path: Path, config: DemoConfig, track: Track) -> float:
     return info.accuracy if info.accuracy is not None else top1(module.to(device), test, digits.data, device)
 
 
+def _teacher_file(output: Path, config: DemoConfig) -> Path:
+    """A file for each seed, the only setting that the teacher depends on."""
+    return output / (f"teacher-seed{config.seed}.pt" if config.seed else "teacher.pt")
+
+
 def _setup(output: Path, config: DemoConfig, accuracy: float) -> Setup:
-    digits, teacher = recipe("digits", device=config.device), output / "teacher.pt"
+    digits, teacher = recipe("digits", device=config.device), _teacher_file(output, config)
     synthesis, validation = digits.synthesis, replace(digits.validation, students=config.students)
     if config.iterations is not None:
         synthesis = replace(synthesis, iterations=config.iterations)

@@ -50,12 +50,14 @@ class FkdFolder:
         names = [f"{FIRST_EPOCH[:-1]}{number}" for number in range(_count(folder, r"epoch_(\d+)", "epochs"))]
         self._batches = [_count(folder / name, r"batch_(\d+)\.tar", "batches") for name in names]
         self._orders = _read_order(folder / IMAGE_ORDER)
-        self.epochs, self.steps, self.pool = len(self._batches), self._batches[0], self._orders is not None
+        self.epochs, self.pool = len(self._batches), self._orders is not None
         places = folder_order(data)
         self._places, self._order = torch.tensor(places), ImageOrder(len(places))
         _, mix, *_ = first = self._load(0, 0)
-        sizes = [len(first[2])] * (self.steps - 1) + [len(self._load(0, self.steps - 1)[2])]
-        self.sizes = sizes  # images of the batches of an epoch
+        size, last = len(first[2]), self._batches[0] - 1
+        # Images of the batches of an epoch. A pool, which may hold less than one epoch, has no smaller last one.
+        self.sizes = [size] * max(1, len(places) // size) if self.pool else [size] * last + [len(self._load(0, last)[2])]
+        self.steps = len(self.sizes)
         self._compare(config, data, mix)
 
     def _compare(self, config: ValidationConfig, data: ImageSet, mix: Mix) -> None:

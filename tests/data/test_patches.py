@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_four_patches_to_an_image() -> None:
     [
         ({"patch_factor": 3}, "patch_factor must divide the size of the images, 8, got 3"),
         ({"patch_candidates": 1}, "ipc 2 takes patches of 2 images of each class, but patch_candidates is 1"),
-        ({"patch_factor": 2}, "class '0' has 6 images, but ipc 8 needs as many initial ones"),
+        ({"patch_factor": 2}, "class '0' has 6 images, but ipc 2 takes patches of 8 of them"),
     ],
 )
 def test_settings_that_cannot_be_met(settings: dict[str, Any], message: str) -> None:
@@ -214,10 +215,19 @@ def test_a_refinement_that_starts_from_patches(tmp_path: Path) -> None:
 def test_no_iterations_give_the_initial_images() -> None:
     images, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 4, 9])
     ticks: list[tuple[int, int]] = []
-    result = synthesize(small_teacher(), images, labels, CONFIG, progress=lambda *tick: ticks.append(tick))
+    config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, initial="real"))
+    result = synthesize(small_teacher(), images, labels, config, progress=lambda *tick: ticks.append(tick))
     assert torch.equal(result.images, images)
     assert result.losses.shape == (1, 0, 3)
     assert ticks == [(1, 1)]
+
+
+def test_one_patch_to_a_large_image_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    large = recipe("folder", method="rded", size=72, mean=(0.5,), std=(0.5,))
+    for settings, warned in (({}, True), ({"patch_factor": 2}, False)):
+        caplog.clear()
+        initial_images(grey(per_class=4, size=72), large, InitialConfig(**settings), ipc=1, seed=0, predict=lambda images: images)
+        assert ("RDED is published with 2 × 2 for images of more than 64 pixels" in caplog.text) is warned
 
 
 def test_method() -> None:

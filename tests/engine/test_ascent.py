@@ -12,8 +12,9 @@ from dwa_fast import InputError
 from dwa_fast.engine.ascent import Ascent, check_norms
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import prepare
+from dwa_fast.models.architectures import build
 from dwa_fast.seeding import generator
-from tests.nets import real_images, small_recipe, small_teacher
+from tests.nets import SIZE, real_images, small_recipe, small_teacher
 
 
 def make(precision: str = "fp32", **changes: Any) -> tuple[Ascent, torch.Tensor, torch.Tensor]:
@@ -70,6 +71,25 @@ def test_random_step_has_length_rho() -> None:
     adjust, images, labels = make(ascent="random", rho=0.1)
     adjust.adjust(images, labels, generator(0, "ascent", 0))
     assert float((adjust.arena.weights - adjust.arena.original).norm()) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["small-resnet", "convnet128", "mobilenet-v2-cifar"])
+def test_random_step_is_the_same_on_every_back_end(name: str) -> None:
+    """A trace lists the parameters in another order than the teacher, and may leave layers out that its forward pass does not use."""
+    teacher = build(name, classes=10, channels=1, size=SIZE).eval()
+    teacher.register_module("unused", torch.nn.Linear(3, 2))
+    images, labels = real_images()
+    moved = []
+    for backend in ("reference", "fused"):
+        config = small_recipe(backend=backend, precision="fp32", ascent="random", rho=0.1).synthesis
+        execution = resolve(config.backend, config.precision, config.device)
+        network, _ = prepare(teacher, images, execution)
+        adjust = Ascent(network, config, execution)
+        before = {p: p.detach().clone() for p in network.parameters()}
+        adjust.adjust(images, labels, generator(0, "ascent", 0))
+        steps = [(p.detach() - before[p]).contiguous().flatten().double() for p in network.drawn if p in before]
+        moved.append(torch.cat([step for step in steps if step.numel() not in (2, 6)]))  # without those of the unused layer
+    assert float(F.cosine_similarity(*moved, dim=0)) == pytest.approx(1, abs=1e-5)
 
 
 def test_weights_are_frozen_afterwards() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import SqueezeExcitation
 
 from dwa_fast import InputError
 from dwa_fast.data.datasets import digits
@@ -32,6 +33,36 @@ def test_the_convolution_of_a_skip_is_not_the_last_one() -> None:
     outputs: list[torch.Tensor] = []
     teacher.get_submodule("blocks.2.conv2").register_forward_hook(lambda layer, inputs, output: outputs.append(output))
     assert torch.equal(embed(teacher, real_images()[0]).convolution, outputs[0])
+
+
+@torch.no_grad()
+def test_what_works_in_place_behind_the_convolution_does_not_change_it() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5), nn.ReLU(inplace=True))
+    images = torch.randn(3, 1, 8, 8)
+    seen = embed(network, images)
+    assert torch.equal(seen.convolution, network[0](images))
+    assert float(seen.convolution.min()) < 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["se", "gate"])
+def test_a_gate_of_squeeze_and_excitation_is_not_the_last_convolution(part: str) -> None:
+    """By the name of its class, or of the part."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(1, 4, 3)
+            self.add_module(part, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1)) if part == "se" else SqueezeExcitation(4, 2))
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features = self.convolution(images)
+            return self.fc((features * self.get_submodule(part)(features)).mean((2, 3)))
+
+    network, images = Block(), torch.randn(2, 1, 8, 8)
+    assert torch.equal(embed(network, images).convolution, network.convolution(images))
 
 
 @torch.no_grad()

@@ -83,6 +83,18 @@ def test_demo_writes_record_images_and_picture(
     assert read_record(tmp_path / "record.json").data == record.data
 
 
+def test_another_seed_has_a_teacher_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "squeeze", short_squeeze)
+    made = {}
+    for folder, seed in (("both", 0), ("both", 1), ("alone", 1)):
+        arguments = ["demo", "--ipc", "1", "--students", "1", "--iterations", "1", "--epochs", "1", "--jobs", "1", "--methods", "real"]
+        assert run([*arguments, "--output", str(tmp_path / folder), "--seed", str(seed)]) == 0
+        made[folder, seed] = read_record(tmp_path / folder / "record.json").data["teacher"]
+    assert checksum(tmp_path / "both" / "teacher-seed1.pt") == checksum(tmp_path / "alone" / "teacher-seed1.pt")
+    assert checksum(tmp_path / "both" / "teacher.pt") != checksum(tmp_path / "both" / "teacher-seed1.pt")
+    assert made["both", 1] == made["alone", 1]
+
+
 def test_mosaic_lays_images_out_in_rows() -> None:
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 2)
     sheet = mosaic(images, 3)

@@ -59,6 +59,18 @@ def test_students_draw_from_the_pool(tmp_path: Path, images: FileSet) -> None:
     assert drawn(2, 17) != rounds[17]
 
 
+def test_a_pool_of_less_than_an_epoch_does_not_shorten_the_training(tmp_path: Path, images: FileSet) -> None:
+    """Four of 48 batches: an epoch still has six, drawn from these."""
+    fkd = write(tmp_path / "labels", images, POOL, replace(SHARE, pool_share=0.1))
+    labels = FkdFolder(fkd, images, POOL)
+    assert (len(list(labels.places())), labels.steps) == (4, 6)
+    plans = labels.sampler(POOL, 110, 10, seed=0).epoch(0)
+    assert [len(plan.indices) for plan in plans] == [16] * 6
+    calls: list[tuple[int, int]] = []
+    students(images, fkd.parent, POOL, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (48, 48)
+
+
 def test_students_of_a_pool_resume_to_the_same_bits(tmp_path: Path, images: FileSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "_SECONDS", 0.0)
     labels = write(tmp_path / "labels", images, POOL, SHARE).parent
