@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dwa_fast.config import Progress
-from dwa_fast.data.images import ImageSet
+from dwa_fast.data.images import ImageSet, check_image_set
 from dwa_fast.data.pixels import normalise
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine.backend import resolve
@@ -54,10 +54,15 @@ def class_statistics(
     Raises:
         InputError: a class has no image, an image cannot be decoded, a layer runs more than once, or activations are not finite.
     """
+    check_image_set(data)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
     execution = resolve("reference", "fp64" if recipe.synthesis.precision == "fp64" else "fp32", recipe.synthesis.device)
     meters = [_Meter(copied(each, execution.device, execution.master_dtype), len(data.class_names)) for each in listed(teacher, output)]
     members = by_class(data)
     chosen = list(range(len(members))) if classes is None else list(classes)
+    if wrong := [label for label in chosen if not 0 <= label < len(members)]:
+        raise InputError(f"classes must lie in 0 … {len(members) - 1}, got {wrong[0]}")
     total, done = sum(len(members[label]) for label in chosen), 0
     if progress:
         progress(0, total)

@@ -21,7 +21,7 @@ from dwa_fast.engine.layers import replace_strided_pointwise
 from dwa_fast.engine.network import Network
 from dwa_fast.errors import InputError, first_line
 from dwa_fast.models.batchnorm import batchnorm_layers
-from dwa_fast.models.finite import check_finite_weights
+from dwa_fast.models.finite import check_finite_weights, refuse_probabilities
 from dwa_fast.models.wrappers import copied, describe_output, unwrapped
 from dwa_fast.seeding import generator, normal, seeded_layers
 
@@ -106,10 +106,16 @@ def _check_teacher(module: nn.Module, layers: Mapping[str, nn.Module], trial: Te
     with seeded_layers(0, trial.device), _taking(trial):
         first = module(trial)
         _check_logits(first)
+        refuse_probabilities(first, "teacher")
         first = first.detach()
         expected = teacher_response(module, layers, trial, gradients=True)
     if expected.gradients and not (expected.gradients.logits.isfinite().all() and expected.gradients.matching.isfinite().all()):
         raise InputError("gradients of the teacher are not finite, though its logits are: some weights are too large, or damaged")
+    if expected.gradients and not (expected.gradients.logits.any() or expected.gradients.matching.any()):
+        raise InputError(
+            "gradients of the teacher with respect to the images are 0 everywhere, so that nothing could be refined: "
+            "its forward pass must not detach() or round them"
+        )
     if not expected.gaps:
         raise InputError(
             f"none of the {len(layers)} BatchNorm layers of the teacher runs in a forward pass, so that no statistics can be matched"
@@ -137,6 +143,11 @@ def _taking(images: Tensor) -> Iterator[None]:
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # of a product, of a BatchNorm, of a transformer
         if isinstance(error, InputError):
             raise
+        if "does not require grad" in str(error):
+            raise InputError(
+                "teacher gives logits that have no gradient with respect to its images and weights, which the synthesis needs; "
+                "its forward pass must not run under torch.no_grad() or detach() them"
+            ) from error
         raise InputError(f"teacher cannot take images of shape {tuple(images.shape[1:])}: {first_line(error)}") from error
 
 

@@ -51,11 +51,9 @@ def embed(
         found["features"] = inputs[0].clone()
 
     handles = []
-    gates = {
-        f"{name}." for name, layer in teacher.named_modules() if _GATES.search(type(layer).__name__) or name.rpartition(".")[2] == "se"
-    }
+    gates = tuple(f"{name}." for name, layer in teacher.named_modules() if _is_gate(name, layer))
     for name, layer in teacher.named_modules():
-        aside = _OF_A_SKIP & set(name.split(".")) or name.startswith(tuple(gates))
+        aside = _OF_A_SKIP & set(name.split(".")) or name.startswith(gates)
         if isinstance(layer, nn.Conv2d) and not aside:
             handles.append(layer.register_forward_hook(keep_output))
         elif isinstance(layer, nn.Linear):
@@ -73,6 +71,10 @@ def embed(
     if not (embedding.convolution.isfinite().all() and embedding.features.isfinite().all()):
         raise InputError("features of the teacher are not finite, though its logits are; no distance can be measured in them")
     return embedding
+
+
+def _is_gate(name: str, layer: nn.Module) -> bool:
+    return _GATES.search(type(layer).__name__) is not None or name.rpartition(".")[2] == "se"
 
 
 def stream(

@@ -54,7 +54,7 @@ class DemoConfig(Config):
 
 
 def run_demo(output: Path, config: DemoConfig, track: Track) -> Record:
-    """Run the whole pipeline in a folder: teacher.pt (teacher-seed1.pt of seed 1), the sets, the results of the students, contact-sheet.png.
+    """Run the whole pipeline in a folder: teacher.pt (of seed 1 teacher-seed1.pt), the sets, the students' results, contact-sheet.png.
 
     Finished work of an earlier run with the same settings is reused.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dwa_fast.config import Normalisation, check_integer, check_real
@@ -14,7 +15,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum
 from dwa_fast.io.pickles import StandIn
 from dwa_fast.io.torch_files import read_checkpoint, write_archive
-from dwa_fast.models.architectures import build, check_architecture
+from dwa_fast.models.architectures import build, build_on_meta, check_architecture
 from dwa_fast.models.weights import find_weights
 
 _MOST_CLASSES, _MOST_PIXELS = 2**24, 4096  # beyond, a description is no network's; it would only fill the memory
@@ -38,9 +39,33 @@ _FIELDS = {field.name for field in fields(TeacherInfo)}
 
 
 def save_teacher(path: str | Path, module: nn.Module, info: TeacherInfo) -> None:
-    """Write weights and description, whole or not at all."""
+    """Write weights and description, whole or not at all.
+
+    Args:
+        module: a network of `info.architecture`. The weights of a network of your own are saved with
+            `torch.save(network.state_dict(), path)` and loaded into it by your own code.
+    Raises:
+        TypeError: an argument is of the wrong type.
+        InputError: the description is of no network, or of another one than the module, or the file cannot be written.
+    """
+    if not isinstance(module, nn.Module) or not isinstance(info, TeacherInfo):
+        wrong = module if not isinstance(module, nn.Module) else info
+        raise TypeError(f"expected a torch.nn.Module and a TeacherInfo, got {type(wrong).__name__}")
+    info = _checked(info)
+    described = build_on_meta(info.architecture, classes=info.classes, channels=info.channels, size=info.size).state_dict()
+    shapes, own = ({name: value.shape for name, value in each.items()} for each in (described, module.state_dict()))
+    if shapes != own:
+        name = next(name for name in {**shapes, **own} if shapes.get(name) != own.get(name))
+        raise InputError(
+            f"the network is no {info.architecture} as described: {name} is {_shape(own.get(name))}, expected {_shape(shapes.get(name))}; "
+            "of a network of your own, save the state_dict with torch.save"
+        )
     weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
     write_archive(Path(path), {"state_dict": weights, "dwa_fast": vars(info)})
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else f"of shape {tuple(shape)}"
 
 
 def load_teacher(
@@ -105,15 +130,20 @@ def _described(path: Path, content: Mapping[str, Any]) -> TeacherInfo | None:
         raise InputError(f"checkpoint {path} does not describe its network as dwa-fast does; make it again with dwa-fast squeeze")
     info = TeacherInfo(**described)
     try:
-        info = _checked_data(info)
-        check_architecture("architecture", info.architecture)
-        for name, most in (("classes", _MOST_CLASSES), ("channels", 3), ("size", _MOST_PIXELS)):
-            check_integer(name, getattr(info, name), 1)
-            check_real(name, getattr(info, name), 1, most)
-        if info.accuracy is not None:
-            check_real("accuracy", info.accuracy, 0, 100)
+        return _checked(info)
     except InputError as error:
         raise InputError(f"checkpoint {path} describes a network that cannot be: {error}") from error
+
+
+def _checked(info: TeacherInfo) -> TeacherInfo:
+    """The description, if it is valid."""
+    info = _checked_data(info)
+    check_architecture("architecture", info.architecture)
+    for name, most in (("classes", _MOST_CLASSES), ("channels", 3), ("size", _MOST_PIXELS)):
+        check_integer(name, getattr(info, name), 1)
+        check_real(name, getattr(info, name), 1, most)
+    if info.accuracy is not None:
+        check_real("accuracy", info.accuracy, 0, 100)
     return info
 
 

@@ -58,6 +58,20 @@ def check_logits(
     return logits
 
 
+def refuse_probabilities(logits: Tensor, owner: str) -> None:
+    """Check that outputs [N, classes] may be logits.
+
+    Raises:
+        InputError: there is one output per image, whose cross-entropy is always 0, or every row is one of probabilities, of which a softmax
+            would be taken once more.
+    """
+    if logits.shape[1] < 2:
+        raise InputError(f"{owner} gives one output per image; expected the logits of at least 2 classes")
+    rows = logits.detach().double()
+    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+        raise InputError(f"{owner} gives probabilities, which are not negative and add up to 1; expected logits: leave out its softmax")
+
+
 def _floating(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and running statistics with their names."""
     statistics = ((name, value) for name, value in module.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var"))

@@ -36,6 +36,8 @@ class SelectedOutput(nn.Module):
             InputError: the teacher gives no such output.
         """
         given = self.teacher(images)
+        if isinstance(given, Tensor):
+            raise InputError(f"teacher has one output, a tensor of shape {tuple(given.shape)}; leave out output={self.output!r}")
         try:
             if isinstance(self.output, str) and not isinstance(given, Mapping):
                 return getattr(given, self.output)
@@ -113,7 +115,29 @@ def copied(teacher: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     replace_layers(twin, lambda layer: unwrapped(layer) if _inner(layer) is not None else None)
+    replace_layers(twin, lambda layer: _Normalise(layer).to(device, dtype) if _is_transform(layer) else None)
     return twin
+
+
+class _Normalise(nn.Module):
+    """torchvision's transform Normalize inside a network: the same arithmetic, without checks of values, which cannot be traced."""
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(transform, name), dtype=torch.float64)[:, None, None], persistent=False)
+
+    def forward(
+        self,
+        pixels: Tensor,  # [N, C, H, W]
+    ) -> Tensor:  # [N, C, H, W]
+        """(pixels − mean) / std per channel."""
+        return (pixels - self.get_buffer("mean")) / self.get_buffer("std")
+
+
+def _is_transform(layer: nn.Module) -> bool:
+    kind = type(layer)
+    return kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms") and not getattr(layer, "inplace", False)
 
 
 def _computed_tensors(module: nn.Module) -> dict[int, Tensor]:

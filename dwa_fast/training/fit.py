@@ -29,7 +29,7 @@ from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, takes_channels_last, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
-from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights
+from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights, refuse_probabilities
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive, seeded_layers
 from dwa_fast.training.state import TrainingState, WeightAverage, as_in_files, weight_digest
@@ -191,7 +191,7 @@ def check_teacher_logits(teacher: nn.Module, data: ImageSet, normalisation: Norm
             logits = module(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"teacher cannot take images of shape {tuple(images.shape[1:])}: {str(error).splitlines()[0]}") from error
-    check_logits(logits, "teacher", len(data.class_names))
+    refuse_probabilities(check_logits(logits, "teacher", len(data.class_names)), "teacher")
 
 
 def check_batches(make: Callable[[], nn.Module], data: ImageSet, sizes: Sequence[int], device: torch.device, owner: str) -> None:

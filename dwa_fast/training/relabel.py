@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer
+from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import ImageSet
+from dwa_fast.data.images import ImageSet, check_image_set
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
+from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
@@ -58,7 +59,7 @@ def relabel(
     recipe: Recipe,
     *,
     output: str | Path,
-    device: str | torch.device,
+    device: str | torch.device = "auto",
     seed: int = 0,
     pool: int = 1,
     fkd: FkdConfig | None = None,
@@ -78,8 +79,10 @@ def relabel(
         InputError: the folder holds labels of other settings, the disk has too little space, the teacher gives no finite logits of the
             set's classes, or FKD files cannot hold such views.
     """
+    seed, pool = plain(seed), plain(pool)
+    check_image_set(distilled, "distilled")
     check_set(distilled, "distilled images")
-    recipe, output, device = with_batch_size(recipe, distilled), Path(output), torch.device(device)
+    recipe, output, device = with_batch_size(recipe, distilled), Path(output), resolve_device(str(device))
     config, teachers = recipe.validation, as_teachers(teacher)
     for each in teachers:
         check_label_teacher(each, distilled, recipe, device)

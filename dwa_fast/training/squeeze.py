@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress, SqueezeConfig
+from dwa_fast.config import Progress, SqueezeConfig, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import ImageSet
+from dwa_fast.data.images import ImageSet, check_image_set
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
+from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.recipes import Recipe
 from dwa_fast.threads import THREADS, threads_of
@@ -27,7 +28,7 @@ def squeeze(
     data: ImageSet,
     recipe: Recipe,
     *,
-    device: str | torch.device,
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint_file: str | Path | None = None,
@@ -45,8 +46,10 @@ def squeeze(
         InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
             is too small for the architecture, or the training diverges.
     """
-    config, device = recipe.squeeze, torch.device(device)
+    seed = plain(seed)
+    config, device = recipe.squeeze, resolve_device(str(device))
     fast = config.schedule == "fast"
+    check_image_set(data)
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check_integer
+from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import ImageSet
+from dwa_fast.data.images import ImageSet, check_image_set
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
+from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
@@ -80,7 +81,7 @@ def validate(
     student: str,
     recipe: Recipe,
     *,
-    device: str | torch.device,
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: Progress | None = None,
     resume_dir: str | Path | None = None,
@@ -105,17 +106,24 @@ def validate(
             their initial weights; of a pool of batches (LPLD) each draws its own.
         test_every: also test a student after every so many epochs, which changes nothing else; 0: only in the end.
         tested: called with the student's number, its finished epochs and the accuracy of each such test, where jobs is 1.
-        jobs: students that are trained at the same time, each in a process of its own, on a CPU with its share of PyTorch's threads, on
-            which the last bits depend.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        jobs: students that are trained at the same time, each in a process of its own, which takes some seconds to start; on a CPU with its
+            share of PyTorch's threads, on which the last bits depend.
     Raises:
+        TypeError: an argument is of the wrong type.
         InputError: the folder holds students of other settings, an image cannot be read, a set is empty or has a label that is not the
             number of a class, the sets have the same classes in another order, the stored labels are of another set, augmentation or
             teacher, the teacher gives no finite logits of these classes, a batch of one image is too small for the student, or a training
             diverges. Finished students stay in the folder.
     """
+    seed, jobs = plain(seed), plain(jobs)
+    check_image_set(distilled, "distilled")
+    check_image_set(test, "test")
     check_set(distilled, "distilled images")
     check_integer("jobs", jobs, 1)
-    recipe, device, teachers = with_batch_size(recipe, distilled), torch.device(device), as_teachers(teacher)
+    if not isinstance(student, str):
+        raise TypeError(f"student must be the name of an architecture, such as 'resnet18', got {type(student).__name__}")
+    recipe, device, teachers = with_batch_size(recipe, distilled), resolve_device(str(device)), as_teachers(teacher)
     config = recipe.validation
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):

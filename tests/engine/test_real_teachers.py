@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import v2
 
 from dwa_fast import InputError, recipe, synthesize
 from dwa_fast.engine.ascent import Ascent
@@ -233,6 +235,22 @@ def test_several_batches_at_once(make: Callable[[], nn.Module], backend: str) ->
     assert distance(got.images, wanted.images) < 1e-3
 
 
+class NoGradient(Net):
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images)
+
+
+class Detached(Net):
+    def features(self, images: Tensor) -> Tensor:
+        return super().features(images.detach())
+
+
+class Rounded(Net):
+    def features(self, images: Tensor) -> Tensor:
+        return super().features((images * 255).round() / 255)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "in train mode for ever": (lambda: Net(AlwaysTrain(6)), "BatchNorm layer 'norm1' stays in train mode after eval"),
     "random": (AlwaysDropout, "teacher gives other logits for the same images each time"),
@@ -242,6 +260,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(torch.jit.script(nn.BatchNorm2d(6).eval())),
         "layer 'norm1' is scripted, so that its input cannot be taken",
     ),
+    "without gradients": (NoGradient, "teacher gives logits that have no gradient with respect to its images and weights"),
+    "of detached images": (Detached, "gradients of the teacher with respect to the images are 0 everywhere"),
+    "of rounded images": (Rounded, "gradients of the teacher with respect to the images are 0 everywhere"),
+    "with a softmax": (lambda: nn.Sequential(Net(), nn.Softmax(1)), "teacher gives probabilities, .* leave out its softmax"),
+    "with one output": (lambda: nn.Sequential(Net(), nn.Linear(5, 1)), "teacher gives one output per image"),
     "on the meta device": (lambda: Net().to("meta"), "teacher has no values: conv1.weight is on the meta device"),
 }
 
@@ -253,6 +276,33 @@ def test_refused_in_one_sentence(name: str, backend: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         synthesize(make().eval(), torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1]), config(backend))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("transform", [transforms.Normalize, v2.Normalize])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_transform_of_torchvision_in_front_is_a_part_of_the_network(
+    transform: Callable[..., nn.Module], backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It checks the values of its std, which no trace can follow."""
+    torch.manual_seed(3)
+    mean, std = (0.2, -0.1, 0.4), (0.5, 2.0, 1.5)
+    module, images, labels = alive(Net()), torch.randn(3, 3, SIZE, SIZE), torch.tensor([0, 1, 2])
+    layer = nn.Conv2d(3, 3, 1, groups=3)
+    with torch.no_grad():
+        layer.weight.copy_(1 / torch.tensor(std)[:, None, None, None])
+        layer.bias.copy_(-torch.tensor(mean) / torch.tensor(std))  # type: ignore[union-attr]
+    settings = config(backend, ascent="none", learning_rate=0.01)
+    wanted = synthesize(nn.Sequential(layer, module).eval(), images, labels, settings)
+    got = synthesize(nn.Sequential(transform(mean, std), module).eval(), images, labels, settings)
+    assert distance(got.losses, wanted.losses.double()) < 1e-4
+    assert distance(got.images, wanted.images.double()) < 1e-3
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_of_a_single_tensor_is_not_selected(backend: str) -> None:
+    with pytest.raises(InputError, match=r"teacher has one output, a tensor of shape \(3, 5\); leave out output=0"):
+        synthesize(Net().eval(), torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1]), config(backend), output=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

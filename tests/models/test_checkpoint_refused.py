@@ -22,7 +22,7 @@ from dwa_fast.commands.cli import run
 from dwa_fast.io.pickles import StandIn
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.models.architectures import SmallResNet, build
-from dwa_fast.models.checkpoint import load_teacher
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from tests.hostile import Harmful
 from tests.models.checkpoints import Averaged, arrays, assert_weights, changed, load, network, saved, under, zipped
 from tests.nets import SIZE
@@ -296,3 +296,32 @@ def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(before)
     assert load_teacher(path, architecture="convnet128", channels=1, size=8)[1].classes == 7
+
+
+INFO: dict[str, Any] = {"architecture": "small-resnet", "classes": 5, "channels": 3, "size": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "CNN"}, "unknown architecture 'CNN'"),
+        ({"architecture": "resnet18"}, "the network is no resnet18 as described: conv1.weight is missing"),
+        ({"classes": 4}, r"no small-resnet as described: fc.weight is of shape \(5, 64\), expected of shape \(4, 64\)"),
+        ({"classes": 0}, "classes must be an integer of at least 1, got 0"),
+        ({"size": -1}, "size must be an integer of at least 1, got -1"),
+        ({"class_names": ["a"] * 5}, "class_names must be a list of different names"),
+        ({"mean": (0.5,), "std": (0.5,)}, "it has 3 channels and 1 values of mean and std"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_loaded_again_is_not_saved(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        save_teacher(tmp_path / "t.pt", build("small-resnet", classes=5), TeacherInfo(**{**INFO, **change}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_alone_are_no_teacher(tmp_path: Path) -> None:
+    network = build("small-resnet", classes=5)
+    for module, info in ((network.state_dict(), TeacherInfo(**INFO)), (network, INFO)):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module and a TeacherInfo, got (OrderedD|d)ict"):
+            save_teacher(tmp_path / "t.pt", module, info)  # type: ignore[arg-type]
