@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, SynthesisConfig
+from dwa_fast.config import Normalisation, Precision, SynthesisConfig
 from dwa_fast.engine.ascent import Arena, Ascent, check_norms
 from dwa_fast.engine.backend import Execution, resolve
 from dwa_fast.engine.capture import return_stream, take_stream
@@ -21,7 +21,7 @@ from dwa_fast.engine.class_statistics import ClassStatistics, check_statistics
 from dwa_fast.engine.network import Network
 from dwa_fast.engine.refine import Teacher, matching_dominates, noise
 from dwa_fast.engine.stages import StagedRefinement, resized
-from dwa_fast.engine.teacher import check_precision, prepare
+from dwa_fast.engine.teacher import PrecisionError, check_precision, prepare
 from dwa_fast.engine.turns import make_turns
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
@@ -190,9 +190,20 @@ class Synthesizer:
         teachers = listed(teacher)
         self._count = len(teachers)
         self.config, self.normalisation = config, normalisation
-        self.execution = resolve(config.backend, config.precision, config.device, *teachers)
         if teachers:
             make_turns(config, len(teachers))
+        try:
+            self._start(teachers, images, config.precision, batch_sizes)
+        except PrecisionError as error:
+            if config.precision != "auto":
+                raise
+            log.warning("%s; it computes in fp32", error.cause)
+            self._start(teachers, images, "fp32", batch_sizes)
+        self._warned = False  # whether the dominating matching losses have been logged
+
+    def _start(self, teachers: Sequence[nn.Module], images: Tensor, precision: Precision, batch_sizes: Sequence[int]) -> None:
+        config = self.config
+        self.execution = resolve(config.backend, precision, config.device, *teachers)
         sizes = [(stage.height, stage.width) for stage in make_stages(config, *images.shape[2:])]
         networks, self.classes = self._prepare(teachers, images, batch_sizes, sizes)
         copies = [networks] + [copy.deepcopy(networks) for _ in range(config.concurrent_batches - 1)]
@@ -200,8 +211,7 @@ class Synthesizer:
             for network in networks:
                 checks.enter_context(check_precision(network, images, self.execution))
             checks.enter_context(self.execution.arithmetic())
-            self.replicas = [Replica(each, config, normalisation, self.execution) for each in copies]
-        self._warned = False  # whether the dominating matching losses have been logged
+            self.replicas = [Replica(each, config, self.normalisation, self.execution) for each in copies]
 
     def _prepare(
         self, teachers: Sequence[nn.Module], images: Tensor, batch_sizes: Sequence[int], sizes: Sequence[tuple[int, int]]

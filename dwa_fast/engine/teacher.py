@@ -251,12 +251,20 @@ def _tiled(images: Tensor, size: int) -> Tensor:
     return images[torch.arange(size, device=images.device) % len(images)]
 
 
+class PrecisionError(InputError):
+    """A teacher cannot run in a precision, or computes something else in it."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"{cause}; ask for precision fp32")
+        self.cause = cause
+
+
 @contextmanager
 def check_precision(network: Network, images: Tensor, execution: Execution) -> Iterator[None]:
     """Around the cast of the weights to the precision that will run: afterwards the network must give nearly the same.
 
     Raises:
-        InputError: it cannot run in that precision, or its results differ.
+        PrecisionError: it cannot run in that precision, or its results differ.
     """
     if execution.dtype == execution.master_dtype:
         yield
@@ -272,4 +280,4 @@ def check_precision(network: Network, images: Tensor, execution: Execution) -> I
         except RuntimeError as error:
             cause = first_line(error)
     if cause is not None:
-        raise InputError(f"teacher does not work in {execution.precision}: {cause}; ask for precision fp32")
+        raise PrecisionError(f"teacher does not work in {execution.precision}: {cause}")

@@ -75,6 +75,8 @@ def relabel(
         pool: store the labels of one epoch in `pool`; students reuse them.
         fkd: write FKD files below `output/fkd`, of other random views than `validate` would draw; None: our own layout.
         progress: called with the finished batches and the total.
+    Returns:
+        the folder's index, which `validate` opens by itself.
     Raises:
         InputError: the folder holds labels of other settings, the disk has too little space, the teacher gives no finite logits of the
             set's classes, or FKD files cannot hold such views.

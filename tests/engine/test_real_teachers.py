@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from dwa_fast import InputError, recipe, synthesize
+from dwa_fast.engine import backend
 from dwa_fast.engine.ascent import Ascent
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import prepare
@@ -69,6 +71,16 @@ def test_what_has_no_bf16_says_so() -> None:
     """Householder products know float32 and float64 only."""
     with pytest.raises(InputError, match=r"teacher does not work in bf16: .*; ask for precision fp32"):
         synthesize(teacher("orthogonal"), torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1]), config(precision="bf16"))
+
+
+def test_what_has_no_bf16_computes_in_fp32_unless_asked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backend, "precisions", lambda chosen, device: ["bf16", "fp32"])  # as on a processor with AVX-512 BF16
+    images, labels = torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1])
+    with caplog.at_level(logging.WARNING, "dwa_fast"):
+        automatic = synthesize(teacher("orthogonal"), images, labels, config(precision="auto"))
+    assert re.search(r"teacher does not work in bf16: .*; it computes in fp32", caplog.text)
+    assert automatic.execution["precision"] == "fp32"
+    assert torch.equal(automatic.images, synthesize(teacher("orthogonal"), images, labels, config(precision="fp32")).images)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
