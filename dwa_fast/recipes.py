@@ -47,6 +47,12 @@ class Recipe:
         return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
 
 
+def check_recipe(value: Any) -> None:
+    """Raise TypeError unless that is a recipe."""
+    if not isinstance(value, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(value).__name__}")
+
+
 def _sre2l(dwa: SynthesisConfig, _: DataConfig) -> SynthesisConfig:
     return replace(dwa, ascent="none", rho=0.0, initial="noise", lambda_mean=0.01, lambda_var=0.01)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dwa_fast import InputError, recipe, synthesize
+from dwa_fast import InputError, class_statistics, load_data, recipe, relabel, squeeze, synthesize, validate
 from dwa_fast.config import DataConfig, SqueezeConfig, ValidationConfig
 from dwa_fast.models.architectures import build
-from tests.nets import real_images, small_recipe, small_teacher
+from tests.nets import real_images, small_recipe, small_set, small_teacher
 
 IMAGES, LABELS = real_images(4)
 
@@ -220,3 +220,34 @@ def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dwa_fast.engine.synthesis.make_schedule", fail)
     with pytest.raises(RuntimeError, match="something else"):
         synthesize(small_teacher(), IMAGES, LABELS, small_recipe())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load_data(recipe("digits"), None, "train"), "config must be a DataConfig, such as .* got Recipe"),  # type: ignore[arg-type]
+        (lambda: squeeze("photos", recipe("digits")), "data must be a set of images, .* got str"),  # type: ignore[arg-type]
+        (lambda: squeeze(small_set(), recipe("digits").data), "recipe must be a Recipe, .* got DataConfig"),  # type: ignore[arg-type]
+        (
+            lambda: validate("set", small_set(), None, "small-resnet", recipe("digits")),  # type: ignore[arg-type]
+            "distilled must be a set of images, .* got str",
+        ),
+        (
+            lambda: validate(small_set(), small_set(), None, small_teacher(), recipe("digits")),  # type: ignore[arg-type]
+            "student must be the name of an architecture, such as 'resnet18', got SmallResNet",
+        ),
+        (
+            lambda: relabel(small_set(), small_teacher(), "digits", output="labels"),  # type: ignore[arg-type]
+            "recipe must be a Recipe, .* got str",
+        ),
+        (lambda: class_statistics(small_teacher(), IMAGES, recipe("digits")), "data must be a set of images, .* got Tensor"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_type_are_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_numbers_of_classes_are_checked() -> None:
+    with pytest.raises(InputError, match="classes must lie in 0 … 9, got 10"):
+        class_statistics(small_teacher(), small_set(), small_recipe(), classes=[3, 10])

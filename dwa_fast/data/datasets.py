@@ -45,9 +45,12 @@ def load(
         folder: root of the data; None for digits.
         download: whether CIFAR may be downloaded into the folder.
     Raises:
+        TypeError: config is no DataConfig.
         InputError: the data do not exist, cannot be downloaded, or do not have the layout of `config`; they have another number of classes,
             different classes in both splits, or too few images of a class for a validation split.
     """
+    if not isinstance(config, DataConfig):
+        raise TypeError(f"config must be a DataConfig, such as recipe('cifar100').data, got {type(config).__name__}")
     folder = None if folder is None else Path(folder)
     check_choice("split", split, Split)
     share = config.held_out_share

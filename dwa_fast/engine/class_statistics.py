@@ -17,7 +17,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.batchnorm import MomentsHook, batchnorm_layers
 from dwa_fast.models.wrappers import copied, listed
-from dwa_fast.recipes import Recipe
+from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.reference.ops import Operators
 
 ClassStatistics = Mapping[str, Tensor]  # by name of the BatchNorm layer: mean and biased variance of its input, [2, classes, C]
@@ -55,8 +55,7 @@ def class_statistics(
         InputError: a class has no image, an image cannot be decoded, a layer runs more than once, or activations are not finite.
     """
     check_image_set(data)
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
+    check_recipe(recipe)
     execution = resolve("reference", "fp64" if recipe.synthesis.precision == "fp64" else "fp32", recipe.synthesis.device)
     meters = [_Meter(copied(each, execution.device, execution.master_dtype), len(data.class_names)) for each in listed(teacher, output)]
     members = by_class(data)

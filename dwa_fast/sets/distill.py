@@ -26,7 +26,7 @@ from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statis
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed, unwrapped
-from dwa_fast.recipes import Recipe
+from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 from dwa_fast.sets.loss_log import Rows
@@ -109,8 +109,7 @@ def distill(
     ipc, seed = plain(ipc), plain(seed)
     check_integer("ipc", ipc, 1)
     check_image_set(data)
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
+    check_recipe(recipe)
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     if threads is not None:
@@ -124,7 +123,10 @@ def distill(
     synthesizer = Synthesizer(listed(teacher, logits), probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
-    initial = initial or InitialConfig()
+    initial, storage = initial or InitialConfig(), storage or StorageConfig()
+    for name, value, kind in (("initial", initial, InitialConfig), ("storage", storage, StorageConfig)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
@@ -136,7 +138,6 @@ def distill(
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":
         settings["threads"] = threads or (recorded_threads(before) if before else None) or default_threads()
-    storage = storage or StorageConfig()
     if config.iterations == 0:  # and so no losses
         storage = replace(storage, losses_every=0)
     store = ImageStore(output, settings, data.class_names, storage, teacher_info)

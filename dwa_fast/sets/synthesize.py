@@ -19,7 +19,7 @@ from dwa_fast.engine.class_statistics import ClassStatistics, aims
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
-from dwa_fast.recipes import Recipe
+from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.sets.exchange import write_set
 
 log = logging.getLogger("dwa_fast")
@@ -121,8 +121,7 @@ def synthesize(
         TypeError: an argument is of the wrong type.
         InputError: (a ValueError) an argument cannot be used; the message says what was given and what is expected.
     """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, such as recipe('cifar100'), got {type(recipe).__name__}")
+    check_recipe(recipe)
     config, normalisation, seed = recipe.synthesis, recipe.data, plain(seed)
     check_arguments(images, labels, normalisation.channels)
     if config.initial in ("patches", "median"):

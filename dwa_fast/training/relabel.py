@@ -19,7 +19,7 @@ from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
-from dwa_fast.recipes import Recipe
+from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.seeding import derive, seeded_layers
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import (
@@ -83,6 +83,7 @@ def relabel(
     """
     seed, pool = plain(seed), plain(pool)
     check_image_set(distilled, "distilled")
+    check_recipe(recipe)
     check_set(distilled, "distilled images")
     recipe, output, device = with_batch_size(recipe, distilled), Path(output), resolve_device(str(device))
     config, teachers = recipe.validation, as_teachers(teacher)

@@ -16,7 +16,7 @@ from dwa_fast.data.images import ImageSet, check_image_set
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.training_form import training_form
-from dwa_fast.recipes import Recipe
+from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.threads import THREADS, threads_of
 from dwa_fast.training.fit import check_batches, check_set, fit, new_network, predict, remedy, resolve_precision
 from dwa_fast.training.state import TrainingState
@@ -46,10 +46,11 @@ def squeeze(
         InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
             is too small for the architecture, or the training diverges.
     """
+    check_image_set(data)
+    check_recipe(recipe)
     seed = plain(seed)
     config, device = recipe.squeeze, resolve_device(str(device))
     fast = config.schedule == "fast"
-    check_image_set(data)
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}

@@ -24,7 +24,7 @@ from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.processes import Running, Task, processes
-from dwa_fast.recipes import Recipe
+from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.seeding import derive
 from dwa_fast.threads import THREADS, torch_threads
 from dwa_fast.training.fit import (
@@ -119,6 +119,7 @@ def validate(
     seed, jobs = plain(seed), plain(jobs)
     check_image_set(distilled, "distilled")
     check_image_set(test, "test")
+    check_recipe(recipe)
     check_set(distilled, "distilled images")
     check_integer("jobs", jobs, 1)
     if not isinstance(student, str):
