@@ -23,7 +23,7 @@ from dwa_fast.models.architectures import ARCHITECTURES, build
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.report import published
 from dwa_fast.report.records import read_record
-from tests.nets import SIZE, small_teacher
+from tests.nets import SIZE
 
 QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--backend", "reference"]
 
@@ -320,7 +320,8 @@ def test_unwritable_output(teacher: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_teacher(tmp_path / "t.pt", small_teacher(), TeacherInfo(architecture="small-resnet", classes=7, channels=1, size=SIZE))
+    seven = build("small-resnet", classes=7, channels=1, size=SIZE)
+    save_teacher(tmp_path / "t.pt", seven, TeacherInfo(architecture="small-resnet", classes=7, channels=1, size=SIZE))
     assert synthesize(tmp_path / "t.pt", tmp_path / "set") == 1
     assert "knows 7 classes, the data have 10" in capsys.readouterr().err
 

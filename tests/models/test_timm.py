@@ -16,6 +16,7 @@ from torch import nn
 from dwa_fast import InputError
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.teacher import prepare
+from dwa_fast.io.torch_files import write_archive
 from dwa_fast.models.architectures import build, check_architecture
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from tests.nets import alive
@@ -105,7 +106,8 @@ def test_refused(name: str, message: str, size: int, monkeypatch: pytest.MonkeyP
 
 def test_hub_name_in_a_checkpoint_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    save_teacher(tmp_path / "t.pt", network(), TeacherInfo(architecture="timm:hf-hub:a/b", classes=5, channels=3, size=32))
+    info = {"architecture": "timm:hf-hub:a/b", "classes": 5, "channels": 3, "size": 32}
+    write_archive(tmp_path / "t.pt", {"state_dict": network().state_dict(), "dwa_fast": info})
     with pytest.raises(InputError, match=r"describes a network that cannot be: timm .* has no network 'hf-hub:a/b'"):
         load_teacher(tmp_path / "t.pt")
 
