@@ -172,7 +172,8 @@ def synthesize(
 
 def _check_range(images: Tensor, normalisation: Normalisation) -> None:
     """Refuse images that no normalisation of pixels gives, and warn of those that look like pixels in [0, 1]."""
-    pixels = denormalise(images.detach(), normalisation)
+    ends = torch.stack([images.detach().amin((0, 2, 3)), images.detach().amax((0, 2, 3))])  # [2, C]
+    pixels = denormalise(ends[:, :, None, None], normalisation)
     low, high = float(pixels.min()), float(pixels.max())
     if low < -_BEYOND or high > 1 + _BEYOND:
         raise InputError(
@@ -180,5 +181,5 @@ def _check_range(images: Tensor, normalisation: Normalisation) -> None:
             f"undone, those given would have pixels from {low:.3g} to {high:.3g}"
         )
     own = any(normalisation.mean)  # else pixels in [0, 1] are normalised
-    if own and float(images.min()) >= 0 and float(images.max()) <= 1:
+    if own and float(ends.min()) >= 0 and float(ends.max()) <= 1:
         log.warning("all values of the images lie in 0 … 1, as pixels do that are not normalised; normalise(images, recipe.data) does it")
