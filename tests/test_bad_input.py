@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dwa_fast import InputError, class_statistics, load_data, recipe, relabel, squeeze, synthesize, validate
+from dwa_fast import InputError, class_statistics, distill, load_data, recipe, relabel, squeeze, synthesize, validate
 from dwa_fast.config import DataConfig, SqueezeConfig, ValidationConfig
 from dwa_fast.models.architectures import build
 from tests.nets import real_images, small_recipe, small_set, small_teacher
@@ -233,7 +233,7 @@ def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
             "distilled must be a set of images, .* got str",
         ),
         (
-            lambda: validate(small_set(), small_set(), None, small_teacher(), recipe("digits")),  # type: ignore[arg-type]
+            lambda: validate(small_set(), small_set(), None, small_teacher(), small_recipe()),  # type: ignore[arg-type]
             "student must be the name of an architecture, such as 'resnet18', got SmallResNet",
         ),
         (
@@ -246,6 +246,23 @@ def test_other_errors_of_a_run_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_arguments_of_another_type_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda config: squeeze(small_set(), config),
+        lambda config: distill(small_teacher(), small_set(), config, ipc=1, output="set"),
+        lambda config: relabel(small_set(), small_teacher(), config, output="labels"),
+        lambda config: validate(small_set(), small_set(), small_teacher(), "small-resnet", config),
+    ],
+    ids=["squeeze", "distill", "relabel", "validate"],
+)
+def test_images_of_another_size_than_the_recipes_are_refused(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(InputError, match=r"images have 1 channel of 8 × 8 pixels, and the recipe is for 1 channel of 16 × 16 pixels"):
+        call(recipe("digits"))
+    with pytest.raises(InputError, match=r"images have 1 channel of 8 × 8 pixels, and the recipe is for 3 channels of 8 × 8 pixels"):
+        call(recipe("cifar10", size=8))
 
 
 def test_numbers_of_classes_are_checked() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwa_fast.config import DataConfig
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
 
@@ -45,6 +46,16 @@ def check_image_set(data: Any, name: str = "data") -> None:
         raise TypeError(
             f"{name} must be a set of images, such as image_folder(folder, size) or MemorySet(pixels, labels, class_names), "
             f"got {type(data).__name__}"
+        )
+
+
+def check_shape(data: ImageSet, config: DataConfig) -> None:
+    """Raise InputError unless the images have the size and channels that the settings are for: views, stages and networks follow these."""
+    wanted = (config.channels, config.size, config.size)
+    if tuple(data.image_shape) != wanted:
+        raise InputError(
+            f"images have {_size(data.image_shape)}, and the recipe is for {_size(wanted)}; "
+            f"give it their size, recipe(…, size={data.image_shape[1]}), with one mean and std for each channel"
         )
 
 
@@ -207,6 +218,10 @@ def places(
     if low < 0 or high >= count:
         raise InputError(f"indices must lie in 0 … {count - 1}, got {low if low < 0 else high}")
     return given.to(torch.int64)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[0]} channel{'s' if shape[0] != 1 else ''} of {shape[1]} × {shape[2]} pixels"
 
 
 def _described(value: Any) -> str:

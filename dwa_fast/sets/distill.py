@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import InitialConfig, Progress, StorageConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import FileSet, ImageSet, check_image_set
+from dwa_fast.data.images import FileSet, ImageSet, check_image_set, check_shape
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import denormalise, to_levels
@@ -110,6 +110,7 @@ def distill(
     check_integer("ipc", ipc, 1)
     check_image_set(data)
     check_recipe(recipe)
+    check_shape(data, recipe.data)
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     if threads is not None:

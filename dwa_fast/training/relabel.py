@@ -13,7 +13,7 @@ from torch import nn
 
 from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import ImageSet, check_image_set
+from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.memory import kept_memory
@@ -84,6 +84,7 @@ def relabel(
     seed, pool = plain(seed), plain(pool)
     check_image_set(distilled, "distilled")
     check_recipe(recipe)
+    check_shape(distilled, recipe.data)
     check_set(distilled, "distilled images")
     recipe, output, device = with_batch_size(recipe, distilled), Path(output), resolve_device(str(device))
     config, teachers = recipe.validation, as_teachers(teacher)

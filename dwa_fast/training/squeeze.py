@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import Progress, SqueezeConfig, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import ImageSet, check_image_set
+from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.training_form import training_form
@@ -48,6 +48,7 @@ def squeeze(
     """
     check_image_set(data)
     check_recipe(recipe)
+    check_shape(data, recipe.data)
     seed = plain(seed)
     config, device = recipe.squeeze, resolve_device(str(device))
     fast = config.schedule == "fast"

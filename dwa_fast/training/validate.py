@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
-from dwa_fast.data.images import ImageSet, check_image_set
+from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.training_form import training_form
@@ -120,6 +120,8 @@ def validate(
     check_image_set(distilled, "distilled")
     check_image_set(test, "test")
     check_recipe(recipe)
+    for images in (distilled, test):
+        check_shape(images, recipe.data)
     check_set(distilled, "distilled images")
     check_integer("jobs", jobs, 1)
     if not isinstance(student, str):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,6 @@ from dwa_fast import InputError
 from dwa_fast.commands.cli import run
 from dwa_fast.config import Progress, SqueezeConfig
 from dwa_fast.data.datasets import digits
-from dwa_fast.data.images import MemorySet
 from dwa_fast.data.loader import RandomSampler
 from dwa_fast.data.pixels import normalise
 from dwa_fast.models.architectures import ARCHITECTURES
@@ -243,7 +244,15 @@ SETS: dict[str, tuple[list[int], int, str]] = {
 
 @pytest.mark.parametrize(("labels", "classes", "message"), SETS.values(), ids=SETS)
 def test_labels_are_checked(labels: list[int], classes: int, message: str) -> None:
-    data = MemorySet(small_set().pixels[: len(labels)], torch.tensor(labels, dtype=torch.int64), [str(number) for number in range(classes)])
+    """Those of a set of one's own, which has no more than `ImageSet` asks for; a `MemorySet` refuses them itself."""
+    pixels = small_set().pixels[: len(labels)]
+    data: Any = SimpleNamespace(
+        labels=torch.tensor(labels, dtype=torch.int64),
+        class_names=[str(number) for number in range(classes)],
+        image_shape=tuple(pixels.shape[1:]),
+        name=str,
+        load=lambda indices: pixels[list(indices)],
+    )
     with pytest.raises(InputError, match=message.format("held-out images")):
         top1(small_teacher(), data, DIGITS.data, CPU)
     if classes == 10:
