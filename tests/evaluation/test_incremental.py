@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def test_what_would_give_wrong_accuracies_is_refused_beforehand(tmp_path: Path) 
     with pytest.raises(InputError, match="set 'strangers' has other classes than the held-out images"):
         run(tmp_path, strangers=strangers)
     with pytest.raises(InputError, match="labels of the images of set 'wrong' must lie in 0 … 9, the classes of the set, got 12"):
-        run(tmp_path, wrong=MemorySet(few.pixels, few.labels + 3, few.class_names))
+        run(tmp_path, wrong=SimpleNamespace(labels=few.labels + 3, **{name: getattr(few, name) for name in ("class_names", "image_shape")}))
     assert list(tmp_path.iterdir()) == []
 
 
