@@ -84,9 +84,9 @@ class Diversity(DistilledSets):
 def as_record(analysis: Analysis, config: DiversityConfig, pictures: Sequence[Picture], **facts: Any) -> Record:
     """Tables, charts and the t-SNE of an analysis."""
     where = "the teacher's features" if config.space == "features" else "pixels"
-    usual = float(analysis.sets[REAL].nearest_distances.median())
+    usual = _median(analysis.sets[REAL].nearest_distances)
     parts = [
-        f"{name} {_mean(own.ratios)} and {_relative(float(own.nearest_distances.median()), usual)}"
+        f"{name} {_mean(own.ratios)} and {_relative(_median(own.nearest_distances), usual)}"
         for name, own in analysis.sets.items()
         if name != REAL
     ]
@@ -109,6 +109,11 @@ def as_record(analysis: Analysis, config: DiversityConfig, pictures: Sequence[Pi
         data={name: _raw(own) for name, own in analysis.sets.items()},
         **facts,
     )
+
+
+def _median(distances: Tensor) -> float:
+    """The mean of both middle values of an even number, unlike `Tensor.median`."""
+    return float(distances.double().quantile(0.5))
 
 
 def _diversity_table(analysis: Analysis) -> Table:
@@ -149,8 +154,8 @@ def _neighbour_table(analysis: Analysis, where: str) -> Table:
         rows.append(
             [
                 name,
-                f"{float(distances.median()):.3g}",
-                _relative(float(distances.median()), float(real.median())),
+                f"{_median(distances):.3g}",
+                _relative(_median(distances), _median(real)),
                 f"{float(distances.min()):.3g}",
                 f"{100 * float((distances < near).double().mean()):.1f}",
                 f"{100 * float((analysis.real.labels[own.nearest] == own.images.labels).double().mean()):.1f}",

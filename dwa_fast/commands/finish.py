@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ def finish(console: Console, folder: Path, record: Record) -> None:
         for number, figure in enumerate(figures, 1):
             files.append(f"{kind}-{number}.png")
             draw(figure, folder / files[-1])
+        for path in folder.glob(f"{kind}-*.png"):  # of an earlier run that had more figures
+            if re.fullmatch(rf"{kind}-\d+\.png", path.name) and path.name not in files:
+                path.unlink()
     for table in record.tables:
         console.table(table.title, [table.columns, *table.rows])
         if table.note:

@@ -19,13 +19,13 @@ from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_setti
 from dwa_fast.config import NonNegativeInt, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import FileSet
-from dwa_fast.data.manifest import read_manifest
+from dwa_fast.data.manifest import read_manifest, set_teachers
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
 from dwa_fast.recipes import preset_text
-from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, format_mean_std, preset_data
+from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, format_mean_std, preset_data, tested_note
 from dwa_fast.training.validate import ValidationResult
 
 _STEPS = "steps"  # folder of the finished steps
@@ -63,10 +63,12 @@ class Incremental(DistilledSets):
         for images in sets.values():
             compare_normalisation(images.folder, self.normalisation, teacher)
         try_teacher(teacher, test, self.normalisation, device)
+        tested = {"held_out_share": recipe.data.held_out_share, "test_crop": recipe.data.test_crop}
         settings = {
             "recipe": self.recipe,
             "size": self.size,
             "held_out": image_digest(test),
+            **{name: value for name, value in tested.items() if value not in (0.0, 1.0)},  # older runs have neither
             "student": self.student,
             "seed": self.seed,
             "tasks": self.protocol.tasks,
@@ -105,10 +107,11 @@ class Incremental(DistilledSets):
         }
         labels, text = f"{self.config.labels} labels", preset_text(recipe)
         labels += f" and {text}" if text else ""
-        finish(console, self.output, as_record(accuracies, seen, labels, data=data, seconds=time.perf_counter() - started, **facts))
+        facts |= {"data": data, "seconds": time.perf_counter() - started}
+        finish(console, self.output, as_record(accuracies, seen, labels, tested_note(recipe.data), **facts))
 
 
-def as_record(accuracies: Accuracies, seen: list[int], labels: str, **facts: Any) -> Record:
+def as_record(accuracies: Accuracies, seen: list[int], labels: str, tested: str, **facts: Any) -> Record:
     """Table and curve of accuracies over the classes seen."""
     results = {name: _steps(own) for name, own in accuracies.items()}
     orders = len(next(iter(accuracies.values())))
@@ -127,7 +130,8 @@ def as_record(accuracies: Accuracies, seen: list[int], labels: str, **facts: Any
                 columns=["set", *(f"{count} class{'es' if count > 1 else ''}" for count in seen), "mean of steps"],
                 rows=rows,
                 note=f"Mean ± standard deviation over {orders} orders of the classes. Each step trains a new student on the distilled "
-                f"images of all classes so far, with {labels}; soft ones are the teacher's logits of these classes alone.",
+                f"images of all classes so far, with {labels}; soft ones are the teacher's logits of these classes alone."
+                f" {tested}".rstrip(),
             )
         ],
         charts=[
@@ -162,8 +166,9 @@ def _steps(own: list[list[list[float]]]) -> list[dict[str, Any]]:
 
 def _provenance(images: FileSet, name: str) -> dict[str, Any]:
     """The settings that a set was made with, if recorded; else its name stands for the method."""
-    settings = read_manifest(images.folder)["settings"] if is_set(images.folder) else {}
+    manifest = read_manifest(images.folder) if is_set(images.folder) else {"settings": {}}
+    settings = manifest["settings"]
     names = ["mean", "std", "teacher", *(each.name for each in fields(SynthesisConfig))]
     synthesis = {field: settings[field] for field in names if field in settings}
-    extra = {"synthesis": synthesis} if synthesis else {}
+    extra = {**({"synthesis": synthesis} if synthesis else {}), **set_teachers(manifest)}
     return {"set": name, "method": settings.get("method", name), "ipc": images_per_class(images), **extra}

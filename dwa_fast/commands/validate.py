@@ -15,7 +15,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, DistilledData, Preset, naming_bad_images, on_its_threads
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import NonNegativeInt, PositiveInt, ValidationConfig
-from dwa_fast.data.manifest import read_manifest
+from dwa_fast.data.manifest import read_manifest, set_teachers
 from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
@@ -23,7 +23,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder
 from dwa_fast.models.checkpoint import TeacherInfo
 from dwa_fast.recipes import preset_text
-from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std, preset_data, preset_note
+from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std, preset_data, preset_note, tested_note
 from dwa_fast.training.validate import ValidationResult, validate
 
 
@@ -101,6 +101,7 @@ class Validate(DistilledData):
             "accuracies": result.accuracies,
             "seeds": result.seeds,
             **({"tests": result.tests} if self.test_every else {}),
+            **self._set_teachers(),
         }
         return Record(
             kind="validate",
@@ -121,7 +122,7 @@ class Validate(DistilledData):
                     title=title,
                     columns=["student", "top-1 %"],
                     rows=[*rows, ["mean", format_mean_std(result.mean, result.std, len(result.accuracies))]],
-                    note=preset_note(recipe),
+                    note=" ".join(filter(None, (preset_note(recipe), tested_note(recipe.data)))),
                 )
             ],
             data={"cells": [cell], "preset": preset_data(recipe)},
@@ -131,6 +132,12 @@ class Validate(DistilledData):
         """The settings that one of our sets was made with; empty for other programs'."""
         with suppress(InputError):
             return dict(read_manifest(self.images)["settings"])
+        return {}
+
+    def _set_teachers(self) -> dict[str, list[str]]:
+        """Architectures of the teachers that made the set, where its manifest has them."""
+        with suppress(InputError):
+            return set_teachers(read_manifest(self.images))
         return {}
 
 

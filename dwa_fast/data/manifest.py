@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not _is_manifest(content):
         raise InputError(f"{path} is damaged: a part of it is missing or of the wrong type; remove it to make the whole set again")
     return content
+
+
+def set_teachers(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Architectures of the teachers that made a set, for the record of a result; empty where its manifest does not have them."""
+    names = [each["architecture"] for each in manifest.get("teachers", [])]
+    return {"set_teachers": names} if names else {}
 
 
 def _is_manifest(content: dict[str, Any]) -> bool:

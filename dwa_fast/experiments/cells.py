@@ -32,7 +32,7 @@ from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, Recipe, recipe
 from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.sets.distill import batch_specs, distill
-from dwa_fast.sets.store import ImageStore
+from dwa_fast.sets.store import ImageStore, versions
 from dwa_fast.threads import torch_threads
 from dwa_fast.training.fit import label_precision, resolve_precision
 from dwa_fast.training.validate import NO_EFFECT, validate
@@ -274,7 +274,7 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
             progress=progress,
             resume_dir=cell_folder(setup, cell),
         )
-    content = {"settings": _cell_settings(setup, cell), "accuracies": result.accuracies, "seeds": result.seeds}
+    content = {"settings": _cell_settings(setup, cell), "versions": versions(), "accuracies": result.accuracies, "seeds": result.seeds}
     write_json(_result_file(setup, cell), {**content, "seconds": time.perf_counter() - started})
 
 
@@ -289,6 +289,16 @@ def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
         return None
     whole = len(found) >= setup.recipe.validation.students
     return found[: setup.recipe.validation.students] if whole else None
+
+
+def other_versions(setup: Setup, cell: Cell) -> str | None:
+    """The versions that a finished cell was computed with, where these are not the present ones and it knows them."""
+    try:
+        found, now = dict(json.loads(_result_file(setup, cell).read_bytes())["versions"]), versions()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    changed = [f"{name} {value}" for name, value in found.items() if now.get(name) != value]
+    return ", ".join(changed) or None
 
 
 def _result_file(setup: Setup, cell: Cell) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,17 @@ from dwa_fast.data.folders import image_folder
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
-from dwa_fast.experiments.cells import REAL, Cell, DistilledSource, ExternalSet, Setup, nearest_method, seconds_per_image, set_folder
+from dwa_fast.experiments.cells import (
+    REAL,
+    Cell,
+    DistilledSource,
+    ExternalSet,
+    Setup,
+    nearest_method,
+    other_versions,
+    seconds_per_image,
+    set_folder,
+)
 from dwa_fast.experiments.jobs import StudyProgress, run_cells
 from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
@@ -22,9 +33,14 @@ from dwa_fast.report import records
 from dwa_fast.report.records import Chart, Picture, Series, Table, format_mean_std
 
 _SHEET_CLASSES, _SHEET_IPC = 10, 10  # shown in a contact sheet, at most
+log = logging.getLogger("dwa_fast")
+
 TOP1 = "top-1 %"
 SECONDS = "seconds per image"
-_TIME_NOTE = "Wall time of the processes that made the sets, on the machine and beside whatever else ran there."
+_TIME_NOTE = (
+    "Wall time of the processes that made the sets, on the machine and beside whatever else ran there; the first set that a process makes "
+    "includes about a second of its start."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +131,9 @@ def run_grid(setup: Setup, grid: Grid, *, jobs: int, progress_bar: StudyProgress
             name = f"{variant.name}, ipc {ipc}, seed {cell.source.seed}"
             names.setdefault(cell, f"{name}, {student}" if len(grid.students) > 1 else name)
     found = run_cells(setup, names, jobs=jobs, progress_bar=progress_bar)
+    older = [each for each in (other_versions(setup, cell) for cell in names) if each]
+    if older:
+        log.warning("%d of %d results in %s were computed earlier, with %s", len(older), len(names), setup.output, older[0])
     return {
         (variant.name, ipc, student): Outcome([found[cell] for cell in grid.cells(variant, ipc, student)])
         for variant, ipc, student in grid.places
@@ -134,7 +153,7 @@ def note(setup: Setup, grid: Grid) -> str:
         parts = [f"Mean ± standard deviation over {students} of one set." if count > 1 else "One student of one set each."]
     if len(setup.teachers) > 1 and setup.recipe.validation.labels == "soft":
         parts.append(f"Soft labels of all sets: {setup.recipe.validation.teacher_mean} mean of {len(setup.teachers)} teachers' logits.")
-    return " ".join([*parts, preset]).rstrip()
+    return " ".join(part for part in (*parts, preset, records.tested_note(setup.recipe.data)) if part)
 
 
 def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:

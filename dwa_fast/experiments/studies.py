@@ -130,7 +130,8 @@ def ablate(
 
 def _adjustment(dwa: SynthesisConfig, data: DataConfig) -> list[Variant]:
     names = {"no step": "real-start", "random step": "random-step", "directed step": "dwa"}
-    return [Variant(name=name, synthesis=METHODS[method](dwa, data)) for name, method in names.items()]
+    directed = replace(dwa, ascent="directed")  # whatever the settings say
+    return [Variant(name=name, synthesis=METHODS[method](directed, data)) for name, method in names.items()]
 
 
 def _matching_weights(dwa: SynthesisConfig, _: DataConfig) -> list[Variant]:

@@ -59,7 +59,7 @@ class Contents:
     title: str
     runs: Sequence[Section]
     sets: Sequence[Section]
-    runs_note: str  # whether students of different runs were trained with different presets
+    runs_note: str  # whether students of different runs were trained with different presets, or tested on different images
     sets_note: str  # how many of them are not shown
     left_out: Sequence[str]  # one error message each
 
@@ -105,6 +105,24 @@ def presets_note(runs: Sequence[ReportRecord]) -> str:
         return ""
     lists = [f"{name} ({'; '.join([*own[:_TITLES], *(['…'] if len(own) > _TITLES else [])])})" for name, own in titles.items()]
     return f"Students were trained with different presets, which makes their numbers differ: {', '.join(lists)}."
+
+
+def held_out_note(runs: Sequence[ReportRecord]) -> str:
+    """A warning where only some runs were tested on the test images, else ""."""
+    shares: dict[float, list[str]] = {}
+    for run in runs:
+        settings = run.record.settings
+        if "validation" in settings:
+            data = settings.get("data")
+            share = {**settings, **(data if isinstance(data, dict) else {})}.get("held_out_share", 0.0)
+            shares.setdefault(share if isinstance(share, float) else 0.0, []).append(shown(run.record.title))
+    if len(shares) < 2:
+        return ""
+    lists = [
+        f"{f'{100 * share:.3g} % of the training images' if share else 'the test images'} ({'; '.join(own[:_TITLES])})"
+        for share, own in sorted(shares.items())
+    ]
+    return f"Students were tested on different images: {', '.join(lists)}."
 
 
 def _facts(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[Facts]:

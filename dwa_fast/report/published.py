@@ -128,11 +128,17 @@ def _differences(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> Iterat
     dwa, own = recipe(cell["recipe"]), recipe(cell["recipe"], method=cell["method"])
     if _part(settings, "teacher").get("architecture") != cell["student"]:
         yield "teacher"
+    if cell.get("set_teachers") not in (None, [cell["student"]]):  # which made the set; not known of older ones
+        yield "teacher"
+    if settings.get("soft_labels"):  # of a file, perhaps of another program
+        yield "soft_labels"
     data = {**settings, **_part(settings, "data")}
     if data.get("size") != dwa.data.size:
         yield "size"
     if data.get("test_crop", 1.0) != dwa.data.test_crop:  # older records do not have it
         yield "test_crop"
+    if data.get("held_out_share", 0.0):  # of training images, not the test images
+        yield "held_out_share"
     yield from _changed(_part(settings, "validation"), dwa.settings("validation"), "validation")
     # A study of several methods records the settings that it derives them from, those of DWA, and in each cell what is not its method's.
     stated = _part(cell if "synthesis" in cell else settings, "synthesis")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dwa_fast._version import __version__
+from dwa_fast.config import DataConfig
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import write_json
 from dwa_fast.recipes import Recipe, nearest_preset, preset_text
@@ -175,6 +176,12 @@ def preset_note(recipe: Recipe) -> str:
     """A sentence for the note of a table; "" for the paper's training of the students."""
     text = preset_text(recipe)
     return f"Students trained with {text}." if text else ""
+
+
+def tested_note(data: DataConfig) -> str:
+    """A sentence for the note of a table that is not of the test images; else ""."""
+    share = data.held_out_share
+    return f"Tested on {100 * share:.3g} % of the training images, which were held out, not on the test images." if share else ""
 
 
 def command_line() -> str:

@@ -54,8 +54,10 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     if manifest["skipped"]:
         facts.append(Facts("Real images that could not be used", groups(manifest["skipped"])))
     state = "" if manifest["complete"] else " · not complete"
-    more = len(alike) - 1
+    seeds = {json.dumps(each.manifest["settings"].get("seed")) for each in alike}
+    more, copies = len(seeds) - 1, len(alike) - len(seeds)
     others = f" · {more} more set{'s' * (more > 1)} with another seed" if more else ""
+    others += f" · {copies} more with the same seed" if copies else ""
     return Section(
         anchor=anchor,
         title=", ".join([*names, *_size(settings), f"ipc {ipc}", *_teachers(manifest), *_changes(settings)]),

@@ -132,9 +132,10 @@ def distill(
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     before = read_manifest(set_folder(output))["settings"] if is_set(set_folder(output)) else None
-    identities = {"real_images_digest": _digest_of(data)}
+    identities: dict[str, Any] = {"real_images_digest": _digest_of(data)}
     if "teacher" not in settings:
-        identities["teacher"] = " ".join(weight_digest(unwrapped(each)) for each in listed(teacher))
+        digests = [weight_digest(unwrapped(each)) for each in listed(teacher)]
+        identities |= {"teacher": digests[0] if len(digests) == 1 else digests}
     settings |= {name: value for name, value in identities.items() if before is None or name in before}  # older sets do not have them
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,15 @@ def test_everything_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFi
     for text in ("students", "[red]DWA", "39.6", "Three seeds.", "Best in the middle.", f"{tmp_path} holds {RECORD}, chart-1.png, "):
         assert text in said
     assert said.rstrip().endswith("scatter-1.png, sheet.png")
+
+
+def test_figures_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
+    """And nothing else of the folder."""
+    own = [tmp_path / "chart-a.png", tmp_path / "my-chart-2.png"]
+    for path in own:
+        path.touch()
+    finish(Console(), tmp_path, FOUND)
+    finish(Console(), tmp_path, replace(FOUND, charts=FOUND.charts[:1], scatters=[]))
+    figures = [path.name for path in tmp_path.glob("*.png") if path not in own]
+    assert sorted(figures) == ["chart-1.png", "heat-map-1.png"]
+    assert all(path.exists() for path in own)

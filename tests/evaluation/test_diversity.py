@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dwa_fast import InputError
+from dwa_fast.commands.diversity import _median
 from dwa_fast.data.datasets import digits
 from dwa_fast.data.images import ImageSet, MemorySet
 from dwa_fast.data.subsets import draw
@@ -166,6 +167,11 @@ def test_progress_counts_every_image() -> None:
     analyse_sets(small_teacher(), {"few": small_set(4)}, data, FEW, DIGITS.data, device=CPU, progress=lambda *step: calls.append(step))
     assert calls[-1] == (40 + 40 + 100, 180)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_the_median_of_an_even_number_is_between_both_middle_ones() -> None:
+    assert _median(torch.tensor([0.0, 10.0, 3.0, 1.0])) == 2.0
+    assert _median(torch.tensor([4.0, 1.0, 2.0])) == 2.0
 
 
 @pytest.mark.parametrize(

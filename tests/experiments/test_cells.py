@@ -30,12 +30,14 @@ from dwa_fast.experiments.cells import (
     make_set,
     measure,
     nearest_method,
+    other_versions,
     seconds_per_image,
     set_folder,
     set_is_complete,
 )
 from dwa_fast.recipes import SEVERAL_TEACHERS, recipe
 from dwa_fast.sets.distill import distill
+from dwa_fast.sets.store import versions
 from dwa_fast.training.validate import validate
 from tests.experiments.setups import small_setup, with_teacher, with_validation
 from tests.nets import SIZE
@@ -264,3 +266,22 @@ def test_soft_labels_in_bf16_are_other_cells(tmp_path: Path) -> None:
     assert settings(precision="bf16")["label_precision"] == "bf16"
     assert "label_precision" not in settings(precision="fp32")
     assert "label_precision" not in settings(precision="bf16", labels="hard")
+
+
+def test_results_of_other_versions_are_told(tmp_path: Path) -> None:
+    setup = small_setup(tmp_path)
+    cell = Cell(dwa(setup), 1, "small-resnet")
+    assert other_versions(setup, cell) is None  # nothing is computed yet
+    file = cell_folder(setup, cell) / "result.json"
+    file.parent.mkdir(parents=True)
+    for found, said in ((versions(), None), ({**versions(), "dwa_fast": "0.1", "torch": "2.0"}, "dwa_fast 0.1, torch 2.0"), (None, None)):
+        file.write_text(json.dumps({"accuracies": [50.0], **({"versions": found} if found else {})}))
+        assert other_versions(setup, cell) == said
+
+
+def test_a_finished_cell_keeps_its_versions(tmp_path: Path) -> None:
+    setup = with_validation(small_setup(tmp_path), epochs=1, students=1)
+    cell = Cell(dwa(setup), 1, "small-resnet")
+    make_set(setup, cell.source, 1)  # type: ignore[arg-type]
+    measure(setup, cell)
+    assert json.loads((cell_folder(setup, cell) / "result.json").read_text())["versions"] == versions()

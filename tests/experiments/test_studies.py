@@ -86,6 +86,16 @@ def test_categories(tmp_path: Path, study: AblationName, changes: list[dict[str,
     assert record.kind == "ablation"
 
 
+@pytest.mark.parametrize("ascent", ["random", "none"])
+def test_the_directed_step_is_directed_whatever_the_settings_say(ascent: str, tmp_path: Path) -> None:
+    seen: list[Grid] = []
+    setup = small_setup(tmp_path)
+    setup = replace(setup, recipe=replace(setup.recipe, synthesis=replace(setup.recipe.synthesis, ascent=ascent)))
+    ablate(lambda grid: seen.append(grid) or run(grid), setup, study="adjustment", ipc=(1,), student="small-resnet", seeds=[0], **VALUES)  # type: ignore[func-returns-value]
+    found = {variant.name: variant.synthesis and variant.synthesis.ascent for variant in seen[0].variants}
+    assert found == {"no step": "none", "random step": "random", "directed step": "directed"}
+
+
 def test_lambda_var_alone_and_coupled(tmp_path: Path) -> None:
     record = ablation(small_setup(tmp_path), "lambda-var", 1, 5)
     assert [table.title for table in record.tables] == [f"λ_var on digits, ipc {ipc}, top-1 %" for ipc in (1, 5)]

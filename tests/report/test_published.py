@@ -78,6 +78,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "teacher": ({"teacher": {"architecture": "resnet50"}}, "teacher"),
     "several teachers": ({"synthesis": {"teacher": ["0a", "1b"]}}, "teacher"),
     "size": ({"data": {"size": 64}}, "size"),
+    "training images": ({"data": {"held_out_share": 0.1}}, "held_out_share"),
 }
 
 
@@ -107,6 +108,21 @@ def test_a_cell_of_other_settings_is_not_compared() -> None:
     assert table
     assert not table.rows
     assert "lambda_var" in table.note
+
+
+def test_a_set_of_another_teacher_or_labels_of_a_file_are_not_compared() -> None:
+    """Whatever the architecture of the teacher that gives the soft labels."""
+    for teachers, rows in ((["resnet18-cifar"], 1), (["convnet128"], 0), (["resnet18-cifar", "convnet128"], 0)):
+        table = beside_published(study(set_teachers=teachers))
+        assert table
+        assert len(table.rows) == rows
+        assert rows or table.note.endswith("published in: teacher.")
+    record = study()
+    record.settings["soft_labels"] = "labels"  # type: ignore[index]
+    table = beside_published(record)
+    assert table
+    assert not table.rows
+    assert table.note.endswith("published in: soft_labels.")
 
 
 @pytest.mark.parametrize("cell", [{"mean": float("nan")}, {"std": float("inf")}, {"ipc": "2–10"}])

@@ -167,6 +167,13 @@ def test_sets_that_differ_in_their_seed_alone_are_shown_once(tmp_path: Path) -> 
         assert "Shown: 1 of 2 kinds of sets; --sets 2 shows all." in (tmp_path / name).read_text()
 
 
+def test_a_copy_of_a_set_is_no_other_seed(tmp_path: Path) -> None:
+    for name, seed in {"a": 0, "b": 1, "c": 0}.items():
+        make_set(tmp_path / "sets" / name, seed=seed)
+    (shown,) = write_report([tmp_path / "sets"], tmp_path / "page.html", "t").sets
+    assert shown.subtitle == "sets/a · 6 images of 3 classes · 1 more set with another seed · 1 more with the same seed"
+
+
 def test_titles_name_the_teachers_of_a_set(tmp_path: Path) -> None:
     one, two = {"architecture": "convnet128", "accuracy": 81.76}, {"architecture": "timm:resnet18", "accuracy": None}
     make_set(tmp_path / "sets" / "a", teacher="0a", teachers=[one])
@@ -220,3 +227,16 @@ def test_runs_of_different_presets_are_told_apart(tmp_path: Path) -> None:
     )
     for file in ("report.html", "report.md"):
         assert "which makes their numbers differ: paper" in (tmp_path / file).read_text(encoding="utf-8").replace("\\", "")
+
+
+def test_runs_on_held_out_training_images_are_told_apart(tmp_path: Path) -> None:
+    students = {"validation": {"epochs": 3}}
+    for name, settings in {"a": students, "b": {**students, "data": {"held_out_share": 0.0}}, "c": {}}.items():
+        make_run(tmp_path / "runs" / name, replace(BRIEF, title=name, settings=settings))
+    assert write_report([tmp_path / "runs"], tmp_path / "report.html", "t").runs_note == ""
+    make_run(tmp_path / "runs" / "d", replace(BRIEF, title="d", settings={**students, "data": {"held_out_share": 0.1}}))
+    make_run(tmp_path / "runs" / "e", replace(BRIEF, title="e", settings={**students, "held_out_share": 0.25}))
+    shares = "the test images (a; b), 10 % of the training images (d), 25 % of the training images (e)"
+    wanted = f"Students were tested on different images: {shares}."
+    assert write_report([tmp_path / "runs"], tmp_path / "report.html", "t").runs_note == wanted
+    assert wanted in (tmp_path / "report.html").read_text(encoding="utf-8")
