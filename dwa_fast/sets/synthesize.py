@@ -129,8 +129,7 @@ def synthesize(
             f"initial {config.initial!r} is for distill, whose teacher chooses among all images of a class; "
             "with initial='real' the given images are refined"
         )
-    if config.sees_images:
-        _check_range(images, normalisation)
+    normalised = not config.sees_images or _look_normalised(images, normalisation)
     if class_statistics is None and config.matches_class:
         raise InputError(
             "statistics 'class' need class_statistics, a list of one for each teacher, as dwa_fast.class_statistics(teacher, data, recipe) "
@@ -143,7 +142,7 @@ def synthesize(
     check_label_range(labels, run.classes)
     if class_statistics is not None:
         run.check_statistics(class_statistics, labels)
-    if config.sees_images:
+    if config.sees_images and normalised:  # else what the teacher says of them would blame mean and std
         some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
         for predict in run.predictors:
             tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
@@ -170,8 +169,8 @@ def synthesize(
     return SynthesisResult(torch.cat(finished), torch.stack(losses), labels.clone(), recipe, seed, execution)
 
 
-def _check_range(images: Tensor, normalisation: Normalisation) -> None:
-    """Refuse images that no normalisation of pixels gives, and warn of those that look like pixels in [0, 1]."""
+def _look_normalised(images: Tensor, normalisation: Normalisation) -> bool:
+    """Refuse images that no normalisation of pixels gives; warn of those that look like pixels in [0, 1], and say whether they do not."""
     ends = torch.stack([images.detach().amin((0, 2, 3)), images.detach().amax((0, 2, 3))])  # [2, C]
     pixels = denormalise(ends[:, :, None, None], normalisation)
     low, high = float(pixels.min()), float(pixels.max())
@@ -180,6 +179,7 @@ def _check_range(images: Tensor, normalisation: Normalisation) -> None:
             f"images must be normalised with mean and std of the recipe: (pixels - mean) / std, with pixels in [0, 1]; "
             f"undone, those given would have pixels from {low:.3g} to {high:.3g}"
         )
-    own = any(normalisation.mean)  # else pixels in [0, 1] are normalised
-    if own and float(ends.min()) >= 0 and float(ends.max()) <= 1:
-        log.warning("all values of the images lie in 0 … 1, as pixels do that are not normalised; normalise(images, recipe.data) does it")
+    if not any(normalisation.mean) or float(ends.min()) < 0 or float(ends.max()) > 1:
+        return True
+    log.warning("all values of the images lie in 0 … 1, as pixels do that are not normalised; normalise(images, recipe.data) does it")
+    return False
