@@ -82,6 +82,8 @@ class Validate(DistilledData):
             f"{result.mean:.2f} ± {result.std:.2f} % top-1, {count} students" if count > 1 else f"{result.mean:.2f} % top-1, one student"
         )
         console.print(f"{self.student}: {reached}{training}")
+        if not self.output and (note := tested_note(recipe.data)):  # else below the table
+            console.print(note)
         if self.output:
             record = self._record(result, images_per_class(distilled), [each.info for each in teachers])
             finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
