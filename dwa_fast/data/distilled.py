@@ -98,7 +98,8 @@ def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
         raise InputError(f"{folder / MANIFEST} has image_shape {shape!r}; expected channels, height and width")
     if shape[0] != channels:
         raise InputError(f"{folder} holds images of {shape[0]} channel{'s' if shape[0] != 1 else ''}, got a mean and std of {channels}")
-    raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size}; pass --size {shape[1]}")
+    advice = f"pass --size {shape[1]}" if shape[1] == shape[2] else "a set is opened only if its images are squares"
+    raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size} × {size}; {advice}")
 
 
 def _check_names(folder: Path, data: FileSet, manifest: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def test_other_flags_are_refused(place: Path, capsys: pytest.CaptureFixture[str]
     assert "images of 8 × 8 pixels, not 16 × 16; pass --size 8" in capsys.readouterr().err
     assert not (place / "other").exists()
     assert validate(place, "--size", "16") == 1
-    assert "set holds images of 8 × 8 pixels, not 16; pass --size 8" in capsys.readouterr().err
+    assert "set holds images of 8 × 8 pixels, not 16 × 16; pass --size 8" in capsys.readouterr().err
     study = ["compare", *common(place)[:-6], "--size", str(SIZE), "--teacher", str(place / "t.pt"), "--output", str(place / "study")]
     study += ["--student", "small-resnet"]
     assert run([*study, "--mean", ".5", "--std", ".5"]) == 1

@@ -172,7 +172,7 @@ def test_less_than_one_image_per_class_is_refused(tmp_path: Path, per_class: int
 
 def test_a_set_of_ours_of_another_size_is_refused(tmp_path: Path) -> None:
     own_set(tmp_path, ["cat", "dog"], size=16)
-    with pytest.raises(InputError, match="holds images of 16 × 16 pixels, not 8; pass --size 16"):
+    with pytest.raises(InputError, match="holds images of 16 × 16 pixels, not 8 × 8; pass --size 16"):
         open_distilled(tmp_path, 8, 3, ["cat", "dog"])
     with pytest.raises(InputError, match="holds images of 3 channels, got a mean and std of 1"):
         open_distilled(tmp_path, 16, 1, ["cat", "dog"])

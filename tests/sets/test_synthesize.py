@@ -72,6 +72,16 @@ def test_other_class_names_are_refused_before_anything_is_written(names: Any, me
     assert not (tmp_path / "set").exists()
 
 
+def test_images_that_are_no_squares_can_be_saved_and_not_opened_as_a_set(tmp_path: Path) -> None:
+    wide = synthesize(small_teacher(), torch.cat([IMAGES, IMAGES], 3), LABELS, small_recipe(iterations=1))
+    wide.save(tmp_path)
+    height, width = IMAGES.shape[2], 2 * IMAGES.shape[3]
+    with pytest.raises(
+        InputError, match=f"holds images of {height} × {width} pixels, not 8 × 8; a set is opened only if its images are squares"
+    ):
+        open_distilled(tmp_path, 8, 1, [str(number) for number in range(10)])
+
+
 def test_a_result_is_shown_in_one_line() -> None:
     assert repr(result()) == f"SynthesisResult(10 images {list(IMAGES.shape[1:])}, 2 batches of 2 iterations)"
 
