@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dwa_fast import FileSet, InputError, MemorySet, digits, image_folder
+from dwa_fast.io.decode import _THREADS, READERS
 from tests.data.image_files import write_image
 
 LEVELS = [10, 20, 30, 40]  # of the images, two of each class
@@ -145,7 +147,8 @@ def _load(data: FileSet, sender: Any) -> None:
 def test_a_forked_process_can_decode_images(tmp_path: Path) -> None:
     """The threads that decode are its parent's; as those of a loader's workers on Linux they would never answer."""
     data = in_files(tmp_path)
-    data.load(range(4))  # starts the threads
+    barrier = threading.Barrier(_THREADS)
+    list(READERS.map(lambda _: barrier.wait(60), range(_THREADS)))  # starts all threads: with fewer a child would start the others
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_load, args=(data, sender))
