@@ -71,8 +71,8 @@ def flag_names(command: Any, prefix: str = "") -> Iterator[str]:
 
 
 def flags_meant(typed: str, flags: Sequence[str]) -> list[str]:
-    """Those that an unknown flag may stand for: an abbreviation, a beginning, a name without its prefix, or a misspelling."""
-    word = typed.lstrip("-")
+    """Those that an unknown flag may stand for: an abbreviation, a beginning, a name with another prefix or none, or a misspelling."""
+    word = typed.lstrip("-").rpartition(".")[2]
     word = SHORT_NAMES.get(word, word).replace("_", "-")
     names = [flag.lstrip("-").rpartition(".")[2] for flag in flags]
     near = {word} & {*names} or {name for name in names if name.startswith(word)} or {*difflib.get_close_matches(word, names, 1)}

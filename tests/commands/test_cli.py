@@ -118,6 +118,8 @@ def test_a_list_that_stands_twice(capsys: pytest.CaptureFixture[str]) -> None:
         ("squeeze --out=t.pt", "squeeze has no flag --out; did you mean --output?"),
         ("squeeze --bs 8", "squeeze has no flag --bs; did you mean --batch-size?"),
         ("squeeze --wd 0", "squeeze has no flag --wd; did you mean --weight-decay?"),
+        ("validate --validation.students 1", "validate has no flag --validation.students; did you mean --students?"),
+        ("compare --students 1", "compare has no flag --students; did you mean --validation.students?"),
         ("squeeze --gpu 0", "squeeze has no flag --gpu; did you mean --device?"),
         ("squeeze --arch resnet18", "squeeze has no flag --arch; did you mean --architecture?"),
         ("validate --imges s", "validate has no flag --imges; did you mean --images?"),
