@@ -68,7 +68,12 @@ class Case:
     classes: int = 10
 
 
-CASES = {"convnet128": Case("convnet128", 100), "resnet18": Case("resnet18-cifar", 32), "tiny": Case("small-resnet", 8, 8)}
+CASES = {
+    "convnet128": Case("convnet128", 100),
+    "resnet18": Case("resnet18-cifar", 32),
+    "resnet18-224": Case("resnet18", 8, 224),
+    "tiny": Case("small-resnet", 8, 8),
+}
 
 
 class Steps:
