@@ -1,6 +1,7 @@
 // The C library returns large blocks to the system when they are freed and has every page zeroed again when they are next asked for,
-// which costs a repeated step more than its pointwise passes. The sizes of a repeated step are the same every time, so blocks are
-// kept by size.
+// which costs a repeated step more than its pointwise passes. Here blocks are cut from large segments; the smallest one that is unused
+// and large enough is taken, and what comes back joins the unused blocks beside it, so that a step keeps little more memory than it
+// needs at one time.
 #include "cpu/pool.h"
 
 #include <c10/core/Allocator.h>
@@ -12,9 +13,11 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <iterator>
+#include <map>
 #include <mutex>
-#include <unordered_map>
-#include <vector>
+#include <set>
+#include <utility>
 
 namespace dwa_fast {
 namespace {
@@ -22,6 +25,7 @@ namespace {
 constexpr std::size_t kSmallest = 64 << 10;  // smaller blocks the C library itself keeps
 constexpr std::size_t kStep = 64 << 10;      // sizes are rounded up to this
 constexpr std::size_t kHugePage = 2 << 20;
+constexpr std::size_t kSegment = 64 << 20;  // asked for at once; pages that nothing touches cost nothing
 
 thread_local int guards = 0;  // of this thread
 
@@ -59,60 +63,84 @@ class Pool final : public c10::Allocator {
 
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [size, blocks] : unused_)
-      for (void* data : blocks) std::free(data);
-    unused_.clear();
+    for (auto block = blocks_.begin(); block != blocks_.end();) {
+      const auto next = std::next(block);
+      if (!block->second.used && block->second.first && (next == blocks_.end() || next->second.first)) {
+        unused_.erase({block->second.size, block->first});
+        std::free(block->first);
+        blocks_.erase(block);
+      }
+      block = next;
+    }
   }
 
   std::size_t in_use() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return used_.size();
+    return blocks_.size() - unused_.size();
   }
 
  private:
   static constexpr uint8_t kPriority = 100;
 
+  struct Block {
+    std::size_t size;
+    bool first;  // of its segment
+    bool used;
+  };
+  using Blocks = std::map<char*, Block>;  // by address
+
   static void give_back(void* data) {
     Pool& pool = get();
     std::unique_lock<std::mutex> lock(pool.mutex_);
-    const auto used = pool.used_.find(data);
-    if (used == pool.used_.end()) {  // a small block, which the C library keeps
+    auto block = pool.blocks_.find(static_cast<char*>(data));
+    if (block == pool.blocks_.end()) {  // a small block, which the C library keeps
       lock.unlock();
       pool.base_->raw_deallocate(data);
       return;
     }
-    pool.unused_[used->second].push_back(data);
-    pool.used_.erase(used);
+    block->second.used = false;
+    if (const auto next = std::next(block); next != pool.blocks_.end() && !next->second.first && !next->second.used) pool.join(block, next);
+    if (!block->second.first && !std::prev(block)->second.used) block = pool.join(std::prev(block), block);
+    pool.unused_.insert({block->second.size, block->first});
+  }
+
+  // One block, which is not in unused_, of two neighbours that are unused.
+  Blocks::iterator join(Blocks::iterator low, Blocks::iterator high) {
+    for (const auto& each : {low, high}) unused_.erase({each->second.size, each->first});
+    low->second.size += high->second.size;
+    blocks_.erase(high);
+    return low;
   }
 
   void* take(std::size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto& blocks = unused_[size];
-    void* data = nullptr;
-    if (blocks.empty()) {
-      data = fresh(size);
-    } else {
-      data = blocks.back();
-      blocks.pop_back();
+    const auto place = unused_.lower_bound({size, nullptr});
+    const auto block = place == unused_.end() ? add_segment(size) : blocks_.find(place->second);
+    if (place != unused_.end()) unused_.erase(place);
+    if (const std::size_t rest = block->second.size - size; rest > 0) {
+      const auto behind = blocks_.insert({block->first + size, {rest, false, false}}).first;
+      unused_.insert({rest, behind->first});
+      block->second.size = size;
     }
-    used_[data] = size;
-    return data;
+    block->second.used = true;
+    return block->first;
   }
 
-  static void* fresh(std::size_t size) {
-    const std::size_t alignment = size >= kHugePage ? kHugePage : 4096;
+  // A segment of one block, which is not in unused_ yet.
+  Blocks::iterator add_segment(std::size_t size) {
+    const std::size_t whole = size < kSegment ? kSegment : (size + kHugePage - 1) / kHugePage * kHugePage;
     void* data = nullptr;
-    const int failed = posix_memalign(&data, alignment, size);
-    TORCH_CHECK_WITH(OutOfMemoryError, failed == 0, "out of memory: a step asked for ", size >> 20, " MiB more on the CPU");
+    const int failed = posix_memalign(&data, kHugePage, whole);
+    TORCH_CHECK_WITH(OutOfMemoryError, failed == 0, "out of memory: a step asked for ", whole >> 20, " MiB more on the CPU");
 #ifdef __linux__
-    if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);
+    madvise(data, whole, MADV_HUGEPAGE);
 #endif
-    return data;
+    return blocks_.insert({static_cast<char*>(data), {whole, true, false}}).first;
   }
 
   std::mutex mutex_;
-  std::unordered_map<std::size_t, std::vector<void*>> unused_;
-  std::unordered_map<void*, std::size_t> used_;
+  Blocks blocks_;                                   // all
+  std::set<std::pair<std::size_t, char*>> unused_;  // by size, then by address
   c10::Allocator* base_ = c10::GetCPUAllocator();
   int users_ = 0;
 };

@@ -78,11 +78,10 @@ class Execution:
     def arithmetic(self) -> Iterator[None]:
         """Inside, convolutions and products take TensorFloat-32 only where the precision is tf32, and give the same bits every time.
 
-        Gradients can be taken and no autocast is on, whatever the caller has set. The settings of a GPU belong to the process: threads that
-        compute on one at once must agree on tf32. The last one to leave puts back what the first one found.
+        Gradients can be taken and no autocast is on, whatever the caller has set.
         """
         with (
-            settings_of_a_gpu(self.precision == "tf32"),
+            repeatable(self.precision == "tf32"),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(self.device.type, enabled=False),
@@ -90,26 +89,63 @@ class Execution:
             yield
 
 
+@dataclass(frozen=True)
+class _Products:
+    """How PyTorch computes products and convolutions of fp32 numbers, and whether cuDNN gives the same bits every time."""
+
+    precisions: tuple[str, ...]  # of _PRODUCTS
+    matmul: str  # what set_float32_matmul_precision was told
+    allows_tf32: bool  # cuDNN's older setting
+    deterministic: bool
+    benchmark: bool
+
+    @classmethod
+    def found(cls) -> _Products:
+        """What is set now. The older settings cannot be read where only a newer one was changed; then they follow it."""
+        cudnn = torch.backends.cudnn
+        precisions = tuple(each.fp32_precision for each in _PRODUCTS)
+        try:
+            matmul = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            matmul = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+        return cls(precisions, matmul, cudnn.conv.fp32_precision == "tf32", cudnn.deterministic, cudnn.benchmark)
+
+    def put(self) -> None:
+        """Set them, the older ones first: these change the newer ones."""
+        cudnn = torch.backends.cudnn
+        torch.set_float32_matmul_precision(self.matmul)
+        cudnn.allow_tf32 = self.allows_tf32
+        for each, precision in zip(_PRODUCTS, self.precisions, strict=True):
+            each.fp32_precision = precision
+        cudnn.deterministic, cudnn.benchmark = self.deterministic, self.benchmark
+
+
+_OF_A_GPU = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+_OF_A_CPU = (torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul)
+_PRODUCTS: tuple[Any, ...] = (*_OF_A_GPU, *_OF_A_CPU)
+_EXACT = _Products(("ieee",) * 6, "highest", False, True, False)
+_TF32 = _Products(("tf32",) * 3 + ("ieee",) * 3, "high", True, True, False)
 _lock = threading.Lock()
-_inside: list[tuple[bool, bool, bool, bool]] = []  # for each that is within `arithmetic`, of whatever thread: the settings before the first
+_inside: list[_Products] = []  # for each that is within `repeatable`, of whatever thread: the settings before the first
 
 
 @contextmanager
-def settings_of_a_gpu(tf32: bool) -> Iterator[None]:
-    """Inside, a GPU rounds the factors of products to TensorFloat-32 or not, and gives the same bits every time."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+def repeatable(tf32: bool = False) -> Iterator[None]:
+    """Inside, fp32 is fp32, or on a GPU TensorFloat-32 where that is asked for, and the same seed gives the same bits.
+
+    The settings belong to the process: threads that compute at once must agree on tf32. The last one to leave puts back what the first
+    one found.
+    """
     with _lock:
-        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-        _inside.append(_inside[0] if _inside else before)
-        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-        cudnn.deterministic, cudnn.benchmark = True, False
+        _inside.append(_inside[0] if _inside else _Products.found())
+        (_TF32 if tf32 else _EXACT).put()
     try:
         yield
     finally:
         with _lock:
             first = _inside.pop()
             if not _inside:
-                matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = first
+                first.put()
 
 
 def resolve(backend: BackendName, precision: Precision, device: str, *teachers: object) -> Execution:

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from dwa_fast.engine.backend import fused_causes, fused_operators, settings_of_a_gpu
+from dwa_fast.engine.backend import fused_causes, fused_operators, repeatable
 from dwa_fast.engine.capture import TRACING
 from dwa_fast.engine.cpu_convolutions import replace_cpu_convolutions
 from dwa_fast.engine.fuse import BatchNormAct, fuse_neighbours
@@ -77,7 +77,7 @@ def training_form(
     if fused_causes(device):
         return module
     try:
-        with TRACING, torch_threads(1), torch.enable_grad(), settings_of_a_gpu(tf32=False), seeded_layers(0, device), _undisturbed(module):
+        with TRACING, torch_threads(1), torch.enable_grad(), repeatable(), seeded_layers(0, device), _undisturbed(module):
             trial = normal(generator(0, "trial"), (_TRIED, *image_shape)).to(device)
             form = _traced(module, trial)
             cause = _difference(module, form, trial)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.pixels import normalise
+from dwa_fast.engine.backend import repeatable
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_finite_weights, check_logits
 from dwa_fast.seeding import derive
-from dwa_fast.training.fit import repeatable
 
 _OF_A_SKIP = {"downsample", "shortcut"}  # names of the convolution of a skip in torchvision, timm and the CIFAR ResNets
 _GATES = re.compile(r"SqueezeExcit|^(Effective)?SE(Module|Layer)?$")  # classes of squeeze-and-excitation, whose convolutions see one pixel

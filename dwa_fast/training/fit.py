@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from dwa_fast.config import (
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
 from dwa_fast.data.pixels import normalise
+from dwa_fast.engine.backend import repeatable
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, takes_channels_last, training_form
 from dwa_fast.errors import InputError
@@ -302,18 +303,6 @@ def mean_logits(
         norms = stacked.flatten(1).norm(dim=1)
         stacked = stacked * (norms.mean() / norms)[:, None, None]
     return stacked.mean(0)
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Make cuDNN deterministic inside the block, so that the same seed gives the same bits."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    try:
-        cudnn.deterministic, cudnn.benchmark = True, False
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
-from dwa_fast.engine.backend import resolve_device
+from dwa_fast.engine.backend import repeatable, resolve_device
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
@@ -27,7 +27,6 @@ from dwa_fast.training.fit import (
     check_label_teacher,
     check_set,
     label_precision,
-    repeatable,
     resolve_precision,
     teacher_labels,
     teacher_settings,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import operator
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,15 +74,72 @@ def test_every_cause_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.fused_causes(torch.device("cuda")) == ["the extension is not built", "Triton is not installed"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_arithmetic_is_put_back(precision: str) -> None:
+def _older_settings() -> list[object]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    execution = resolve("reference" if precision != "bf16" else "fused", precision, "cpu")  # type: ignore[arg-type]
+    return [matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision(), cudnn.deterministic, cudnn.benchmark]
+
+
+def _newer_settings() -> list[str]:
+    b = torch.backends
+    return [each.fp32_precision for each in (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.rnn, b.mkldnn.matmul)]
+
+
+@pytest.fixture
+def settings_as_before() -> Iterator[None]:
+    b = torch.backends
+    whole, parts = (b, b.cudnn, b.mkldnn), backend._Products.found()
+    before = [each.fp32_precision for each in whole]
+    yield
+    for each, precision in zip(whole, before, strict=True):
+        each.fp32_precision = precision
+    parts.put()
+
+
+@pytest.mark.usefixtures("settings_as_before")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64", "tf32"])
+@pytest.mark.parametrize("chosen", ["", "highest", "high", "medium", "no tf32"])
+def test_arithmetic_is_put_back(precision: str, chosen: str) -> None:
+    if chosen == "no tf32":
+        torch.backends.cudnn.allow_tf32 = False
+    elif chosen:
+        torch.set_float32_matmul_precision(chosen)
+    before = _older_settings(), _newer_settings()
+    execution = replace(resolve("reference" if precision != "bf16" else "fused", "auto", "cpu"), precision=precision)
+    tf32 = precision == "tf32"
     with execution.arithmetic():
-        assert not matmul.allow_tf32
-        assert cudnn.deterministic
-    assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == before
+        assert _older_settings() == [tf32, tf32, "high" if tf32 else "highest", True, False]
+        assert _newer_settings() == ["tf32" if tf32 else "ieee"] * 3 + ["ieee"] * 3
+    assert (_older_settings(), _newer_settings()) == before
+
+
+@pytest.mark.usefixtures("settings_as_before")
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *itertools.product(["", "cudnn", "cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn", "mkldnn.matmul"], ["ieee", "tf32"]),
+        *itertools.product(["mkldnn", "mkldnn.matmul"], ["bf16"]),
+    ],
+)
+def test_newer_settings_of_precision_are_overruled_and_put_back(where: str, value: str) -> None:
+    """After some of these PyTorch refuses to say what the older settings are."""
+    operator.attrgetter(f"backends.{where}".rstrip("."))(torch).fp32_precision = value
+    before = _newer_settings()
+    with resolve("reference", "fp32", "cpu").arithmetic():
+        assert _newer_settings() == ["ieee"] * 6
+        assert _older_settings()[:3] == [False, False, "highest"]
+    assert _newer_settings() == before
+
+
+@pytest.mark.usefixtures("settings_as_before")
+def test_the_bits_of_fp32_on_a_cpu_do_not_depend_on_what_is_allowed() -> None:
+    """PyTorch may otherwise take another program for products, where the processor can, one that rounds their factors to bf16."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(1024, 1024), torch.randn(1024, 1024)
+    with torch.no_grad(), backend.repeatable():
+        expected = layer(x)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    with torch.no_grad(), backend.repeatable():
+        assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize(("capability", "level", "vectors"), [("avx2", "avx2", "AVX2"), ("default", "baseline", "DEFAULT")])

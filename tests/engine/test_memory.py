@@ -41,6 +41,20 @@ def test_what_one_tensor_lets_go_the_next_one_takes() -> None:
     assert extension.pool_in_use() == before  # nothing is taken from it any more
 
 
+def test_tensors_of_other_sizes_take_what_was_let_go() -> None:
+    """Small ones share the memory of a large one, and once they are gone a large one takes it whole."""
+    with kept_memory(CPU):
+        torch.ones(LARGE // 4)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for sizes in ([5] * 8, [20, 20], [45], [3, 1, 30, 7], [50]):
+            kept = [torch.full((size << 18,), float(size)) for size in sizes]
+            assert all((each == size).all() for each, size in zip(kept, sizes, strict=True))
+            del kept[::2]
+            kept.append(torch.full((1 << 18,), 0.5))
+            assert all((each == each[0]).all() for each in kept)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+
+
 def test_memory_goes_back_after_an_error() -> None:
     kept: torch.Tensor | None = None
     before = importlib.import_module("dwa_fast._C").pool_in_use()

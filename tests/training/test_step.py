@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dwa_fast.config import SqueezeConfig
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader
-from dwa_fast.engine.backend import settings_of_a_gpu
+from dwa_fast.engine.backend import repeatable
 from dwa_fast.engine.training_form import FusedForm, training_form
 from dwa_fast.training import step as module_under_test
 from dwa_fast.training.fit import fit, predict
@@ -183,7 +183,7 @@ def test_captured_and_called_on_a_gpu(kind: str, precision: Any) -> None:
 def test_a_training_on_a_gpu_is_that_on_a_cpu() -> None:
     """Eight steps, some of them replayed: as near as float32 allows."""
     found, before = [], copy.deepcopy(small_teacher().state_dict())
-    with settings_of_a_gpu(tf32=False):
+    with repeatable():
         for device in (CPU, torch.device("cuda")):
             network = small_teacher().to(device).train()
             form = training_form(network, (1, SIZE, SIZE), device)
