@@ -72,6 +72,11 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "aten":
+            with self:  # what consists of other operators, such as `contiguous`, which copies or does nothing
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         plain = [f"aten.{func.overloadpacket.__name__}"] * aten_launches(func, args)
         names = self._own(func, args) if func.namespace == "dwa_fast" else plain

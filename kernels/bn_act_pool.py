@@ -172,8 +172,7 @@ def bn_act_pool_forward(
     """
     (images, channels, height, width), y = y.shape, channels_last(y)
     shape = images, channels, *((size + 2 * padding - window) // stride + 1 for size in (height, width))
-    z = channels_last(torch.empty(shape, dtype=y.dtype, device=y.device))
-    index = channels_last(torch.empty(shape, dtype=torch.uint8, device=y.device))
+    z, index = (torch.empty(shape, dtype=each, device=y.device, memory_format=torch.channels_last) for each in (y.dtype, torch.uint8))
     if y.numel() == 0:
         if partials is not None:
             partials.zero_()
