@@ -30,6 +30,8 @@ def matching_loss(
     return norms @ weights
 
 
+_MULTIPLIED = 64  # pixels of the longer side up to which a view by products is the faster one
+
 matching_gradient = partial(ops.matching_gradient, loss=matching_loss)
 
 
@@ -39,9 +41,21 @@ def view(
     step: Tensor,  # [] int64: the row to use
     dtype: torch.dtype | None = None,  # of the result; None: as the images
 ) -> Tensor:  # [N, C, H, W]
-    """The view of one iteration, as a product with one sparse matrix of interpolation weights per axis."""
-    vertical, horizontal = _weights(images, rows, step)
-    return (vertical @ images @ horizontal.T).to(dtype or images.dtype)
+    """The view of one iteration: lines and columns beside each pixel are gathered and interpolated, rows first.
+
+    Images of at most 64 pixels are multiplied by one sparse matrix of interpolation weights per axis instead: these few launches cost more
+    than the operations do.
+    """
+    height, width = images.shape[2:]
+    if max(height, width) <= _MULTIPLIED:
+        vertical, horizontal = _weights(images, rows, step)
+        return (vertical @ images @ horizontal.T).to(dtype or images.dtype)
+    lower, upper, fraction = _sources(images, rows, step)
+    pixels = images.permute(0, 2, 3, 1)  # as they lie in memory
+    for axis, size, weight in ((0, height, fraction[0, :height, None, None]), (1, width, fraction[1, :width, None])):
+        below, above = (pixels.index_select(1 + axis, index[axis, :size]) for index in (lower, upper))
+        pixels = torch.lerp(below, above, weight)
+    return pixels.permute(0, 3, 1, 2).to(dtype or images.dtype)
 
 
 def adam_clip_(
@@ -80,7 +94,11 @@ def view_adam_clip_(
     betas: tuple[float, float] = (0.5, 0.9),
     eps: float = 1e-8,
 ) -> None:
-    """The adjoint of the view, as products with the transposes of its matrices, then `adam_clip_` with it."""
+    """The adjoint of the view, as products with the transposes of its matrices, then `adam_clip_` with it.
+
+    Products at every size: `index_add` on CUDA adds in any order, so the same seed would not give the same bits, and for a gather the
+    number of pixels that read one source, up to all of a line, would have to be known while the step is compiled or captured.
+    """
     vertical, horizontal = _weights(images, rows, step)
     adjoint = vertical.T @ (gradient.to(images.dtype) @ horizontal)
     if loss_scale != 1:
@@ -93,19 +111,28 @@ def _weights(
     rows: Tensor,  # [T, 7]
     step: Tensor,  # []
 ) -> tuple[Tensor, Tensor]:  # [H, H] and [W, W]: weight of each source pixel (column) in each pixel of the view (row)
-    """Bilinear interpolation along both axes, with half-pixel centres, after flip and roll; both at once, for half the launches."""
+    """Bilinear interpolation along both axes as matrices; both at once, for half the launches."""
+    height, width = images.shape[2:]
+    lower, upper, fraction = _sources(images, rows, step)
+    source, share = torch.arange(lower.shape[1], device=images.device), fraction[:, :, None]
+    both = (source == lower[:, :, None]) * (1 - share) + (source == upper[:, :, None]) * share
+    return both[0, :height, :height], both[1, :width, :width]
+
+
+def _sources(
+    images: Tensor,  # [N, C, H, W]
+    rows: Tensor,  # [T, 7]
+    step: Tensor,  # []
+) -> tuple[Tensor, Tensor, Tensor]:  # [2, max(H, W)] of lines and columns: two source pixels, int64, and the weight of the second one
+    """Bilinear interpolation with half-pixel centres, after flip and roll."""
     height, width = images.shape[2:]
     row = rows.index_select(0, step[None])[0][:, None]
-    start, extent, roll = row[0:2], row[2:4].to(images.dtype), row[5:7]  # [2, 1]: down and right
+    start, extent, roll = row[0:2], row[2:4], row[5:7]  # [2, 1]: down and right
     axis = torch.arange(2, device=images.device)[:, None]
     size = height + axis * (width - height)
-    index = torch.arange(max(height, width), device=images.device)
-    pixel = (index - roll) % size
+    pixel = (torch.arange(max(height, width), device=images.device) - roll) % size
     pixel = torch.where(axis * row[4] > 0, size - 1 - pixel, pixel)
-    position = ((pixel.to(images.dtype) + 0.5) * (extent / size) - 0.5).clamp_min(0)
-    lower = position.floor()
+    position = ((pixel.to(images.dtype) + 0.5) * (extent.to(images.dtype) / size) - 0.5).clamp_min(0)
+    lower = position.long()
     upper = torch.minimum(lower + 1, extent - 1)
-    fraction = (position - lower)[:, :, None]
-    source = (index - start)[:, None]
-    both = (source == lower[:, :, None]) * (1 - fraction) + (source == upper[:, :, None]) * fraction
-    return both[0, :height, :height], both[1, :width, :width]
+    return start + lower, start + upper, position - lower

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dwa_fast.reference import graph_ops, ops
 from dwa_fast.schedule import make_schedule
 from tests.nets import small_recipe
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 9, 14), (1, 1, 16, 16)])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 14), (1, 1, 16, 16), (2, 3, 70, 9), (1, 2, 33, 81)])  # multiplied and gathered
 @pytest.mark.parametrize("view", ["roll", "crop"])
 def test_view_and_its_gradient(view: str, shape: tuple[int, ...]) -> None:
     rows = make_schedule(small_recipe(view=view, jitter=5, iterations=40).synthesis, shape[2], shape[3], seed=0, batch=0).rows
@@ -21,6 +22,17 @@ def test_view_and_its_gradient(view: str, shape: tuple[int, ...]) -> None:
         assert torch.allclose(got, wanted, atol=1e-12)
         gradients = [torch.autograd.grad((seen * weights).sum(), images)[0] for seen in (got, wanted)]
         assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_view_of_large_images_multiplies_nothing() -> None:
+    """At 224 pixels the products of both axes would be a million operations for each line of an image."""
+    rows = make_schedule(small_recipe(view="crop", iterations=1).synthesis, 224, 224, seed=0, batch=0).rows
+    images = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        seen = graph_ops.view(images, rows, torch.tensor(0), torch.bfloat16)
+    assert counter.get_total_flops() == 0
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(seen, ops.view(images, rows, torch.tensor(0), torch.bfloat16), rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("means", [None, torch.linspace(-1, 1, 9, dtype=torch.float64)], ids=["running means", "other means"])
