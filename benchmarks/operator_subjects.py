@@ -149,13 +149,13 @@ def convolutions(network: Network) -> list[Subject]:
     seen: dict[Subject, None] = {}
 
     def keep_shape(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
-        if CpuConv.is_3x3(layer) and layer.in_channels == layer.out_channels:
-            inner = given[0].shape[1:]
-            seen[Layer((network.batch(math.prod(inner)), *inner), skip=False)] = None
+        inner = given[0].shape[1:]
+        seen[Layer((network.batch(math.prod(inner)), *inner), skip=False)] = None
 
     module = network.build()
     for layer in module.modules():
-        layer.register_forward_hook(keep_shape)
+        if CpuConv.is_3x3(layer) and layer.in_channels == layer.out_channels:  # asked before the hook: no layer with one is taken
+            layer.register_forward_hook(keep_shape)
     with torch.no_grad():
         module(torch.zeros(1, 3, network.workload.size, network.workload.size))
     return list(seen)

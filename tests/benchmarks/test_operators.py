@@ -54,6 +54,13 @@ def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
     assert not any(layer.skip or layer.activation != "none" for layer in inputs)
 
 
+def test_convolutions_are_those_of_the_network(networks: ModuleType) -> None:
+    network = networks.Network(networks.harness.WORKLOADS["cifar100-resnet18"], 18, CPU)
+    shapes = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert [layer.shape[1:] for layer in networks.subjects.convolutions(network)] == shapes
+    assert [layer.shape[1:] for layer in networks.subjects.small_convolutions(network)] == shapes[-1:]
+
+
 @pytest.fixture
 def small(networks: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
