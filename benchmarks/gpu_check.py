@@ -49,7 +49,7 @@ class Plan:
     iterations: int  # of both precisions
     precisions: tuple[str, str]
     network: tuple[int, str]  # whose largest inputs the operators get
-    cases: int  # of the operators at most
+    cases: int | None  # of the operators at most
     ceilings: int  # copies tried for the most that the memory can do
     patience: float = 1.0  # factor of the steps' limits
 
@@ -62,7 +62,7 @@ FULL = Plan(
     iterations=300,
     precisions=("fp32", "bf16"),
     network=(18, "imagenet-resnet18"),
-    cases=16,
+    cases=None,
     ceilings=15,
 )
 TINY = Plan(
@@ -118,10 +118,10 @@ def two_precisions(plan: Plan, rows: Rows) -> None:
 
 
 def chosen_cases(plan: Plan) -> list[operator_cases.Case]:
-    """The largest input of every operator in the lower precision of the plan, as far as `cases` goes."""
+    """The largest input of every operator of ours in the lower precision of the plan, as far as `cases` goes."""
     firsts: dict[str, operator_cases.Case] = {}
     for case in operator_cases.cases(plan.device, all_shapes=False, networks=[plan.network]):
-        if case.precision == plan.precisions[1] or len(case.operator.precisions) == 1:
+        if case.operator.is_fused(plan.device) and (case.precision == plan.precisions[1] or len(case.operator.precisions) == 1):
             firsts.setdefault(case.operator.name, case)
     return list(firsts.values())[: plan.cases]
 
@@ -149,7 +149,7 @@ def operators(plan: Plan, rows: Rows) -> None:
             right=all(own <= bound for own, bound in zip(errors, allowed, strict=True)),
             milliseconds=1e3 * seconds,
             bytes=traffic,
-            percent_of_copy=100 * traffic / seconds / ceiling,
+            percent_of_copy=100 * traffic / seconds / ceiling if case.operator.moves_memory else None,
         )
 
 
@@ -182,8 +182,7 @@ def watched(plan: Plan, tool: str, rows: Rows) -> None:
 
 def once_small(device: torch.device) -> None:
     """Every operator on an input so small that a tool which follows each access is done in seconds; numbers are compared."""
-    plan = replace(FULL, device=device, cases=len(operator_cases.OPERATORS))
-    for case in chosen_cases(plan):
+    for case in chosen_cases(replace(FULL, device=device)):
         torch.manual_seed(harness.SEED)
         small = operator_cases.shrunk(case, _SMALL)
         fused = resolve("fused", small.precision, str(device)).operators  # type: ignore[arg-type]

@@ -157,9 +157,9 @@ def _operators(check: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     wrong = [row["case"] for row in rows if not row["right"]]
-    shares = sorted(row["percent_of_copy"] for row in rows)
-    reached = f"{shares[0]:.0f} to {shares[-1]:.0f} % of the copy ceiling"
-    return [f"Operators: {len(rows)} measured, {reached}; errors too large: {', '.join(wrong) or 'none'}."]
+    shares = sorted(row["percent_of_copy"] for row in rows if row["percent_of_copy"] is not None)
+    reached = [f"the {len(shares)} that move much memory at {shares[0]:.0f} to {shares[-1]:.0f} % of the copy ceiling"] if shares else []
+    return [f"{', '.join([f'Operators: {len(rows)} measured', *reached])}; errors too large: {', '.join(wrong) or 'none'}."]
 
 
 def _unfinished(rows: Sequence[Row]) -> list[str]:

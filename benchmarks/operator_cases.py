@@ -18,6 +18,7 @@ import torch
 from operator_subjects import Images, Layer, Layers, Network, Subject, Weights
 from torch import Tensor
 
+from dwa_fast.engine.backend import fused_operators
 from dwa_fast.recipes import recipe
 from dwa_fast.reference.ops import Operators
 from dwa_fast.schedule import HEIGHT, WIDTH, make_schedule
@@ -370,6 +371,16 @@ class Operator:
     call: Callable[[Operators, Inputs], Call]  # binds the inputs, which it may change
     traffic: Callable[[Inputs], int]  # fewest bytes that have to be read and written
     precisions: Sequence[str] = tuple(DTYPES)
+    moves_memory: bool = True  # enough of it for a share of the copy ceiling to say something
+
+    @property
+    def function(self) -> str:
+        """The name in `Operators`."""
+        return self.name.split()[0].rstrip(",")
+
+    def is_fused(self, device: torch.device) -> bool:
+        """Whether it is ours on a device, not plain PyTorch in the place of one that is lacking."""
+        return getattr(fused_operators(device), self.function) is not getattr(Operators("plain"), self.function)
 
 
 def _convolutions(name: str, found: Callable[[Network], list[Subject]], precision: str) -> list[Operator]:
@@ -397,7 +408,7 @@ OPERATORS = (
     *_convolutions("conv_product", subjects.small_convolutions, "bf16"),
     Operator("moments", subjects.inputs_of_layers, _features, _moments, _moments_traffic),
     Operator("moments backward", subjects.inputs_of_layers, _features, _moments_backward, _moments_backward_traffic),
-    Operator("matching_loss, both ways", subjects.all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",)),
+    Operator("matching_loss, both ways", subjects.all_layers, _statistics, _matching_loss, _matching_loss_traffic, ("fp32",), False),
     Operator("view", subjects.images, _pictures, _view, lambda inputs: 4 * inputs["seen_pixels"] + inputs["seen_gradient"].nbytes),
     Operator("view_adam_clip_", subjects.images, _pictures, _view_adam_clip, _view_adam_clip_traffic),
     Operator("ascend_", subjects.weights, _arena, _ascend, _ascend_traffic),

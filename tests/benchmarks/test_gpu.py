@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import dwa_fast
 
@@ -197,6 +199,28 @@ def test_gpu_check_runs_every_test_for_a_gpu() -> None:
     own = {path for path in found if path.parent.name != "benchmarks"}
     assert {path for path in own if not any(path.is_relative_to(each) for each in run)} == set()
     assert all(any(path.is_relative_to(each) for path in own) for each in run)
+
+
+def test_gpu_check_measures_every_operator_of_ours() -> None:
+    """And none that is plain PyTorch on that device."""
+    check, cases = importlib.import_module("gpu_check"), importlib.import_module("operator_cases")
+    chosen = [case.operator.name for case in check.chosen_cases(check.FULL)]
+    plain = ("mean_pool", "conv3x3", "conv_product")
+    assert chosen == [each.name for each in cases.OPERATORS if not each.name.startswith(plain)]
+    assert chosen[-1] == "ascend_"
+    on_cpu = check.chosen_cases(replace(check.FULL, device=torch.device("cpu")))
+    assert {case.operator.function for case in on_cpu} == {case.operator.function for case in check.chosen_cases(check.FULL)} | {*plain}
+
+
+def test_what_moves_little_memory_has_no_share_of_the_copy_ceiling() -> None:
+    operators = importlib.import_module("operator_cases").OPERATORS
+    assert [each.name for each in operators if not each.moves_memory] == ["matching_loss, both ways"]
+    rows = [{"row": "operator", "case": str(share), "right": True, "percent_of_copy": share} for share in (40.4, None, 91.2)]
+    tables = importlib.import_module("gpu_tables")
+    assert tables._operators(rows) == [
+        "Operators: 3 measured, the 2 that move much memory at 40 to 91 % of the copy ceiling; errors too large: none."
+    ]
+    assert tables._operators(rows[1:2]) == ["Operators: 1 measured; errors too large: none."]
 
 
 @pytest.mark.parametrize(("target", "has_torch"), [("gpu-speed", True), ("gpu-check", False)])
