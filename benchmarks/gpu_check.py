@@ -180,11 +180,15 @@ def watched(plan: Plan, tool: str, rows: Rows) -> None:
         raise RuntimeError(f"{tool} ended with {run.returncode}")
 
 
+def small_cases(device: torch.device) -> list[operator_cases.Case]:
+    """The chosen cases of the whole plan on small inputs, of even and of odd sizes."""
+    return [small for case in chosen_cases(replace(FULL, device=device)) for small in operator_cases.shrunk(case, _SMALL)]
+
+
 def once_small(device: torch.device) -> None:
-    """Every operator on an input so small that a tool which follows each access is done in seconds; numbers are compared."""
-    for case in chosen_cases(replace(FULL, device=device)):
+    """Every operator on inputs so small that a tool which follows each access is done in seconds; numbers are compared."""
+    for small in small_cases(device):
         torch.manual_seed(harness.SEED)
-        small = operator_cases.shrunk(case, _SMALL)
         fused = resolve("fused", small.precision, str(device)).operators  # type: ignore[arg-type]
         inputs, exact, allowed = bench_operators.oracle(small, device)
         errors = bench_operators.compare(small.operator.call(fused, operator_cases.copied(inputs))(), exact)

@@ -27,6 +27,7 @@ Inputs = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ODD = 37  # channels
 _CORNER = 1e-2  # no input of a ReLU is closer to 0: there the gradient depends on the last bit
 
 
@@ -452,16 +453,23 @@ def cases(device: torch.device, all_shapes: bool, networks: Sequence[tuple[int, 
     return found
 
 
-def shrunk(case: Case, elements: int) -> Case:
-    """The same operator on an odd input of about that many elements; of channels as many as before, where there is memory for them."""
+def shrunk(case: Case, elements: int) -> list[Case]:
+    """The same operator on inputs of about that many elements.
+
+    Features have as many channels as before, but at most 64; then `_ODD` of them and an odd side, so that pixels begin at any multiple of
+    2 bytes and the last row of a kernel's tiles is not full. Our convolutions take no such number of channels.
+    """
     subject = case.subject
     if isinstance(subject, Layer):
         channels = min(subject.shape[1], 64)
         side = max(3, math.isqrt(elements // channels // 3))
-        return replace(case, subject=replace(subject, shape=(3, channels, side, side)))
+        shapes = [(3, channels, side, side)]
+        if not case.operator.function.startswith("conv"):
+            shapes.append((3, _ODD, side // 2 * 2 + 1, side // 2 * 2 + 1))
+        return [replace(case, subject=replace(subject, shape=shape)) for shape in shapes]
     if isinstance(subject, Images):
-        return replace(case, subject=replace(subject, shape=(3, 3, *(max(8, math.isqrt(elements // 9)),) * 2)))
-    return replace(case, subject=replace(subject, count=elements + 1)) if isinstance(subject, Weights) else case
+        return [replace(case, subject=replace(subject, shape=(3, 3, *(max(8, math.isqrt(elements // 9)),) * 2)))]
+    return [replace(case, subject=replace(subject, count=elements + 1)) if isinstance(subject, Weights) else case]
 
 
 def copied(inputs: Inputs) -> Inputs:

@@ -212,6 +212,22 @@ def test_gpu_check_measures_every_operator_of_ours() -> None:
     assert {case.operator.function for case in on_cpu} == {case.operator.function for case in check.chosen_cases(check.FULL)} | {*plain}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_small_cases_have_ragged_rows_too(device: str) -> None:
+    """Of each operator on features: one whose last row of tiles is not full, with channels that are no multiple of 16 bytes."""
+    check, layout = importlib.import_module("gpu_check"), importlib.import_module("dwa_fast.kernels.layout")
+    cases = importlib.import_module("operator_cases")
+    ragged, even, features = set(), set(), set()
+    for case in check.small_cases(torch.device(device)):
+        if isinstance(case.subject, cases.Layer) and not case.operator.name.startswith("conv"):
+            made = torch.empty(case.subject.shape, device="meta", memory_format=torch.channels_last)
+            odd = made.numel() % layout.tiles(made).columns != 0 and made.shape[1] % 2 == made.shape[2] % 2 == 1
+            (ragged if odd else even).add(case.operator.name)
+            features.add(case.operator.name)
+    assert len(features) >= 11
+    assert ragged == even == features
+
+
 def test_what_moves_little_memory_has_no_share_of_the_copy_ceiling() -> None:
     operators = importlib.import_module("operator_cases").OPERATORS
     assert [each.name for each in operators if not each.moves_memory] == ["matching_loss, both ways"]
