@@ -5,6 +5,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 OUT ?= gpu-results
+BUDGET ?=
 JOBS ?= 2
 NATIVE := setup.py $(shell find csrc -type f)
 PACKAGE := $(shell find dwa_fast kernels -name '*.py')
@@ -29,9 +30,9 @@ help:
 	@echo 'make bench        the benchmark of the whole loop; JSON, table and plot in benchmark-output/'
 	@echo 'make results      a small part of docs/results again, compared with the committed numbers; DATA=DIR: also of CIFAR-10 in class folders'
 	@echo 'make report       the parts of README.md and docs/speed.md about speed, and their plots, from the JSON files under benchmarks/results/'
-	@echo 'make gpu-speed    on a machine with a GPU, with its own Python ($(PYTHON)): build, then measure for at most 7 minutes; $(OUT)/speed.jsonl'
-	@echo 'make gpu-check    likewise: build, then the tests that need a GPU, operators, memory checks; $(OUT)/check.jsonl'
-	@echo 'make gpu          both'
+	@echo 'make gpu-speed    on a machine with a GPU, with its own Python ($(PYTHON)): build, then measure for BUDGET=400 seconds at most; $(OUT)/speed.jsonl'
+	@echo 'make gpu-check    likewise, for BUDGET=280 seconds: operators, memory checks, the tests that need a GPU; $(OUT)/check.jsonl'
+	@echo 'make gpu          both; what is built already is not built again'
 	@echo 'make clean        remove what was built and both environments'
 
 # One sentence about what is missing, before anything is downloaded.
@@ -114,13 +115,13 @@ report: build
 # In the Python at hand, with the packages that it has: a machine with a GPU may have no network.
 gpu-build:
 	@'$(PYTHON)' -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs a PyTorch that sees a GPU, and the one of '$(PYTHON)' does not." >&2; exit 1; }
-	@'$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e .
+	@'$(PYTHON)' benchmarks/built.py || { '$(PYTHON)' $(PIP) --no-build-isolation --no-deps -e . && '$(PYTHON)' benchmarks/built.py --remember; }
 
 gpu-speed: gpu-build
-	@'$(PYTHON)' benchmarks/gpu_speed.py --output '$(OUT)'
+	@'$(PYTHON)' benchmarks/gpu_speed.py --output '$(OUT)' $(if $(BUDGET),--budget $(BUDGET))
 
 gpu-check: gpu-build
-	@'$(PYTHON)' benchmarks/gpu_check.py --output '$(OUT)'
+	@'$(PYTHON)' benchmarks/gpu_check.py --output '$(OUT)' $(if $(BUDGET),--budget $(BUDGET))
 
 gpu:
 	@$(MAKE) --no-print-directory gpu-speed; measured=$$?; $(MAKE) --no-print-directory gpu-check && exit $$measured

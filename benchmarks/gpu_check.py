@@ -1,6 +1,7 @@
-"""Whether the engine is right on a GPU, in one command of at most seven minutes: every result is a row of check.jsonl at once.
+"""Whether the engine is right on a GPU, in one command of at most five minutes: every result is a row of check.jsonl at once.
 
 python benchmarks/gpu_check.py --output gpu-results     `make gpu-check` builds first, then runs this
+python benchmarks/gpu_check.py --only memcheck          one step again
 python benchmarks/gpu_check.py --dry-run                the same steps on a CPU, tiny
 """
 
@@ -26,12 +27,12 @@ import harness
 import machine
 import operator_cases
 from gpu_speed import facts_of
-from proof import Rows, Step, run_steps
+from proof import Rows, Step, add_options, chosen, run_steps
 
 from dwa_fast.engine.backend import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = 400.0  # seconds after the build
+BUDGET = 280.0  # seconds; nothing is built where `make gpu-speed` came before
 _TOOLS = ("memcheck", "racecheck", "initcheck")
 _TESTS = ("tests/kernels", "tests/ops", "tests/engine", "tests/compat", "tests/training/test_step.py")  # what has tests for a GPU
 _REPORTED = 30  # lines of a tool's report that are kept
@@ -56,7 +57,7 @@ class Plan:
 
 FULL = Plan(
     torch.device("cuda"),
-    ("-m", "gpu", "-n", "6", *_TESTS),
+    ("-m", "gpu", "-n", "12", "--dist", "worksteal", *_TESTS),
     "cifar100-resnet18",
     batch=None,
     iterations=300,
@@ -80,18 +81,18 @@ TINY = Plan(
 
 
 def steps(plan: Plan, rows: Rows) -> list[Step]:
-    """In the order of their worth."""
+    """The tests last: they take what time is left, and every hundred of them leave a row."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "--timeout", "60", "-p", "no:cacheprovider"]
     tools = _TOOLS if plan.device.type == "cuda" else _TOOLS[:1]
     # Named, since pytest looks for its settings above all paths among its arguments, and the rows may lie anywhere.
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     tests = [*pytest, *settings, "--rows", str(rows.path.resolve()), *(_absolute(argument) for argument in plan.tests)]
     found = [
-        Step("facts", functools.partial(facts_of, plan.device), 20),
+        Step("facts", functools.partial(facts_of, plan.device), 15),
+        Step("operators", functools.partial(operators, plan), 40),
+        Step("losses of two precisions", functools.partial(two_precisions, plan), 30),
+        *(Step(tool, functools.partial(watched, plan, tool), 40, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}) for tool in tools),
         Step("tests", tests, 200),
-        Step("losses of two precisions", functools.partial(two_precisions, plan), 60),
-        Step("operators", functools.partial(operators, plan), 60),
-        *(Step(tool, functools.partial(watched, plan, tool), 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}) for tool in tools),
     ]
     return [replace(step, limit=plan.patience * step.limit) for step in found]
 
@@ -204,16 +205,15 @@ def _absolute(argument: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; 1 where one of them did not end well, 143 after SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder for check.jsonl")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps")
-    parser.add_argument("--dry-run", action="store_true", help="the same steps on a CPU with tiny sizes")
+    add_options(parser, "check.jsonl", BUDGET)
     parser.add_argument("--small", type=torch.device, metavar="DEVICE", help="only every operator once on a small input")
     options = parser.parse_args(arguments)
     if options.small:
         once_small(options.small)
         return 0
     rows = Rows(options.output / "check.jsonl")
-    unfinished = run_steps(steps(TINY if options.dry_run else FULL, rows), rows, options.budget)
+    planned = chosen(steps(TINY if options.dry_run else FULL, rows), options.only, parser)
+    unfinished = run_steps(planned, rows, options.budget)
     print(f"every row is in {rows.path}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
     return 1 if unfinished else 0
 

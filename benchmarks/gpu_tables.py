@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def section(folder: Path, *, brief: bool = False) -> str:
     Raises:
         InputError: the rows do not say what machine they come from.
     """
-    speed, check = (read_rows(folder / name) if (folder / name).exists() else [] for name in (SPEED, CHECK))
+    speed, check = (_latest(read_rows(folder / name)) if (folder / name).exists() else [] for name in (SPEED, CHECK))
     facts = next(iter(_of(speed + check, "facts")), None)
     if facts is None:
         raise InputError(f"{folder} has no row of facts in {SPEED} or {CHECK}: measure again")
@@ -31,6 +32,20 @@ def section(folder: Path, *, brief: bool = False) -> str:
     lines += [*_loops(speed), *_flights(speed), *_ascents(speed), *_training(speed)]
     lines += [f"- {sentence}" for sentence in [*_first_look(speed), *_checks(check), *_unfinished(speed + check)]]
     return "\n".join(lines) + "\n"
+
+
+def _latest(rows: Iterable[Row]) -> list[Row]:
+    """Without the rows of a step that came again: its last run counts, unless an earlier one ended well and this one did not."""
+    runs: dict[str, list[Row]] = {}
+    current: list[Row] = []
+    for row in rows:
+        current.append(row)
+        if row.get("row") == "step":
+            before = runs.get(row["name"])
+            if before is None or row["outcome"] == "done" or before[-1]["outcome"] != "done":
+                runs[row["name"]] = current
+            current = []
+    return [*itertools.chain.from_iterable(runs.values()), *current]
 
 
 def _of(rows: Iterable[Row], kind: str) -> list[Row]:

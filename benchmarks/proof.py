@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import json
@@ -47,6 +48,23 @@ class Step:
     work: Callable[[Rows], None] | Sequence[str]
     limit: float  # seconds
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def add_options(parser: argparse.ArgumentParser, file: str, budget: float) -> None:
+    """The flags of both commands."""
+    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help=f"folder for {file}")
+    parser.add_argument("--budget", type=float, default=budget, help=f"seconds for all steps; default: {budget:.0f}")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone, in their usual order; their new rows count")
+    parser.add_argument("--dry-run", action="store_true", help="the same steps on a CPU with tiny sizes")
+
+
+def chosen(steps: Sequence[Step], names: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Step]:
+    """The steps of those names, all without names; ends with one sentence that lists them where there is no such step."""
+    known = [step.name for step in steps]
+    for name in names or ():
+        if name not in known:
+            parser.error(f"no step {name!r}; the steps are: {', '.join(known)}")
+    return [step for step in steps if not names or step.name in names]
 
 
 def run_steps(steps: Sequence[Step], rows: Rows, budget: float) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +237,109 @@ def test_what_moves_little_memory_has_no_share_of_the_copy_ceiling() -> None:
         "Operators: 3 measured, the 2 that move much memory at 40 to 91 % of the copy ceiling; errors too large: none."
     ]
     assert tables._operators(rows[1:2]) == ["Operators: 1 measured; errors too large: none."]
+
+
+SPEED_STEPS = """facts|first look|loop cifar100-resnet18|loop imagenet-resnet18|loop imagenet-resnet50|ascent|batches in flight|\
+compiled cifar100-resnet18|training convnet128|training resnet18|state|compiled imagenet-resnet18|compiled imagenet-resnet50"""
+
+
+def test_steps_in_the_order_of_their_worth(proof: ModuleType, tmp_path: Path) -> None:
+    """Both commands together, with a start of two minutes and a build of 80 seconds, take less than a quarter of an hour."""
+    speed, check = (importlib.import_module(name) for name in ("gpu_speed", "gpu_check"))
+    steps = speed.steps(speed.FULL)
+    assert [step.name for step in steps] == SPEED_STEPS.split("|")
+    assert {step.name: step.limit for step in steps}["compiled cifar100-resnet18"] >= 150
+    *before, tests = check.steps(check.FULL, proof.Rows(tmp_path / "rows.jsonl"))
+    assert [step.name for step in before[-3:]] + [tests.name] == ["memcheck", "racecheck", "initcheck", "tests"]
+    assert sum(step.limit for step in before) + 60 <= check.BUDGET
+    assert 120 + 80 + speed.BUDGET + check.BUDGET <= 900
+
+
+@pytest.mark.parametrize("name", ["gpu_speed", "gpu_check"])
+def test_only_some_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script, ran = importlib.import_module(name), []
+    monkeypatch.setattr(script, "run_steps", lambda steps, rows, budget: ran.append(([step.name for step in steps], budget)) or [])
+    output = ["--output", str(tmp_path)]
+    last = "tests" if name == "gpu_check" else "batches in flight"
+    assert script.main([*output, "--only", last, "facts", "--budget", "70"]) == 0
+    assert script.main([*output, "--only", "facts"]) == 0
+    assert ran == [(["facts", last], 70.0), (["facts"], script.BUDGET)]
+    with pytest.raises(SystemExit):
+        script.main([*output, "--only", "facts", "asent"])
+    assert re.search(rf"error: no step 'asent'; the steps are: facts, .*{last}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("workload", "rival", "iterations"), [
+    ("imagenet-resnet50", "published", 10), ("imagenet-resnet50", "eager+graph", 50), ("imagenet-resnet18", "published", 50),
+])  # fmt: skip
+def test_slow_rivals_are_timed_in_fewer_iterations(
+    workload: str, rival: str, iterations: int, proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed, taken = importlib.import_module("gpu_speed"), []
+
+    def interleaved(peers: dict[str, Any], others: dict[str, Any], count: int, rounds: int, device: torch.device) -> Any:
+        taken.append(count)
+        return {name: [1.0] for name in peers}, {}
+
+    monkeypatch.setattr(speed.harness, "make_peer", lambda *_: SimpleNamespace(precision="bf16", advance=lambda count: None))
+    monkeypatch.setattr(speed.harness, "errors", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(speed.harness, "interleaved", interleaved)
+    problem = SimpleNamespace(workload=SimpleNamespace(name=workload))
+    plan = replace(speed.FULL, device=torch.device("cpu"))
+    speed._pair(plan, problem, None, rival, proof.Rows(tmp_path / "rows.jsonl"))
+    assert taken == [iterations]
+
+
+def test_the_last_run_of_a_step_counts() -> None:
+    """Unless it did not end well and an earlier one did."""
+
+    def run(value: int, name: str, outcome: str) -> list[dict[str, Any]]:
+        return [{"row": "number", "value": value}, {"row": "step", "name": name, "outcome": outcome}]
+
+    runs = [
+        run(1, "a", "done"),
+        run(2, "b", "stopped"),
+        run(3, "a", "stopped"),
+        run(4, "b", "failed"),
+        run(5, "c", "done"),
+        run(6, "c", "done"),
+    ]
+    latest = importlib.import_module("gpu_tables")._latest([row for each in runs for row in each] + [{"row": "number", "value": 7}])
+    assert [row["value"] for row in latest if row["row"] == "number"] == [1, 4, 6, 7]
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("target", ["gpu-speed", "gpu-check", "gpu"])
+def test_make_gpu_builds_once_and_hands_the_budget_on(target: str, built: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tool(tmp_path, "python", f'echo "$@" >> {log}; case "$*" in benchmarks/built.py) exit {int(not built)};; esac')
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", target, f"PYTHON={tmp_path}/python", "BUDGET=77", f"OUT={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    lines = log.read_text().splitlines()
+    names = {"gpu-speed": ["speed"], "gpu-check": ["check"], "gpu": ["speed", "check"]}[target]
+    ran = [f"benchmarks/gpu_{name}.py --output {tmp_path} --budget 77" for name in names]
+    assert [line for line in lines if line.startswith("benchmarks/gpu_")] == ran
+    wanted = 0 if built else len(names)
+    assert len([line for line in lines if line.startswith("-m pip install")]) == wanted
+    assert lines.count("benchmarks/built.py --remember") == wanted
+
+
+def test_what_is_built_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = importlib.import_module("built")
+    monkeypatch.setattr(built, "RECORD", tmp_path / "build" / "built-from")
+    assert not built.is_built()
+    built.remember()
+    assert built.is_built() == (Path(dwa_fast.__file__).parents[1] == ROOT)
+    for name in ("setup.py", "pyproject.toml"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(built, "ROOT", tmp_path)
+    before = built.digest()
+    assert built.digest() == before
+    (tmp_path / "csrc" / "more.cpp").write_text("int x;\n")
+    assert built.digest() != before
+    assert not built.is_built()
 
 
 @pytest.mark.parametrize(("target", "has_torch"), [("gpu-speed", True), ("gpu-check", False)])
