@@ -100,23 +100,23 @@ def _recover(recovery: Recovery, teacher: nn.Module, index: int, seed: int, disp
     shape = recovery.normalisation.channels, recovery.size, recovery.size
     size, expected = recovery.config.batch_size, recovery.classes or recovery.config.batch_size
     sizes = sorted({min(size, expected), expected % size or size})
-    run = Synthesizer(teacher, normal(generator(0, "unseen"), (1, *shape)), recovery.config, recovery.normalisation, batch_sizes=sizes)
-    classes = recovery.classes or run.classes
-    if run.classes != classes:
-        raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
-    if verified and recovery.verifier:
-        display = _verifier(recovery.verifier_arch, run.execution.device)
-    losses = []
-    for batch in _batches(recovery, classes, index):
-        if recovery.init_path and recovery.config.sees_images and teacher not in _tried:
-            _tried.add(teacher)
-            check_predictions(run.logits, [(denormalise(batch.images, recovery.normalisation), batch.labels)], recovery.normalisation)
-        with memory_errors(run.execution, [batch]):
-            images, terms = _refine(run.replicas[0], batch, seed, recovery, display)
-        losses.append(terms.float().cpu())
-        if recovery.output:
-            _store(recovery.output, denormalise(images, recovery.normalisation), batch.labels, index, classes)
-    run.close()
+    probe = normal(generator(0, "unseen"), (1, *shape))
+    with Synthesizer(teacher, probe, recovery.config, recovery.normalisation, batch_sizes=sizes) as run:
+        classes = recovery.classes or run.classes
+        if run.classes != classes:
+            raise InputError(f"the data set has {classes} classes, but the teacher knows {run.classes}")
+        if verified and recovery.verifier:
+            display = _verifier(recovery.verifier_arch, run.execution.device)
+        losses = []
+        for batch in _batches(recovery, classes, index):
+            if recovery.init_path and recovery.config.sees_images and teacher not in _tried:
+                _tried.add(teacher)
+                check_predictions(run.logits, [(denormalise(batch.images, recovery.normalisation), batch.labels)], recovery.normalisation)
+            with memory_errors(run.execution, [batch]):
+                images, terms = _refine(run.replicas[0], batch, seed, recovery, display)
+            losses.append(terms.float().cpu())
+            if recovery.output:
+                _store(recovery.output, denormalise(images, recovery.normalisation), batch.labels, index, classes)
     return torch.stack(losses)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dwa_fast.config import Normalisation, SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, Views, apply_mix, apply_views, draw_mix, draw_views, mirror
 from dwa_fast.data.images import ImageSet
-from dwa_fast.data.pixels import normalise
+from dwa_fast.data.pixels import moved, normalise
 from dwa_fast.seeding import generator
 
 log = logging.getLogger("dwa_fast")
@@ -177,11 +177,6 @@ class TrainingLoader:
             if mix.partner is not None:
                 partner_labels, shares = labels[mix.partner], moved(torch.tensor([mix.share, 1 - mix.share]), device)
             yield TrainingBatch(images, labels, plan, partner_labels, shares, _moved(plan.logits, device))
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of a CPU on the device; a GPU copies it when its queue gets there, and nobody waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def normalise(pixels: Tensor, normalisation: Normalisation) -> Tensor:
         raise InputError(f"pixels must be uint8, or floating point in [0, 1], got {pixels.dtype}")
     elif not pixels.is_cuda and pixels.numel() and float(pixels.detach().amax()) > _LARGEST:  # a GPU would have to be waited for
         raise InputError(f"pixels in floating point must lie in [0, 1], got up to {float(pixels.detach().amax()):g}; divide them by 255?")
-    mean, std = (torch.tensor(value).to(pixels)[:, None, None] for value in (normalisation.mean, normalisation.std))
+    mean, std = _mean_and_std(normalisation, pixels)
     return (pixels - mean) / std
 
 
@@ -56,8 +58,20 @@ def denormalise(images: Tensor, normalisation: Normalisation) -> Tensor:
     _check(images, normalisation, "images")
     if not images.is_floating_point():
         raise InputError(f"images must be normalised floating point, got {images.dtype}")
-    mean, std = (torch.tensor(value).to(images)[:, None, None] for value in (normalisation.mean, normalisation.std))
+    mean, std = _mean_and_std(normalisation, images)
     return images * std + mean
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a CPU on the device; a GPU copies it when its queue gets there, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _mean_and_std(
+    normalisation: Normalisation,
+    like: Tensor,  # floating point
+) -> Iterator[Tensor]:  # [C, 1, 1] each
+    return (moved(torch.tensor(value).to(like.dtype), like.device)[:, None, None] for value in (normalisation.mean, normalisation.std))
 
 
 def _check(pixels: Tensor, normalisation: Normalisation, what: str) -> None:

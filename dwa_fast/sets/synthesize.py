@@ -138,17 +138,34 @@ def synthesize(
     if class_statistics is not None and config.statistics != "class":
         raise InputError("class_statistics would not be used: the recipe matches running statistics; set statistics='class'")
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
-    run = Synthesizer(listed(teacher, output), images, config, normalisation, batch_sizes=[len(images[part]) for part in parts])
-    check_label_range(labels, run.classes)
-    if class_statistics is not None:
-        run.check_statistics(class_statistics, labels)
-    if config.sees_images and normalised:  # else what the teacher says of them would blame mean and std
-        some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
-        for predict in run.predictors:
-            tried = ((denormalise(images[part.to(images.device)], normalisation), labels[part.to(labels.device)].cpu()) for part in some)
-            check_predictions(predict, tried, normalisation)
-    aimed = [aims(class_statistics or [], labels[part].tolist()) if config.matches_class else [] for part in parts]
-    batches = [Batch(number, images[part], labels[part], number, aimed[number]) for number, part in enumerate(parts)]
+    sizes = [len(images[part]) for part in parts]
+    with Synthesizer(listed(teacher, output), images, config, normalisation, batch_sizes=sizes) as run:
+        check_label_range(labels, run.classes)
+        if class_statistics is not None:
+            run.check_statistics(class_statistics, labels)
+        if config.sees_images and normalised:  # else what the teacher says of them would blame mean and std
+            some = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).round().to(torch.int64).split(config.batch_size)
+            for predict in run.predictors:
+                pixels = (denormalise(images[part.to(images.device)], normalisation) for part in some)
+                wanted = (labels[part.to(labels.device)].cpu() for part in some)
+                check_predictions(predict, zip(pixels, wanted, strict=True), normalisation)
+        aimed = [aims(class_statistics or [], labels[part].tolist()) if config.matches_class else [] for part in parts]
+        batches = [Batch(number, images[part], labels[part], number, aimed[number]) for number, part in enumerate(parts)]
+        finished, losses = _refined(run, batches, seed, progress)
+    execution: dict[str, Any] = run.execution.describe()
+    if run.execution.device.type == "cpu":
+        execution["threads"] = torch.get_num_threads()
+    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels.clone(), recipe, seed, execution)
+
+
+def _refined(
+    run: Synthesizer,
+    batches: Sequence[Batch],
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Images and losses of each batch, the images on the device of those that were given."""
+    config = run.config
     each = max(1, config.iterations)
     total = len(batches) * each
     finished, losses = [], []
@@ -160,13 +177,9 @@ def synthesize(
                 progress(before + batches * iterations, total)
 
         for refined, terms in run.run(group, seed=seed, progress=tick):
-            finished.append(refined.to(images.device, memory_format=torch.contiguous_format))
+            finished.append(refined.to(batches[0].images.device, memory_format=torch.contiguous_format))
             losses.append(terms.float().cpu())
-    run.close()
-    execution: dict[str, Any] = run.execution.describe()
-    if run.execution.device.type == "cpu":
-        execution["threads"] = torch.get_num_threads()
-    return SynthesisResult(torch.cat(finished), torch.stack(losses), labels.clone(), recipe, seed, execution)
+    return finished, losses
 
 
 def _look_normalised(images: Tensor, normalisation: Normalisation) -> bool:
