@@ -102,27 +102,26 @@ class _Products:
     @classmethod
     def found(cls) -> _Products:
         """What is set now. The older settings cannot be read where only a newer one was changed; then they follow it."""
-        cudnn = torch.backends.cudnn
         precisions = tuple(each.fp32_precision for each in _PRODUCTS)
         try:
             matmul = torch.get_float32_matmul_precision()
         except RuntimeError:
             matmul = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
-        return cls(precisions, matmul, cudnn.conv.fp32_precision == "tf32", cudnn.deterministic, cudnn.benchmark)
+        return cls(precisions, matmul, _cudnn.conv.fp32_precision == "tf32", _cudnn.deterministic, _cudnn.benchmark)
 
     def put(self) -> None:
         """Set them, the older ones first: these change the newer ones."""
-        cudnn = torch.backends.cudnn
         torch.set_float32_matmul_precision(self.matmul)
-        cudnn.allow_tf32 = self.allows_tf32
+        _cudnn.allow_tf32 = self.allows_tf32
         for each, precision in zip(_PRODUCTS, self.precisions, strict=True):
             each.fp32_precision = precision
-        cudnn.deterministic, cudnn.benchmark = self.deterministic, self.benchmark
+        _cudnn.deterministic, _cudnn.benchmark = self.deterministic, self.benchmark
 
 
-_OF_A_GPU = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-_OF_A_CPU = (torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul)
-_PRODUCTS: tuple[Any, ...] = (*_OF_A_GPU, *_OF_A_CPU)
+_cudnn: Any = torch.backends.cudnn
+_mkldnn: Any = torch.backends.mkldnn
+# three of a GPU, three of a CPU
+_PRODUCTS = _cudnn.conv, _cudnn.rnn, torch.backends.cuda.matmul, _mkldnn.conv, _mkldnn.rnn, _mkldnn.matmul
 _EXACT = _Products(("ieee",) * 6, "highest", False, True, False)
 _TF32 = _Products(("tf32",) * 3 + ("ieee",) * 3, "high", True, True, False)
 _lock = threading.Lock()
