@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,6 +264,58 @@ def test_images_of_another_size_than_the_recipes_are_refused(call: Callable[[Any
         call(recipe("digits"))
     with pytest.raises(InputError, match=r"images have 1 channel of 8 × 8 pixels, and the recipe is for 3 channels of 8 × 8 pixels"):
         call(recipe("cifar10", size=8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: squeeze(small_set(), small_recipe(), seed=-1), "seed must be an integer of at least 0, got -1"),
+        (lambda: squeeze(small_set(), small_recipe(), test_every=-1), "test_every must be an integer of at least 0, got -1"),
+        (lambda: relabel(small_set(), small_teacher(), small_recipe(), output="labels", seed=-1), "seed must be an integer of at least 0"),
+        (lambda: relabel(small_set(), None, small_recipe(), output="labels"), "soft labels come from a teacher, got None"),  # type: ignore[arg-type]
+        (
+            lambda: validate(small_set(), small_set(), small_teacher(), "small-resnet", small_recipe(), seed=-1, resume_dir="students"),
+            "seed must be an integer of at least 0, got -1",
+        ),
+        (
+            lambda: validate(small_set(), small_set(), small_teacher(), "small-resnet", small_recipe(), test_every=-1),
+            "test_every must be an integer of at least 0, got -1",
+        ),
+    ],
+)
+def test_nothing_is_written_for_arguments_that_cannot_be_used(
+    call: Callable[[], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        call()
+    assert not list(tmp_path.iterdir())
+
+
+class OtherLabels:
+    """A set of images whose labels are those of another type."""
+
+    def __init__(self, labels: Any) -> None:
+        own = small_set()
+        self.labels, self.class_names, self.image_shape, self.name, self.load = labels, own.class_names, own.image_shape, own.name, own.load
+
+
+@pytest.mark.parametrize("labels", [small_set().labels.int(), small_set().labels.tolist()], ids=["int32", "list"])
+def test_labels_of_another_type_are_refused(labels: Any) -> None:
+    data, message = OtherLabels(labels), r"labels of data must be a tensor \[N\] of int64, got "
+    for call in (
+        lambda: squeeze(data, small_recipe()),
+        lambda: distill(small_teacher(), data, small_recipe(), ipc=1, output="set"),
+        lambda: class_statistics(small_teacher(), data, small_recipe()),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_synthesize_takes_labels_of_any_integers() -> None:
+    config = small_recipe(iterations=2, backend="reference")
+    wanted = synthesize(small_teacher(), IMAGES, LABELS, config).images
+    assert torch.equal(synthesize(small_teacher(), IMAGES, LABELS.to(torch.uint8), config).images, wanted)
 
 
 def test_numbers_of_classes_are_checked() -> None:

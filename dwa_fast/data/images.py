@@ -15,6 +15,8 @@ from dwa_fast.config import DataConfig
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import READERS, BadImageError, check_image, decode
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 Indices = Sequence[int] | Tensor  # of images; a tensor may also be a mask, one boolean per image
 
 
@@ -41,12 +43,14 @@ class ImageSet(Protocol):
 
 
 def check_image_set(data: Any, name: str = "data") -> None:
-    """Raise TypeError unless that is a set of images: a `FileSet`, a `MemorySet` or something like them."""
+    """Raise TypeError unless that is a set of images: a `FileSet`, a `MemorySet` or something like them; InputError for its labels."""
     if not all(hasattr(data, each) for each in ("labels", "class_names", "image_shape", "name", "load")):
         raise TypeError(
             f"{name} must be a set of images, such as image_folder(folder, size) or MemorySet(pixels, labels, class_names), "
             f"got {type(data).__name__}"
         )
+    if not isinstance(data.labels, Tensor) or data.labels.dtype != torch.int64 or data.labels.dim() != 1:
+        raise InputError(f"labels of {name} must be a tensor [N] of int64, got {_described(data.labels)}")
 
 
 def check_shape(data: ImageSet, config: DataConfig) -> None:
@@ -61,7 +65,9 @@ def check_shape(data: ImageSet, config: DataConfig) -> None:
 
 @dataclass(frozen=True, repr=False)
 class MemorySet:
-    """Images held in memory: pixels [N, C, S, S] uint8, labels [N] int64 in 0 … classes − 1, and the class names by label.
+    """Images held in memory: pixels [N, C, S, S] uint8, labels [N] in 0 … classes − 1, and the class names by label.
+
+    Labels of any integer type are kept as int64.
 
     `len(data)` is N, and `data[i]` an image [C, S, S] uint8 and its label, so that a torch DataLoader takes it.
 
@@ -76,8 +82,10 @@ class MemorySet:
     def __post_init__(self) -> None:
         if not isinstance(self.pixels, Tensor) or self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4:
             raise InputError(f"pixels must be a tensor [N, C, S, S] of uint8, got {_described(self.pixels)}")
-        if not isinstance(self.labels, Tensor) or self.labels.is_floating_point() or self.labels.shape != self.pixels.shape[:1]:
+        integers = isinstance(self.labels, Tensor) and self.labels.dtype in _INTEGERS
+        if not integers or self.labels.shape != self.pixels.shape[:1]:
             raise InputError(f"labels must be a tensor [{len(self.pixels)}] of integers, got {_described(self.labels)}")
+        object.__setattr__(self, "labels", self.labels.to(torch.int64))  # a tensor of bytes is no index: PyTorch takes it for a mask
         if isinstance(self.class_names, str) or not all(isinstance(name, str) for name in self.class_names):
             raise InputError(f"class_names must be a list of names, got {self.class_names!r}")
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):

@@ -29,6 +29,7 @@ from dwa_fast.models.wrappers import listed, unwrapped
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
+from dwa_fast.sets.idle_teachers import warn_of_idle_teachers
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
 from dwa_fast.sets.store import BatchSpec, ImageStore
@@ -108,6 +109,11 @@ def distill(
     """
     ipc, seed = plain(ipc), plain(seed)
     check_integer("ipc", ipc, 1)
+    check_integer("seed", seed, 0)
+    initial, storage = initial or InitialConfig(), storage or StorageConfig()
+    for name, value, kind in (("initial", initial, InitialConfig), ("storage", storage, StorageConfig)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
     check_image_set(data)
     check_recipe(recipe)
     check_shape(data, recipe.data)
@@ -124,10 +130,6 @@ def distill(
     synthesizer = Synthesizer(listed(teacher, logits), probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
-    initial, storage = initial or InitialConfig(), storage or StorageConfig()
-    for name, value, kind in (("initial", initial, InitialConfig), ("storage", storage, StorageConfig)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
@@ -151,6 +153,8 @@ def distill(
         if missing:
             store.begin()
             images.check(_last_indices(missing), measuring)
+            if rank() == 0:
+                warn_of_idle_teachers(config, len(listed(teacher)), ipc // each, f"ipc {ipc} in batches of {each} images of a class")
             if try_teacher and rank() == 0:
                 for predict in synthesizer.predictors:
                     warn_if_inaccurate(predict, data, recipe.data)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import Normalisation, Progress, plain
+from dwa_fast.config import Normalisation, Progress, check_integer, plain
 from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.class_statistics import ClassStatistics, aims
@@ -21,6 +21,7 @@ from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.sets.exchange import write_set
+from dwa_fast.sets.idle_teachers import warn_of_idle_teachers
 
 log = logging.getLogger("dwa_fast")
 
@@ -123,6 +124,7 @@ def synthesize(
     """
     check_recipe(recipe)
     config, normalisation, seed = recipe.synthesis, recipe.data, plain(seed)
+    check_integer("seed", seed, 0)
     check_arguments(images, labels, normalisation.channels)
     if config.initial in ("patches", "median"):
         raise InputError(
@@ -141,6 +143,7 @@ def synthesize(
     sizes = [len(images[part]) for part in parts]
     with Synthesizer(listed(teacher, output), images, config, normalisation, batch_sizes=sizes) as run:
         check_label_range(labels, run.classes)
+        warn_of_idle_teachers(config, len(listed(teacher)), len(parts), f"a set of {len(parts)} batches")
         if class_statistics is not None:
             run.check_statistics(class_statistics, labels)
         if config.sees_images and normalised:  # else what the teacher says of them would blame mean and std

@@ -81,12 +81,15 @@ def relabel(
             set's classes, or FKD files cannot hold such views.
     """
     seed, pool = plain(seed), plain(pool)
+    check_integer("seed", seed, 0)
     check_image_set(distilled, "distilled")
     check_recipe(recipe)
     check_shape(distilled, recipe.data)
     check_set(distilled, "distilled images")
     recipe, output, device = with_batch_size(recipe, distilled), Path(output), resolve_device(str(device))
     config, teachers = recipe.validation, as_teachers(teacher)
+    if not teachers:
+        raise InputError("soft labels come from a teacher, got None")
     for each in teachers:
         check_label_teacher(each, distilled, recipe, device)
     classes = len(distilled.class_names)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwa_fast.config import Progress, SqueezeConfig, plain
+from dwa_fast.config import Progress, SqueezeConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
@@ -49,7 +49,9 @@ def squeeze(
     check_image_set(data)
     check_recipe(recipe)
     check_shape(data, recipe.data)
-    seed = plain(seed)
+    seed, test_every = plain(seed), plain(test_every)
+    check_integer("seed", seed, 0)
+    check_integer("test_every", test_every, 0)
     config, device = recipe.squeeze, resolve_device(str(device))
     fast = config.schedule == "fast"
     check_set(data, "training images")

@@ -116,14 +116,15 @@ def validate(
             teacher, the teacher gives no finite logits of these classes, a batch of one image is too small for the student, or a training
             diverges. Finished students stay in the folder.
     """
-    seed, jobs = plain(seed), plain(jobs)
+    seed, jobs, test_every = plain(seed), plain(jobs), plain(test_every)
     check_image_set(distilled, "distilled")
     check_image_set(test, "test")
     check_recipe(recipe)
     for images in (distilled, test):
         check_shape(images, recipe.data)
     check_set(distilled, "distilled images")
-    check_integer("jobs", jobs, 1)
+    for name, value, at_least in (("seed", seed, 0), ("jobs", jobs, 1), ("test_every", test_every, 0)):
+        check_integer(name, value, at_least)
     if not isinstance(student, str):
         raise TypeError(f"student must be the name of an architecture, such as 'resnet18', got {type(student).__name__}")
     recipe, device, teachers = with_batch_size(recipe, distilled), resolve_device(str(device)), as_teachers(teacher)

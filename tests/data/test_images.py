@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dwa_fast import FileSet, InputError, MemorySet, digits, image_folder
+from dwa_fast.data.subsets import some_classes
 from dwa_fast.io.decode import _THREADS, READERS
 from tests.data.image_files import write_image
 
@@ -105,6 +106,8 @@ def test_a_set_is_shown_in_one_line(data: MemorySet | FileSet, tmp_path: Path) -
         ),
         ({"pixels": np.zeros((2, 1, 8, 8), np.uint8)}, "pixels must be a tensor .* got ndarray"),
         ({"labels": [0, 1]}, r"labels must be a tensor \[2\] of integers, got list"),
+        ({"labels": torch.tensor([False, True])}, r"labels must be a tensor \[2\] of integers, got torch.bool of shape \(2,\)"),
+        ({"labels": torch.tensor([0.0, 1.0])}, r"labels must be a tensor \[2\] of integers, got torch.float32 of shape \(2,\)"),
         ({"labels": torch.tensor([0])}, r"labels must be a tensor \[2\] of integers, got torch.int64 of shape \(1,\)"),
         ({"labels": torch.tensor([0, 2])}, r"labels must lie in 0 … 1, one number for each of the class_names, got 0 … 2"),
         ({"labels": torch.tensor([-1, 1])}, r"labels must lie in 0 … 1, one number for each of the class_names, got -1 … 1"),
@@ -115,6 +118,14 @@ def test_what_cannot_be_a_set_in_memory_is_refused(change: dict[str, Any], messa
     good = {"pixels": torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1]), "class_names": ["ant", "bee"]}
     with pytest.raises(InputError, match=message):
         MemorySet(**(good | change))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_other_integers_are_kept_as_int64(kind: torch.dtype) -> None:
+    """As an index a tensor of bytes would be a mask."""
+    data = MemorySet(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1], dtype=kind), ["ant", "bee"])
+    assert data.labels.dtype == torch.int64
+    assert some_classes(data, [1]).indices.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

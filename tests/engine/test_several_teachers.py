@@ -149,6 +149,32 @@ def test_a_set_by_index(tmp_path: Path) -> None:
             assert first != second
 
 
+@pytest.mark.parametrize(
+    ("ipc", "settings", "message"),
+    [
+        (
+            4,
+            {"batch_ipc": None},
+            "ipc 4 in batches of 4 images of a class takes 1 of their 3 turns",
+        ),
+        (1, {}, "ipc 1 in batches of 1 images of a class takes 1 of their 3 turns"),
+        (4, {"batch_ipc": 2}, None),
+        (
+            1,
+            {"teacher_turns": "iteration"},
+            "a refinement of 1 iterations takes 1 of their 3 turns",
+        ),
+    ],
+)
+def test_teachers_that_are_never_used_are_reported(
+    ipc: int, settings: dict[str, Any], message: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"iterations": 1, "batch_size": 40, "ascent": "none", "teachers_together": 2, "teacher_turns": "index", **settings}
+    distill(TEACHERS, small_set(), small_recipe(**own), ipc=ipc, output=tmp_path)
+    found = [text for record in caplog.records if (text := record.getMessage()).startswith("only the first")]
+    assert found == ([f"only the first 2 of 3 teachers are used: {message}"] if message else [])
+
+
 def test_every_teacher_is_tried(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="dwa_fast")
     synthesize([small_teacher(), another()], *real_images(200), small_recipe(iterations=1, ascent="none", batch_size=200))

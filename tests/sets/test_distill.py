@@ -329,5 +329,7 @@ def test_arguments_of_another_type_are_named(tmp_path: Path) -> None:
         distill(small_teacher(), small_set(), config.data, ipc=1, output=tmp_path / "set")  # type: ignore[arg-type]
     for name, kind in (("storage", "StorageConfig"), ("initial", "InitialConfig")):
         with pytest.raises(TypeError, match=f"{name} must be a {kind}, got 'noise'"):
-            distill(small_teacher(), small_set(), config, ipc=1, output=tmp_path / "set", **{name: "noise"})  # type: ignore[arg-type]
+            distill(None, small_set(), config, ipc=1, output=tmp_path / "set", **{name: "noise"})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="seed must be an integer of at least 0, got -1"):
+        distill(small_teacher(), small_set(), config, ipc=1, output=tmp_path / "set", seed=-1)
     assert not (tmp_path / "set").exists()
