@@ -35,9 +35,6 @@ _DESCRIPTIONS = {
 }
 
 
-_LISTS = ("--teacher", "--sets")  # flags that take several values in some commands
-
-
 class _UsageError(InputError):
     """A command line that makes no sense, whatever the files are."""
 
@@ -99,25 +96,23 @@ def _terminable() -> Iterator[None]:
 
 
 def _check_words(arguments: Sequence[str]) -> None:
-    """Refuse a misspelled command, and a list of values whose flag stands twice: only what is behind the last would count."""
+    """Refuse a misspelled command."""
     name = arguments[0] if arguments else "-"
     if not name.startswith("-") and name not in _DESCRIPTIONS:
         near = difflib.get_close_matches(name, _DESCRIPTIONS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_DESCRIPTIONS)}"
         raise _UsageError(f"there is no command {name!r}; {hint}")
-    flags = [argument.partition("=")[0] for argument in arguments]
-    for flag in _LISTS:
-        if flags.count(flag) > 1:
-            raise _UsageError(f"{flag} stands {flags.count(flag)} times; it takes all of its values at once: {flag} A B")
 
 
 def _check_flags(name: str, command: Any, arguments: Sequence[str]) -> None:
-    """Refuse a flag that the command does not have, and say which one may be meant."""
-    from dwa_fast.commands.flags import flag_names, flags_meant
+    """Refuse a flag that the command does not have, and say which one may be meant; and a flag of several values that stands twice."""
+    from dwa_fast.commands.flags import flags_meant, flags_of
 
-    flags = list(flag_names(command))
-    for argument in arguments:
-        typed = argument.partition("=")[0].replace("_", "-")
+    takes_several = dict(flags_of(command))
+    flags, all_typed = list(takes_several), [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for typed in all_typed:
+        if takes_several.get(typed) and all_typed.count(typed) > 1:
+            raise _UsageError(f"{typed} stands {all_typed.count(typed)} times; it takes all of its values at once: {typed} A B")
         known = typed in ("--", "--help") or typed in flags or typed.replace("no-", "", 1) in flags
         if typed.startswith("--") and not known:
             near = flags_meant(typed, flags)

@@ -60,14 +60,14 @@ def _checked(make: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def flag_names(command: Any, prefix: str = "") -> Iterator[str]:
-    """The flags of a command, given it with its defaults; without the --no-… of switches."""
+def flags_of(command: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The flags of a command, given it with its defaults, and whether each takes several values; without the --no-… of switches."""
     for field in fields(command):
-        name, value = prefix + field.name.replace("_", "-"), getattr(command, field.name)
+        name, value, kind = prefix + field.name.replace("_", "-"), getattr(command, field.name), str(field.type)
         if is_dataclass(value):
-            yield from flag_names(value, prefix if "OmitArgPrefixes" in str(field.type) else f"{name}.")
-        elif "Positional" not in str(field.type):
-            yield f"--{name}"
+            yield from flags_of(value, prefix if "OmitArgPrefixes" in kind else f"{name}.")
+        elif "Positional" not in kind:
+            yield f"--{name}", "tuple[" in kind
 
 
 def flags_meant(typed: str, flags: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 import dwa_fast
 from dwa_fast.commands import cli, commands
 from dwa_fast.commands.cli import _parse, run
-from dwa_fast.commands.flags import flag_names
+from dwa_fast.commands.flags import flags_of
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum
@@ -106,9 +106,20 @@ def test_a_misspelled_command(typed: str, meant: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith(f"dwa-fast: there is no command {typed!r}{meant}")
 
 
-def test_a_list_that_stands_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert usage_error(["synthesize", "--teacher", "a.pt", "--teacher", "b.pt"]) == 2
-    assert "--teacher stands 2 times; it takes all of its values at once: --teacher A B" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("synthesize --teacher a.pt --teacher b.pt", "--teacher"),
+        ("compare --ipc 1 --ipc 2", "--ipc"),
+        ("compare --methods real --methods=dwa", "--methods"),
+        ("compare --synthesis.stage_sizes 8 --synthesis.stage-sizes 16", "--synthesis.stage-sizes"),
+        ("diversity --sets a --sets b", "--sets"),
+        ("squeeze --mean 0.5 --mean 0.4", "--mean"),
+    ],
+)
+def test_a_list_that_stands_twice(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error(command.split()) == 2
+    assert f"{flag} stands 2 times; it takes all of its values at once: {flag} A B" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +147,7 @@ def test_an_unknown_flag_names_the_one_that_is_meant(arguments: str, sentence: s
 def test_the_flags_of_a_command_are_those_of_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     usage_error([name, "--help"])
     shown = re.findall(r"^[│ ] (--[a-z][\w.-]*)", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(shown) == sorted(flag_names(commands()[name]))
+    assert sorted(shown) == sorted(flag for flag, _ in flags_of(commands()[name]))
 
 
 def test_fast_changes_the_defaults() -> None:
