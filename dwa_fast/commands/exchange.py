@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dwa_fast.commands.console import Console
 from dwa_fast.config import Fraction, NonNegativeInt, Normalisation, Positive, PositiveInt
+from dwa_fast.data.pairing import read_classes
 from dwa_fast.data.pixels import to_levels
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.data.tensors import IMAGES_FILE, LABELS_FILE, as_pixels, read_tensors, write_tensors
@@ -159,13 +160,10 @@ class Import(_Normalised):
         """Names from the flag, else from the files."""
         if self.classes is None:
             return found
-        try:
-            names = [line.strip() for line in self.classes.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.classes} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        if len(names) != len(found) or len(set(names)) != len(names):
-            got = f"{len(names)} names, {len(set(names))} of them different"
-            raise InputError(f"{self.classes} holds {got}; expected one for each of {len(found)} classes, in the order of their numbers")
+        names = read_classes(self.classes)
+        if len(names) != len(found):
+            got = f"{len(names)} names; expected one for each of {len(found)} classes"
+            raise InputError(f"{self.classes} holds {got}, in the order of their numbers")
         return names
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwa_fast.config import Normalisation
 from dwa_fast.data.class_names import as_named, shown
 from dwa_fast.errors import InputError
-from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, teacher_checksum
+from dwa_fast.models.checkpoint import TeacherInfo, read_teacher, teacher_checksum
 
 
 class KnownClasses(nn.Module):
@@ -54,7 +54,7 @@ def teachers_in_settings(checksums: Sequence[str], outputs: Sequence[Sequence[in
 
 
 def read_classes(path: Path) -> list[str]:
-    """Read a teacher's class names in the order of its outputs, one per line. Empty lines and lines starting with # are ignored.
+    """Read class names in the order of their numbers, one per line. Empty lines and lines starting with # are ignored.
 
     Raises:
         InputError: the file cannot be read, has no name, or has a name twice.
@@ -69,7 +69,7 @@ def read_classes(path: Path) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice or not names:
         got = f"names {shown(twice)} more than once" if twice else "names no class"
-        raise InputError(f"list of classes {path} {got}; expected one class name a line, in the order of the teacher's outputs")
+        raise InputError(f"list of classes {path} {got}; expected one class name a line, in the order of their numbers")
     return names
 
 
@@ -118,13 +118,13 @@ def _load(
 ) -> tuple[nn.Module, TeacherInfo]:
     """Load the checkpoint with `count` classes, or with its own number if it has another."""
     try:
-        return load_teacher(path, architecture=architecture, classes=count, weights_key=weights_key, **shape)
+        return read_teacher(path, architecture=architecture, classes=count, weights_key=weights_key, **shape)
     except InputError as error:
         if architecture is None and default is not None and "does not say which network" in str(error):
             return _load(path, count, default, None, shape, weights_key)
         first = error
     try:
-        return load_teacher(path, architecture=architecture, weights_key=weights_key, **shape)
+        return read_teacher(path, architecture=architecture, classes=None, weights_key=weights_key, **shape)
     except InputError:
         raise first from None
 

@@ -73,20 +73,42 @@ def load_teacher(
     *,
     architecture: str | None = None,
     classes: int | None = None,
-    channels: int = 3,
-    size: int = 224,
+    channels: int | None = None,
+    size: int | None = None,
     weights_key: str | None = None,
 ) -> tuple[nn.Module, TeacherInfo]:
     """A teacher in eval mode from a checkpoint of torch.save or safetensors: a state dict, bare or at any key, behind any prefix.
 
     Args:
-        architecture, classes, channels, size: what to build; a checkpoint written by `dwa-fast squeeze` says it itself.
-            The architecture is a name of `architectures.build`, such as "resnet18" or "timm:resnet18".
+        architecture, classes, channels, size: what to build; a checkpoint written by `dwa-fast squeeze` says it itself, and must then say
+            the same. The architecture is a name of `architectures.build`, such as "resnet18" or "timm:resnet18". By default as many
+            classes as the weights have, 3 channels and 224 pixels.
         weights_key: which weights, where the checkpoint holds several that fit: their key, with dots for keys within keys.
     Raises:
-        InputError: the file is not there, cannot be read safely, or holds other weights than the architecture has.
+        InputError: the file is not there, cannot be read safely, holds other weights than the architecture has, or says something else.
     """
-    path = Path(path)
+    module, info = read_teacher(
+        Path(path),
+        architecture=architecture,
+        classes=classes,
+        channels=3 if channels is None else channels,
+        size=224 if size is None else size,
+        weights_key=weights_key,
+    )
+    for name, wanted, unit in (("channels", channels, "channels"), ("size", size, "pixels")):
+        if wanted not in (None, getattr(info, name)):
+            raise InputError(f"checkpoint {path} is for images of {getattr(info, name)} {unit}, not {wanted}")
+    return module, info
+
+
+def read_teacher(
+    path: Path, *, architecture: str | None, classes: int | None, channels: int, size: int, weights_key: str | None
+) -> tuple[nn.Module, TeacherInfo]:
+    """As `load_teacher`, but channels and size count only where the checkpoint does not say them.
+
+    Raises:
+        InputError: likewise.
+    """
     content = _read(path)
     info = _described(path, content)
     if info and architecture not in (None, info.architecture):

@@ -138,6 +138,11 @@ def test_checkpoint_and_flags_disagree(tmp_path: Path) -> None:
         load_teacher(tmp_path / "t.pt", architecture="resnet18")
     with pytest.raises(InputError, match="knows 7 classes, the data have 9"):
         load_teacher(tmp_path / "t.pt", classes=9)
+    with pytest.raises(InputError, match="is for images of 1 channels, not 3"):
+        load_teacher(tmp_path / "t.pt", channels=3)
+    with pytest.raises(InputError, match="is for images of 8 pixels, not 224"):
+        load_teacher(tmp_path / "t.pt", size=224)
+    assert load_teacher(tmp_path / "t.pt", classes=7, channels=1, size=8)[1] == info
 
 
 def test_unnamed_checkpoint_needs_an_architecture(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_tensors_of_other_programs(tmp_path: Path, form: str, capsys: pytest.Cap
     labels = torch.tensor([2, 0, 1, 0, 2, 2, 1])
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (CIFAR.mean, CIFAR.std))
     files = both((levels.float() / 255 - mean) / std, labels)[form](tmp_path)
-    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
+    (tmp_path / "names.txt").write_text("\ufeff# as every list of classes\nant\nbee\n\ncow\n", encoding="utf-8")
     arguments = ["import", *map(str, files), "--output", str(tmp_path / "set"), *FLAGS]
     assert run([*arguments, "--classes", str(tmp_path / "names.txt")]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out

@@ -103,7 +103,11 @@ BAD_IMPORTS: dict[str, tuple[list[str], str]] = {
     "channels": (["good.pt", "--mean", "0.5", "--std", "0.5"], "the images have 3 channels, mean and std 1"),
     "names": (
         ["good.pt", "--clip", *FLAGS, "--classes", "names.txt"],
-        "holds 2 names, 1 of them different; expected one for each of 2 classes",
+        "list of classes names.txt names ant more than once; expected one class name a line",
+    ),
+    "too many names": (
+        ["good.pt", "--clip", *FLAGS, "--classes", "three.txt"],
+        "three.txt holds 3 names; expected one for each of 2 classes",
     ),
     "no names": (["good.pt", "--clip", *FLAGS, "--classes", "none.txt"], "none.txt cannot be read: No such file or directory"),
     "experiment": (["good.pt", *FLAGS, "--experiment", "-1"], "experiment must be an integer of at least 0, got -1"),
@@ -117,6 +121,7 @@ def test_bad_imports_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     torch.save([X, Y], "good.pt")
     Path("names.txt").write_text("ant\nant\n")
+    Path("three.txt").write_text("ant\nbee\ncow\n")
     assert run(["import", *arguments, "--output", "set"]) == 1
     said = capsys.readouterr().err
     assert message in said
