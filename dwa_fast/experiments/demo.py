@@ -133,7 +133,7 @@ def _diversity(setup: Setup, variant: Variant, ipc: int, seed: int) -> list[floa
     if ipc == 1:
         return []
     data, device = setup.recipe.data, resolve_device(setup.recipe.synthesis.device)
-    made = image_folder(set_folder(setup, variant.source(seed)), data.size, data.channels, per_class=ipc, by_number=True)
+    made = image_folder(set_folder(setup, variant.source(seed, ipc)), data.size, data.channels, per_class=ipc, by_number=True)
     images = normalise(made.load(range(len(made.labels))).to(device), data)
     return list(class_diversity(inputs(setup).teachers[0].to(device), images, made.labels.to(device)).values())
 

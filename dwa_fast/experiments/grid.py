@@ -52,9 +52,14 @@ class Variant:
     external: Path | None = None  # folder of a set that was made elsewhere
     all_teachers: bool = False  # refined with all teachers of the study, else with the first
 
-    def source(self, seed: int) -> DistilledSource | ExternalSet:
-        """The set of a seed."""
-        return ExternalSet(self.external, seed) if self.external else DistilledSource(self.synthesis, seed, self.all_teachers)
+    def source(self, seed: int, ipc: int) -> DistilledSource | ExternalSet:
+        """The set of a seed. Batches of whole classes depend on the ipc, so that each ipc has a set of its own."""
+        if self.external:
+            return ExternalSet(self.external, seed)
+        synthesis = self.synthesis
+        if synthesis and synthesis.batch_ipc is None:
+            synthesis = replace(synthesis, batch_ipc=ipc)
+        return DistilledSource(synthesis, seed, self.all_teachers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,7 @@ class Grid:
     def cells(self, variant: Variant, ipc: int, student: str) -> list[Cell]:
         """The cells of a place, one per seed; one in all for a set that was made elsewhere."""
         seeds = self.seeds[:1] if variant.external else self.seeds
-        return [Cell(variant.source(seed), ipc, student) for seed in seeds]
+        return [Cell(variant.source(seed, ipc), ipc, student) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,9 @@ def note(setup: Setup, grid: Grid) -> str:
 
 def cell_rows(setup: Setup, grid: Grid, outcomes: Outcomes) -> list[dict[str, Any]]:
     """The numbers behind the tables, for the data of a record, with every setting that differs from the recipe."""
-    rows, known = [], times(setup, grid)
+    rows, measured = [], {ipc: times(setup, grid, ipc) for ipc in grid.ipc}
     for variant, ipc, student in grid.places:
-        outcome = outcomes[variant.name, ipc, student]
+        outcome, known = outcomes[variant.name, ipc, student], measured[ipc]
         method, changes = variant.name if variant.external else REAL, dict[str, Any]()
         if variant.synthesis is not None:
             method, changes = nearest_method(setup, variant.synthesis, variant.all_teachers)
@@ -216,11 +221,11 @@ def series(name: str, outcomes: Sequence[Outcome]) -> Series:
     return Series(name=name, values=[each.mean for each in outcomes], spreads=[each.std for each in outcomes])
 
 
-def times(setup: Setup, grid: Grid) -> dict[str, float]:
+def times(setup: Setup, grid: Grid, ipc: int) -> dict[str, float]:
     """Seconds per image of the sets of each variant, mean over seeds; without those that have not been measured."""
     found = {}
     for variant in grid.variants:
-        each = [seconds_per_image(setup, variant.source(seed)) for seed in grid.seeds]
+        each = [seconds_per_image(setup, variant.source(seed, ipc)) for seed in grid.seeds]
         known = [seconds for seconds in each if seconds is not None]
         if known:
             found[variant.name] = statistics.fmean(known)
@@ -232,7 +237,8 @@ def by_time(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: s
 
     Sets without a time, such as plain real images, are lines across.
     """
-    seconds, ipc = times(setup, grid), max(grid.ipc)
+    ipc = max(grid.ipc)
+    seconds = times(setup, grid, ipc)
     if not seconds:
         return [], []
     found = {variant.name: outcomes[variant.name, ipc, student] for variant in grid.variants}
@@ -275,7 +281,7 @@ def best(grid: Grid, outcomes: Outcomes) -> str:
 def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: int, seed: int) -> list[Picture]:
     """Write contact-sheet.png: the first images of the first classes of the sets of one seed, side by side."""
     shown, panels = min(ipc, _SHEET_IPC), {}
-    folders = {variant: set_folder(setup, variant.source(seed)) for variant in variants}
+    folders = {variant: set_folder(setup, variant.source(seed, ipc)) for variant in variants}
     names = read_manifest(folders[variants[0]])["class_names"][:_SHEET_CLASSES]
     for variant, made in folders.items():
         images = image_folder(made, setup.recipe.data.size, setup.recipe.data.channels, per_class=shown, by_number=True)

@@ -70,7 +70,7 @@ def run_cells(
 
 
 def _check_patches(setup: Setup, cells: Iterable[Cell]) -> None:
-    """Images of several patches, and batches of whole classes, depend on the ipc: the first ones of a larger set are not a smaller set."""
+    """Images of several patches depend on the ipc: the first ones of a larger set are not a smaller set."""
     configs = {(cell.source.synthesis, cell.ipc) for cell in cells if isinstance(cell.source, DistilledSource)}
     ipc, factor = sorted({ipc for config, ipc in configs if config and config.initial == "patches"}), setup.initial.patch_factor
     if factor > 1 and len(ipc) > 1:
@@ -78,10 +78,6 @@ def _check_patches(setup: Setup, cells: Iterable[Cell]) -> None:
         raise InputError(
             f"images of {factor} × {factor} patches are chosen for one ipc, got {given}; each needs a study with its own --output"
         )
-    whole = sorted({ipc for config, ipc in configs if config and config.batch_ipc is None})
-    if len(whole) > 1:
-        given = ", ".join(map(str, whole))
-        raise InputError(f"batches of whole classes (batch_ipc None) are made for one ipc, got {given}; each needs a study of its own")
 
 
 def _note(progress_bar: StudyProgress | None, tasks: list[Task], running: Running) -> None:

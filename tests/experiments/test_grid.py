@@ -30,6 +30,20 @@ def test_cells_of_a_place() -> None:
     assert len(asked.places) == 4
 
 
+def test_sets_of_whole_classes_have_a_folder_for_each_ipc(tmp_path: Path) -> None:
+    """One study after another in the same folder, and one of both; settings that do not depend on the ipc share a set."""
+    setup = with_validation(small_setup(tmp_path), epochs=1, students=1)
+    whole = recipe("digits", method="lpld", iterations=1, backend="reference", size=8).synthesis
+    variants = [Variant(name="LPLD", synthesis=whole), Variant(name="DWA", synthesis=setup.recipe.synthesis)]
+    for ipc in ((2,), (3,), (2, 3)):
+        found = run_grid(setup, grid(variants=variants, ipc=ipc, seeds=(0,)), jobs=1)
+        assert set(found) == {(variant.name, each, "small-resnet") for variant in variants for each in ipc}
+    names = sorted(folder.name.rpartition("-")[0] for folder in (tmp_path / "sets").iterdir())
+    assert len(names) == 3
+    assert [name for name in names if name.startswith("lpld")] == [f"lpld-iterations1-batch_ipc{ipc}-seed0" for ipc in (2, 3)]
+    contact_sheet(tmp_path, setup, variants, 3, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
