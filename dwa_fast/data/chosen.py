@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,9 +33,11 @@ class PatchImages:
         """Scores nothing yet.
 
         Raises:
-            InputError: a class has fewer than ipc · factor² images, or these are more than the candidates; or the factor does not divide
-                the size.
+            InputError: a class has fewer than ipc · factor² images, or these are more than the candidates; the factor does not divide the
+                size; or an order of the images is asked for.
         """
+        if config.initial_order != "sampled":
+            raise InputError(f"patches are taken from images in random order; leave out initial_order {config.initial_order}")
         self._factor, self._ipc, self._candidates, self._crops = config.patch_factor, ipc, config.patch_candidates, config.patch_crops
         self._needed = ipc * self._factor**2
         if data.image_shape[1] % self._factor:
@@ -47,7 +48,7 @@ class PatchImages:
         self.settings: dict[str, Any] = {name: getattr(config, name) for name in PATCH_SETTINGS}
         if self._factor > 1:  # then all images of a class depend on their number
             self.settings["patch_ipc"] = ipc
-        self._real = RealImages(data, normalisation, replace(config, initial_order="sampled"), ipc=1, seed=seed)
+        self._real = RealImages(data, normalisation, config, ipc=1, seed=seed)
         self._data, self._normalisation, self._seed, self._predict = data, normalisation, seed, predict
         self._best: dict[int, list[Patch]] = {}  # of a class, best first
 

@@ -68,6 +68,8 @@ def initial_images(
         if config.initial_tensors:
             raise InputError("initial_tensors would not be used: a noise start without directed adjustment sees no images")
         return NoImages(data)
+    if config.initial_tensors and recipe.synthesis.initial in ("patches", "median"):
+        raise InputError(f"initial {recipe.synthesis.initial!r} chooses among the real images; leave out initial_tensors")
     if config.initial_tensors:
         return TensorImages(config.initial_tensors, (len(data.class_names), *data.image_shape), ipc)
     if recipe.synthesis.initial == "median":

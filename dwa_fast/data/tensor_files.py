@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -23,7 +24,7 @@ class TensorImages:
         missing = [index for index in range(ipc) if not tensor_file(folder, index).is_file()]
         if missing:
             raise InputError(f"{tensor_file(folder, missing[0])} does not exist; ipc {ipc} needs tensor_0.pt to tensor_{ipc - 1}.pt")
-        self.settings: dict[str, Any] = {"initial_tensors": checksum(tensor_file(folder, 0))}
+        self.settings: dict[str, Any] = {"initial_tensors": tensors_checksum(folder)}
         self.skipped: dict[str, str] = {}
         self._folder, self._shape = folder, shape
         self._last: dict[int, Tensor] = {}  # files of the last batch: others with the same indices follow
@@ -56,6 +57,15 @@ class TensorImages:
 def tensor_file(folder: Path, index: int) -> Path:
     """Path of the tensor with image `index` of every class, named as in the published code."""
     return folder / f"tensor_{index}.pt"
+
+
+def tensors_checksum(folder: Path) -> str:
+    """Checksum of all files tensor_0.pt, tensor_1.pt, … of a folder: also of those that a set takes only when it grows."""
+    total, index = hashlib.sha256(), 0
+    while tensor_file(folder, index).is_file():
+        total.update(checksum(tensor_file(folder, index)).encode())
+        index += 1
+    return total.hexdigest()
 
 
 def read_tensor(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -25,6 +25,7 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import KnownClasses, teachers_in_settings
 from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.set_layout import is_set
+from dwa_fast.data.tensor_files import tensors_checksum
 from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.io.files import checksum, output_folder, write_json
 from dwa_fast.models.architectures import build_on_meta
@@ -360,9 +361,12 @@ def _contents(folder: Path, ipc: int) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
+_tensors = functools.cache(tensors_checksum)  # they are many, and the names of all sets have it
+
+
 def _initial_settings(setup: Setup, patches: bool = False) -> dict[str, Any]:
     tensors = setup.initial.initial_tensors
-    settings = {"order": setup.initial.initial_order, "tensors": checksum(tensors / "tensor_0.pt") if tensors else None}
+    settings = {"order": setup.initial.initial_order, "tensors": _tensors(tensors) if tensors else None}
     return settings | ({name: getattr(setup.initial, name) for name in PATCH_SETTINGS} if patches else {})
 
 

@@ -21,7 +21,6 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import normalise
 from dwa_fast.data.real import sample
 from dwa_fast.data.tensor_files import read_tensor
-from dwa_fast.io.files import checksum
 from tests.nets import SIZE, small_recipe, small_set, small_teacher
 
 SHORT: dict[str, Any] = {"iterations": 2, "batch_size": 4, "backend": "reference"}
@@ -194,10 +193,27 @@ def test_tensors_give_the_same_set_as_the_images_that_they_hold(tmp_path: Path) 
     distil(data, tmp_path / "tensors", initial_tensors=tmp_path)
     images, tensors = read_manifest(tmp_path / "images"), read_manifest(tmp_path / "tensors")
     assert images["images"] == tensors["images"]
-    assert tensors["settings"]["initial_tensors"] == checksum(tmp_path / "tensor_0.pt")
-    torch.save(start.load(at(1, range(10))), tmp_path / "tensor_0.pt")
+    assert len(tensors["settings"]["initial_tensors"]) == 64
+    second = (tmp_path / "tensor_1.pt").read_bytes()
+    torch.save(start.load(at(0, range(10))), tmp_path / "tensor_1.pt")
     with pytest.raises(InputError, match="made with other settings"):
         distil(data, tmp_path / "tensors", initial_tensors=tmp_path)
+    (tmp_path / "tensor_1.pt").write_bytes(second)
+    assert distil(data, tmp_path / "tensors", initial_tensors=tmp_path) == 0
+    distil(data, tmp_path / "grown", 1, initial_tensors=tmp_path)
+    assert distil(data, tmp_path / "grown", 2, initial_tensors=tmp_path) == 10
+    assert read_manifest(tmp_path / "grown") == tensors
+
+
+@pytest.mark.parametrize("initial", ["patches", "median"])
+def test_what_chosen_images_would_ignore_is_refused(tmp_path: Path, initial: str) -> None:
+    config = small_recipe(**SHORT, initial=initial)
+    save_tensors(tmp_path, [torch.zeros(SHAPE)])
+    with pytest.raises(InputError, match=f"initial '{initial}' chooses among the real images; leave out initial_tensors"):
+        distil(small_set(), tmp_path / "set", 1, config, initial_tensors=tmp_path)
+    with pytest.raises(InputError, match="leave out initial_order sorted"):
+        distil(small_set(), tmp_path / "set", 1, config, initial_order="sorted", patch_candidates=6)
+    assert not (tmp_path / "set").exists()
 
 
 SHAPE = (10, 1, SIZE, SIZE)

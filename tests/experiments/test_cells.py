@@ -115,6 +115,16 @@ def test_what_changes_a_set_changes_its_place(tmp_path: Path) -> None:
     assert set_folder(replace(with_validation(setup, epochs=9), test_checksum="other"), dwa(setup)) == places[0]
 
 
+def test_every_tensor_file_changes_the_place_of_a_set(tmp_path: Path) -> None:
+    setup, places = small_setup(tmp_path), []
+    for name, values in (("one", (0, 1)), ("two", (0, 2)), ("three", (0, 1))):
+        (tmp_path / name).mkdir()
+        for index, value in enumerate(values):
+            torch.save(torch.full((1,), value), tmp_path / name / f"tensor_{index}.pt")
+        places.append(set_folder(replace(setup, initial=InitialConfig(initial_tensors=tmp_path / name)), dwa(setup)))
+    assert places[0] == places[2] != places[1]
+
+
 def test_names_say_what_a_set_is(tmp_path: Path) -> None:
     setup = replace(small_setup(tmp_path), recipe=recipe("digits"))
     assert set_folder(setup, dwa(setup)).name.startswith("dwa-seed0-")
