@@ -118,9 +118,11 @@ def plain(value: Any) -> Any:
 
 
 def _as_annotated(value: Any, annotation: Any) -> Any:
-    """A value in the type of its annotation, where another one says the same: numbers of NumPy, lists for tuples, a device for its name."""
+    """A value in the type of its annotation, where another one says the same: NumPy's numbers, a list for a tuple, text for a path."""
     if annotation is str and type(value).__module__ == "torch":  # a torch.device; without importing torch, which takes a second
         return str(value)
+    if isinstance(value, str) and Path in (annotation, *get_args(annotation)):
+        return Path(value)
     wanted = {get_origin(annotation), *(get_origin(part) for part in get_args(annotation))}
     if tuple in wanted and hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
         return tuple(map(plain, value))
@@ -163,9 +165,9 @@ def _check(name: str, value: Any, annotation: Any) -> None:
 
 
 def _check_pair(name: str, value: Any, allowed: Range) -> None:
-    pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, (int, float)) for each in value)
+    pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, (int, float)) and math.isfinite(each) for each in value)
     if not pair or not allowed.at_least < value[0] <= value[1] <= allowed.at_most:
-        high = f" ≤ {allowed.at_most:g}" if allowed.at_most < math.inf else ""
+        high = f" ≤ {allowed.at_most:g}" if allowed.at_most < math.inf else " < ∞"
         raise InputError(f"{name} must be (low, high) with {allowed.at_least:g} < low ≤ high{high}, got {value}")
 
 
@@ -336,6 +338,11 @@ class SqueezeConfig(Config):
     flip: Fraction = 0.5  # Probability of a horizontal flip.
     precision: TrainingPrecision = "auto"  # Arithmetic: fp32, bf16 (weights stay in fp32), auto (bf16 on a GPU that has it, else fp32).
     memory_limit: NonNegative = 2.0  # Largest set that is held on the device, GiB of uint8; larger ones are read from disk in every epoch.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule == "fast" and self.momentum == 0:
+            raise InputError("momentum must be above 0 for schedule 'fast', which takes Nesterov's, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)

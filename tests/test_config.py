@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from dwa_fast import InputError
-from dwa_fast.config import DataConfig, Range, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig, range_of
+from dwa_fast.config import DataConfig, InitialConfig, Range, SqueezeConfig, StorageConfig, SynthesisConfig, ValidationConfig, range_of
 from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.evaluation.incremental import IncrementalConfig
 from dwa_fast.experiments.demo import DemoConfig
@@ -70,6 +72,18 @@ def test_other_types_of_the_same_value_are_kept_as_pythons_own(field: str, value
     assert json.dumps(getattr(given, field)) == json.dumps(kept)
 
 
+def test_text_stands_for_a_path() -> None:
+    assert InitialConfig(initial_tensors="folder") == InitialConfig(initial_tensors=Path("folder"))  # type: ignore[arg-type]
+    assert InitialConfig().initial_tensors is None
+
+
+def test_the_fast_schedule_needs_a_momentum() -> None:
+    """PyTorch refuses Nesterov's without one."""
+    with pytest.raises(InputError, match="momentum must be above 0 for schedule 'fast', which takes Nesterov's, got 0"):
+        SqueezeConfig(schedule="fast", momentum=0)
+    assert SqueezeConfig(momentum=0).momentum == 0
+
+
 @pytest.mark.parametrize(
     ("config", "field", "value", "message"),
     [
@@ -77,6 +91,7 @@ def test_other_types_of_the_same_value_are_kept_as_pythons_own(field: str, value
         (SynthesisConfig, "stage_sizes", 32, "stage_sizes must be a list of numbers, got 32"),
         (SynthesisConfig, "crop_scale", 0.5, r"crop_scale must be \(low, high\) with 0 < low ≤ high ≤ 1, got 0.5"),
         (SynthesisConfig, "crop_scale", ("a", 1), r"crop_scale must be \(low, high\) with 0 < low ≤ high ≤ 1, got \('a', 1\)"),
+        (SynthesisConfig, "crop_ratio", (1, math.inf), r"crop_ratio must be \(low, high\) with 0 < low ≤ high < ∞, got \(1, inf\)"),
         (SynthesisConfig, "device", 3, "device must be text, got 3"),
         (DataConfig, "mean", 0.5, "mean must be a list of numbers, got 0.5"),
         (DataConfig, "mean", "0.5", "mean must be a list of numbers, got '0.5'"),
