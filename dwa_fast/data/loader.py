@@ -118,8 +118,10 @@ class ImageCache:
         self._held: Tensor | None = None
         size = len(data.labels) * math.prod(data.image_shape)
         if size <= limit * 2**30:
-            chunks = [range(start, min(start + _CHUNK, len(data.labels))) for start in range(0, len(data.labels), _CHUNK)]
-            self._held = torch.cat([data.load(chunk).to(device) for chunk in chunks])
+            self._held = torch.empty(len(data.labels), *data.image_shape, dtype=torch.uint8, device=device)
+            for start in range(0, len(data.labels), _CHUNK):
+                chunk = range(start, min(start + _CHUNK, len(data.labels)))
+                self._held[start : chunk.stop] = data.load(chunk)
         else:
             log.info("images: %.3g GiB, more than the memory limit of %g GiB; read from disk during training", size / 2**30, limit)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +144,23 @@ def test_an_epoch_is_the_same_out_of_turn() -> None:
     assert not same(wanted[0][0], wanted[1][0])
     assert not same(RandomSampler(data, CONFIG, seed=4).epoch(0)[0], wanted[0][0])
     assert in_turn.steps == len(wanted[0])
+
+
+def test_images_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been read is copied to its place and freed: a set takes its own size, not twice as much."""
+    data, chunks = small_set(), list[weakref.ref[torch.Tensor]]()
+
+    def load(indices: Sequence[int]) -> torch.Tensor:
+        assert not any(chunk() is not None for chunk in chunks)
+        pixels = data.pixels[list(indices)]
+        chunks.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr("dwa_fast.data.loader._CHUNK", 7)
+    watched = SimpleNamespace(labels=data.labels, class_names=data.class_names, image_shape=data.image_shape, name=str, load=load)
+    (held,) = ImageCache(watched, CPU, 1.0).batches([torch.arange(60)])
+    assert len(chunks) == 9
+    assert torch.equal(held, data.pixels)
 
 
 def test_images_beyond_the_memory_limit_are_read_from_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
