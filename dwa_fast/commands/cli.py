@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         console.error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except KeyboardInterrupt as stop:
-        console.error("stopped; finished work is kept, and the same command resumes from it")
+        console.error("stopped; the same command resumes from the batches, epochs and students that are on the disk")
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     else:
         return OK

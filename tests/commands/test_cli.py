@@ -291,7 +291,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "epochs": (["squeeze", "--recipe", "digits", "--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
     "architecture": (["squeeze", "--recipe", "digits", "--architecture", "vit"], "unknown architecture 'vit'; known: resnet18, "),
     "demo ipc": (["demo", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
-    "demo method": (["demo", "--methods", "mtt"], "unknown method 'mtt'; known: real, sre2l, cda, rded, real-start,"),
+    "demo method": (["demo", "--methods", "mtt"], "unknown method 'mtt'; known: real, dwa, sre2l, cda, rded, real-start,"),
     "threads": (
         ["synthesize", "--recipe", "digits", "--size", str(SIZE), "--threads", "0"],
         "threads must be an integer of at least 1, got 0",

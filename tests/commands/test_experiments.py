@@ -187,7 +187,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, common: list[str]) -> Non
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopped; finished work is kept" in errors
+    assert "stopped; the same command resumes" in errors
     assert "Traceback" not in errors
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/result.json")}
     assert 0 < len(finished) < 6

@@ -45,7 +45,7 @@ def test_stopped_politely(bench: Bench, tmp_path: Path, sends: signal.Signals, w
     """What the manifest and the entries of batches name is whole when the process ends, and nothing half written is left."""
     code, process = bench.run(tmp_path, at_operation=random.Random(wanted).randint(30, bench.operations - 20), sends=sends)
     assert code == wanted, process.output
-    assert "stopped; finished work is kept" in process.output
+    assert "stopped; the same command resumes" in process.output
     assert "Traceback" not in process.output
     assert not list(tmp_path.rglob("*.part"))
     if (tmp_path / "manifest.json").exists():
