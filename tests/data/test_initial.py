@@ -19,7 +19,6 @@ from dwa_fast.data.images import FileSet, MemorySet
 from dwa_fast.data.initial import initial_images
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import normalise
-from dwa_fast.data.real import sample
 from dwa_fast.data.tensor_files import read_tensor
 from tests.nets import SIZE, small_recipe, small_set, small_teacher
 
@@ -57,11 +56,15 @@ def chosen(data: FileSet, ipc: int, *, seed: int = 0, **settings: Any) -> tuple[
 
 
 def test_sampled_images_are_the_seeded_sample() -> None:
-    data = small_set()
+    """Different images of their class, and for this seed always these."""
+    data, wanted = small_set(), {7: [44, 46, 43], 2: [12, 17, 15]}
     start = initial_images(data, CONFIG, InitialConfig(), ipc=3, seed=1)
+    for label, indices in wanted.items():
+        assert len(set(indices)) == 3
+        assert data.labels[indices].tolist() == [label] * 3
     for index in (2, 0):
-        wanted = data.load([sample(data, label, 3, seed=1)[index] for label in (7, 2)])
-        assert torch.equal(start.load([(7, index), (2, index)]), normalise(wanted, CONFIG.data))
+        expected = data.load([wanted[label][index] for label in (7, 2)])
+        assert torch.equal(start.load([(7, index), (2, index)]), normalise(expected, CONFIG.data))
 
 
 def test_sorted_images_are_the_first_of_each_class(tmp_path: Path) -> None:
