@@ -300,12 +300,7 @@ def recipe(
 
     Args:
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
-        method: dwa, sre2l (noise start, λ = 0.01, no step), cda (sre2l with crops that start as the whole image), rded (patches, not
-            refined), real-start (no step), random-step, coupled (λ_mean = λ_var), sre2l++ (sre2l that starts from patches, with crops),
-            fadrm (sre2l++ in four stages of two sizes, each of which mixes the patches in again), delt (cda that starts from median
-            images, in eight rounds that refine more and more of them), lpld (sre2l with crops that matches the statistics of each class,
-            all images of one in a batch), fadrm+ (fadrm with several teachers in turn), dwa+ (fadrm+ with
-            DWA's step of each teacher), cv-dd (sre2l++ with two of several teachers at once, another pair for each image index).
+        method: one of `METHODS`; docs/method.md says what each changes.
         schedule: of the teacher's training: cosine, as published, or fast, in a tenth of the epochs.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         fast: a quarter of the method's iterations, which on CIFAR-10 with ten images per class costs no accuracy.

@@ -24,12 +24,16 @@ from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.architectures import ARCHITECTURES
-from dwa_fast.recipes import PRESETS, Recipe, recipe
+from dwa_fast.recipes import METHODS, PRESETS, SEVERAL_TEACHERS, Recipe, recipe
 from dwa_fast.threads import torch_threads
 
 log = logging.getLogger("dwa_fast")
 
 Architecture = Annotated[str, tyro.conf.arg(help=f"One of {', '.join(ARCHITECTURES)}. Or timm:NAME, a network of timm.")]
+
+Method = Annotated[
+    str, tyro.conf.arg(help=f"One of {', '.join(METHODS)}. Of these {', '.join(SEVERAL_TEACHERS)} are for several teachers.")
+]
 
 Preset = Annotated[str, tyro.conf.arg(help=f"Training of the students, of which other flags change settings: {', '.join(PRESETS)}.")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import TeacherData, counted
+from dwa_fast.commands.data import Method, TeacherData, counted
 from dwa_fast.config import InitialConfig, NonNegativeInt, PositiveInt, StorageConfig, SynthesisConfig
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pairing import PairedTeacher, teachers_in_settings
@@ -28,7 +28,7 @@ class Synthesize(TeacherData):
 
     teacher: tuple[Path, ...]  # Checkpoint of the teacher, or of several teachers, which take turns in this order.
     output: Path  # Folder for the images and their manifest.
-    method: str = "dwa"  # dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, fadrm, delt, lpld, fadrm+, dwa+, cv-dd.
+    method: Method = "dwa"
     fast: bool = False  # A quarter of the method's iterations.
     ipc: PositiveInt = 10  # Images per class.
     seed: NonNegativeInt = 0  # Seed of all random numbers.

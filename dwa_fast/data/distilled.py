@@ -52,7 +52,7 @@ def open_distilled(
     """
     folder = Path(folder)
     if per_class is not None:
-        check_integer("ipc", per_class, 1)
+        check_integer("per_class", per_class, 1)
     _check_one_set(folder)
     data = image_folder(folder, size, channels, per_class=None if skip_bad_images else per_class, by_number=True)
     manifest = set_manifest(folder)

@@ -32,27 +32,12 @@ from dwa_fast.report.records import Chart, HeatMap, Record, Table, preset_data
 
 AblationName = Literal["adjustment", "lambda-var", "k-rho", "matching-weights", "initial", "iterations"]
 
-TITLES = {
-    REAL: "random real images",
-    "sre2l": "SRe2L",
-    "cda": "CDA",
-    "rded": "RDED",
-    "real-start": "real start",
-    "random-step": "random step",
-    "coupled": "coupled λ",
-    "sre2l++": "SRe2L++",
-    "fadrm": "FADRM",
-    "delt": "DELT",
-    "lpld": "LPLD",
-    "dwa": "DWA",
-    "fadrm+": "FADRM+",
-    "dwa+": "DWA+",
-    "cv-dd": "CV-DD",
-}
+_TITLES = {"sre2l": "SRe2L", "sre2l++": "SRe2L++", "real-start": "real start", "random-step": "random step", "coupled": "coupled λ"}
+TITLES = {REAL: "random real images", **{method: _TITLES.get(method, method.upper()) for method in METHODS}}
 
 
 def by_method(setup: Setup, methods: Sequence[str]) -> list[Variant]:
-    """The sets of several methods; a changed setting of DWA is changed in all of them.
+    """The sets of several methods. What a method does not set itself is as in DWA; a changed number of iterations and learning rate in all.
 
     Raises:
         InputError: no such method, or one for several teachers where there is one.

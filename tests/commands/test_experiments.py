@@ -149,7 +149,7 @@ def test_cross_takes_sets_from_elsewhere(tmp_path: Path, common: list[str]) -> N
     [
         (
             ["compare", "--methods", "mtt"],
-            "unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, ",
+            "unknown method 'mtt'; known: real, dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l++, ",
         ),
         (["compare", "--ipc", "0"], "ipc must be an integer of at least 1, got 0"),
         (["compare", "--seeds", "0"], "seeds must be an integer of at least 1, got 0"),

@@ -166,7 +166,7 @@ def test_a_set_of_ours_without_a_manifest_that_can_be_read_is_matched_by_number(
 def test_less_than_one_image_per_class_is_refused(tmp_path: Path, per_class: int) -> None:
     own_set(tmp_path, ["airplane", "dog", "truck"])
     for skip in (False, True):
-        with pytest.raises(InputError, match=rf"ipc must be an integer of at least 1, got {per_class}"):
+        with pytest.raises(InputError, match=rf"per_class must be an integer of at least 1, got {per_class}"):
             open_distilled(tmp_path, 8, 3, ["airplane", "dog", "truck"], per_class=per_class, skip_bad_images=skip)
 
 

@@ -43,10 +43,11 @@ def test_methods_derive_from_changed_settings(tmp_path: Path) -> None:
     assert all(variant.synthesis and variant.synthesis.iterations == (0 if variant.name == "RDED" else 9) for variant in variants[1:])
     assert all(variant.synthesis and variant.synthesis.learning_rate == 0.1 for variant in variants[1:])
     assert len(set(TITLES.values())) == len(TITLES) == 1 + len(METHODS)
+    assert [TITLES[method] for method in ("real", "dwa", "cda", "fadrm+")] == ["random real images", "DWA", "CDA", "FADRM+"]
     assert not any(variant.all_teachers for variant in variants)
     with pytest.raises(
         InputError,
-        match="unknown method 'mtt'; known: real, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, lpld, dwa",
+        match="unknown method 'mtt'; known: real, dwa, sre2l, cda, rded, real-start, random-step, coupled, sre2l\\+\\+, fadrm, delt, lpld",
     ):
         by_method(setup, ["mtt"])
     with pytest.raises(InputError, match="--teacher must name the checkpoints of several teachers for method cv-dd, got 1"):
