@@ -39,7 +39,7 @@ LogitPrecision = Literal["fp16", "fp32"]
 ImageFormat = Literal["png", "jpeg"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
-# Settings that older files do not have, with the values that these were made with.
+# Settings that files leave out where they have these values.
 LATER_SETTINGS = {
     "batch_ipc": 1,
     "schedule": "cosine",

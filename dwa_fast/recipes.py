@@ -41,7 +41,7 @@ class Recipe:
     def settings(self, stage: Literal["synthesis", "squeeze", "validation"]) -> dict[str, Any]:
         """The settings of a stage with mean and std, as manifests, checkpoints and records hold them.
 
-        A setting that older files do not have is left out where it has the value that they were made with.
+        Those of `LATER_SETTINGS` are left out where they have the values there.
         """
         settings = {"mean": self.data.mean, "std": self.data.std, **asdict(getattr(self, stage))}
         return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}

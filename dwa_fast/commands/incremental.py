@@ -68,7 +68,7 @@ class Incremental(DistilledSets):
             "recipe": self.recipe,
             "size": self.size,
             "held_out": image_digest(test),
-            **{name: value for name, value in tested.items() if value not in (0.0, 1.0)},  # older runs have neither
+            **tested,
             "student": self.student,
             "seed": self.seed,
             "tasks": self.protocol.tasks,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.data.set_layout import FLAT_FORMAT, FORMAT, MANIFEST, set_folder
+from dwa_fast.data.set_layout import FORMAT, MANIFEST, set_folder
 from dwa_fast.errors import InputError
 
 IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
@@ -40,8 +40,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") not in (FLAT_FORMAT, FORMAT):
-        raise InputError(f"{path} is no manifest of format {FLAT_FORMAT} or {FORMAT}, which this version of dwa-fast reads")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} is no manifest of format {FORMAT}, which this version of dwa-fast reads")
     if not _is_manifest(content):
         raise InputError(f"{path} is damaged: a part of it is missing or of the wrong type; remove it to make the whole set again")
     return content

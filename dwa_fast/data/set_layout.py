@@ -1,17 +1,14 @@
 """Folder layout of a distilled set: images in class folders below `images/`, everything else beside that folder.
 
 Other programs treat every entry of an image folder as a class, so `images/` contains only class folders. Given the folder of the set they
-would treat `images` as the only class; a second folder without images makes them stop. Sets of an earlier format keep their class folders
-beside the manifest.
+would treat `images` as the only class; a second folder without images makes them stop.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dwa_fast.errors import InputError
 
@@ -24,13 +21,13 @@ NOTE_TEXT = """This folder belongs to a distilled set that dwa-fast wrote. The i
 There are no images here, so that a program which is given the folder of the set itself stops,
 instead of taking all images for those of a single class called "images".
 """
-FORMAT, FLAT_FORMAT = 3, 2  # manifest formats; in the second one the class folders lie beside the manifest
+FORMAT = 3  # of manifests
 
 
 def set_folder(folder: Path) -> Path:
     """The folder of a set's manifest, given that folder or its `images/`; any other folder is returned unchanged."""
     absolute = Path(os.path.abspath(folder))
-    if absolute.name != IMAGES or (folder / MANIFEST).exists() or _format(absolute.parent) != FORMAT:
+    if absolute.name != IMAGES or (folder / MANIFEST).exists() or not _has_manifest(absolute.parent):
         return folder
     return folder.parent if folder.name == IMAGES else absolute.parent
 
@@ -41,17 +38,12 @@ def image_root(folder: Path) -> Path:
     A set whose manifest is damaged or lost is recognised by the note beside its images.
     """
     outer = set_folder(folder)
-    return outer / IMAGES if _format(outer) == FORMAT or (outer / NOTE).is_file() else outer
+    return outer / IMAGES if _has_manifest(outer) or (outer / NOTE).is_file() else outer
 
 
 def is_set(folder: Path) -> bool:
     """Whether the folder of a set, or its `images/`, has a manifest."""
     return (set_folder(folder) / MANIFEST).exists()
-
-
-def prefix(manifest: Mapping[str, Any]) -> str:
-    """Prefix of image names in a manifest, relative to the folder of the set."""
-    return f"{IMAGES}/" if manifest["format"] == FORMAT else ""
 
 
 def has_link(folder: Path, name: str) -> bool:
@@ -71,11 +63,10 @@ def refuse_images(folder: Path) -> None:
             )
 
 
-def _format(folder: Path) -> int | None:
-    """The format of a manifest; None if there is no readable one."""
+def _has_manifest(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours; a web app has a file of that name too."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
-        return None
-    found = content.get("format") if isinstance(content, dict) else None
-    return found if isinstance(found, int) else None
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT

@@ -30,7 +30,7 @@ class TeacherInfo:
     channels: int
     size: int
     accuracy: float | None = None  # top-1 on the held-out images, percent
-    class_names: list[str] | None = None  # in the order of its outputs; None, as the next two, in older checkpoints
+    class_names: list[str] | None = None  # in the order of its outputs; None, as the next two, where it is not known
     mean: tuple[float, ...] | None = None  # with which the images were normalised that it was trained on
     std: tuple[float, ...] | None = None
 

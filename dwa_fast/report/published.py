@@ -128,14 +128,14 @@ def _differences(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> Iterat
     dwa, own = recipe(cell["recipe"]), recipe(cell["recipe"], method=cell["method"])
     if _part(settings, "teacher").get("architecture") != cell["student"]:
         yield "teacher"
-    if cell.get("set_teachers") not in (None, [cell["student"]]):  # which made the set; not known of older ones
+    if cell.get("set_teachers") not in (None, [cell["student"]]):  # which made the set, where that is known
         yield "teacher"
     if settings.get("soft_labels"):  # of a file, perhaps of another program
         yield "soft_labels"
     data = {**settings, **_part(settings, "data")}
     if data.get("size") != dwa.data.size:
         yield "size"
-    if data.get("test_crop", 1.0) != dwa.data.test_crop:  # older records do not have it
+    if data.get("test_crop", 1.0) != dwa.data.test_crop:
         yield "test_crop"
     if data.get("held_out_share", 0.0):  # of training images, not the test images
         yield "held_out_share"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwa_fast.config import LATER_SETTINGS
 from dwa_fast.data.manifest import image_name
-from dwa_fast.data.set_layout import has_link, prefix
+from dwa_fast.data.set_layout import IMAGES, has_link
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import decode
 from dwa_fast.io.pictures import mosaic
@@ -83,7 +83,7 @@ def _sides(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _teachers(manifest: Mapping[str, Any]) -> list[str]:
-    """Architecture and accuracy of each teacher; older manifests have their checksums alone."""
+    """Architecture and accuracy of each teacher; of a manifest that does not have them, its checksums alone."""
     checksums, known = manifest["settings"].get("teacher"), manifest.get("teachers", [])
     several = f"{len(checksums)} teachers" if isinstance(checksums, list) else "teacher" if known else ""
     described = " and ".join(_described(each["architecture"], each.get("accuracy")) for each in known)
@@ -133,7 +133,7 @@ def _sheet(found: DistilledSet, ipc: int) -> Image | None:
 def _file(manifest: Mapping[str, Any], label: int, index: int) -> str:
     """An image, below the folder of its set."""
     suffix = "jpg" if manifest["settings"].get("image_format") == "jpeg" else "png"
-    return prefix(manifest) + image_name(label, index, len(manifest["class_names"]), suffix)
+    return f"{IMAGES}/{image_name(label, index, len(manifest['class_names']), suffix)}"
 
 
 def _side(folder: Path, file: str) -> int | None:

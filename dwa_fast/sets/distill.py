@@ -134,11 +134,10 @@ def distill(
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     before = read_manifest(set_folder(output))["settings"] if is_set(set_folder(output)) else None
-    identities: dict[str, Any] = {"real_images_digest": _digest_of(data)}
+    settings["real_images_digest"] = _digest_of(data)
     if "teacher" not in settings:
         digests = [weight_digest(unwrapped(each)) for each in listed(teacher)]
-        identities |= {"teacher": digests[0] if len(digests) == 1 else digests}
-    settings |= {name: value for name, value in identities.items() if before is None or name in before}  # older sets do not have them
+        settings["teacher"] = digests[0] if len(digests) == 1 else digests
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":
         settings["threads"] = threads or (recorded_threads(before) if before else None) or default_threads()

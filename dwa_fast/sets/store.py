@@ -21,14 +21,13 @@ from torch import Tensor
 from dwa_fast._version import __version__
 from dwa_fast.config import StorageConfig
 from dwa_fast.data.manifest import content_check, image_name, read_manifest
-from dwa_fast.data.set_layout import FORMAT, MANIFEST, NOTE, NOTE_TEXT, is_set, prefix, set_folder
+from dwa_fast.data.set_layout import FORMAT, IMAGES, MANIFEST, NOTE, NOTE_TEXT, is_set, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import atomic_write, checksum, is_left_over, output_folder, sync_folder, write_json
 from dwa_fast.io.settings import difference
 from dwa_fast.sets import loss_log as log_file
 
 BATCH_FILES = ".batch-*.json"  # one per finished batch, until the manifest includes it
-_JOURNALS = ".journal-*.jsonl"  # what earlier versions wrote instead; their batches are made again
 _THREADS = 8  # that compress, write or check the images of a set
 
 log = logging.getLogger("dwa_fast")
@@ -84,7 +83,6 @@ class ImageStore:
         self.skipped: dict[str, str] = {}  # real images that could not be used, and why
         self._whole: set[int] = set()  # batches that this process has written, or found whole
         self._versions = [versions()]  # those that the set was started with, then others that it was resumed with
-        self._format = FORMAT  # an existing set keeps its own
         if not is_set(self.folder):
             self._write_manifest()
         self._read()  # also what was just written: at the same moment, another process may have started a set of other settings
@@ -92,7 +90,7 @@ class ImageStore:
     @property
     def root(self) -> Path:
         """Folder of the class folders."""
-        return self.folder / prefix({"format": self._format})
+        return self.folder / IMAGES
 
     def unfinished(self, batches: Iterable[BatchSpec]) -> list[BatchSpec]:
         """Those batches whose losses or any of whose images are missing or damaged."""
@@ -160,7 +158,7 @@ class ImageStore:
                     target.write_text(log_file.concat(self._losses.items()), encoding="utf-8")
             self.complete = True
             self._write_manifest()
-        for path in [*self.folder.glob(BATCH_FILES), *self.folder.glob(_JOURNALS)]:
+        for path in self.folder.glob(BATCH_FILES):
             path.unlink(missing_ok=True)
         self._tidy()
         return []
@@ -214,7 +212,6 @@ class ImageStore:
         """Load the state from the disk: entries first, since they are deleted once the manifest includes them."""
         entries = list(self._entries())
         manifest = read_manifest(self.folder)
-        self._format = manifest["format"]
         before = manifest["settings"] | {"class_names": manifest["class_names"]}
         now = self.settings | {"class_names": self.class_names}
         if changed := difference(before, now):
@@ -255,7 +252,7 @@ class ImageStore:
     def _write_note(self) -> None:
         """Make other programs stop if they are given the folder of the set instead of `images/`."""
         note = self.folder / NOTE
-        if self._format == FORMAT and not note.is_file():
+        if not note.is_file():
             self._make_folders([note.parent])
             with atomic_write(note, self.folder) as target:
                 target.write_text(NOTE_TEXT, encoding="utf-8")
@@ -264,7 +261,7 @@ class ImageStore:
         self._write_note()
         first, *others = self._versions
         content = {
-            "format": self._format,
+            "format": FORMAT,
             "complete": self.complete,
             "versions": first,
             "continued_with": others,

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from dwa_fast.data.manifest import IMAGE_NAME, read_manifest
-from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, prefix, set_folder
+from dwa_fast.data.set_layout import IMAGES, MANIFEST, NOTE, set_folder
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, is_left_over, is_temporary, walk_files
 from dwa_fast.sets.loss_log import LOSSES, digest, read_losses
@@ -35,12 +35,12 @@ def problems(folder: Path) -> Iterator[str]:
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         yield "the set is not complete; run the command that started it again to resume"
-    images = {prefix(manifest) + name: wanted for name, wanted in manifest["images"].items()}
+    images = {f"{IMAGES}/{name}": wanted for name, wanted in manifest["images"].items()}
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
     yield from _loss_problems(folder, manifest["losses"])
-    known = {MANIFEST, LOSSES, PREVIEW, *images, *([NOTE] if prefix(manifest) else [])}
-    for name in _label_folders(folder, manifest):
+    known = {MANIFEST, LOSSES, PREVIEW, NOTE, *images}
+    for name in _label_folders(folder):
         try:
             store = fkd_index(folder / name) or LabelStore(folder / name)
         except InputError as error:
@@ -85,9 +85,9 @@ def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
         yield f"{LOSSES} has lines of batch {extra[0]}, which the manifest does not name"
 
 
-def _label_folders(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the folders of soft labels beside `images/`; none in the earlier layout, where folders are class folders."""
-    return [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}")) if path.parent.name != IMAGES] if prefix(manifest) else []
+def _label_folders(folder: Path) -> list[str]:
+    """Names of the folders of soft labels beside `images/`."""
+    return [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}")) if path.parent.name != IMAGES]
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Itera
     start = os.path.join(folder, "")
     for entry in walk_files(start):
         path, name = Path(entry.path), entry.path[len(start) :]
-        unfinished = not manifest["complete"] and (path.match(BATCH_FILES) or IMAGE_NAME.fullmatch(name.removeprefix(prefix(manifest))))
+        unfinished = not manifest["complete"] and (path.match(BATCH_FILES) or IMAGE_NAME.fullmatch(name.removeprefix(f"{IMAGES}/")))
         if is_left_over(path):
             yield f"{name} is left over from a process that died"
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):

@@ -35,7 +35,7 @@ def test_the_description_comes_back(tmp_path: Path) -> None:
     info = load_teacher(tmp_path / "t.pt")[1]
     assert (info.class_names, info.mean, info.std, info.size) == (NAMES, (0.3,), (0.25,), 8)
     content = torch.load(tmp_path / "t.pt", weights_only=True)
-    for name in ("class_names", "mean", "std"):  # as older versions wrote it
+    for name in ("class_names", "mean", "std"):  # which a description may lack
         del content["dwa_fast"][name]
     torch.save(content, tmp_path / "old.pt")
     assert load_teacher(tmp_path / "old.pt")[1].class_names is None

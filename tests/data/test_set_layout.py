@@ -1,4 +1,4 @@
-"""Where a set keeps what: `images/` holds class folders alone, sets of the earlier layout stay as they are, and both are read the same."""
+"""Where a set keeps what: `images/` holds class folders alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dwa_fast.commands.cli import run
 from dwa_fast.config import StorageConfig
 from dwa_fast.data.folders import image_folder
 from dwa_fast.data.manifest import image_name, read_manifest
-from dwa_fast.data.set_layout import FLAT_FORMAT, IMAGES, MANIFEST, image_root, is_set, refuse_images, set_folder
+from dwa_fast.data.set_layout import IMAGES, MANIFEST, image_root, is_set, refuse_images, set_folder
 from dwa_fast.report.search import search
 from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.preview import Preview
@@ -42,16 +42,6 @@ def make(folder: Path, ipc: int = 2, *, finish: bool = True) -> int:
     if finish:
         assert store.finish(batches) == []
     return len(missing)
-
-
-def make_flat(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: bool) -> None:
-    """The same in the earlier layout."""
-    with monkeypatch.context() as patch:
-        patch.setattr("dwa_fast.sets.store.FORMAT", FLAT_FORMAT)
-        make(folder, **options)
-    shutil.rmtree(folder / "other-programs")
-    assert (folder / image_name(0, 0, 3)).is_file()
-    assert read_manifest(folder)["format"] == FLAT_FORMAT
 
 
 def listing_loader(root: str, image_number: int) -> list[tuple[str, int]]:
@@ -121,42 +111,12 @@ def test_folders_that_are_no_sets_stay_what_they_are(tmp_path: Path) -> None:
     for name in ("one/images/cat", "two/images/cat", "two/dog", "three/images/cat"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
-    for number, text in (("one", '{"name": "a web app"}'), ("two", "{"), ("three", "[3]")):
+    for number, text in (("one", '{"name": "a web app", "format": 2}'), ("two", "{"), ("three", "[3]")):
         (tmp_path / number / MANIFEST).write_text(text)
         for place in (tmp_path / number, tmp_path / number / "images"):
             assert set_folder(place) == image_root(place) == place
     assert image_folder(tmp_path / "one" / "images", 4).class_names == ["cat"]
     assert image_folder(tmp_path / "two", 4).class_names == ["dog", "images"]
-
-
-def test_sets_of_the_earlier_layout_are_read_and_grow_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = tmp_path / "old"
-    make_flat(old, monkeypatch)
-    make(tmp_path / "new")
-    before = contents(old)
-    assert {name.removeprefix("images/"): content for name, content in contents(tmp_path / "new").items() if name.endswith("png")} == {
-        name: content for name, content in before.items() if name.endswith("png")
-    }
-    assert list(problems(old)) == []
-    assert image_folder(old, 4).files == image_folder(tmp_path / "new", 4).files
-    assert make(old) == 0
-    assert contents(old) == before
-    assert make(old, ipc=3) == 2
-    assert not (old / IMAGES).exists()
-    assert not (old / "other-programs").exists()
-    assert list(problems(old)) == []
-    assert {name: content for name, content in contents(old).items() if name in before and name.startswith("new")} == {
-        name: content for name, content in before.items() if name.startswith("new")
-    }
-
-
-def test_set_of_the_earlier_layout_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_flat(tmp_path / "whole", monkeypatch)
-    old = tmp_path / "old"
-    make_flat(old, monkeypatch, finish=False)
-    (old / image_name(1, 1, 3)).unlink()
-    assert make(old) == 1
-    assert contents(old) == contents(tmp_path / "whole")
 
 
 def test_a_copy_is_a_set(tmp_path: Path) -> None:

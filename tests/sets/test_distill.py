@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from dwa_fast.data.images import MemorySet
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.data.pixels import denormalise, normalise, to_levels
 from dwa_fast.data.real import sample
-from dwa_fast.data.set_layout import MANIFEST
 from dwa_fast.io.files import atomic_write, checksum
 from dwa_fast.sets.distill import BatchSpec, batch_specs
 from dwa_fast.sets.store import ImageStore
@@ -165,7 +163,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 
 def test_foreign_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="is no manifest of format 2 or 3"):
+    with pytest.raises(InputError, match="is no manifest of format 3"):
         run(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
@@ -305,19 +303,6 @@ def test_a_set_is_not_continued_with_another_teacher_or_other_images(tmp_path: P
         distill(small_teacher(), inverted, config, ipc=2, output=tmp_path)
     assert contents(tmp_path) == whole
     assert distill(small_teacher(), small_set(), config, ipc=2, output=tmp_path) == 10
-
-
-def test_a_set_that_does_not_know_its_teacher_and_images_is_continued(tmp_path: Path) -> None:
-    """As those of version 0.1 do not."""
-    config = small_recipe(iterations=4, batch_size=4, backend="reference")
-    distill(small_teacher(), small_set(), config, ipc=2, output=tmp_path / "new")
-    distill(small_teacher(), small_set(), config, ipc=1, output=tmp_path / "old")
-    manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
-    for name in ("teacher", "real_images_digest"):
-        del manifest["settings"][name]
-    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
-    assert distill(small_teacher(), small_set(), config, ipc=2, output=tmp_path / "old") == 10
-    assert {**contents(tmp_path / "old"), MANIFEST: b""} == {**contents(tmp_path / "new"), MANIFEST: b""}
 
 
 def test_arguments_of_another_type_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The files of a set: entries of batches that are damaged, shared or of another set, manifests of earlier versions, full disks."""
+"""The files of a set: entries of batches that are damaged, shared or of another set, full disks."""
 
 from __future__ import annotations
 
@@ -108,24 +108,6 @@ def test_batch_of_a_damaged_entry_is_made_again(tmp_path: Path, whole: dict[str,
         same = False
     assert make(folder) == ([] if same else [number]) + [6, 7]
     assert contents(folder) == whole
-
-
-def test_journals_of_earlier_versions_are_removed_and_their_batches_made_again(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    folder = tmp_path / "old"
-    fill(store_in(folder), BATCHES[:6])
-    for path in batch_files(folder):
-        path.unlink()
-    (folder / ".journal-0123456789ab.jsonl").write_text('{"item": 0, "images": {}, "losses": [], "skipped": {}, "check": "0"}\n')
-    assert len(make(folder)) == 8
-    assert contents(folder) == whole
-
-
-def test_manifest_of_an_earlier_version_is_read(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    """It has a checksum of itself, which is ignored."""
-    path = tmp_path / "whole" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "check": "0" * 64}))
-    assert make(tmp_path / "whole") == []
-    assert list(problems(tmp_path / "whole")) == []
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -332,7 +332,7 @@ def test_fewer_epochs_of_labels_than_of_the_training_are_said(
 
 @pytest.mark.parametrize("name", ["smallest_crop", "shuffle_cells", "rand_augment", "rand_magnitude"])
 def test_labels_of_other_views_are_refused(tmp_path: Path, name: str) -> None:
-    """Also those that are stored without the setting, as older ones are."""
+    """Also those that are stored without the setting, where it has its default."""
     varied, plain = replace(VARIED, epochs=1), replace(VARIED, epochs=1, **{name: getattr(ValidationConfig(), name)})
     for number, (written, read) in enumerate(((varied, plain), (plain, varied))):
         store(tmp_path / str(number), written)
