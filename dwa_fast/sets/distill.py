@@ -24,12 +24,12 @@ from dwa_fast.data.set_layout import is_set, set_folder
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statistics
 from dwa_fast.engine.synthesis import Batch, Synthesizer
+from dwa_fast.engine.turns import warn_of_idle_teachers
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed, unwrapped
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
-from dwa_fast.sets.idle_teachers import warn_of_idle_teachers
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
 from dwa_fast.sets.store import BatchSpec, ImageStore

@@ -17,11 +17,11 @@ from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.engine.class_statistics import ClassStatistics, aims
 from dwa_fast.engine.synthesis import Batch, Synthesizer, check_arguments, check_label_range
+from dwa_fast.engine.turns import warn_of_idle_teachers
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import listed
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.sets.exchange import write_set
-from dwa_fast.sets.idle_teachers import warn_of_idle_teachers
 
 log = logging.getLogger("dwa_fast")
 
