@@ -61,7 +61,10 @@ def trace_step(step: Callable[[], None]) -> GraphModule:
 @contextmanager
 def _shared_notes() -> Iterator[None]:
     """Inside, results that look alike share a fake tensor: making one takes as long as the operator calls of a small batch."""
-    make, made = proxy_tensor.extract_val, dict[Any, Any]()
+    make, made = getattr(proxy_tensor, "extract_val", None), dict[Any, Any]()
+    if make is None:  # a private name of PyTorch: without it traces take longer
+        yield
+        return
 
     def note(value: Any, *options: Any, **more: Any) -> Any:
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:

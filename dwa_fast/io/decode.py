@@ -32,8 +32,7 @@ class Readers:
 
     def __init__(self) -> None:
         self._start()
-        if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-            os.register_at_fork(after_in_child=self._start)
+        os.register_at_fork(after_in_child=self._start)
 
     def _start(self) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="reader")
