@@ -318,6 +318,18 @@ def test_synthesize_takes_labels_of_any_integers() -> None:
     assert torch.equal(synthesize(small_teacher(), IMAGES, LABELS.to(torch.uint8), config).images, wanted)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_every_stage_takes_the_device_of_the_recipe() -> None:
+    config = small_recipe(device="cuda")
+    for call in (
+        lambda: squeeze(small_set(), config),
+        lambda: relabel(small_set(), small_teacher(), config, output="labels"),
+        lambda: validate(small_set(), small_set(), small_teacher(), "small-resnet", config),
+    ):
+        with pytest.raises(InputError, match="device 'cuda'"):
+            call()
+
+
 def test_numbers_of_classes_are_checked() -> None:
     with pytest.raises(InputError, match="classes must lie in 0 … 9, got 10"):
         class_statistics(small_teacher(), small_set(), small_recipe(), classes=[3, 10])

@@ -65,7 +65,7 @@ class Squeeze(Data):
                 seed=self.seed,
                 progress=bar,
                 checkpoint_file=checkpoint_file,
-                test=tested,
+                tested=tested,
                 test_every=self.test_every,
             )
         accuracy = None if test is None else top1(module, test, recipe.data, device)

@@ -31,7 +31,7 @@ def class_statistics(
     recipe: Recipe,
     *,
     classes: Sequence[int] | None = None,
-    output: str | int | None = None,
+    logits: str | int | None = None,
     skipped: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> list[ClassStatistics]:
@@ -46,7 +46,7 @@ def class_statistics(
         data: the real images, such as `load_data(recipe.data, folder, "train")`.
         recipe: its `data` normalise the images, its `synthesis.device` computes.
         classes: numbers of those to measure; the rows of others are NaN. None: all.
-        output: which of several outputs of a teacher are the logits, as for `synthesize`.
+        logits: which of several outputs of a teacher are the logits, as for `synthesize`.
         skipped: names of images that are left out, with the cause; images that cannot be decoded join them. None: these are an error.
         progress: called with the images that have been measured, and all.
     Returns:
@@ -57,7 +57,7 @@ def class_statistics(
     check_image_set(data)
     check_recipe(recipe)
     execution = resolve("reference", "fp64" if recipe.synthesis.precision == "fp64" else "fp32", recipe.synthesis.device)
-    meters = [_Meter(copied(each, execution.device, execution.master_dtype), len(data.class_names)) for each in listed(teacher, output)]
+    meters = [_Meter(copied(each, execution.device, execution.master_dtype), len(data.class_names)) for each in listed(teacher, logits)]
     members = by_class(data)
     chosen = list(range(len(members))) if classes is None else list(classes)
     if wrong := [label for label in chosen if not 0 <= label < len(members)]:

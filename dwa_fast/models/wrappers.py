@@ -37,7 +37,7 @@ class SelectedOutput(nn.Module):
         """
         given = self.teacher(images)
         if isinstance(given, Tensor):
-            raise InputError(f"teacher has one output, a tensor of shape {tuple(given.shape)}; leave out output={self.output!r}")
+            raise InputError(f"teacher has one output, a tensor of shape {tuple(given.shape)}; leave out logits={self.output!r}")
         try:
             if isinstance(self.output, str) and not isinstance(given, Mapping):
                 return getattr(given, self.output)
@@ -57,10 +57,10 @@ def describe_output(given: Any) -> str:
     if isinstance(given, Mapping):
         names = list(map(str, given))
         output = "logits" if "logits" in names else names[0] if names else ""
-        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; name the logits with output={output!r}" if names else "")
+        return f"{kind} with {', '.join(names) or 'nothing'}" + (f"; say which are the logits with logits={output!r}" if names else "")
     if isinstance(given, Sequence) and not isinstance(given, str):
-        return f"{kind} of {len(given)}; say which of them are the logits with output=0 (or 1, …)"
-    return kind + ("; name the logits with output='logits'" if isinstance(getattr(given, "logits", None), Tensor) else "")
+        return f"{kind} of {len(given)}; say which are the logits with logits=0 (or 1, …)"
+    return kind + ("; say which are the logits with logits='logits'" if isinstance(getattr(given, "logits", None), Tensor) else "")
 
 
 def listed(teacher: nn.Module | Sequence[nn.Module], output: str | int | None = None) -> list[nn.Module]:

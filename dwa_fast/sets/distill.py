@@ -93,7 +93,7 @@ def distill(
         storage: how images and losses are written.
         threads: CPU threads to compute with, at least 1; the last bits depend on it where the device is a CPU. None: those that the
             set in the folder was started with; for a new set, as many as PyTorch takes in a single process.
-        logits: which of several outputs of the teacher are the logits, as `output` of `synthesize`.
+        logits: which of several outputs of the teacher are the logits, as for `synthesize`.
         workers: which batches this process makes; default: all.
         progress: called with the iterations finished and the iterations in all; batches that are already there count as finished.
         measuring: called before the first batch, where the teachers look at real images: with the classes whose patches or median images
@@ -160,7 +160,7 @@ def distill(
         statistics: list[ClassStatistics] = []
         if missing and config.matches_class:
             needed, skipped = sorted(_last_indices(missing)), images.skipped if initial.skip_bad_images else None
-            statistics = class_statistics(teacher, data, recipe, classes=needed, output=logits, skipped=skipped, progress=measuring)
+            statistics = class_statistics(teacher, data, recipe, classes=needed, logits=logits, skipped=skipped, progress=measuring)
         observers: list[Observer] = [*trackers, *([observer] if observer else [])]
         todo = workers.take(missing)
         builder = SetBuilder(synthesizer, images, store, todo, seed=seed, statistics=statistics, preview=preview, observers=observers)

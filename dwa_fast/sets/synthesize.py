@@ -91,7 +91,7 @@ def synthesize(
     recipe: Recipe,
     *,
     seed: int = 0,
-    output: str | int | None = None,
+    logits: str | int | None = None,
     class_statistics: Sequence[ClassStatistics] | None = None,
     progress: Progress | None = None,
 ) -> SynthesisResult:
@@ -111,7 +111,7 @@ def synthesize(
         recipe: settings, for example `recipe("cifar100")`. Those that start from patches or median images (methods such as rded, fadrm and
             delt) are for whole sets, out of which the teacher chooses them; `initial="real"` starts from the images that are given.
         seed: at least 0; the seed of all random numbers.
-        output: which of several outputs of a teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
+        logits: which of several outputs of a teacher are the logits: the name of an attribute or of a dictionary's entry ("logits"), or a
             place in a tuple (0). None: it gives logits and nothing else.
         class_statistics: with `statistics="class"`, what `dwa_fast.class_statistics` gives for the teachers: for each of them, by name of
             the BatchNorm layer, mean and variance of its input for every class, [2, classes, C]. Each batch then holds one class.
@@ -141,7 +141,7 @@ def synthesize(
         raise InputError("class_statistics would not be used: the recipe matches running statistics; set statistics='class'")
     parts = [slice(start, start + config.batch_size) for start in range(0, len(images), config.batch_size)]
     sizes = [len(images[part]) for part in parts]
-    with Synthesizer(listed(teacher, output), images, config, normalisation, batch_sizes=sizes) as run:
+    with Synthesizer(listed(teacher, logits), images, config, normalisation, batch_sizes=sizes) as run:
         check_label_range(labels, run.classes)
         warn_of_idle_teachers(config, len(listed(teacher)), len(parts), f"a set of {len(parts)} batches")
         if class_statistics is not None:

@@ -58,7 +58,7 @@ def relabel(
     recipe: Recipe,
     *,
     output: str | Path,
-    device: str | torch.device = "auto",
+    device: str | torch.device | None = None,
     seed: int = 0,
     pool: int = 1,
     fkd: FkdConfig | None = None,
@@ -71,6 +71,7 @@ def relabel(
         recipe: mean and std; of the validation augmentation, mixing, batch size, epochs, precision and teacher mode. No other field is
             used.
         output: folder of the labels. The same call resumes an interrupted run and gives the same bits.
+        device: "auto", "cpu", "cuda", "cuda:1", …; default: the recipe's.
         pool: store the labels of one epoch in `pool`; students reuse them.
         fkd: write FKD files below `output/fkd`, of other random views than `validate` would draw; None: our own layout.
         progress: called with the finished batches and the total.
@@ -86,7 +87,7 @@ def relabel(
     check_recipe(recipe)
     check_shape(distilled, recipe.data)
     check_set(distilled, "distilled images")
-    recipe, output, device = with_batch_size(recipe, distilled), Path(output), resolve_device(str(device))
+    recipe, output, device = with_batch_size(recipe, distilled), Path(output), resolve_device(str(device or recipe.synthesis.device))
     config, teachers = recipe.validation, as_teachers(teacher)
     if not teachers:
         raise InputError("soft labels come from a teacher, got None")

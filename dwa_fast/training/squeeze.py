@@ -28,11 +28,11 @@ def squeeze(
     data: ImageSet,
     recipe: Recipe,
     *,
-    device: str | torch.device = "auto",
+    device: str | torch.device | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint_file: str | Path | None = None,
-    test: Callable[[nn.Module, int], object] | None = None,
+    tested: Callable[[nn.Module, int], object] | None = None,
     test_every: int = 0,
 ) -> nn.Module:
     """A teacher in eval mode, trained on all of `data` with SGD and the schedule of the recipe.
@@ -41,7 +41,9 @@ def squeeze(
         recipe: architecture, size, mean, std and settings of the training.
         progress: called with the finished steps and the total.
         checkpoint_file: written between epochs. The same call resumes from it and gives the same bits. Remove it once the teacher is saved.
-        test: called with the network and the number of finished epochs after every `test_every`-th; 0: never.
+        device: "auto", "cpu", "cuda", "cuda:1", …; default: the recipe's.
+        test_every: call `tested` after every so many epochs; 0: never.
+        tested: called with the network and the number of finished epochs.
     Raises:
         InputError: the checkpoint is of other settings, an image cannot be read, a label is not the number of a class, a batch of one image
             is too small for the architecture, or the training diverges.
@@ -52,7 +54,7 @@ def squeeze(
     seed, test_every = plain(seed), plain(test_every)
     check_integer("seed", seed, 0)
     check_integer("test_every", test_every, 0)
-    config, device = recipe.squeeze, resolve_device(str(device))
+    config, device = recipe.squeeze, resolve_device(str(device or recipe.synthesis.device))
     fast = config.schedule == "fast"
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
@@ -84,7 +86,7 @@ def squeeze(
         remedy=lambda: remedy(config, precision),
         state=TrainingState(Path(checkpoint_file), settings | {"real_images": image_digest(data)}) if checkpoint_file else None,
         progress=progress,
-        test=(lambda epochs: test(model, epochs)) if test else None,
+        test=(lambda epochs: tested(model, epochs)) if tested else None,
         test_every=test_every,
     )
     return model.eval()

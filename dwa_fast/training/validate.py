@@ -81,7 +81,7 @@ def validate(
     student: str,
     recipe: Recipe,
     *,
-    device: str | torch.device = "auto",
+    device: str | torch.device | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     resume_dir: str | Path | None = None,
@@ -106,7 +106,7 @@ def validate(
             their initial weights; of a pool of batches (LPLD) each draws its own.
         test_every: also test a student after every so many epochs, which changes nothing else; 0: only in the end.
         tested: called with the student's number, its finished epochs and the accuracy of each such test, where jobs is 1.
-        device: "auto", "cpu", "cuda", "cuda:1", …
+        device: "auto", "cpu", "cuda", "cuda:1", …; default: the recipe's.
         jobs: students that are trained at the same time, each in a process of its own, which takes some seconds to start; on a CPU with its
             share of PyTorch's threads, on which the last bits depend.
     Raises:
@@ -127,7 +127,11 @@ def validate(
         check_integer(name, value, at_least)
     if not isinstance(student, str):
         raise TypeError(f"student must be the name of an architecture, such as 'resnet18', got {type(student).__name__}")
-    recipe, device, teachers = with_batch_size(recipe, distilled), resolve_device(str(device)), as_teachers(teacher)
+    recipe, device, teachers = (
+        with_batch_size(recipe, distilled),
+        resolve_device(str(device or recipe.synthesis.device)),
+        as_teachers(teacher),
+    )
     config = recipe.validation
     check_set(test, "held-out images")
     if len(distilled.class_names) != len(test.class_names):

@@ -179,9 +179,9 @@ class Several(Net):
 
 
 OUTPUTS = {
-    "attribute": ("logits", "got SimpleNamespace; name the logits with output='logits'"),
-    "dictionary": ("logits", "got dict with logits, features; name the logits with output='logits'"),
-    "tuple": (1, r"got tuple of 2; say which of them are the logits with output=0 \(or 1, …\)"),
+    "attribute": ("logits", "got SimpleNamespace; say which are the logits with logits='logits'"),
+    "dictionary": ("logits", "got dict with logits, features; say which are the logits with logits='logits'"),
+    "tuple": (1, r"got tuple of 2; say which are the logits with logits=0 \(or 1, …\)"),
 }
 
 
@@ -197,9 +197,9 @@ def test_logits_among_several_outputs(kind: str, backend: str) -> None:
     plain = Net()
     plain.load_state_dict(several.state_dict())
     wanted = synthesize(plain.eval(), images, labels, config(backend))
-    assert torch.equal(synthesize(several, images, labels, config(backend), output=output).images, wanted.images)
+    assert torch.equal(synthesize(several, images, labels, config(backend), logits=output).images, wanted.images)
     with pytest.raises(InputError, match="teacher has no output 'scores'; it gives"):
-        synthesize(several, images, labels, config(backend), output="scores")
+        synthesize(several, images, labels, config(backend), logits="scores")
 
 
 def test_logits_of_one_pixel_are_refused_with_the_way_out() -> None:
@@ -313,8 +313,8 @@ def test_a_transform_of_torchvision_in_front_is_a_part_of_the_network(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_output_of_a_single_tensor_is_not_selected(backend: str) -> None:
-    with pytest.raises(InputError, match=r"teacher has one output, a tensor of shape \(3, 5\); leave out output=0"):
-        synthesize(Net().eval(), torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1]), config(backend), output=0)
+    with pytest.raises(InputError, match=r"teacher has one output, a tensor of shape \(3, 5\); leave out logits=0"):
+        synthesize(Net().eval(), torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1]), config(backend), logits=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

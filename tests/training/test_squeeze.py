@@ -267,7 +267,7 @@ def test_early_tests_see_the_network_and_change_nothing() -> None:
     def test(network: nn.Module, epochs: int) -> None:
         seen.append((epochs, top1(network, small_set(), DIGITS.data, CPU)))
 
-    tested = squeeze(small_set(), recipe, device=CPU, test=test, test_every=1)
+    tested = squeeze(small_set(), recipe, device=CPU, tested=test, test_every=1)
     plain = squeeze(small_set(), recipe, device=CPU)
     assert [epochs for epochs, _ in seen] == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(tested.state_dict().values(), plain.state_dict().values(), strict=True))
