@@ -309,10 +309,10 @@ class GlobalMean(nn.Module):
 
     def forward(
         self,
-        y: Tensor,  # [..., H, W]
-    ) -> Tensor:  # [..., 1, 1]
-        """The mean."""
-        return y.mean((-2, -1), keepdim=True)
+        y: Tensor,  # [..., C, H, W]
+    ) -> Tensor:  # [..., C, 1, 1]
+        """The mean; its gradient is channels-last, as y is."""
+        return y.movedim(-3, -1).mean((-3, -2), keepdim=True).movedim(-1, -3)
 
 
 def replace_global_means(module: nn.Module) -> None:

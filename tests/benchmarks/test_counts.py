@@ -42,7 +42,7 @@ def test_kernels_of_a_cifar_resnet18(counts: ModuleType) -> None:
     assert kernels["aten.convolution"] + kernels["aten.convolution_backward"] == 40
     for once in ("matching_loss._matching_loss_kernel", "losses._cross_entropy_kernel", "losses._log_losses_kernel"):
         assert kernels[once] == 1
-    assert kernels["aten.add"] == kernels["aten.pixel_shuffle"] == 0
+    assert kernels["aten.add"] == kernels["aten.pixel_shuffle"] == kernels["aten.clone"] == 0
     assert kernels.total() <= 83
 
 
@@ -50,7 +50,7 @@ def test_the_pooling_of_a_resnet18_at_224_pixels_is_one_kernel_each_way(counts: 
     """It reads y and writes z and the places; it reads y, both gradients and the places and writes the gradient."""
     found = counted(counts, "imagenet-resnet18", 2)
     assert found.kernels["bn_act_pool._bn_act_pool_forward_kernel"] == found.kernels["bn_act_pool._bn_act_pool_backward_kernel"] == 1
-    assert not [name for name in found.kernels if "max_pool2d" in name or name == "aten.add"]
+    assert not [name for name in found.kernels if "max_pool2d" in name or name in ("aten.add", "aten.clone")]
     assert found.kernels.total() <= 83
     y, z, vectors = 2 * 2 * 64 * 112**2, 2 * 2 * 64 * 56**2, 6 * 64 * 4
     forward, backward = (found.traffic[f"bn_act_pool._bn_act_pool_{way}_kernel"] for way in ("forward", "backward"))
@@ -68,6 +68,14 @@ def test_a_strided_branch_has_the_gradient_of_a_quarter_of_the_pixels(counts: Mo
     for kernel, traffic in whole.traffic.items():
         changes = kernel in ("aten.convolution_backward", "bn_act._bn_act_backward_kernel")
         assert traffic - sampled.traffic[kernel] == (saved if changes else 0), kernel
+
+
+def test_a_copy_inside_a_launcher_counts(counts: ModuleType) -> None:
+    y = torch.empty(2, 64, 8, 8, device="meta")  # not channels-last, as the kernels want it
+    vectors = [torch.empty(64, device="meta") for _ in range(4)]
+    with counts.Counting() as found:
+        torch.ops.dwa_fast.bn_act_forward(y, *vectors, 1e-5, None, "relu", None)
+    assert {name for name in found.kernels if name.startswith("aten.")} == {"aten.clone", "aten.copy_"}  # there and back
 
 
 def test_bytes_grow_with_the_batch(counts: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,9 @@ def test_global_mean_has_pytorchs_bits(dtype: torch.dtype, layout: torch.memory_
     y, gradient = torch.randn(3, 17, 5, 4).to(dtype).contiguous(memory_format=layout).requires_grad_(), torch.randn(3, 17, 1, 1).to(dtype)
     means = [pool(y) for pool in (nn.AdaptiveAvgPool2d(1), GlobalMean())]
     assert torch.equal(*means)
-    assert torch.equal(*(torch.autograd.grad(mean, y, gradient)[0] for mean in means))
+    gradients = [torch.autograd.grad(mean, y, gradient)[0] for mean in means]
+    assert torch.equal(*gradients)
+    assert gradients[1].is_contiguous(memory_format=torch.channels_last)
     assert [GlobalMean.suits(nn.AdaptiveAvgPool2d(size)) for size in (1, (1, 1), 2, (1, 2))] == [True, True, False, False]
 
 
