@@ -287,20 +287,3 @@ def test_a_batch_has_what_a_step_reads() -> None:
     plain = replace(CONFIG, mixing="none")
     batch = next(TrainingLoader(ImageCache(data, CPU, 1.0), RandomSampler(data, plain, seed=0), DIGITS.data, 1).epoch(0))
     assert list(batch.tensors()) == ["images", "labels"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("augmentation", ["none", "pad-crop", "resized-crop"])
-def test_nothing_waits_for_a_gpu_between_batches(augmentation: str) -> None:
-    device, data = torch.device("cuda"), small_set(20)
-    sampler = RandomSampler(data, replace(CONFIG, augmentation=augmentation, mixing="cutmix"), seed=0)
-    loader = TrainingLoader(ImageCache(data, device, 1.0), sampler, DIGITS.data, 1)
-    list(loader.epoch(0))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        images = [batch.images for batch in loader.epoch(1)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    host = TrainingLoader(ImageCache(data, CPU, 1.0), sampler, DIGITS.data, 1).epoch(1)
-    for got, expected in zip(images, host, strict=True):
-        torch.testing.assert_close(got.cpu(), expected.images)

@@ -238,3 +238,20 @@ def test_the_optimiser_of_a_student_can_be_captured() -> None:
     """On a GPU AdamW must be told so; elsewhere it keeps its plain settings."""
     optimizer = optimiser_of(Small(), DIGITS.validation)
     assert all(not group["capturable"] for group in optimizer.param_groups)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["none", "pad-crop", "resized-crop"])
+def test_nothing_waits_for_a_gpu_between_batches(augmentation: Any) -> None:
+    device, data = torch.device("cuda"), small_set(20)
+    sampler = RandomSampler(data, replace(DIGITS.validation, batch_size=7, padding=1, augmentation=augmentation, mixing="cutmix"), seed=0)
+    loader = TrainingLoader(ImageCache(data, device, 1.0), sampler, DIGITS.data, 1)
+    list(loader.epoch(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images = [batch.images for batch in loader.epoch(1)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host = TrainingLoader(ImageCache(data, CPU, 1.0), sampler, DIGITS.data, 1).epoch(1)
+    for got, expected in zip(images, host, strict=True):
+        torch.testing.assert_close(got.cpu(), expected.images)
