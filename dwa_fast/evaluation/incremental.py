@@ -39,10 +39,10 @@ def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[
     """The classes of each task, in a random order that depends on seed and index.
 
     Raises:
-        InputError: there are more tasks than classes.
+        InputError: the first task has no two classes.
     """
-    if tasks > classes:
-        raise InputError(f"{classes} classes cannot be split into {tasks} tasks; expected at most one task per class")
+    if tasks >= classes:
+        raise InputError(f"{classes} classes cannot be split into {tasks} tasks, the first of which needs at least 2 classes")
     return [part.tolist() for part in np.array_split(generator(seed, "class order", index).permutation(classes), tasks)]
 
 
@@ -72,7 +72,7 @@ def learn(
             the last bits depend.
         progress: called with the number of trained tasks and the total.
     Raises:
-        InputError: there are more tasks than classes, a folder holds a task of other settings, or as `validate`.
+        InputError: the first task has no two classes, a folder holds a task of other settings, or as `validate`.
     """
     check_integer("jobs", jobs, 1)
     check_set(test, "held-out images")

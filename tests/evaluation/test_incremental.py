@@ -125,7 +125,8 @@ def test_more_orders_go_on_in_two_processes(tmp_path: Path) -> None:
     [
         ({"tasks": 0}, "tasks must be an integer of at least 1, got 0"),
         ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
-        ({"tasks": 11}, "10 classes cannot be split into 11 tasks; expected at most one task per class"),
+        ({"tasks": 11}, "10 classes cannot be split into 11 tasks, the first of which needs at least 2 classes"),
+        ({"tasks": 10}, "10 classes cannot be split into 10 tasks, the first of which needs at least 2 classes"),
     ],
 )
 def test_wrong_input(tmp_path: Path, config: dict[str, int], message: str) -> None:
