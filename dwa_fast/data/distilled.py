@@ -19,6 +19,8 @@ from dwa_fast.data.images import FileSet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.set_layout import MANIFEST, is_set
 from dwa_fast.errors import InputError
+from dwa_fast.io.decode import READERS, BadImageError, check_image
+from dwa_fast.io.files import checksum
 
 log = logging.getLogger("dwa_fast")
 
@@ -48,7 +50,7 @@ def open_distilled(
         the set, and the causes by skipped file.
     Raises:
         InputError: per_class is below 1, the folder holds several sets, the class folders do not match the classes, one has too few images,
-            or images or their size differ from the manifest.
+            or images, their content or their size differ from the manifest.
     """
     folder = Path(folder)
     if per_class is not None:
@@ -64,11 +66,13 @@ def open_distilled(
     if -1 in numbers:
         log.info("%s: %d of its %d classes are among the real ones; the others are left out", folder, len(class_names), len(numbers))
         data = data.select((data.labels >= 0).nonzero().flatten().tolist())
-    if not skip_bad_images:
-        return data, {}
-    skipped = data.faults()
-    good = [index for index in range(len(data.files)) if index not in skipped]
-    return _first(data.select(good), per_class), {data.name(index): cause for index, cause in skipped.items()}
+    skipped: dict[int, str] = data.faults() if skip_bad_images else {}
+    causes = {data.name(index): cause for index, cause in skipped.items()}
+    if skip_bad_images:
+        data = _first(data.select([index for index in range(len(data.files)) if index not in skipped]), per_class)
+    if manifest:
+        _check_content(data, manifest["images"])
+    return data, causes
 
 
 def set_manifest(folder: Path) -> dict[str, Any] | None:
@@ -102,8 +106,26 @@ def _check_shape(folder: Path, shape: Any, size: int, channels: int) -> None:
     raise InputError(f"{folder} holds images of {shape[1]} × {shape[2]} pixels, not {size} × {size}; {advice}")
 
 
+def _check_content(data: FileSet, checksums: Mapping[str, str]) -> None:
+    """Raise InputError if an image is not the one that was written; what is no image is reported where it is read."""
+
+    def is_another(name: str) -> bool:
+        path = data.folder / name
+        if checksums.get(name, "") in ("", checksum(path)):
+            return False
+        try:
+            check_image(path, data.channels)
+        except BadImageError:
+            return False
+        return True
+
+    for name, changed in zip(data.files, READERS.map(is_another, data.files), strict=True):
+        if changed:
+            raise InputError(f"{data.folder / name} has changed since it was written; the command that made the set makes it again")
+
+
 def _check_names(folder: Path, data: FileSet, manifest: Mapping[str, Any]) -> None:
-    """Check that the images of a complete set are those in its manifest. `dwa-fast verify` checks their content.
+    """Check that the images of a complete set are those in its manifest.
 
     Raises:
         InputError: an image is missing, or does not belong to the set.

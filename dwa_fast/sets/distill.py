@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from dwa_fast.data.images import FileSet, ImageSet, check_image_set, check_shape
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import denormalise, to_levels
-from dwa_fast.data.set_layout import is_set, set_folder
+from dwa_fast.data.set_layout import MANIFEST, is_set, set_folder
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statistics
 from dwa_fast.engine.synthesis import Batch, Synthesizer
@@ -32,11 +31,13 @@ from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
 from dwa_fast.sets.loss_log import Rows
 from dwa_fast.sets.preview import Preview
-from dwa_fast.sets.store import BatchSpec, ImageStore
+from dwa_fast.sets.store import BATCH_FILES, BatchSpec, ImageStore
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, Workers, default_threads, rank
 from dwa_fast.threads import recorded_threads, torch_threads
 from dwa_fast.training.state import weight_digest
+
+log = logging.getLogger("dwa_fast")
 
 Observer = Callable[[BatchSpec, Rows], None]  # called with a batch that is on the disk, and the losses that are kept of it
 
@@ -119,6 +120,8 @@ def distill(
     check_shape(data, recipe.data)
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
+    if isinstance(data, FileSet) and output.resolve().is_relative_to(data.folder.resolve()):
+        raise InputError(f"output {output} lies in {data.folder}, whose folders are the classes of the real images; choose another folder")
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
@@ -133,8 +136,8 @@ def distill(
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
+    settings["real_images_digest"] = _digest_for(set_folder(output), data)
     before = read_manifest(set_folder(output))["settings"] if is_set(set_folder(output)) else None
-    settings["real_images_digest"] = _digest_of(data)
     if "teacher" not in settings:
         digests = [weight_digest(unwrapped(each)) for each in listed(teacher)]
         settings["teacher"] = digests[0] if len(digests) == 1 else digests
@@ -259,8 +262,17 @@ def _last_indices(batches: Iterable[BatchSpec]) -> dict[int, int]:
     return last
 
 
-def _digest_of(data: ImageSet) -> str:
-    """Checksum of the real images: of files the names and classes, since a damaged one may be repaired before a set is resumed."""
-    if not isinstance(data, FileSet):
-        return image_digest(data)
-    return hashlib.sha256(json.dumps([data.files, data.labels.tolist(), data.class_names]).encode()).hexdigest()
+def _digest_for(folder: Path, data: ImageSet) -> str:
+    """Checksum of the real images; that of the set in the folder where only files that it skips may have been repaired since."""
+    now = image_digest(data)
+    if not is_set(folder):
+        return now
+    manifest = read_manifest(folder)
+    before = str(manifest["settings"].get("real_images_digest", now))
+    if before != now and manifest["skipped"]:
+        log.warning("%s: real images have changed since the set was begun; it goes on without those that it skips", folder)
+        return before
+    empty = not manifest["images"] and not any(folder.glob(BATCH_FILES))
+    if before != now and empty:  # an image may have been repaired so that it can begin
+        (folder / MANIFEST).unlink()
+    return now

@@ -113,6 +113,15 @@ def classes_of(folder: Path, real: list[str]) -> dict[str, int]:
     return {real[label]: int(level) for label, level in zip(data.labels.tolist(), levels, strict=True)}
 
 
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_an_image_that_has_changed_is_no_image_of_the_set(tmp_path: Path, skip_bad_images: bool) -> None:
+    own_set(tmp_path, ["ant", "bee"])
+    images = sorted(tmp_path.rglob("*.png"))
+    images[0].write_bytes(images[1].read_bytes())
+    with pytest.raises(InputError, match=r"class000_id000\.png has changed since it was written; the command that made the set"):
+        open_distilled(tmp_path, 8, 3, ["ant", "bee"], skip_bad_images=skip_bad_images)
+
+
 def test_a_set_of_ours_is_matched_by_its_class_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own_set(tmp_path / "set", ["dog", "airplane", "truck"])  # CIFAR's files, say, have an order of their own
     assert classes_of(tmp_path / "set", ["airplane", "dog", "truck"]) == {"airplane": 1, "dog": 0, "truck": 2}

@@ -159,6 +159,35 @@ def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path, label
     assert read_manifest(tmp_path / "set") == read_manifest(tmp_path / "whole")
 
 
+def test_files_with_other_contents_are_other_images(tmp_path: Path) -> None:
+    """Though their names are the same; but a damaged one may be repaired before anything is made of it."""
+    write_files(tmp_path / "data")
+    changed = tmp_path / "data" / "c3" / "4.png"
+    good = changed.read_bytes()
+    changed.write_bytes(b"")
+    with pytest.raises(InputError, match="it is empty"):
+        distil(files(tmp_path / "data"), tmp_path / "set", 5)
+    changed.write_bytes(good)
+    distil(files(tmp_path / "data"), tmp_path / "set", 1)
+    whole = read_manifest(tmp_path / "set")
+    changed.write_bytes((tmp_path / "data" / "c0" / "0.png").read_bytes())
+    with pytest.raises(InputError, match=r"other settings \(real_images_digest was '.*', is '.*'\)"):
+        distil(files(tmp_path / "data"), tmp_path / "set", 2)
+    assert read_manifest(tmp_path / "set") == whole
+    changed.write_bytes(good)
+    assert distil(files(tmp_path / "data"), tmp_path / "set", 2) == 10
+
+
+@pytest.mark.parametrize("inside", [".", "c0", "distilled"])
+def test_a_set_is_not_written_among_the_real_images(tmp_path: Path, inside: str) -> None:
+    """Its folder would be a class."""
+    write_files(tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"lies in .*data, whose folders are the classes of the real images"):
+        distil(files(tmp_path / "data"), tmp_path / "data" / inside)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_flag_may_be_given_after_the_first_stop(tmp_path: Path) -> None:
     write_files(tmp_path / "data")
     (tmp_path / "data" / "c3" / "1.png").write_bytes(b"")
