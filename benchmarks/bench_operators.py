@@ -26,7 +26,8 @@ import harness
 import machine
 import pytest
 import torch
-from operator_cases import Call, Case, Inputs, cases, copied, doubled
+from operator_calls import Call, Inputs, copied, doubled
+from operator_cases import Case, cases
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

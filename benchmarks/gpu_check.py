@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_operators
 import harness
 import machine
+import operator_calls
 import operator_cases
 from gpu_speed import facts_of
 from proof import Rows, Step, add_options, chosen, run_steps
@@ -133,8 +134,8 @@ def operators(plan: Plan, rows: Rows) -> None:
     for case in chosen_cases(plan):
         inputs, exact, allowed = bench_operators.oracle(case, plan.device)
         fused = resolve("fused", case.precision, str(plan.device)).operators  # type: ignore[arg-type]
-        errors = bench_operators.compare(case.operator.call(fused, operator_cases.copied(inputs))(), exact)
-        turns = bench_operators.Turns([case.operator.call(fused, operator_cases.copied(inputs))], plan.device)
+        errors = bench_operators.compare(case.operator.call(fused, operator_calls.copied(inputs))(), exact)
+        turns = bench_operators.Turns([case.operator.call(fused, operator_calls.copied(inputs))], plan.device)
         samples, now = [], machine.clock(plan.device)
         for _ in range(turns.rounds()):
             turns.prepare()
@@ -192,7 +193,7 @@ def once_small(device: torch.device) -> None:
         torch.manual_seed(harness.SEED)
         fused = resolve("fused", small.precision, str(device)).operators  # type: ignore[arg-type]
         inputs, exact, allowed = bench_operators.oracle(small, device)
-        errors = bench_operators.compare(small.operator.call(fused, operator_cases.copied(inputs))(), exact)
+        errors = bench_operators.compare(small.operator.call(fused, operator_calls.copied(inputs))(), exact)
         print(f"{small}: errors {', '.join(f'{error:.1e}' for error in errors)}", flush=True)
         if any(own > bound for own, bound in zip(errors, allowed, strict=True)):
             raise RuntimeError(f"{small}: relative errors {errors}, where {allowed} are allowed")

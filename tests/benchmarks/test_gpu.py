@@ -203,7 +203,7 @@ def test_gpu_check_runs_every_test_for_a_gpu() -> None:
 
 def test_gpu_check_measures_every_operator_of_ours() -> None:
     """And none that is plain PyTorch on that device."""
-    check, cases = importlib.import_module("gpu_check"), importlib.import_module("operator_cases")
+    check, cases = importlib.import_module("gpu_check"), importlib.import_module("operator_calls")
     chosen = [case.operator.name for case in check.chosen_cases(check.FULL)]
     plain = ("mean_pool", "conv3x3", "conv_product")
     assert chosen == [each.name for each in cases.OPERATORS if not each.name.startswith(plain)]
@@ -216,10 +216,10 @@ def test_gpu_check_measures_every_operator_of_ours() -> None:
 def test_small_cases_have_ragged_rows_too(device: str) -> None:
     """Of each operator on features: one whose last row of tiles is not full, with channels that are no multiple of 16 bytes."""
     check, layout = importlib.import_module("gpu_check"), importlib.import_module("dwa_fast.kernels.layout")
-    cases = importlib.import_module("operator_cases")
+    subjects = importlib.import_module("operator_subjects")
     ragged, even, features = set(), set(), set()
     for case in check.small_cases(torch.device(device)):
-        if isinstance(case.subject, cases.Layer) and not case.operator.name.startswith("conv"):
+        if isinstance(case.subject, subjects.Layer) and not case.operator.name.startswith("conv"):
             made = torch.empty(case.subject.shape, device="meta", memory_format=torch.channels_last)
             odd = made.numel() % layout.tiles(made).columns != 0 and made.shape[1] % 2 == made.shape[2] % 2 == 1
             (ragged if odd else even).add(case.operator.name)
@@ -229,7 +229,7 @@ def test_small_cases_have_ragged_rows_too(device: str) -> None:
 
 
 def test_what_moves_little_memory_has_no_share_of_the_copy_ceiling() -> None:
-    operators = importlib.import_module("operator_cases").OPERATORS
+    operators = importlib.import_module("operator_calls").OPERATORS
     assert [each.name for each in operators if not each.moves_memory] == ["matching_loss, both ways"]
     rows = [{"row": "operator", "case": str(share), "right": True, "percent_of_copy": share} for share in (40.4, None, 91.2)]
     tables = importlib.import_module("gpu_tables")

@@ -20,8 +20,8 @@ def bench() -> ModuleType:
 
 
 @pytest.fixture
-def networks(bench: ModuleType) -> ModuleType:
-    return importlib.import_module("operator_cases")
+def subjects(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("operator_subjects")
 
 
 class Stopped:
@@ -38,45 +38,46 @@ class Stopped:
         self.ran += 1
 
 
-def test_layers_are_those_of_the_network(networks: ModuleType) -> None:
+def test_layers_are_those_of_the_network(subjects: ModuleType) -> None:
     """ResNet-18 has a stem, eight blocks of two layers, and three strided skips, which are joined with the last layers of their blocks."""
-    workload = networks.harness.WORKLOADS["cifar100-resnet18"]
-    found = networks.subjects.layers(networks.Network(workload, 18, CPU))
+    workload = importlib.import_module("harness").WORKLOADS["cifar100-resnet18"]
+    found = subjects.layers(subjects.Network(workload, 18, CPU))
     kinds = [(layer.skip, layer.joins, layer.activation) for layer in found]
     assert [kinds.count((*kind, "relu")) for kind in ((False, False), (True, False), (True, True))] == [9, 5, 3]
     assert len(kinds) == 17
-    (every,) = networks.subjects.all_layers(networks.Network(workload, 18, CPU))
+    (every,) = subjects.all_layers(subjects.Network(workload, 18, CPU))
     assert len(every.channels) == len(every.counts) == 20
     assert {layer.shape[1:] for layer in found} == {(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)}
     assert {layer.shape[0] for layer in found if layer.shape[1] == 512} == {workload.batch}
-    inputs = networks.subjects.inputs_of_layers(networks.Network(workload, 18, CPU))
+    inputs = subjects.inputs_of_layers(subjects.Network(workload, 18, CPU))
     assert [layer.shape[1:] for layer in inputs] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
     assert not any(layer.skip or layer.activation != "none" for layer in inputs)
 
 
-def test_convolutions_are_those_of_the_network(networks: ModuleType) -> None:
-    network = networks.Network(networks.harness.WORKLOADS["cifar100-resnet18"], 18, CPU)
+def test_convolutions_are_those_of_the_network(subjects: ModuleType) -> None:
+    network = subjects.Network(importlib.import_module("harness").WORKLOADS["cifar100-resnet18"], 18, CPU)
     shapes = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
-    assert [layer.shape[1:] for layer in networks.subjects.convolutions(network)] == shapes
-    assert [layer.shape[1:] for layer in networks.subjects.small_convolutions(network)] == shapes[-1:]
+    assert [layer.shape[1:] for layer in subjects.convolutions(network)] == shapes
+    assert [layer.shape[1:] for layer in subjects.small_convolutions(network)] == shapes[-1:]
 
 
 @pytest.fixture
-def small(networks: ModuleType) -> list[Any]:
+def small(subjects: ModuleType) -> list[Any]:
     """Every operator once, on something small."""
-    subjects = {
-        networks.subjects.distinct_layers: networks.Layer((2, 20, 5, 3), True, "relu"),
-        networks.subjects.joined_layers: networks.Layer((2, 20, 5, 3), True, "relu", None, True),
-        networks.subjects.pooled_layers: networks.Layer((2, 20, 5, 3), False, "relu", networks.subjects.Windows(3, 2, 1)),
-        networks.subjects.inputs_of_layers: networks.Layer((2, 20, 5, 3), False, False),
-        networks.subjects.pooled: networks.Layer((2, 20, 5, 3), False, False),
-        networks.subjects.convolutions: networks.Layer((2, 32, 5, 3), False),
-        networks.subjects.small_convolutions: networks.Layer((2, 32, 5, 3), False),
-        networks.subjects.all_layers: networks.Layers("small", (3, 8), (50, 20)),
-        networks.subjects.images: networks.Images((2, 3, 12, 12), "imagenet"),
-        networks.subjects.weights: networks.Weights("small", 1000),
+    calls, cases = importlib.import_module("operator_calls"), importlib.import_module("operator_cases")
+    chosen = {
+        subjects.distinct_layers: subjects.Layer((2, 20, 5, 3), True, "relu"),
+        subjects.joined_layers: subjects.Layer((2, 20, 5, 3), True, "relu", None, True),
+        subjects.pooled_layers: subjects.Layer((2, 20, 5, 3), False, "relu", subjects.Windows(3, 2, 1)),
+        subjects.inputs_of_layers: subjects.Layer((2, 20, 5, 3), False, False),
+        subjects.pooled: subjects.Layer((2, 20, 5, 3), False, False),
+        subjects.convolutions: subjects.Layer((2, 32, 5, 3), False),
+        subjects.small_convolutions: subjects.Layer((2, 32, 5, 3), False),
+        subjects.all_layers: subjects.Layers("small", (3, 8), (50, 20)),
+        subjects.images: subjects.Images((2, 3, 12, 12), "imagenet"),
+        subjects.weights: subjects.Weights("small", 1000),
     }
-    return [networks.Case(each, subjects[each.subjects], precision) for each in networks.OPERATORS for precision in each.precisions]
+    return [cases.Case(each, chosen[each.subjects], precision) for each in calls.OPERATORS for precision in each.precisions]
 
 
 def test_every_operator_is_measured(bench: ModuleType, small: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
