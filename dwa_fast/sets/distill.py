@@ -270,7 +270,7 @@ def _digest_for(folder: Path, data: ImageSet) -> str:
     manifest = read_manifest(folder)
     before = str(manifest["settings"].get("real_images_digest", now))
     if before != now and manifest["skipped"]:
-        log.warning("%s: real images have changed since the set was begun; it goes on without those that it skips", folder)
+        log.warning("%s: real images have changed since the set was begun; only those that it skips may have been repaired", folder)
         return before
     empty = not manifest["images"] and not any(folder.glob(BATCH_FILES))
     if before != now and empty:  # an image may have been repaired so that it can begin

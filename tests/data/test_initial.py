@@ -143,7 +143,7 @@ def distil(data: FileSet | MemorySet, output: Path, ipc: int = 2, config: Any = 
 
 
 @pytest.mark.parametrize("label", [0, 3])
-def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path, label: int) -> None:
+def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path, label: int, caplog: pytest.LogCaptureFixture) -> None:
     write_files(tmp_path / "data")
     damaged = tmp_path / "data" / f"c{label}" / "0.png"
     good = damaged.read_bytes()
@@ -156,6 +156,7 @@ def test_manifest_records_what_was_skipped_and_keeps_to_it(tmp_path: Path, label
     assert manifest["settings"]["initial_order"] == "sorted"
     damaged.write_bytes(good)  # repaired in between: the set goes on as it began
     distil(files(tmp_path / "data"), tmp_path / "set", 2, initial_order="sorted")
+    assert "real images have changed since the set was begun; only those that it skips may have been repaired" in caplog.text
     assert read_manifest(tmp_path / "set") == read_manifest(tmp_path / "whole")
 
 
