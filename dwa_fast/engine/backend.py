@@ -125,7 +125,7 @@ _PRODUCTS = _cudnn.conv, _cudnn.rnn, torch.backends.cuda.matmul, _mkldnn.conv, _
 _EXACT = _Products(("ieee",) * 6, "highest", False, True, False)
 _TF32 = _Products(("tf32",) * 3 + ("ieee",) * 3, "high", True, True, False)
 _lock = threading.Lock()
-_inside: list[_Products] = []  # for each that is within `repeatable`, of whatever thread: the settings before the first
+_inside: list[_Products] = []  # the settings before the first that is within `repeatable`, of whatever thread, and what each has set
 
 
 @contextmanager
@@ -135,16 +135,20 @@ def repeatable(tf32: bool = False) -> Iterator[None]:
     The settings belong to the process: threads that compute at once must agree on tf32. The last one to leave puts back what the first
     one found.
     """
+    own = _TF32 if tf32 else _EXACT
     with _lock:
-        _inside.append(_inside[0] if _inside else _Products.found())
-        (_TF32 if tf32 else _EXACT).put()
+        if not _inside:
+            _inside.append(_Products.found())
+        _inside.append(own)
+        own.put()
     try:
         yield
     finally:
         with _lock:
-            first = _inside.pop()
-            if not _inside:
-                first.put()
+            del _inside[len(_inside) - 1 - _inside[::-1].index(own)]
+            _inside[-1].put()
+            if len(_inside) == 1:
+                _inside.clear()
 
 
 def resolve(backend: BackendName, precision: Precision, device: str, *teachers: object) -> Execution:

@@ -130,6 +130,16 @@ def test_newer_settings_of_precision_are_overruled_and_put_back(where: str, valu
     assert _newer_settings() == before
 
 
+def test_what_is_exact_within_tf32_leaves_tf32_behind() -> None:
+    before = _newer_settings()
+    with backend.repeatable(tf32=True):
+        within = _newer_settings()
+        with backend.repeatable():
+            assert _newer_settings() == ["ieee"] * 6
+        assert _newer_settings() == within == ["tf32"] * 3 + ["ieee"] * 3
+    assert _newer_settings() == before
+
+
 @pytest.mark.usefixtures("settings_as_before")
 def test_the_bits_of_fp32_on_a_cpu_do_not_depend_on_what_is_allowed() -> None:
     """PyTorch may otherwise take another program for products, where the processor can, one that rounds their factors to bf16."""
