@@ -188,17 +188,17 @@ def test_what_cannot_be_matched_is_refused() -> None:
 
 
 def test_images_that_cannot_be_measured(tmp_path: Path) -> None:
-    data = small_set()
+    data, folder = small_set(), tmp_path / "data"
     for label in range(10):
-        (tmp_path / str(label)).mkdir()
+        (folder / str(label)).mkdir(parents=True)
         for index, image in enumerate(data.pixels[data.labels == label]):
-            Image.fromarray(image[0].numpy()).save(tmp_path / str(label) / f"{index}.png")
-    files = image_folder(tmp_path, 8, channels=1)
+            Image.fromarray(image[0].numpy()).save(folder / str(label) / f"{index}.png")
+    files = image_folder(folder, 8, channels=1)
     config = class_recipe()
     whole = statistics_of(config)
     for name, each in class_statistics(small_teacher(), files, config)[0].items():
         torch.testing.assert_close(each, whole[name])
-    (tmp_path / "4" / "2.png").write_bytes(b"no image")
+    (folder / "4" / "2.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"2.png is no image that can be read: .* --skip-bad-images from all others"):
         class_statistics(small_teacher(), files, config)
     skipped: dict[str, str] = {}
@@ -206,9 +206,9 @@ def test_images_that_cannot_be_measured(tmp_path: Path) -> None:
     assert list(skipped) == ["4/2.png"]
     given = class_recipe(iterations=1, batch_ipc=None, initial="noise", ascent="none")
     with pytest.raises(InputError, match=r"2.png is no image that can be read: .* --skip-bad-images from all others"):
-        distill(small_teacher(), files, given, ipc=2, output=tmp_path / ".set")
-    distill(small_teacher(), files, given, ipc=2, output=tmp_path / ".set", initial=InitialConfig(skip_bad_images=True))
-    assert read_manifest(tmp_path / ".set")["skipped"] == skipped
+        distill(small_teacher(), files, given, ipc=2, output=tmp_path / "set")
+    distill(small_teacher(), files, given, ipc=2, output=tmp_path / "set", initial=InitialConfig(skip_bad_images=True))
+    assert read_manifest(tmp_path / "set")["skipped"] == skipped
     kept = torch.arange(60) != 4 * 6 + 2
     (wanted,) = class_statistics(small_teacher(), MemorySet(data.pixels[kept], data.labels[kept], data.class_names), config)
     for name, each in found.items():
