@@ -18,7 +18,7 @@ PYTEST := pytest -n $(JOBS) --dist worksteal
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-avx2 test-oldest check bench results report gpu gpu-build gpu-speed gpu-check clean prerequisites build
+.PHONY: help demo test test-all test-avx2 test-oldest check bench results report gpu gpu-build gpu-speed gpu-check gpu-accuracy clean prerequisites build
 
 help:
 	@echo 'make demo         environment, build, then the whole pipeline on real digits, on a CPU; results in demo-output/'
@@ -33,6 +33,7 @@ help:
 	@echo 'make gpu-speed    on a machine with a GPU, with its own Python ($(PYTHON)): build, then measure for BUDGET=400 seconds at most; $(OUT)/speed.jsonl'
 	@echo 'make gpu-check    likewise, for BUDGET=280 seconds: operators, memory checks, the tests that need a GPU; $(OUT)/check.jsonl'
 	@echo 'make gpu          both; what is built already is not built again'
+	@echo 'make gpu-accuracy CIFAR10=DIR TINY=DIR: teachers, sets and students on real images, for BUDGET=520 seconds; $(OUT)/accuracy.jsonl'
 	@echo 'make clean        remove what was built and both environments'
 
 # One sentence about what is missing, before anything is downloaded.
@@ -122,6 +123,9 @@ gpu-speed: gpu-build
 
 gpu-check: gpu-build
 	@'$(PYTHON)' benchmarks/gpu_check.py --output '$(OUT)' $(if $(BUDGET),--budget $(BUDGET))
+
+gpu-accuracy: gpu-build
+	@'$(PYTHON)' benchmarks/gpu_accuracy.py --output '$(OUT)' $(if $(BUDGET),--budget $(BUDGET)) $(if $(CIFAR10),--cifar10 '$(CIFAR10)') $(if $(TINY),--tiny '$(TINY)')
 
 gpu:
 	@$(MAKE) --no-print-directory gpu-speed; measured=$$?; $(MAKE) --no-print-directory gpu-check && exit $$measured

@@ -139,7 +139,7 @@ proof.run_steps([proof.Step("one", lambda rows: time.sleep(60), 50.0)], rows, 10
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both commands on a CPU, with tiny sizes, where packages are missing that the GPU's machine may lack."""
+    """All three commands on a CPU, with tiny sizes, where packages are missing that the GPU's machine may lack."""
     if Path(dwa_fast.__file__).parents[1] != ROOT:
         pytest.skip("the commands need an editable install of this folder, as `make gpu-speed` makes it")
     folder = tmp_path_factory.mktemp("gpu")
@@ -150,7 +150,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     path = os.pathsep.join(filter(None, [str(folder / "lacking"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
-    for script in ("gpu_speed.py", "gpu_check.py"):
+    for script in ("gpu_speed.py", "gpu_check.py", "gpu_accuracy.py"):
         command = [sys.executable, str(ROOT / "benchmarks" / script), "--dry-run", "--output", str(folder), "--budget", "1000"]
         ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -189,6 +189,50 @@ def test_tables_of_the_rehearsal(rehearsal: Path) -> None:
     assert "errors too large: none" in text
     assert "Steps that did not end well" not in text
     assert tables.section(rehearsal, brief=True).count("| digits, ") == 3
+
+
+def test_accuracy_of_the_rehearsal(rehearsal: Path, proof: ModuleType) -> None:
+    """A row for each cell, with the students of every seed; a second run makes nothing again."""
+    rows = proof.read_rows(rehearsal / "accuracy.jsonl")
+    assert set(outcomes(rows).values()) == {("done", 0)}
+    cells = [row for row in rows if row["row"] == "cell"]
+    assert [(row["method"], row["ipc"], row["sets"], len(row["accuracies"])) for row in cells] == [("real", 1, 2, 2), ("dwa", 1, 2, 2)]
+    assert (cells[0]["seconds_per_image"] is None, cells[1]["seconds_per_image"] > 0) == (True, True)
+    script = importlib.import_module("gpu_accuracy")
+    files = sorted((rehearsal / "accuracy").rglob("*"))
+    times = [path.stat().st_mtime_ns for path in files if path.is_file() and "cells" in path.parts]
+    assert times
+    again = proof.Rows(rehearsal / "again.jsonl")
+    plan = script.Plan("cpu", script.TINY)
+    script.train_teacher(plan, script.TINY[0], "short", rehearsal / "accuracy", again)
+    script.cells(plan, script.TINY[0], "short", rehearsal / "accuracy", 1, again)
+    assert [row["accuracies"] for row in proof.read_rows(again.path)] == [row["accuracies"] for row in cells]
+    assert sorted((rehearsal / "accuracy").rglob("*")) == files
+    assert [path.stat().st_mtime_ns for path in files if path.is_file() and "cells" in path.parts] == times
+    assert script.table_of([*rows, *cells]).row_count == 2
+
+
+def test_accuracy_needs_real_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = importlib.import_module("gpu_accuracy")
+    for flags, message in (
+        ([], "no real images: pass --cifar10 DIR or --tiny DIR"),
+        (["--tiny", str(tmp_path / "none")], f"{tmp_path}/none is not a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(["--output", str(tmp_path), *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_accuracy_in_the_order_of_its_worth(tmp_path: Path) -> None:
+    script = importlib.import_module("gpu_accuracy")
+    names = [step.name for step in script.steps(script.Plan("cuda", script.FULL), tmp_path)]
+    assert names == [
+        "facts", "cifar10 teacher short", "cifar10 short ipc 10", "cifar10 short ipc 1", "cifar10 short ipc 50", "cifar10 teacher long",
+        "cifar10 long ipc 10", "tiny teacher short", "tiny short ipc 10",
+    ]  # fmt: skip
+    for images in script.FULL:
+        for teacher in images.teachers:
+            assert script.settings(script.Plan("cpu", script.FULL), images, teacher).squeeze.schedule == "fast"
 
 
 def test_gpu_check_runs_every_test_for_a_gpu() -> None:
@@ -309,7 +353,7 @@ def test_the_last_run_of_a_step_counts() -> None:
 
 
 @pytest.mark.parametrize("built", [True, False])
-@pytest.mark.parametrize("target", ["gpu-speed", "gpu-check", "gpu"])
+@pytest.mark.parametrize("target", ["gpu-speed", "gpu-check", "gpu-accuracy", "gpu"])
 def test_make_gpu_builds_once_and_hands_the_budget_on(target: str, built: bool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     tool(tmp_path, "python", f'echo "$@" >> {log}; case "$*" in benchmarks/built.py) exit {int(not built)};; esac')
@@ -317,7 +361,7 @@ def test_make_gpu_builds_once_and_hands_the_budget_on(target: str, built: bool, 
     command = ["make", target, f"PYTHON={tmp_path}/python", "BUDGET=77", f"OUT={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     lines = log.read_text().splitlines()
-    names = {"gpu-speed": ["speed"], "gpu-check": ["check"], "gpu": ["speed", "check"]}[target]
+    names = ["speed", "check"] if target == "gpu" else [target.removeprefix("gpu-")]
     ran = [f"benchmarks/gpu_{name}.py --output {tmp_path} --budget 77" for name in names]
     assert [line for line in lines if line.startswith("benchmarks/gpu_")] == ran
     wanted = 0 if built else len(names)
