@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dwa_fast.recipes import METHODS, PRESETS, RECIPES, Recipe
+from dwa_fast import recipes
+from dwa_fast.recipes import DEFAULT_SCHEDULES, METHODS, PRESETS, RECIPES, Recipe
 
 TARGET = Path(__file__).with_name("recipes.md")
 _HEAD = """\
@@ -62,8 +63,24 @@ def page() -> str:
     own = [recipe for recipe in RECIPES.values() if not recipe.name.endswith("-released")]
     parts = [_HEAD, _data(own)]
     names = [recipe.name for recipe in own]
-    parts += [f"## {title}\n\n{_stage(names, [_fields(recipe)[stage] for recipe in own])}" for stage, title in _STAGES.items()]
+    for stage, title in _STAGES.items():
+        note = f"\n{_schedules()}\n" if stage == "squeeze" else ""
+        parts.append(f"## {title}\n\n{_stage(names, [_fields(recipe)[stage] for recipe in own])}{note}")
     return "\n".join([*parts, _presets(), _released(), _methods()])
+
+
+def _schedules() -> str:
+    """What the schedules other than the published one are, and which recipes have them by default."""
+    usual = "; ".join(
+        f"`{name}` has `--schedule {schedule}` by default: {made.epochs} epochs with a learning rate up to {_shown(made.learning_rate)}"
+        for name, schedule in DEFAULT_SCHEDULES.items()
+        if (made := recipes.recipe(name).squeeze)
+    )
+    return (
+        "So it is published: `--schedule cosine`. `--schedule fast` takes a tenth of the epochs, `--schedule short` a fiftieth, both with\n"
+        f"Nesterov's momentum, twice the learning rate and label smoothing ([usage](usage.md#training)).\n{usual}, since\n"
+        "[its students are better](results/cifar10/README.md#a-short-and-a-long-teacher). The `-released` recipes train as published."
+    )
 
 
 def _fields(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -77,10 +77,11 @@ def test_text_stands_for_a_path() -> None:
     assert InitialConfig().initial_tensors is None
 
 
-def test_the_fast_schedule_needs_a_momentum() -> None:
+@pytest.mark.parametrize("schedule", ["fast", "short"])
+def test_the_shorter_schedules_need_a_momentum(schedule: Any) -> None:
     """PyTorch refuses Nesterov's without one."""
-    with pytest.raises(InputError, match="momentum must be above 0 for schedule 'fast', which takes Nesterov's, got 0"):
-        SqueezeConfig(schedule="fast", momentum=0)
+    with pytest.raises(InputError, match=f"momentum must be above 0 for schedule '{schedule}', which takes Nesterov's, got 0"):
+        SqueezeConfig(schedule=schedule, momentum=0)
     assert SqueezeConfig(momentum=0).momentum == 0
 
 

@@ -149,6 +149,19 @@ def test_fast_takes_a_quarter_of_the_iterations_and_changes_nothing_else() -> No
     assert recipe("cifar10", fast=True, iterations=7).synthesis.iterations == 7
 
 
+def test_teachers_of_cifar10_are_trained_shortly_unless_it_is_asked_for_otherwise() -> None:
+    published = {"schedule": "cosine", "epochs": 200, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128}
+    for made in (recipe("cifar10", schedule="cosine"), recipe("cifar10-released"), recipe("cifar100"), RECIPES["cifar10"]):
+        assert asdict(made.squeeze).items() >= published.items()
+    short, fast = recipe("cifar10").squeeze, recipe("cifar10", schedule="fast").squeeze
+    assert asdict(short).items() >= {**published, "schedule": "short", "epochs": 4, "learning_rate": 0.2}.items()
+    assert fast == replace(short, schedule="fast", epochs=20)
+    assert recipe("tiny", schedule="short").squeeze.epochs == 2
+    assert recipe("digits", schedule="short").squeeze.epochs == 1
+    assert recipe("cifar10", squeeze={"epochs": 7}).squeeze == replace(short, epochs=7)
+    assert recipe("cifar10").synthesis == RECIPES["cifar10"].synthesis
+
+
 def test_single_settings_of_the_trainings_can_be_changed() -> None:
     usual = recipe("folder", method="sre2l")
     changed = recipe("folder", method="sre2l", squeeze={"epochs": 3}, validation={"students": 1, "batch_size": 20})

@@ -28,7 +28,7 @@ from dwa_fast.experiments.demo import DemoConfig
 def commands(
     recipe: str | None = None,
     method: str = "dwa",
-    schedule: Schedule = "cosine",
+    schedule: Schedule | None = None,
     preset: str = "paper",
     fast: bool = False,
     size: int | None = None,

@@ -49,6 +49,8 @@ class Squeeze(Data):
         with naming_bad_images(), console.bars() as track:
             train = self.load("train")
             console.print(f"training images: {counted(train)}")
+            if self.config.schedule == "short":
+                console.print(f"epochs: {self.config.epochs}, for better students; --schedule cosine trains as published")
             train = readable_images(console, train, self.skip_bad_images)
             test = self._held_out(console)
             recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)

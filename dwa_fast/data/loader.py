@@ -83,7 +83,7 @@ class RandomSampler:
         self._seed, self._purpose = seed, purpose
         self._source, self._next = generator(seed, purpose), 0
         self._mirrored: np.ndarray | None = None  # whether each image is mirrored in epoch 0, where it is in every other epoch
-        if isinstance(config, SqueezeConfig) and config.schedule == "fast" and config.flip > 0:
+        if isinstance(config, SqueezeConfig) and config.one_cycle and config.flip > 0:
             self._mirrored = generator(seed, f"{purpose} mirrored").random(self._count) < config.flip
 
     def epoch(self, number: int) -> list[BatchPlan]:

@@ -16,7 +16,6 @@ from dwa_fast.config import (
     LATER_SETTINGS,
     Normalisation,
     Progress,
-    Schedule,
     SqueezeConfig,
     TeacherMean,
     TrainingPrecision,
@@ -57,7 +56,7 @@ def fit(
     *,
     epochs: int,
     learning_rate: float,
-    schedule: Schedule = "cosine",
+    one_cycle: bool = False,
     stretch: float = 1,
     warmup_epochs: float = 0,
     weight_ema: float = 0,
@@ -73,7 +72,7 @@ def fit(
 
     Args:
         losses: the losses of the parts of a batch, whose gradients are added up for one step; the network is in train mode.
-        learning_rate: highest learning rate; falls to 0 on a cosine, or in a straight line where the schedule is fast.
+        learning_rate: highest learning rate; falls to 0 on a cosine, or in a straight line if `one_cycle`.
         stretch: ζ of the cosine. warmup_epochs: epochs in which the learning rate rises to it.
         weight_ema: rate per step of an average of the weights, which is tested in their place and becomes the result; 0: none.
         seed: seeds dropout and other random layers, separately for each epoch. The global generators of torch are not advanced.
@@ -95,7 +94,7 @@ def fit(
     warmup = round(warmup_epochs * loader.steps)
 
     def factor(step: int) -> float:
-        return triangle(step, total, warmup) if schedule == "fast" else cosine(step, total, warmup, stretch)
+        return triangle(step, total, warmup) if one_cycle else cosine(step, total, warmup, stretch)
 
     if progress and done:
         progress(done, total)

@@ -55,7 +55,7 @@ def squeeze(
     check_integer("seed", seed, 0)
     check_integer("test_every", test_every, 0)
     config, device = recipe.squeeze, resolve_device(str(device or recipe.synthesis.device))
-    fast = config.schedule == "fast"
+    fast = config.one_cycle
     check_set(data, "training images")
     precision = resolve_precision(config.precision, device)
     shape = {"classes": len(data.class_names), "channels": recipe.data.channels, "size": recipe.data.size}
@@ -80,7 +80,7 @@ def squeeze(
         losses,
         epochs=config.epochs,
         learning_rate=config.learning_rate,
-        schedule=config.schedule,
+        one_cycle=fast,
         warmup_epochs=_FAST_RISE * config.epochs if fast else 0,
         seed=seed,
         remedy=lambda: remedy(config, precision),
@@ -95,6 +95,4 @@ def squeeze(
 def sgd(model: nn.Module, config: SqueezeConfig, fused: bool | None = True) -> torch.optim.SGD:
     """SGD as the settings say; `fused` as in PyTorch."""
     rate, momentum, decay = config.learning_rate, config.momentum, config.weight_decay
-    return torch.optim.SGD(
-        model.parameters(), lr=rate, momentum=momentum, weight_decay=decay, nesterov=config.schedule == "fast", fused=fused
-    )
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay, nesterov=config.one_cycle, fused=fused)

@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import RandAugment
 
 from dwa_fast import InputError
-from dwa_fast.config import SqueezeConfig, ValidationConfig
+from dwa_fast.config import Schedule, SqueezeConfig, ValidationConfig
 from dwa_fast.data.augment import Mix, apply_mix, apply_views, draw_mix, draw_views, mirror
 from dwa_fast.data.folders import image_folder
 from dwa_fast.data.loader import BatchPlan, ImageCache, RandomSampler, TrainingLoader, batch_size_of, batch_sizes, batches, parts
@@ -59,9 +59,10 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     assert torch.equal(flipped[~mirrored], pixels[~mirrored])
 
 
+@pytest.mark.parametrize("schedule", ["fast", "short"])
 @pytest.mark.parametrize("augmentation", ["none", "pad-crop", "resized-crop"])
-def test_the_fast_schedule_mirrors_in_every_other_epoch(augmentation: str) -> None:
-    data, config = small_set(), replace(recipe("cifar10", schedule="fast").squeeze, augmentation=augmentation, batch_size=25)
+def test_the_fast_schedule_mirrors_in_every_other_epoch(augmentation: str, schedule: Schedule) -> None:
+    data, config = small_set(), replace(recipe("cifar10", schedule=schedule).squeeze, augmentation=augmentation, batch_size=25)
     sampler, mirrored = RandomSampler(data, config, seed=0), []
     for epoch in range(3):
         flipped = torch.zeros(len(data.labels), dtype=torch.bool)

@@ -16,7 +16,7 @@ from torch import nn
 
 from dwa_fast import InputError
 from dwa_fast.commands.cli import run
-from dwa_fast.config import Progress, SqueezeConfig
+from dwa_fast.config import Progress, Schedule, SqueezeConfig
 from dwa_fast.data.datasets import digits
 from dwa_fast.data.loader import RandomSampler
 from dwa_fast.data.pixels import normalise
@@ -29,7 +29,6 @@ from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
 CONFIG = replace(DIGITS.squeeze, epochs=3, padding=1)
-FAST = replace(CONFIG, schedule="fast")
 QUICK = replace(CONFIG, batch_size=8)  # eight steps for an epoch of small_set
 
 
@@ -47,10 +46,11 @@ def test_squeeze_learns_and_repeats() -> None:
         assert torch.equal(one, two)
 
 
-def test_the_fast_schedule() -> None:
+@pytest.mark.parametrize("schedule", ["fast", "short"])
+def test_the_fast_schedule(schedule: Schedule) -> None:
     """Its learning rates, Nesterov's momentum and smoothed labels; by hand for the first two steps."""
     data = small_set()
-    config = replace(FAST, epochs=1, batch_size=30, augmentation="none", flip=0.0, learning_rate=0.05)
+    config = replace(CONFIG, schedule=schedule, epochs=1, batch_size=30, augmentation="none", flip=0.0, learning_rate=0.05)
     trained = squeeze(data, replace(DIGITS, squeeze=config), device=CPU, seed=1)
     expected = new_network("small-resnet", classes=10, channels=1, size=SIZE, seed=1, device=CPU).train()
     plans = RandomSampler(data, config, seed=1, purpose="squeeze").epoch(0)
