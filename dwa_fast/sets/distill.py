@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwa_fast.config import InitialConfig, Progress, StorageConfig, check_integer, plain
+from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import FileSet, ImageSet, check_image_set, check_shape
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
@@ -125,25 +125,22 @@ def distill(
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)
-    each = config.batch_ipc or ipc
-    if config.matches_class and each == 1 < ipc:
-        raise InputError("statistics 'class' are those of several images of one class; set batch_ipc to more than 1, or to None for all")
-    batches = batch_specs(classes, ipc, each if config.matches_class else config.batch_size, each)
+    batches = _plan(config, classes, ipc)
     sizes = sorted({count for batch in batches for count in refined_counts(batch.labels, config.rounds)})
     synthesizer = Synthesizer(listed(teacher, logits), probe_image(data), config, recipe.data, batch_sizes=sizes)
     if synthesizer.classes != classes:
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
+    folder = set_folder(output)
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
-    settings["real_images_digest"] = _digest_for(set_folder(output), data)
-    before = read_manifest(set_folder(output))["settings"] if is_set(set_folder(output)) else None
+    settings["real_images_digest"] = _digest_for(folder, data)
     if "teacher" not in settings:
         digests = [weight_digest(unwrapped(each)) for each in listed(teacher)]
         settings["teacher"] = digests[0] if len(digests) == 1 else digests
     del settings["concurrent_batches"]  # changes the speed only
     if synthesizer.execution.device.type == "cpu":
-        settings["threads"] = threads or (recorded_threads(before) if before else None) or default_threads()
+        settings["threads"] = threads or _threads_of(folder) or default_threads()
     if config.iterations == 0:  # and so no losses
         storage = replace(storage, losses_every=0)
     store = ImageStore(output, settings, data.class_names, storage, teacher_info)
@@ -151,23 +148,24 @@ def distill(
     preview = Preview(store, data.image_shape, ipc) if store.storage.preview else None
     share = workers.share(batches)
     missing = store.unfinished(share)
+    needed = _last_indices(missing)
+    statistics: list[ClassStatistics] = []
     with synthesizer, torch_threads(store.settings.get("threads")), tracked(store.storage.track, store.folder, store.settings) as trackers:
         if missing:
             store.begin()
-            images.check(_last_indices(missing), measuring)
+            images.check(needed, measuring)
             if rank() == 0:
+                each = config.batch_ipc or ipc
                 warn_of_idle_teachers(config, len(listed(teacher)), ipc // each, f"ipc {ipc} in batches of {each} images of a class")
             if try_teacher and rank() == 0:
                 for predict in synthesizer.predictors:
                     warn_if_inaccurate(predict, data, recipe.data)
-        statistics: list[ClassStatistics] = []
         if missing and config.matches_class:
-            needed, skipped = sorted(_last_indices(missing)), images.skipped if initial.skip_bad_images else None
-            statistics = class_statistics(teacher, data, recipe, classes=needed, logits=logits, skipped=skipped, progress=measuring)
+            skipped = images.skipped if initial.skip_bad_images else None
+            statistics = class_statistics(teacher, data, recipe, classes=sorted(needed), logits=logits, skipped=skipped, progress=measuring)
         observers: list[Observer] = [*trackers, *([observer] if observer else [])]
-        todo = workers.take(missing)
-        builder = SetBuilder(synthesizer, images, store, todo, seed=seed, statistics=statistics, preview=preview, observers=observers)
-        made = builder.run(missing, len(share), progress)
+        builder = SetBuilder(synthesizer, images, store, statistics, preview, observers, seed)
+        made = builder.run(workers.take(missing), missing, len(share), progress)
     others_done = workers.others_done()
     if others_done is False:  # they complete the set
         return made
@@ -181,29 +179,23 @@ def distill(
     return made
 
 
+@dataclass(frozen=True)
 class SetBuilder:
     """Makes batches of a set: initial images are read, batches refined and results written at the same time."""
 
-    def __init__(
-        self,
-        synthesizer: Synthesizer,
-        images: InitialImages,
-        store: ImageStore,
-        batches: Iterator[BatchSpec],
-        *,
-        seed: int,
-        statistics: Sequence[ClassStatistics],
-        preview: Preview | None,
-        observers: Sequence[Observer],
-    ) -> None:
-        self.statistics = statistics  # of each teacher, where batches are matched with their class; else empty
-        self.synthesizer, self.initial_images, self.store, self.batches = synthesizer, images, store, batches
-        self.seed, self.preview, self.observers = seed, preview, observers
+    synthesizer: Synthesizer
+    initial_images: InitialImages
+    store: ImageStore
+    statistics: Sequence[ClassStatistics]  # of each teacher, where batches are matched with their class; else empty
+    preview: Preview | None
+    observers: Sequence[Observer]
+    seed: int
 
-    def run(self, missing: Sequence[BatchSpec], total: int, progress: Progress | None) -> int:
+    def run(self, batches: Iterator[BatchSpec], missing: Sequence[BatchSpec], total: int, progress: Progress | None) -> int:
         """Make the batches; returns the number of images.
 
         Args:
+            batches: handed out one after the other.
             missing: all batches that are missing, of which this process may make only some.
             total: how many batches there are with those that are not missing.
             progress: as of `distill`.
@@ -214,7 +206,7 @@ class SetBuilder:
         finished = {batch.number: place * each for place, batch in enumerate(missing, total - len(missing))}
         if progress:
             progress((total - len(missing)) * each, iterations)
-        with Prefetcher(self._load) as prefetcher, BackgroundWriter(_WAITING * config.concurrent_batches) as writer:
+        with Prefetcher(partial(self._load, batches)) as prefetcher, BackgroundWriter(_WAITING * config.concurrent_batches) as writer:
             while group := prefetcher.take():
 
                 def tick(done: int, before: int = finished[group[0][0].number], concurrent: int = len(group)) -> None:
@@ -230,9 +222,9 @@ class SetBuilder:
                     made += len(spec.labels)
         return made
 
-    def _load(self) -> list[tuple[BatchSpec, Batch]]:
+    def _load(self, batches: Iterator[BatchSpec]) -> list[tuple[BatchSpec, Batch]]:
         """The next concurrent batches with their initial images; empty when there are no more."""
-        group = islice(self.batches, self.synthesizer.config.concurrent_batches)
+        group = islice(batches, self.synthesizer.config.concurrent_batches)
         each = self.synthesizer.config.batch_ipc or 1
         return [(spec, self._batch(spec, each)) for spec in group]
 
@@ -251,6 +243,23 @@ class SetBuilder:
             self.preview.draw()
         for observer in self.observers:
             observer(batch, rows)
+
+
+def _plan(config: SynthesisConfig, classes: int, ipc: int) -> list[BatchSpec]:
+    """All batches of a set; where they are matched with their class, a batch has a single one.
+
+    Raises:
+        InputError: ipc is no multiple of batch_ipc, or batches that are to match their class would have a single image of it.
+    """
+    each = config.batch_ipc or ipc
+    if config.matches_class and each == 1 < ipc:
+        raise InputError("statistics 'class' are those of several images of one class; set batch_ipc to more than 1, or to None for all")
+    return batch_specs(classes, ipc, each if config.matches_class else config.batch_size, each)
+
+
+def _threads_of(folder: Path) -> int | None:
+    """The CPU threads that the set in the folder was started with; None where there is none."""
+    return recorded_threads(read_manifest(folder)["settings"]) if is_set(folder) else None
 
 
 def _last_indices(batches: Iterable[BatchSpec]) -> dict[int, int]:
