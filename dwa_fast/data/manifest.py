@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from dwa_fast.data.set_layout import FORMAT, MANIFEST, set_folder
 from dwa_fast.errors import InputError
+from dwa_fast.io.files import read_json
 
 IMAGE_NAME = re.compile(r"new\d{3,}/class\d{3,}_id\d{3,}\.(png|jpg)")
 
@@ -32,14 +34,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is no manifest, or it is damaged or of another program.
     """
     path = set_folder(folder) / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if not Path(folder).exists():
-            raise InputError(f"{folder} does not exist") from None
-        raise InputError(f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    missing = f"{folder} holds no {MANIFEST}; it is not a set written by dwa-fast" if os.path.exists(folder) else f"{folder} does not exist"
+    content = read_json(path, lambda content: content, advice="remove it to make the whole set again", missing=missing)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is no manifest of format {FORMAT}, which this version of dwa-fast reads")
     if not _is_manifest(content):

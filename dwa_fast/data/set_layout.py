@@ -6,11 +6,11 @@ would treat `images` as the only class; a second folder without images makes the
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from dwa_fast.errors import InputError
+from dwa_fast.io.files import read_json
 
 MANIFEST = "manifest.json"
 IMAGES = "images"
@@ -66,7 +66,6 @@ def refuse_images(folder: Path) -> None:
 def _has_manifest(folder: Path) -> bool:
     """Whether a folder has a manifest of ours; a web app has a file of that name too."""
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / MANIFEST, lambda content: bool(content["format"] == FORMAT))
+    except InputError:
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT

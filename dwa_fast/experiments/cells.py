@@ -27,7 +27,8 @@ from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.tensor_files import tensors_checksum
 from dwa_fast.engine.backend import resolve, resolve_device
-from dwa_fast.io.files import checksum, output_folder, write_json
+from dwa_fast.errors import InputError
+from dwa_fast.io.files import checksum, output_folder, read_json, write_json
 from dwa_fast.models.architectures import build_on_meta
 from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, Recipe, recipe
@@ -219,9 +220,8 @@ def seconds_per_image(setup: Setup, source: DistilledSource | ExternalSet) -> fl
 def _time(setup: Setup, source: DistilledSource) -> tuple[float, int]:
     """Seconds, and the images that were made in them."""
     try:
-        found = json.loads(_time_file(setup, source).read_bytes())
-        return float(found["seconds"]), int(found["images"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(_time_file(setup, source), lambda found: (float(found["seconds"]), int(found["images"])))
+    except InputError:
         return 0.0, 0
 
 
@@ -281,10 +281,9 @@ def measure(setup: Setup, cell: Cell, progress: Progress | None = None) -> None:
 
 def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
     """Top-1 of `validation.students` students, percent; None where fewer have been trained."""
-    file = _result_file(setup, cell)
     try:
-        found = json.loads(file.read_bytes())["accuracies"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = read_json(_result_file(setup, cell), lambda content: content["accuracies"])
+    except InputError:
         return None
     if not isinstance(found, list) or not all(isinstance(each, float) and 0 <= each <= 100 for each in found):
         return None
@@ -295,9 +294,10 @@ def accuracies(setup: Setup, cell: Cell) -> list[float] | None:
 def other_versions(setup: Setup, cell: Cell) -> str | None:
     """The versions that a finished cell was computed with, where these are not the present ones and it knows them."""
     try:
-        found, now = dict(json.loads(_result_file(setup, cell).read_bytes())["versions"]), versions()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = read_json(_result_file(setup, cell), lambda content: dict(content["versions"]))
+    except InputError:
         return None
+    now = versions()
     changed = [f"{name} {value}" for name, value in found.items() if now.get(name) != value]
     return ", ".join(changed) or None
 

@@ -1,4 +1,4 @@
-"""Atomic, durable writes; directory walks; checksums."""
+"""Atomic, durable writes; JSON files; directory walks; checksums."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dwa_fast.errors import InputError
+
+T = TypeVar("T")
 
 _PART = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)~(?P<process>\d+)\.part")
 _STALE_SECONDS = 3600  # age at which a temporary file of another machine counts as left over
@@ -82,6 +84,27 @@ def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically. Numbers must be finite."""
     with atomic_write(path) as target:
         target.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, parse: Callable[[Any], T], *, advice: str = "remove it to make it again", missing: str = "") -> T:
+    """What `parse` makes of the content of a JSON file.
+
+    Args:
+        parse: raises ValueError, TypeError, KeyError or AttributeError where the content is not what it should be.
+        advice: what to do with a damaged file, such as "remove it to train all students again".
+        missing: the error message where there is no file; default: that it cannot be read.
+    Raises:
+        InputError: the file cannot be read, is no JSON, or `parse` raises.
+    """
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except OSError as error:
+        if missing and isinstance(error, FileNotFoundError):
+            raise InputError(missing) from None
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path} cannot be read: {reason}; {advice}") from error
 
 
 def walk_files(folder: str) -> Iterator[os.DirEntry[str]]:

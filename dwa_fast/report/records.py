@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -16,7 +15,7 @@ import torch
 from dwa_fast._version import __version__
 from dwa_fast.config import DataConfig
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import write_json
+from dwa_fast.io.files import read_json, write_json
 from dwa_fast.recipes import Recipe, nearest_preset, preset_text
 
 RECORD = "record.json"
@@ -117,10 +116,7 @@ def read_record(path: Path) -> Record:
     Raises:
         InputError: it cannot be read, is no record, or names a picture outside of its folder.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    content = read_json(path, lambda content: content, advice="make it again with the command that made it")
     if not isinstance(content, dict) or content.pop("dwa_fast_record", None) != _FORMAT:
         raise InputError(f"{path} is no record of this dwa_fast; make it again with the command that made it")
     try:

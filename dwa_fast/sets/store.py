@@ -23,7 +23,7 @@ from dwa_fast.config import StorageConfig
 from dwa_fast.data.manifest import content_check, image_name, read_manifest
 from dwa_fast.data.set_layout import FORMAT, IMAGES, MANIFEST, NOTE, NOTE_TEXT, is_set, set_folder
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import atomic_write, checksum, is_left_over, output_folder, sync_folder, write_json
+from dwa_fast.io.files import atomic_write, checksum, is_left_over, output_folder, read_json, sync_folder, write_json
 from dwa_fast.io.settings import difference
 from dwa_fast.sets import loss_log as log_file
 
@@ -232,9 +232,9 @@ class ImageStore:
         """Every undamaged entry of a batch with these settings; a batch without one is made again."""
         for path in sorted(self.folder.glob(BATCH_FILES)):
             try:
-                entry = json.loads(path.read_bytes())
+                entry = read_json(path, dict[str, Any])
                 good = entry.pop("check") == self._check(entry)
-            except (OSError, ValueError, KeyError, AttributeError):  # damaged; or another process has just completed the set
+            except (InputError, KeyError):  # damaged; or another process has just completed the set
                 continue
             if good:
                 yield entry

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from dwa_fast.data.augment import Mix
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import BatchPlan, batch_size_of
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, sorted_scandir
+from dwa_fast.io.files import checksum, read_json, sorted_scandir
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.seeding import generator
 from dwa_fast.training.fkd import FIRST_EPOCH, IMAGE_ORDER, ImageOrder, check_fkd_settings, folder_order, from_record
@@ -160,12 +159,11 @@ def _read_order(path: Path) -> dict[int, list[int]] | None:
     Raises:
         InputError: it is damaged.
     """
-    try:
-        found = {int(epoch): list(numbers) for epoch, numbers in json.loads(path.read_bytes()).items()}
-        if not all(type(number) is int for numbers in found.values() for number in numbers):
-            raise ValueError("it holds something else than integers")
-        return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    return read_json(path, _order, advice="copy it again, or make the labels again") if path.exists() else None
+
+
+def _order(content: Any) -> dict[int, list[int]]:
+    found = {int(epoch): list(numbers) for epoch, numbers in content.items()}
+    if not all(type(number) is int for numbers in found.values() for number in numbers):
+        raise ValueError("it holds something else than integers")
+    return found

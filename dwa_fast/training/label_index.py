@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dwa_fast.data.set_layout import refuse_images
-from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum, is_left_over, output_folder, write_json
+from dwa_fast.io.files import checksum, is_left_over, output_folder, read_json, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.threads import with_recorded_threads
 
@@ -29,18 +28,9 @@ class LabelIndex(ABC):
             InputError: it holds no soft labels, or its index is damaged.
         """
         self.folder = folder
-        path = folder / INDEX
-        try:
-            content = json.loads(path.read_bytes())
-            self.settings: dict[str, Any] = dict(content["settings"])
-            self.epochs = int(content["epochs"])  # number of epochs of a complete store
-            self._sums = {int(number): str(value) for number, value in content["checksums"].items()}
-            if content["format"] != _FORMAT or self.epochs < 1:
-                raise ValueError("it holds something else")
-        except FileNotFoundError:
-            raise InputError(f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read: {error}; remove it to make all labels again") from error
+        missing = f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels"
+        content = read_json(folder / INDEX, _parsed, advice="remove it to make all labels again", missing=missing)
+        self.settings, self.epochs, self._sums = content  # epochs: of a complete store
 
     @classmethod
     def create(cls: type[_Index], folder: Path, settings: Mapping[str, Any], epochs: int) -> _Index:
@@ -105,3 +95,12 @@ class LabelIndex(ABC):
     @abstractmethod
     def digest(self, number: int) -> str:
         """SHA-256 of the files of an epoch. Raises OSError if one is missing."""
+
+
+def _parsed(content: Any) -> tuple[dict[str, Any], int, dict[int, str]]:
+    """Settings, number of epochs, and the checksum of each epoch that has been written."""
+    settings, epochs = dict(content["settings"]), int(content["epochs"])
+    sums = {int(number): str(value) for number, value in content["checksums"].items()}
+    if content["format"] != _FORMAT or epochs < 1:
+        raise ValueError("it holds something else")
+    return settings, epochs, sums

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import is_left_over, output_folder, write_json
+from dwa_fast.io.files import is_left_over, output_folder, read_json, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.models.finite import has_finite_weights
@@ -186,21 +186,22 @@ class FinishedStudents:
         write_json(self._file, {**content, "tests": self.tests} if self.tests else content)
 
     def _read(self) -> None:
-        try:
-            content = json.loads(self._file.read_bytes())
-            before = dict(content["settings"])
-            accuracies = _accuracies(content["accuracies"])
-            early = {int(number): _accuracies(each) for number, each in content.get("tests", {}).items()}
-            if content["format"] != _FORMAT:
-                raise ValueError(f"expected format {_FORMAT}, got {content['format']}")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{self._file} cannot be read: {error}; remove it to train all students again") from error
+        before, accuracies, early = read_json(self._file, _students, advice="remove it to train all students again")
         if not accuracies and not any(self._folder.glob("student*.state")):  # nothing is finished: the folder may take other settings
             self.write()
             return
         self._settings = with_recorded_threads(self._settings, before, str(self._folder))
         refuse_change(self._folder, "students", before, self._settings, "choose another folder")
         self.accuracies, self.tests = accuracies, early
+
+
+def _students(content: Any) -> tuple[dict[str, Any], dict[int, float], dict[int, dict[int, float]]]:
+    """Settings, the accuracy of each finished student, and those of its tests on the way."""
+    settings, accuracies = dict(content["settings"]), _accuracies(content["accuracies"])
+    early = {int(number): _accuracies(each) for number, each in content.get("tests", {}).items()}
+    if content["format"] != _FORMAT:
+        raise ValueError(f"expected format {_FORMAT}, got {content['format']}")
+    return settings, accuracies, early
 
 
 def _accuracies(content: Mapping[str, Any]) -> dict[int, float]:
