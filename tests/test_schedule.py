@@ -42,6 +42,12 @@ def test_crops_lie_inside_and_have_the_published_distribution() -> None:
     assert rows[:, DOWN].max() == 32
 
 
+def test_crops_of_a_seed_stay_as_they_are() -> None:
+    """Sets are resumed with them."""
+    rows = make_schedule(recipe("imagenet").synthesis, 60, 80, seed=0, batch=0).rows
+    assert rows[:3].tolist() == [[1, 12, 59, 53, 0, 23, 21], [14, 26, 42, 40, 0, 10, 26], [3, 34, 55, 43, 1, 9, 22]]
+
+
 def smallest_shares(**changes: Any) -> list[float]:
     """The smallest share of the area that was drawn in each of ten stretches of the iterations."""
     rows = make_schedule(recipe("imagenet", **changes).synthesis, 200, 200, seed=0, batch=0).rows.double()

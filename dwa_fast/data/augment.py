@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwa_fast.config import SqueezeConfig, ValidationConfig
-from dwa_fast.data.boxes import resize_boxes
+from dwa_fast.data.boxes import draw_crop_sizes, resize_boxes
 from dwa_fast.data.pixels import to_unit
 
-_SMALLEST, _RATIO = 0.08, (3 / 4, 4 / 3)  # random resized crop of the published training recipes
-_CROP_ATTEMPTS = 10
+_SMALLEST = 0.08  # share of the area: random resized crop of the published training recipes
 
 
 @dataclass(frozen=True)
@@ -194,13 +193,8 @@ def _rand_augment(pixels: Tensor, drawn: RandAugment) -> Tensor:
 
 
 def _draw_crops(count: int, flip: float, smallest: float, source: np.random.Generator) -> Tensor:
-    """Crops of random area and aspect ratio, as torchvision's RandomResizedCrop: the first of ten that fits, or the whole image."""
-    tries = _CROP_ATTEMPTS, count
-    area = source.uniform(smallest, 1.0, tries)
-    ratio = np.exp(source.uniform(math.log(_RATIO[0]), math.log(_RATIO[1]), tries))
-    sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)])  # [2, tries, count], shares of the image's
-    fits = (sides <= 1).all(0)
-    width, height = np.where(fits.any(0), sides[:, fits.argmax(0), np.arange(count)], 1.0)
+    """Crops of random sizes (`draw_crop_sizes`) at random places."""
+    height, width = draw_crop_sizes(count, smallest, source)
     x, y = source.uniform(-1, 1, count) * (1 - width), source.uniform(-1, 1, count) * (1 - height)
     mirrored = np.where(source.random(count) < flip, -width, width)
     return torch.from_numpy(np.stack([mirrored, height, x, y], axis=1).astype(np.float32))

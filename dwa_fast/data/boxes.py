@@ -1,4 +1,4 @@
-"""Crops of whole pixels, enlarged to the last bit as Pillow does it: crop first, then two passes of integers, each rounded to uint8.
+"""Sizes of random crops; crops of whole pixels, enlarged to the last bit as Pillow does: crop, then two passes, each rounded to uint8.
 
 SRe2L's programs store such crops (FKD files), and the teacher saw Pillow's pixels of them.
 """
@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _RATIO = (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
@@ -17,19 +18,31 @@ _BITS = 22  # of the fraction in Pillow's weights
 _CHUNK = 64  # images that are resized at once, which bounds the memory
 
 
+def draw_crop_sizes(
+    count: int,
+    smallest: float,  # share of the image's area
+    source: np.random.Generator,
+    side: int | None = None,  # height and width of the images, pixels; None: sizes are shares of the image's, not rounded
+) -> NDArray[np.float64]:  # [2, count]: heights and widths
+    """Sizes of the distribution of torchvision's RandomResizedCrop: the first of ten tries that fits, or the whole image."""
+    tries, whole = (_ATTEMPTS, count), side or 1
+    area = source.uniform(smallest, 1.0, tries) * whole**2
+    ratio = np.exp(source.uniform(math.log(_RATIO[0]), math.log(_RATIO[1]), tries))
+    sizes = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)])  # [2, tries, count]
+    if side:
+        sizes = sizes.round()
+    fits = ((sizes > 0) & (sizes <= whole)).all(0)
+    return np.where(fits.any(0), sizes[:, fits.argmax(0), np.arange(count)], whole)
+
+
 def draw_boxes(
     count: int,
     side: int,  # height and width of the images, pixels
     smallest: float,  # share of the image's area
     source: np.random.Generator,
 ) -> Tensor:  # [count, 4] int16: top, left, height, width
-    """Boxes of the distribution of torchvision's RandomResizedCrop: the first of ten tries that fits, or the whole image."""
-    tries = _ATTEMPTS, count
-    area = source.uniform(smallest, 1.0, tries) * side**2
-    ratio = np.exp(source.uniform(math.log(_RATIO[0]), math.log(_RATIO[1]), tries))
-    sizes = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)]).round().astype(np.int64)  # [2, tries, count]: heights and widths
-    fits = ((sizes > 0) & (sizes <= side)).all(0)
-    size = np.where(fits.any(0), sizes[:, fits.argmax(0), np.arange(count)], side)
+    """Boxes of random sizes (`draw_crop_sizes`) at random places."""
+    size = draw_crop_sizes(count, smallest, source, side).astype(np.int64)
     return torch.from_numpy(np.concatenate([source.integers(0, side - size + 1), size]).T.astype(np.int16))
 
 

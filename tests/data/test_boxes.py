@@ -9,8 +9,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
-from dwa_fast.data.augment import Views, apply_views
+from dwa_fast.config import ValidationConfig
+from dwa_fast.data.augment import Views, apply_views, draw_views
 from dwa_fast.data.boxes import draw_boxes, resize_boxes
+from dwa_fast.seeding import generator
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -42,6 +44,20 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
     for one, two in ((ours, theirs), (ours[:, 2:].prod(1, keepdim=True), theirs[:, 2:].prod(1, keepdim=True)), (ours**2, theirs**2)):
         error = (one.var(0) / count + two.var(0) / count).sqrt()
         assert bool(((one.mean(0) - two.mean(0)).abs() < 4 * error).all())
+
+
+def test_draws_of_a_seed_stay_as_they_are() -> None:
+    """Sets of labels and trainings are resumed with them."""
+    views = draw_views(4, ValidationConfig(augmentation="resized-crop", smallest_crop=0.3), generator(0, "pin"))
+    assert views.crops is not None
+    assert views.crops.tolist() == [
+        pytest.approx([-0.6989188, 0.7460405, -0.1109612, 0.1028928], abs=1e-6),
+        pytest.approx([-0.7796471, 0.786873, -0.153986, 0.0549239], abs=1e-6),
+        pytest.approx([0.7770835, 0.6185257, 0.1175521, 0.2484165], abs=1e-6),
+        pytest.approx([-0.5894591, 0.7112409, -0.2411809, -0.0324935], abs=1e-6),
+    ]
+    boxes = draw_boxes(4, 64, 0.3, generator(0, "pin"))
+    assert boxes.tolist() == [[5, 13, 48, 45], [4, 11, 50, 50], [3, 12, 40, 50], [2, 5, 46, 38]]
 
 
 def test_images_that_no_box_of_this_area_fits_stay_whole() -> None:
