@@ -54,6 +54,8 @@ LATER_SETTINGS = {
 LATER_SETTINGS |= {"cosine_stretch": 1.0, "accumulation": 1, "loss": "kl", "hard_weight": 0.0, "weight_ema": 0.0}
 LATER_SETTINGS |= {"smallest_crop": 0.08, "shuffle_cells": 1, "rand_augment": 0, "rand_magnitude": 9, "teacher_mean": "plain"}
 
+EXECUTION_SETTINGS = {"backend", "concurrent_batches", "device", "precision"}  # settings that say how a set is computed, not what it is
+
 # What people write for a setting.
 SHORT_NAMES = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "gpu": "device", "model": "architecture"}
 

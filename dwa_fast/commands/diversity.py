@@ -23,8 +23,8 @@ from dwa_fast.data.images import ImageSet
 from dwa_fast.data.subsets import by_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.diversity import REAL, Analysis, DiversityConfig, SetAnalysis, analyse_sets, smallest_class
-from dwa_fast.io.pictures import contact_sheet
 from dwa_fast.recipes import recipe
+from dwa_fast.report.contact_sheet import write_contact_sheet
 from dwa_fast.report.records import Chart, Picture, Record, Scatter, Series, Table, command_line, environment
 
 _BARS = 20  # most classes that are shown as bars with their names; more become curves
@@ -200,14 +200,14 @@ def draw_pictures(analysis: Analysis, folder: Path) -> list[Picture]:
         name: _pixels(own.images, torch.cat([members[name][label][:columns] for label in analysis.shown]))
         for name, own in analysis.sets.items()
     }
-    contact_sheet(folder / "contact-sheet.png", panels, names)
+    write_contact_sheet(folder / "contact-sheet.png", panels, names)
     pictures = [Picture(title=f"The first {columns} images of {len(names)} classes", file="contact-sheet.png")]
     for number, (name, own) in enumerate(analysis.sets.items()):
         rows = [members[name][label] for label in analysis.shown]
         nearest = torch.cat([row[own.nearest_distances[row].argsort(stable=True)[: min(_PAIRS, columns)]] for row in rows])
         file = f"neighbours-{number}.png"
         both = {name: _pixels(own.images, nearest), "nearest real images": _pixels(analysis.real, own.nearest[nearest])}
-        contact_sheet(folder / file, both, names)
+        write_contact_sheet(folder / file, both, names)
         pictures.append(Picture(title=f"{name}: its images that are nearest to real ones, and these", file=file))
     return pictures
 

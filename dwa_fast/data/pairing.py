@@ -7,32 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dwa_fast.config import Normalisation
 from dwa_fast.data.class_names import as_named, shown
 from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, read_teacher, teacher_checksum
-
-
-class KnownClasses(nn.Module):
-    """A teacher restricted to some of its classes: its probabilities are over these classes."""
-
-    classes: Tensor  # [k]
-
-    def __init__(self, teacher: nn.Module, classes: Sequence[int]) -> None:
-        super().__init__()
-        self.teacher = teacher
-        self.register_buffer("classes", torch.tensor(classes))
-
-    def forward(
-        self,
-        images: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, k]
-        """Logits of these classes, in their order."""
-        logits: Tensor = self.teacher(images)
-        return logits.index_select(1, self.classes)
+from dwa_fast.models.wrappers import KnownClasses
 
 
 @dataclass(frozen=True)

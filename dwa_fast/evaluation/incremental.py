@@ -14,9 +14,9 @@ from torch import nn
 from dwa_fast.config import Config, PositiveInt, Progress, check_integer
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet
-from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.data.subsets import some_classes
 from dwa_fast.errors import InputError
+from dwa_fast.models.wrappers import KnownClasses
 from dwa_fast.processes import Task, processes
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive, generator

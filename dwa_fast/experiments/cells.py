@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from dwa_fast.config import InitialConfig, Progress, StorageConfig, SynthesisConfig
+from dwa_fast.config import EXECUTION_SETTINGS, InitialConfig, Progress, StorageConfig, SynthesisConfig
 from dwa_fast.data.chosen import PATCH_SETTINGS
 from dwa_fast.data.datasets import load
 from dwa_fast.data.distilled import open_distilled
@@ -22,7 +22,7 @@ from dwa_fast.data.folders import image_folder
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.initial import initial_images
 from dwa_fast.data.manifest import read_manifest
-from dwa_fast.data.pairing import KnownClasses, teachers_in_settings
+from dwa_fast.data.pairing import teachers_in_settings
 from dwa_fast.data.pixels import denormalise, to_levels
 from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.tensor_files import tensors_checksum
@@ -31,8 +31,8 @@ from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, output_folder, read_json, write_json
 from dwa_fast.models.architectures import build_on_meta
 from dwa_fast.models.checkpoint import load_teacher
+from dwa_fast.models.wrappers import KnownClasses
 from dwa_fast.recipes import METHODS, SEVERAL_TEACHERS, Recipe, recipe
-from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.sets.distill import batch_specs, distill
 from dwa_fast.sets.store import ImageStore, versions
 from dwa_fast.threads import torch_threads

@@ -27,9 +27,9 @@ from dwa_fast.experiments.cells import (
     set_folder,
 )
 from dwa_fast.experiments.jobs import StudyProgress, run_cells
-from dwa_fast.io import pictures
 from dwa_fast.models.architectures import check_architecture
 from dwa_fast.report import records
+from dwa_fast.report.contact_sheet import write_contact_sheet
 from dwa_fast.report.records import Chart, Picture, Series, Table, format_mean_std
 
 _SHEET_CLASSES, _SHEET_IPC = 10, 10  # shown in a contact sheet, at most
@@ -286,5 +286,5 @@ def contact_sheet(folder: Path, setup: Setup, variants: Sequence[Variant], ipc: 
     for variant, made in folders.items():
         images = image_folder(made, setup.recipe.data.size, setup.recipe.data.channels, per_class=shown, by_number=True)
         panels[f"{variant.name}, ipc {shown}"] = images.load(range(len(names) * shown))
-    pictures.contact_sheet(folder / "contact-sheet.png", panels, names)
+    write_contact_sheet(folder / "contact-sheet.png", panels, names)
     return [Picture(title="the first images of each class", file="contact-sheet.png")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -129,6 +130,15 @@ def read_teacher(
 def teacher_checksum(path: Path, weights_key: str | None = None) -> str:
     """The identity of a teacher in settings: the checksum of its file, and the key of the weights if one was chosen."""
     return checksum(path) + (f" {weights_key}" if weights_key else "")
+
+
+def weight_digest(module: nn.Module) -> str:
+    """The identity of a teacher without a file: SHA-256 of the names, types, shapes and values of all parameters and buffers."""
+    total = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Unwraps teachers (DataParallel, averaged weights, torch.compile), copies them, and selects the logits among several outputs."""
+"""Unwraps teachers (DataParallel, averaged weights, torch.compile), copies them, selects one of several outputs, or some classes."""
 
 from __future__ import annotations
 
@@ -44,6 +44,25 @@ class SelectedOutput(nn.Module):
             return given[self.output]
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise InputError(f"teacher has no output {self.output!r}; it gives {describe_output(given)}") from error
+
+
+class KnownClasses(nn.Module):
+    """A teacher restricted to some of its classes: its probabilities are over these classes."""
+
+    classes: Tensor  # [k]
+
+    def __init__(self, teacher: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("classes", torch.tensor(classes))
+
+    def forward(
+        self,
+        images: Tensor,  # [N, C, H, W]
+    ) -> Tensor:  # [N, k]
+        """Logits of these classes, in their order."""
+        logits: Tensor = self.teacher(images)
+        return logits.index_select(1, self.classes)
 
 
 def describe_output(given: Any) -> str:

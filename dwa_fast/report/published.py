@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dwa_fast.config import LATER_SETTINGS
+from dwa_fast.config import EXECUTION_SETTINGS, LATER_SETTINGS
 from dwa_fast.recipes import METHODS, RECIPES, recipe
 from dwa_fast.report.records import Record, Table, format_mean_std
 
@@ -64,7 +64,6 @@ _INCREMENTAL: dict[str, tuple[float, ...]] = {"sre2l": (15.7, 10.6, 9.0, 7.9, 6.
 
 _SEEN = "classes seen"  # of a cell of class-incremental learning
 _OWN = {"mean", "std"}  # of a cell: its result, not the normalisation
-EXECUTION_SETTINGS = {"backend", "concurrent_batches", "device", "precision"}  # settings that say how a set is computed, not what it is
 _FREE = EXECUTION_SETTINGS | {"students"}
 _SAYS = "Published: arXiv 2409.17612. Compared where teacher, synthesis and training of the students are set as the recipe says."
 

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from dwa_fast.config import LATER_SETTINGS
+from dwa_fast.config import EXECUTION_SETTINGS, LATER_SETTINGS
 from dwa_fast.data.manifest import image_name
 from dwa_fast.data.set_layout import IMAGES, has_link
 from dwa_fast.errors import InputError
@@ -21,7 +21,6 @@ from dwa_fast.io.decode import decode
 from dwa_fast.io.pictures import mosaic
 from dwa_fast.recipes import METHODS, RECIPES, recipe
 from dwa_fast.report.contents import Facts, Image, Section
-from dwa_fast.report.published import EXECUTION_SETTINGS
 from dwa_fast.report.search import DistilledSet
 from dwa_fast.report.values import groups, shown
 

@@ -25,6 +25,7 @@ from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statis
 from dwa_fast.engine.synthesis import Batch, Synthesizer
 from dwa_fast.engine.turns import warn_of_idle_teachers
 from dwa_fast.errors import InputError
+from dwa_fast.models.checkpoint import weight_digest
 from dwa_fast.models.wrappers import listed, unwrapped
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.schedule import refined_counts
@@ -35,7 +36,6 @@ from dwa_fast.sets.store import BATCH_FILES, BatchSpec, ImageStore
 from dwa_fast.sets.tracking import tracked
 from dwa_fast.sets.workers import Shard, Workers, default_threads, rank
 from dwa_fast.threads import recorded_threads, torch_threads
-from dwa_fast.training.state import weight_digest
 
 log = logging.getLogger("dwa_fast")
 

@@ -29,10 +29,11 @@ from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, takes_channels_last, training_form
 from dwa_fast.errors import InputError
 from dwa_fast.models.architectures import build
+from dwa_fast.models.checkpoint import weight_digest
 from dwa_fast.models.finite import check_finite_weights, check_logits, has_finite_weights, refuse_probabilities
 from dwa_fast.recipes import Recipe
 from dwa_fast.seeding import derive, seeded_layers
-from dwa_fast.training.state import TrainingState, WeightAverage, as_in_files, weight_digest
+from dwa_fast.training.state import TrainingState, WeightAverage, as_in_files
 from dwa_fast.training.step import TrainingStep
 
 SoftLabelFn = Callable[[TrainingBatch], Tensor]  # batch → teacher logits, [B, classes] float32

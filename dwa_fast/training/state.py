@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -23,15 +22,6 @@ from dwa_fast.threads import with_recorded_threads
 
 _SECONDS = 30.0  # between two checkpoints, at least; that of a large network takes a second to write
 _FORMAT = 1
-
-
-def weight_digest(module: nn.Module) -> str:
-    """SHA-256 of the names, types, shapes and values of all parameters and buffers."""
-    total = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def as_in_files(value: Any) -> Any:

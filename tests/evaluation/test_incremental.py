@@ -14,8 +14,8 @@ import torch
 from dwa_fast import InputError
 from dwa_fast.data.datasets import digits
 from dwa_fast.data.images import MemorySet
-from dwa_fast.data.pairing import KnownClasses
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
+from dwa_fast.models.wrappers import KnownClasses
 from tests.nets import DIGITS, SIZE, real_images, small_set, small_teacher
 
 QUICK = replace(DIGITS, validation=replace(DIGITS.validation, epochs=2, padding=1, students=1))

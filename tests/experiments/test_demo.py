@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import nn
 
@@ -17,7 +16,6 @@ from dwa_fast.data.images import FileSet, MemorySet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.experiments import demo
 from dwa_fast.io.files import checksum
-from dwa_fast.io.pictures import contact_sheet, mosaic
 from dwa_fast.recipes import Recipe
 from dwa_fast.report.records import read_record
 from dwa_fast.training.squeeze import squeeze
@@ -93,19 +91,3 @@ def test_another_seed_has_a_teacher_of_its_own(tmp_path: Path, monkeypatch: pyte
     assert checksum(tmp_path / "both" / "teacher-seed1.pt") == checksum(tmp_path / "alone" / "teacher-seed1.pt")
     assert checksum(tmp_path / "both" / "teacher.pt") != checksum(tmp_path / "both" / "teacher-seed1.pt")
     assert made["both", 1] == made["alone", 1]
-
-
-def test_mosaic_lays_images_out_in_rows() -> None:
-    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 2)
-    sheet = mosaic(images, 3)
-    assert sheet.shape == (2 * 2 + 2, 3 * 2 + 4, 3)
-    assert sheet[0, ::4, 0].tolist() == [0, 1, 2]
-    assert sheet[4, ::4, 0].tolist() == [3, 4, 5]
-    assert sheet[2:4].unique().tolist() == [255]
-
-
-def test_contact_sheet_takes_colour(tmp_path: Path) -> None:
-    one, two = torch.randint(256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    contact_sheet(tmp_path / "sheet.png", {"one": one, "two": two}, ["cat", "dog"])
-    with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.format == "PNG"

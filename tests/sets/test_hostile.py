@@ -27,7 +27,6 @@ from dwa_fast.data.images import MemorySet
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.tensor_files import read_tensor
 from dwa_fast.errors import escape_control_chars
-from dwa_fast.io import pictures
 from dwa_fast.io.decode import BadImageError, decode
 from dwa_fast.io.torch_files import read_archive
 from dwa_fast.models.architectures import SmallResNet
@@ -299,10 +298,3 @@ def test_what_is_printed_is_plain(text: str, plain: str, capsys: pytest.CaptureF
     assert printed.out.count(plain) == 11
     assert f"dwa-fast: {plain}\n" in printed.err
     assert all(c.isprintable() or c == "\n" for c in printed.out + printed.err)
-
-
-def test_contact_sheet_of_hostile_names(tmp_path: Path) -> None:
-    names = ["$\\frac{$", "two\nlines", "x" * 5000, "漢字", os.fsdecode(b"\xff"), "\x1b[31m"]
-    pictures.contact_sheet(tmp_path / "sheet.png", {"$\\bad{$": torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8)}, names)
-    with Image.open(tmp_path / "sheet.png") as image:
-        assert image.width < 2000
