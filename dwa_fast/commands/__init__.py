@@ -14,12 +14,13 @@ from dwa_fast.commands.diversity import Diversity
 from dwa_fast.commands.exchange import Export, Import
 from dwa_fast.commands.experiments import Ablate, Compare, Cross
 from dwa_fast.commands.incremental import Incremental
-from dwa_fast.commands.inspect import Info, Verify
+from dwa_fast.commands.info import Info
 from dwa_fast.commands.relabel import Relabel
 from dwa_fast.commands.report import Report
 from dwa_fast.commands.squeeze import Squeeze
 from dwa_fast.commands.synthesize import Synthesize
 from dwa_fast.commands.validate import Validate
+from dwa_fast.commands.verify import Verify
 from dwa_fast.config import Normalisation, Schedule
 from dwa_fast.evaluation.diversity import DiversityConfig
 from dwa_fast.experiments.demo import DemoConfig

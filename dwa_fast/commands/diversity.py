@@ -16,7 +16,7 @@ from torch import Tensor
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import compare_normalisation, naming_bad_images, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
+from dwa_fast.commands.sets import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet

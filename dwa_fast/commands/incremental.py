@@ -15,7 +15,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Preset, compare_normalisation, naming_bad_images, on_its_threads, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import DistilledSets, study_folder, teacher_settings
+from dwa_fast.commands.sets import DistilledSets, study_folder, teacher_settings
 from dwa_fast.config import NonNegativeInt, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import FileSet

@@ -1,4 +1,4 @@
-"""The read-only commands: info and verify."""
+"""The command that says what was built and what runs here."""
 
 from __future__ import annotations
 
@@ -11,37 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from dwa_fast import ops
 from dwa_fast._version import __version__
 from dwa_fast.commands.console import Console
 from dwa_fast.data.class_names import shown
-from dwa_fast.data.manifest import read_manifest
 from dwa_fast.engine import backend
 from dwa_fast.engine.teacher import prepare
-from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher
-from dwa_fast.sets.verify import problems
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Check a distilled set against its manifest: no image missing, changed or added."""
-
-    images: tyro.conf.Positional[Path]  # The distilled set: a folder with a manifest.json.
-
-    def run(self, console: Console) -> None:
-        """Print a line per problem; raises InputError where there is one."""
-        count = 0
-        for problem in problems(self.images):
-            console.print(problem)
-            count += 1
-        if count:
-            raise InputError(
-                f"{self.images}: {count} problem{'s' if count > 1 else ''}; the command that made the set makes it whole again"
-            )
-        console.print(f"{self.images}: complete, {len(read_manifest(self.images)['images'])} images, every file as it was written")
 
 
 @dataclass(frozen=True, kw_only=True)
