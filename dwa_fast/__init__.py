@@ -22,6 +22,7 @@ from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.recipes import Recipe, recipe
 from dwa_fast.sets.distill import distill
 from dwa_fast.sets.synthesize import SynthesisResult, synthesize
+from dwa_fast.training.label_index import LabelIndex
 from dwa_fast.training.relabel import relabel
 from dwa_fast.training.squeeze import squeeze
 from dwa_fast.training.validate import ValidationResult, validate
@@ -33,6 +34,7 @@ __all__ = [
     "FkdConfig",
     "InitialConfig",
     "InputError",
+    "LabelIndex",
     "MemorySet",
     "Recipe",
     "SqueezeConfig",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import dwa_fast
 from dwa_fast import (
     InputError,
+    LabelIndex,
     SqueezeConfig,
     SynthesisResult,
     TeacherInfo,
@@ -41,6 +44,17 @@ def test_everything_that_is_exported_is_there() -> None:
     assert all(hasattr(dwa_fast, name) for name in dwa_fast.__all__)
 
 
+def test_what_exported_functions_return_is_exported() -> None:
+    """Except protocols, which are for annotations alone."""
+    for name in dwa_fast.__all__:
+        value = getattr(dwa_fast, name)
+        if inspect.isfunction(value):
+            returned = get_type_hints(value)["return"]
+            for kind in (returned, *get_args(returned)):
+                if getattr(kind, "__module__", "").startswith("dwa_fast.") and not getattr(kind, "_is_protocol", False):
+                    assert kind.__name__ in dwa_fast.__all__, name
+
+
 def test_from_data_to_accuracy_with_strings_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     chosen = recipe("digits", iterations=3, squeeze=ONE_EPOCH, validation=ValidationConfig(epochs=2, students=1, padding=2))
@@ -53,7 +67,9 @@ def test_from_data_to_accuracy_with_strings_for_paths(tmp_path: Path, monkeypatc
     distilled, skipped = open_distilled("set", SIZE, 1, real.class_names)
     assert (len(distilled.labels), skipped) == (10, {})
     assert image_folder("set", SIZE, 1).class_names == [f"new{label:03d}" for label in range(10)]
-    relabel(distilled, teacher, chosen, output="labels", device="cpu")
+    labels = relabel(distilled, teacher, chosen, output="labels", device="cpu")
+    assert isinstance(labels, LabelIndex)
+    assert labels.complete
     result = validate(distilled, test, None, "small-resnet", chosen, device="cpu", resume_dir="students", soft_labels="labels")
     assert len(result.accuracies) == 1
 

@@ -19,7 +19,13 @@ _Index = TypeVar("_Index", bound="LabelIndex")
 
 
 class LabelIndex(ABC):
-    """What is known of the labels of a set without reading them; subclasses hold the labels in a layout."""
+    """What is known of the labels of a set without reading them; subclasses hold the labels in a layout.
+
+    Attributes:
+        folder: of the labels.
+        settings: what they were made with.
+        epochs: how many a complete store has.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open a folder of soft labels.
@@ -30,7 +36,7 @@ class LabelIndex(ABC):
         self.folder = folder
         missing = f"{folder} holds no {INDEX}; dwa-fast relabel makes soft labels"
         content = read_json(folder / INDEX, _parsed, advice="remove it to make all labels again", missing=missing)
-        self.settings, self.epochs, self._sums = content  # epochs: of a complete store
+        self.settings, self.epochs, self._sums = content
 
     @classmethod
     def create(cls: type[_Index], folder: Path, settings: Mapping[str, Any], epochs: int) -> _Index:
