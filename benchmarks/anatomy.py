@@ -14,16 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import floor
+import harness
+import machine
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import floor
-import harness
-import machine
 
 from dwa_fast.engine.backend import resolve_device
 

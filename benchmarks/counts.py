@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import floor
+import harness
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,10 +29,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import floor
-import harness
 
 from dwa_fast.engine import backend
 from dwa_fast.engine.ascent import Arena

@@ -15,12 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 import machine
+import torch
+from torch import nn
 
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.engine.synthesis import Batch, Replica, Synthesizer

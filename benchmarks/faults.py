@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 
 from dwa_fast.sets.store import BATCH_FILES

@@ -19,14 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_operators
 import harness
 import machine
 import operator_calls
 import operator_cases
+import torch
 from gpu_speed import facts_of
 from proof import Rows, Step, add_options, chosen, run_steps
 

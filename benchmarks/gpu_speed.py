@@ -18,17 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision.models  # noqa: F401  # here once, not in every step: it takes seconds
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 import machine
 import pipeline
 import stages
+import torch
+import torchvision.models  # noqa: F401  # here once, not in every step: it takes seconds
 from proof import Rows, Step, add_options, chosen, run_steps
 
 from dwa_fast.engine.backend import resolve

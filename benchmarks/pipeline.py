@@ -24,15 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import harness
+import machine
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import harness
-import machine
 
 from dwa_fast.config import TrainingPrecision
 from dwa_fast.data.augment import Mix, Views

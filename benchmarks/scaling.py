@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import curves
 import harness
 import machine
+import torch
+from rich.console import Console
 
 from dwa_fast import distill
 from dwa_fast.config import Precision

@@ -15,13 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import harness
+import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import harness
-import machine
 
 from dwa_fast.compat import BNFeatureHook, Perterb
 from dwa_fast.compat.namespace import Recovery, read_namespace

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import floor
 import harness
 import machine
 import stages
+import torch
+from rich.console import Console
+from rich.table import Table
 
 from dwa_fast.engine.backend import resolve, resolve_device
 from dwa_fast.errors import InputError

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import harness
+import machine
 import torch
 from PIL import Image
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import harness
-import machine
 
 from dwa_fast import distill
 from dwa_fast.config import InitialConfig
