@@ -171,3 +171,11 @@ def test_every_flag_that_a_page_names_exists(capsys: pytest.CaptureFixture[str])
 def test_guide_names_every_architecture() -> None:
     text = (ROOT / "docs" / "guides" / "another-teacher.md").read_text(encoding="utf-8")
     assert [name for name in ARCHITECTURES if f"`{name}`" not in text] == []
+
+
+def test_readme_names_the_versions_of_pytorch_that_are_tested() -> None:
+    """Those of constraints.txt and of `make test-oldest`."""
+    oldest, newest = (re.search(r"\btorch==(\d+\.\d+)\.", (ROOT / name).read_text()) for name in ("Makefile", "constraints.txt"))
+    assert oldest
+    assert newest
+    assert f"PyTorch {oldest[1]} or later (tested with {oldest[1]} and {newest[1]})" in (ROOT / "README.md").read_text()
