@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import machine
 
 from dwa_fast.sets.store import BATCH_FILES
-from tests.processes import Bench, agent_store, contents, launcher, make_bench
+from tests.files import contents
+from tests.processes import Bench, agent_store, launcher, make_bench
 
 COLUMNS = ("what was done", "times", "before the end", "images finished by then", "of those lost", "bytes equal in the end")
 IMAGES = 30  # of the small set

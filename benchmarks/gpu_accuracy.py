@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_speed import facts_of
+from proof import Rows, Step, add_options, chosen, exit_status, read_rows, run_steps
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_speed import facts_of
-from proof import Rows, Step, add_options, chosen, read_rows, run_steps
 
 from dwa_fast.data.datasets import load
 from dwa_fast.data.digest import image_digest
@@ -200,8 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned = chosen(steps(plan, options.output / "accuracy"), options.only, parser)
     unfinished = run_steps(planned, rows, options.budget)
     Console().print(table_of(read_rows(rows.path)))
-    print(f"every row is in {rows.path}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
-    return 1 if unfinished else 0
+    return exit_status(rows, unfinished)
 
 
 if __name__ == "__main__":

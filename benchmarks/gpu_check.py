@@ -26,7 +26,7 @@ import operator_calls
 import operator_cases
 import torch
 from gpu_speed import facts_of
-from proof import Rows, Step, add_options, chosen, run_steps
+from proof import Rows, Step, add_options, chosen, exit_status, run_steps
 
 from dwa_fast.engine.backend import resolve
 
@@ -212,9 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows = Rows(options.output / "check.jsonl")
     planned = chosen(steps(TINY if options.dry_run else FULL, rows), options.only, parser)
-    unfinished = run_steps(planned, rows, options.budget)
-    print(f"every row is in {rows.path}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
-    return 1 if unfinished else 0
+    return exit_status(rows, run_steps(planned, rows, options.budget))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import pipeline
 import stages
 import torch
 import torchvision.models  # noqa: F401  # here once, not in every step: it takes seconds
-from proof import Rows, Step, add_options, chosen, run_steps
+from proof import Rows, Step, add_options, chosen, exit_status, run_steps
 
 from dwa_fast.engine.backend import resolve
 from dwa_fast.engine.synthesis import Batch, Synthesizer
@@ -270,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the compiled step is called as it is
     planned = chosen(steps(TINY if options.dry_run else FULL), options.only, parser)
     rows = Rows(options.output / "speed.jsonl")
-    unfinished = run_steps(planned, rows, options.budget)
-    print(f"every row is in {rows.path}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
-    return 1 if unfinished else 0
+    return exit_status(rows, run_steps(planned, rows, options.budget))
 
 
 if __name__ == "__main__":

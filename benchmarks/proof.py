@@ -90,6 +90,12 @@ def run_steps(steps: Sequence[Step], rows: Rows, budget: float) -> list[str]:
     return unfinished
 
 
+def exit_status(rows: Rows, unfinished: Sequence[str]) -> int:
+    """Print where the rows are and which steps did not end well; 1 where there are such."""
+    print(f"every row is in {rows.path}" + (f"; not finished: {', '.join(unfinished)}" if unfinished else ""))
+    return 1 if unfinished else 0
+
+
 def _run(step: Step, rows: Rows, limit: float) -> tuple[str, int | None, float]:
     start = time.monotonic()
     sys.stdout.flush()

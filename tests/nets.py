@@ -29,15 +29,20 @@ def small_teacher(seed: int = 0) -> nn.Module:
     return copy.deepcopy(_small_teacher(seed))
 
 
+def vary_norms(network: nn.Module) -> None:
+    """Scales and shifts of BatchNorm layers that are not those of a fresh network, from PyTorch's own generator."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.2)
+
+
 @functools.cache
 def _small_teacher(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SmallResNet(10, 1, widths=(8, 12, 16))
-        for layer in network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                nn.init.uniform_(layer.weight, 0.5, 1.5)
-                nn.init.normal_(layer.bias, std=0.2)
+        vary_norms(network)
     images = normalise(digits("train", SIZE).load(range(200)), DIGITS.data)
     network.train()
     with torch.no_grad():

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dwa_fast.models.architectures import build
 from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
+from tests.files import contents
 
 SIZE = 8
 QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--ipc", "3", "--backend", "reference"]
@@ -142,11 +143,6 @@ def count_operations(folder: str, order: Order) -> list[int]:
 
     sys.addaudithook(hook)
     return done
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def launcher(store: TCPStore, workers: int, rank: int, restart: int = 0) -> dict[str, str]:

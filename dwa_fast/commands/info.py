@@ -6,19 +6,18 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dwa_fast import ops
-from dwa_fast._version import __version__
 from dwa_fast.commands.console import Console
 from dwa_fast.data.class_names import shown
 from dwa_fast.engine import backend
 from dwa_fast.engine.teacher import prepare
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher
+from dwa_fast.sets.store import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +55,7 @@ def machine() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cause = ops.cause()
     return {
-        "versions": {
-            "dwa_fast": __version__,
-            "torch": torch.__version__,
-            "torchvision": metadata.version("torchvision"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "extension": {"not usable": cause} if cause else ops.built_with(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",

@@ -22,6 +22,7 @@ from dwa_fast.models.architectures import SmallResNet
 from dwa_fast.reference.loop import apply_view
 from dwa_fast.schedule import make_schedule
 from dwa_fast.seeding import generator, normal
+from tests.nets import vary_norms
 
 EPSILON = 1e-12
 
@@ -176,10 +177,7 @@ def colour_teacher(classes: int, size: int, widths: tuple[int, int, int] = (16, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         network = SmallResNet(classes, 3, widths=widths).train()
-        for layer in network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                nn.init.uniform_(layer.weight, 0.5, 1.5)
-                nn.init.normal_(layer.bias, std=0.2)
+        vary_norms(network)
         with torch.no_grad():
             for _ in range(10):
                 network(nn.functional.interpolate(torch.randn(16, 3, 8, 8), size=(size, size), mode="bilinear"))

@@ -23,6 +23,7 @@ from dwa_fast.data.patches import Patch, cut, draw_patches, scores, stitch
 from dwa_fast.data.pixels import normalise
 from dwa_fast.seeding import generator
 from dwa_fast.sets.verify import problems
+from tests.files import contents
 from tests.nets import small_recipe, small_set, small_teacher
 
 CONFIG = small_recipe(iterations=0, initial="patches", ascent="none")
@@ -175,10 +176,6 @@ def run(folder: Path, ipc: int = 2, **more: Any) -> int:
     assert ticks[-1][0] == ticks[-1][1] > 0
     assert [done for done, _ in ticks] == sorted(done for done, _ in ticks)
     return made
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_set_of_patches(tmp_path: Path) -> None:

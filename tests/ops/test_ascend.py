@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
+from tests.ops.layers import error
 
 RADIUS = 0.015 / 12
 SIZES = [0, 1, 7, 1023, 4096, 4097, 65537, 200_003]
@@ -39,10 +40,6 @@ def oracle(weights: Tensor, gradients: Tensor, radius: float, normalize: bool = 
 def arenas(size: int, device: torch.device | str = "cpu", scale: float = 1e-2) -> tuple[Tensor, Tensor]:
     """Weights and gradients, each [size], of a trained network's magnitudes."""
     return (0.05 * torch.randn(size)).to(device), (scale * torch.randn(size)).to(device)
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
 def rounded(weights: Tensor, dtype: torch.dtype, ascend: Callable[..., Tensor]) -> Tensor:

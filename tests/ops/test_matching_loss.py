@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
+from tests.ops.layers import error
 
 RESNET18 = [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5
 LAYERS = [[1], [3], [64], [7, 1, 33], RESNET18, [5, 0, 5]]
@@ -43,10 +44,6 @@ def run(operator: Any, inputs: Inputs, dtype: torch.dtype = torch.float32) -> tu
     loss = operator(**(converted | {"sums": sums}))
     (gradient,) = torch.autograd.grad(loss, sums, torch.tensor([0.01, 0.11]).to(loss))
     return loss.detach(), gradient
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
 @pytest.mark.parametrize("means", [False, True])

@@ -14,6 +14,7 @@ from torch import Tensor
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS
+from tests.ops.layers import error
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -46,10 +47,6 @@ def both_ways(operator: Callable[..., Tensor], y: Tensor, mean: Tensor, grad: Te
     leaf = y.detach().requires_grad_()
     sums = operator(leaf, mean)
     return sums.detach(), torch.autograd.grad(sums, leaf, grad)[0]
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
 def assert_as_good_as_pytorch(y: Tensor) -> None:

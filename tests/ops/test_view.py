@@ -14,6 +14,7 @@ from torch import Tensor
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS
+from tests.ops.layers import error
 
 H, W = 20, 15
 ROWS = {
@@ -71,10 +72,6 @@ def adjoint(grad: Tensor, rows: Tensor, step: Tensor) -> Tensor:
     rates, bound = torch.zeros(len(rows), device=grad.device), torch.zeros(grad.shape[1], device=grad.device)
     ops.view_adam_clip_(images, grad, exp_avg, exp_avg_sq, rows, rates, step, bound, bound, betas=(0.0, 0.0))
     return exp_avg
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))

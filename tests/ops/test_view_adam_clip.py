@@ -15,6 +15,7 @@ from torch import Tensor
 from dwa_fast import ops
 from dwa_fast.reference import ops as reference
 from tests.ops.conftest import LEVELS
+from tests.ops.layers import error
 
 Row = tuple[int, int, int, int, int, int, int]  # top, left, height, width; flip; roll down, right
 Inputs = dict[str, Any]
@@ -91,10 +92,6 @@ def run(operator: Any, inputs: Inputs, dtype: torch.dtype | None = None) -> dict
         copies[name] = copy_of(inputs[name]) if dtype is None else inputs[name].to(dtype)
     assert operator(**copies) is None
     return {name: copies[name] for name in CHANGED}
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    return (torch.linalg.vector_norm(result.double() - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-300)).item()
 
 
 def assert_as_good_as_pytorch(inputs: Inputs) -> None:

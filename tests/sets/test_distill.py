@@ -22,6 +22,7 @@ from dwa_fast.sets.distill import BatchSpec, batch_specs
 from dwa_fast.sets.store import ImageStore
 from dwa_fast.sets.workers import TorchrunWorker
 from dwa_fast.threads import torch_threads
+from tests.files import contents
 from tests.nets import small_recipe, small_set, small_teacher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -32,10 +33,6 @@ def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, *
     hooks = {name: more.pop(name) for name in ("progress", "observer", "workers") if name in more}
     config = small_recipe(**{"iterations": 4, "batch_size": 4, "backend": "reference", **more})  # files are the same for every back-end
     return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed, threads=threads, **hooks)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_batch_specs_begin_with_the_smaller_one() -> None:

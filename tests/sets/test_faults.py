@@ -15,7 +15,8 @@ import pytest
 from dwa_fast.commands.cli import run
 from dwa_fast.data.manifest import image_name, read_manifest
 from dwa_fast.sets.verify import problems
-from tests.processes import Bench, contents
+from tests.files import contents
+from tests.processes import Bench
 
 NOBODY = 65534  # a user without rights, on every Unix
 

@@ -24,6 +24,7 @@ from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.loss_log import read_losses, subsample, to_jsonl
 from dwa_fast.sets.store import BatchSpec, ImageStore
 from dwa_fast.sets.verify import problems
+from tests.files import contents
 
 CLASSES = ["a", "b", "c"]
 BATCHES = batch_specs(3, 4, 2)
@@ -50,10 +51,6 @@ def make(folder: Path, batches: list[BatchSpec] = BATCHES) -> list[int]:
     fill(store, missing)
     assert store.finish(batches) == []
     return [batch.number for batch in missing]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from dwa_fast.data.manifest import read_manifest
 from dwa_fast.sets import workers
 from dwa_fast.sets.distill import batch_specs
 from dwa_fast.sets.workers import Shard, TorchrunWorker, default_threads, own_device, rank
-from tests.processes import Bench, Process, agent_store, contents, launcher
+from tests.files import contents
+from tests.processes import Bench, Process, agent_store, launcher
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

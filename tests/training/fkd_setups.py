@@ -57,7 +57,3 @@ def exact_logits(batch: torch.Tensor, config: ValidationConfig) -> torch.Tensor:
     teacher = small_teacher().double().train(config.teacher_mode == "train")
     with torch.no_grad():
         return torch.cat([teacher(batch[rows]) for rows in parts(len(batch), config.accumulation)])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

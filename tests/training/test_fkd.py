@@ -28,10 +28,11 @@ from dwa_fast.training.fkd import ImageOrder
 from dwa_fast.training.fkd_folder import FkdFolder
 from dwa_fast.training.fkd_store import FkdPlans
 from dwa_fast.training.relabel import relabel
+from tests.files import contents
 from tests.hostile import Harmful
 from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at
 from tests.training import public_fkd
-from tests.training.fkd_setups import CPU, CUTMIX, MEAN, MIXUP, PLAIN, STD, contents, exact_logits, students, write
+from tests.training.fkd_setups import CPU, CUTMIX, MEAN, MIXUP, PLAIN, STD, exact_logits, students, write
 
 
 @pytest.mark.parametrize(

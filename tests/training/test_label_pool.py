@@ -14,9 +14,10 @@ from dwa_fast.data.images import FileSet
 from dwa_fast.training import state
 from dwa_fast.training.fkd_folder import FkdFolder
 from dwa_fast.training.relabel import label_bytes
+from tests.files import contents
 from tests.nets import stop_at
 from tests.training import public_fkd
-from tests.training.fkd_setups import CUTMIX, MEAN, STD, contents, exact_logits, students, write
+from tests.training.fkd_setups import CUTMIX, MEAN, STD, exact_logits, students, write
 
 POOL, SHARE = replace(CUTMIX, epochs=8), FkdConfig(pool_share=0.3, logits="fp32")  # 14.4 of 48 batches: two epochs of six, and two more
 

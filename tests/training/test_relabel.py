@@ -30,6 +30,7 @@ from dwa_fast.training.fit import predict, teacher_labels
 from dwa_fast.training.label_store import LabelStore, StoredSampler, epoch_bytes
 from dwa_fast.training.relabel import label_bytes, relabel, stored_epochs
 from dwa_fast.training.validate import ValidationResult, validate
+from tests.files import contents
 from tests.hostile import Harmful
 from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
@@ -58,10 +59,6 @@ def store(folder: Path, config: ValidationConfig = QUICK, teacher: Any = None, *
 
 def students(config: ValidationConfig, teacher: Any, **more: Any) -> ValidationResult:
     return validate(small_set(), small_set(8), teacher, "small-resnet", replace(DIGITS, validation=config), device=CPU, **more)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
