@@ -20,6 +20,7 @@ from dwa_fast.data.datasets import Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.images import FileSet, ImageSet
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
+from dwa_fast.data.set_layout import refuse_class_folders
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.errors import InputError
 from dwa_fast.io.decode import BadImageError
@@ -56,8 +57,12 @@ class Data:
         return replace(recipe(self.recipe, **asdict(self.normalisation), **data), **stages)
 
     def load(self, split: Split) -> ImageSet:
-        """The images of a split."""
-        return load(self.full_recipe().data, self.data, split, download=self.download)
+        """The images of a split; raises InputError where the command would write among them."""
+        images = load(self.full_recipe().data, self.data, split, download=self.download)
+        output: Path | None = getattr(self, "output", None)
+        if output and isinstance(images, FileSet):
+            refuse_class_folders(output, images.folder)
+        return images
 
 
 @dataclass(frozen=True, kw_only=True)

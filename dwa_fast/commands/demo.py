@@ -9,6 +9,7 @@ import tyro
 
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.finish import finish
+from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.experiments.demo import DemoConfig, run_demo
 from dwa_fast.report.records import command_line
 
@@ -22,6 +23,7 @@ class Demo:
 
     def run(self, console: Console) -> None:
         """Run, and print the table."""
+        refuse_images(self.output)
         with console.bars() as track:
             record = run_demo(self.output, self.config, track)
         finish(console, self.output, replace(record, command=command_line()))

@@ -15,6 +15,7 @@ from dwa_fast.commands.data import Preset, TeacherData, readable_images, try_tea
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import REAL, Setup, StudyTeacher
@@ -44,6 +45,7 @@ class Study(TeacherData):
 
     def _run_study(self, console: Console, name: str, study: Callable[[GridRunner, Setup, Path], Record]) -> None:
         """Compute the missing cells, and write the record into a folder of that name."""
+        refuse_images(self.output)
         setup, started = self._setup(console), time.perf_counter()
         folder = output_folder(self.output / name)
         with console.bars() as track:

@@ -43,11 +43,11 @@ class Squeeze(Data):
         if self.output.exists() and not self.overwrite:
             raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
         refuse_images(self.output)
-        output_folder(self.output.parent)
         device = backend.resolve_device(self.device)
         checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
             train = self.load("train")
+            output_folder(self.output.parent)
             console.print(f"training images: {counted(train)}")
             if self.config.schedule == "short":
                 console.print(f"epochs: {self.config.epochs}, for better students; --schedule cosine trains as published")

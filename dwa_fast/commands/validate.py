@@ -50,10 +50,11 @@ class Validate(DistilledData):
         started = time.perf_counter()
         if self.output:
             refuse_images(self.output)
-            output_folder(self.output)
         recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
         with naming_bad_images(), console.bars() as track:
             distilled, test = self.open_both(console)
+            if self.output:
+                output_folder(self.output)
             teachers = self.open_teachers(self.teacher, self.architecture, test, device)
             bar = track(f"{self.config.students} students")
 

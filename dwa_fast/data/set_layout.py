@@ -7,6 +7,7 @@ would treat `images` as the only class; a second folder without images makes the
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from dwa_fast.errors import InputError
@@ -22,6 +23,7 @@ There are no images here, so that a program which is given the folder of the set
 instead of taking all images for those of a single class called "images".
 """
 FORMAT = 3  # of manifests
+_LOOKED_AT = 20  # entries of a folder, to tell whether it holds class folders
 
 
 def set_folder(folder: Path) -> Path:
@@ -53,7 +55,7 @@ def has_link(folder: Path, name: str) -> bool:
 
 
 def refuse_images(folder: Path) -> None:
-    """Raise InputError if results would be written among the images of a set."""
+    """Raise InputError if results would be written among the images of a set, or among class folders that hold images and nothing else."""
     absolute = Path(os.path.abspath(folder))
     for place in (absolute, *absolute.parents):
         if place.name == IMAGES and set_folder(place) != place:
@@ -61,6 +63,40 @@ def refuse_images(folder: Path) -> None:
                 f"{folder} is for the images of a set alone, since other programs take whatever lies there for a class; "
                 f"choose another output, such as {place.parent / 'results'}"
             )
+    resolved = absolute.resolve()
+    for place in (resolved, *resolved.parents):
+        if _holds_classes(place):
+            refuse_class_folders(folder, place)
+
+
+def refuse_class_folders(output: Path, real: Path) -> None:
+    """Raise InputError if results would be written into `real`, the folder of the class folders of real images."""
+    if output.resolve().is_relative_to(real.resolve()):
+        raise InputError(f"output {output} lies in {real}, whose folders are the classes of the real images; choose another folder")
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder holds several folders of images and nothing else, as far as its first entries show it."""
+    entries = _first_entries(folder)
+    return len(entries) > 1 and all(map(_holds_images, entries))
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether a folder holds images and nothing else, or is a class folder of Tiny-ImageNet."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    entries = _first_entries(folder)
+    tiny = folder / IMAGES in entries and f"{folder.name}_boxes.txt" in {entry.name for entry in entries}
+    return tiny or (bool(entries) and all(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries))
+
+
+def _first_entries(folder: Path) -> list[Path]:
+    """Some entries of a folder that are not hidden; none where it is no folder or cannot be read."""
+    try:
+        with os.scandir(folder) as scan:
+            return [Path(entry) for entry in islice(scan, _LOOKED_AT) if not entry.name.startswith(".")]
+    except OSError:
+        return []
 
 
 def _has_manifest(folder: Path) -> bool:

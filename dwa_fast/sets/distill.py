@@ -19,7 +19,7 @@ from dwa_fast.data.images import FileSet, ImageSet, check_image_set, check_shape
 from dwa_fast.data.initial import InitialImages, initial_images, probe_image
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.data.pixels import denormalise, to_levels
-from dwa_fast.data.set_layout import MANIFEST, is_set, set_folder
+from dwa_fast.data.set_layout import MANIFEST, is_set, refuse_class_folders, set_folder
 from dwa_fast.data.teacher_check import warn_if_inaccurate
 from dwa_fast.engine.class_statistics import ClassStatistics, aims, class_statistics
 from dwa_fast.engine.synthesis import Batch, Synthesizer
@@ -120,8 +120,8 @@ def distill(
     check_shape(data, recipe.data)
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
-    if isinstance(data, FileSet) and output.resolve().is_relative_to(data.folder.resolve()):
-        raise InputError(f"output {output} lies in {data.folder}, whose folders are the classes of the real images; choose another folder")
+    if isinstance(data, FileSet):
+        refuse_class_folders(output, data.folder)
     if threads is not None:
         check_integer("threads", threads, 1)
     classes = len(data.class_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,61 @@ def test_nothing_else_is_written_among_the_images(tmp_path: Path, name: str) -> 
     for place in (tmp_path / "set", tmp_path / "set" / "labels", tmp_path / IMAGES / "labels", tmp_path / "set" / "imagesets"):
         refuse_images(place)
     assert list(problems(tmp_path / "set")) == []
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_nothing_is_written_among_class_folders(tmp_path: Path, tiny: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    real = tmp_path / "data" / "train"
+    for name in ("ant", "bee"):
+        inner = real / name / "images" if tiny else real / name
+        inner.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(inner / "0.png")
+        if tiny:
+            (real / name / f"{name}_boxes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for output in (real / "out", real / "ant" / "out"):
+        for command in (
+            ["import", "x.pt", "--output", str(output)],
+            ["report", str(tmp_path), "--output", f"{output}.html"],
+            ["export", "x", "--to", "folders", "--output", str(output)],
+            ["squeeze", "--recipe", "folder", "--data", "x", "--output", f"{output}.pt"],
+            ["validate", "--recipe", "folder", "--data", "x", "--images", "x", "--output", str(output), "--student", "resnet18"],
+            ["demo", "--output", str(output)],
+            ["compare", "--recipe", "folder", "--data", "x", "--teacher", "x", "--output", str(output)],
+        ):
+            assert run(command) == 1
+            assert re.search(r"lies in .*train, whose folders are the classes of the real images", capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
+    for place in (tmp_path / "data" / "out", tmp_path / "out"):
+        refuse_images(place)
+
+
+def test_a_command_that_knows_its_images_refuses_whatever_else_lies_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train/ant", "train/bee", "test/ant", "test/bee"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    out = str(tmp_path / "train" / "teachers" / "t.pt")
+    flags = ["--recipe", "folder", "--size", "8", "--architecture", "convnet128", "--data", str(tmp_path)]
+    assert run(["squeeze", *flags, "--output", out]) == 1
+    assert "train, whose folders are the classes of the real images" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_results_with_pictures_are_no_class_folders(tmp_path: Path) -> None:
+    make(tmp_path / "sets" / "one")
+    make(tmp_path / "sets" / "two")
+    for name in ("compare", "cross"):
+        (tmp_path / "studies" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "studies" / name / "chart-1.png")
+        (tmp_path / "studies" / name / "record.json").touch()
+    for name in ("a", "b"):
+        (tmp_path / "pages" / f"{name}-files").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "pages" / f"{name}-files" / "set-1-1.png")
+        (tmp_path / "pages" / f"{name}.html").touch()
+    for folder in ("sets", "studies", "pages"):
+        refuse_images(tmp_path / folder / "more")
 
 
 def test_soft_labels_beside_the_images_belong_to_the_set(tmp_path: Path) -> None:
