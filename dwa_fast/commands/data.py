@@ -19,6 +19,7 @@ from dwa_fast.config import Fraction, Normalisation, PositiveFraction, PositiveI
 from dwa_fast.data.datasets import Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.images import FileSet, ImageSet
+from dwa_fast.data.overlap import warn_if_made_from
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
 from dwa_fast.data.set_layout import refuse_class_folders
 from dwa_fast.data.teacher_check import warn_if_inaccurate
@@ -57,8 +58,16 @@ class Data:
         return replace(recipe(self.recipe, **asdict(self.normalisation), **data), **stages)
 
     def load(self, split: Split) -> ImageSet:
-        """The images of a split; raises InputError where the command would write among them."""
+        """The images of a split.
+
+        Raises:
+            InputError: as `datasets.load`; or all are of one class, or the command would write among them.
+        """
         images = load(self.full_recipe().data, self.data, split, download=self.download)
+        if len(images.class_names) < 2:
+            raise InputError(
+                f"{self.data} has images of one class alone, {images.class_names[0]!r}; expected a sub-folder for each of several"
+            )
         output: Path | None = getattr(self, "output", None)
         if output and isinstance(images, FileSet):
             refuse_class_folders(output, images.folder)
@@ -111,6 +120,7 @@ class DistilledData(TeacherData):
             self.images, self.size, self.normalisation.channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
         )
         report_skipped(console, skipped)
+        warn_if_made_from((set_manifest(self.images) or {}).get("settings", {}), test)
         return distilled, test
 
     def open_teachers(

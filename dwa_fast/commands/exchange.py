@@ -70,8 +70,8 @@ class Export(_Normalised):
         """Write it."""
         if self.label_column in ("", "image"):
             raise InputError(f"the column of labels needs a name, and not that of the images; got {self.label_column!r}")
-        refuse_images(self.output)
         self._refuse_loss()
+        refuse_images(self.output)
         found = open_files(self.images, self.ipc)
         count, classes = len(found.files), len(found.class_names)
         with console.bars() as track:

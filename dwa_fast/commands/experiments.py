@@ -15,6 +15,7 @@ from dwa_fast.commands.data import Preset, TeacherData, readable_images, try_tea
 from dwa_fast.commands.finish import finish
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
+from dwa_fast.data.overlap import warn_of_shared_images
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
@@ -55,6 +56,7 @@ class Study(TeacherData):
 
     def _setup(self, console: Console) -> Setup:
         train, test = self.load("train"), readable_images(console, self.load("test"), False, used_late=True)
+        warn_of_shared_images(train, test)
         if not self.teacher:
             raise InputError("--teacher must name at least one checkpoint, got none")
         teachers = self.open_all(self.teacher, self.architecture, test.class_names)

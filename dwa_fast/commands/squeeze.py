@@ -12,6 +12,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Architecture, Data, counted, naming_bad_images, on_its_threads, readable_images
 from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
 from dwa_fast.data.images import ImageSet
+from dwa_fast.data.overlap import warn_of_shared_images
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
@@ -53,6 +54,8 @@ class Squeeze(Data):
                 console.print(f"epochs: {self.config.epochs}, for better students; --schedule cosine trains as published")
             train = readable_images(console, train, self.skip_bad_images)
             test = self._held_out(console)
+            if test is not None:
+                warn_of_shared_images(train, test)
             recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)
             bar = track("teacher")
 

@@ -179,3 +179,21 @@ def test_a_checkpoint_without_the_new_fields_is_read(place: Path) -> None:
         del content["dwa_fast"][name]
     torch.save(content, place / "old.pt")
     assert synthesize(place, "old", teacher="old.pt") == 0
+
+
+def test_one_class_is_not_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "one" / "train", NAMES[:1], 2)
+    write(place / "one" / "val", NAMES[:1], 2)
+    squeeze = ["squeeze", *common(place, "one"), *TRAIN, "--architecture", "small-resnet", "--output", str(place / "one.pt")]
+    assert [run(squeeze), synthesize(place, "one-set", data="one"), validate(place, data="one")] == [1, 1, 1]
+    assert capsys.readouterr().err.count("one has images of one class alone, 'ant'; expected a sub-folder for each of several") == 3
+    assert not (place / "one.pt").exists()
+
+
+def test_held_out_images_that_are_training_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of this module are the same files."""
+    squeeze = ["squeeze", *common(place), *TRAIN, "--architecture", "small-resnet", "--output", str(place / "again.pt")]
+    assert run(squeeze) == 0
+    assert "36 of 36 held-out images that were compared are training images too, such as ant/0.png" in capsys.readouterr().err
+    assert validate(place) == 0
+    assert "the distilled set was made from these very held-out images" in capsys.readouterr().err
