@@ -10,7 +10,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import InputError
-from dwa_fast.sets.verify import problems
+from dwa_fast.sets.verify import additions, damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,13 @@ class Verify:
 
     def run(self, console: Console) -> None:
         """Print a line per problem; raises InputError where there is one."""
-        count = 0
-        for problem in problems(self.images):
-            console.print(problem)
-            count += 1
-        if count:
-            raise InputError(
-                f"{self.images}: {count} problem{'s' if count > 1 else ''}; the command that made the set makes it whole again"
-            )
+        counts = []
+        for problems in (damage, additions):
+            counts.append(0)
+            for problem in problems(self.images):
+                console.print(problem)
+                counts[-1] += 1
+        if any(counts):
+            advice = "; the command that made the set makes again what is missing or has changed" if counts[0] else ""
+            raise InputError(f"{self.images}: {sum(counts)} problem{'s' if sum(counts) > 1 else ''}{advice}")
         console.print(f"{self.images}: complete, {len(read_manifest(self.images)['images'])} images, every file as it was written")

@@ -30,7 +30,7 @@ from dwa_fast.models.wrappers import listed, unwrapped
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.schedule import refined_counts
 from dwa_fast.sets.background import BackgroundWriter, Prefetcher
-from dwa_fast.sets.loss_log import Rows
+from dwa_fast.sets.loss_log import LOSSES, Rows
 from dwa_fast.sets.preview import Preview
 from dwa_fast.sets.store import BATCH_FILES, BatchSpec, ImageStore
 from dwa_fast.sets.tracking import tracked
@@ -152,6 +152,11 @@ def distill(
     statistics: list[ClassStatistics] = []
     with synthesizer, torch_threads(store.settings.get("threads")), tracked(store.storage.track, store.folder, store.settings) as trackers:
         if missing:
+            if rank() == 0 and (lost := store.without_losses(missing)):
+                log.warning(
+                    "%s lacks the lines of %d of %d batches, which are made again with their images; put back, it saves this work",
+                    *(store.folder / LOSSES, len(lost), len(batches)),
+                )
             store.begin()
             images.check(needed, measuring)
             if rank() == 0:

@@ -100,6 +100,10 @@ class ImageStore:
             self._whole |= {batch.number for batch, good in zip(unknown, whole, strict=True) if good}
         return [batch for batch in unknown if batch.number not in self._whole]
 
+    def without_losses(self, batches: Iterable[BatchSpec]) -> list[BatchSpec]:
+        """Those batches whose images are all there, and whose losses alone are missing or damaged."""
+        return [batch for batch in batches if self._has_images(batch) and not self._has_losses(batch)]
+
     def begin(self) -> None:
         """Mark the set as incomplete in its manifest, and remove temporary files of processes that died."""
         self._tidy()
@@ -173,9 +177,14 @@ class ImageStore:
         return image_name(label, index, len(self.class_names), "jpg" if self.storage.image_format == "jpeg" else "png")
 
     def _is_whole(self, batch: BatchSpec) -> bool:
+        return self._has_losses(batch) and self._has_images(batch)
+
+    def _has_losses(self, batch: BatchSpec) -> bool:
+        return batch.number in self._losses or self.storage.losses_every == 0
+
+    def _has_images(self, batch: BatchSpec) -> bool:
         names = [self.name(label, index) for label, index in batch.images]
-        logged = batch.number in self._losses or self.storage.losses_every == 0
-        return logged and all(name in self._images and _has_checksum(self.root / name, self._images[name]) for name in names)
+        return all(name in self._images and _has_checksum(self.root / name, self._images[name]) for name in names)
 
     def _make_folders(self, folders: Iterable[Path]) -> None:
         for folder in folders:

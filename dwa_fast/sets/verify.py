@@ -31,6 +31,16 @@ def problems(folder: Path) -> Iterator[str]:
     Raises:
         InputError: the folder holds no manifest, or a damaged one.
     """
+    yield from damage(folder)
+    yield from additions(folder)
+
+
+def damage(folder: Path) -> Iterator[str]:
+    """What the command that made a set makes again: images and losses that are missing or have changed.
+
+    Raises:
+        InputError: as `problems`.
+    """
     folder = set_folder(folder)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
@@ -39,15 +49,27 @@ def problems(folder: Path) -> Iterator[str]:
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from filter(None, pool.map(lambda name: _image_problem(folder, name, images[name], manifest["settings"]), images))
     yield from _loss_problems(folder, manifest["losses"])
-    known = {MANIFEST, LOSSES, PREVIEW, NOTE, *images}
-    for name in _label_folders(folder):
+
+
+def additions(folder: Path) -> Iterator[str]:
+    """What is wrong beside that: with soft labels in the folder of a set, and files that do not belong to it.
+
+    Raises:
+        InputError: as `problems`.
+    """
+    folder = set_folder(folder)
+    manifest = read_manifest(folder)
+    known = {MANIFEST, LOSSES, PREVIEW, NOTE, *(f"{IMAGES}/{name}" for name in manifest["images"])}
+    for place in _label_folders(folder):
         try:
-            store = fkd_index(folder / name) or LabelStore(folder / name)
+            store = fkd_index(place) or LabelStore(place)
         except InputError as error:
             yield str(error)
             continue
-        known |= {f"{name}/{file}" for file in store.files}
-        yield from (f"{name}: the soft labels of epoch {epoch} are missing or have changed" for epoch in store.missing)
+        known |= {(place / file).relative_to(folder).as_posix() for file in store.files}
+        where = "" if place == folder else f"{place.name}: "
+        for epoch in store.missing:
+            yield f"{where}the soft labels of epoch {epoch} are missing or have changed; the relabel command makes them again"
     yield from _extras(folder, manifest, known)
 
 
@@ -82,12 +104,13 @@ def _loss_problems(folder: Path, wanted: Mapping[str, str]) -> Iterator[str]:
             yield f"{LOSSES}: the lines of batch {number} have changed"
     extra = sorted(texts.keys() - set(map(int, wanted)))
     if extra:
-        yield f"{LOSSES} has lines of batch {extra[0]}, which the manifest does not name"
+        yield f"{LOSSES} has lines of batch {extra[0]}, which the manifest does not name; remove them"
 
 
-def _label_folders(folder: Path) -> list[str]:
-    """Names of the folders of soft labels beside `images/`."""
-    return [path.parent.name for path in sorted(folder.glob(f"*/{INDEX}")) if path.parent.name != IMAGES]
+def _label_folders(folder: Path) -> list[Path]:
+    """The folders of soft labels: that of the set, or some beside `images/`."""
+    places = [path.parent for path in sorted([*folder.glob(INDEX), *folder.glob(f"*/{INDEX}")])]
+    return [place for place in places if place != folder / IMAGES]
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
@@ -97,6 +120,6 @@ def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Itera
         path, name = Path(entry.path), entry.path[len(start) :]
         unfinished = not manifest["complete"] and (path.match(BATCH_FILES) or IMAGE_NAME.fullmatch(name.removeprefix(f"{IMAGES}/")))
         if is_left_over(path):
-            yield f"{name} is left over from a process that died"
+            yield f"{name} is left over from a process that died; the command that made the set removes it"
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):
-            yield f"{name} does not belong to the set"
+            yield f"{name} does not belong to the set; remove it, or move it elsewhere"

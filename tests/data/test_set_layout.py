@@ -200,19 +200,20 @@ def test_results_with_pictures_are_no_class_folders(tmp_path: Path) -> None:
         refuse_images(tmp_path / folder / "more")
 
 
-def test_soft_labels_beside_the_images_belong_to_the_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["labels", ""])
+def test_soft_labels_beside_the_images_belong_to_the_set(tmp_path: Path, name: str) -> None:
     make(tmp_path)
-    store = LabelStore.create(tmp_path / "labels", {"seed": 0}, 2)
-    (tmp_path / "labels" / "epoch000.pt").write_bytes(b"labels")
+    store = LabelStore.create(tmp_path / name, {"seed": 0}, 2)
+    (tmp_path / name / "epoch000.pt").write_bytes(b"labels")
     store._sums[0] = "0" * 64
-    index = tmp_path / "labels" / "labels.json"
+    index = tmp_path / name / "labels.json"
     index.write_text(index.read_text().replace('"checksums": {}', f'"checksums": {{"0": "{"0" * 64}"}}'))
     assert list(problems(tmp_path)) == [
-        "labels: the soft labels of epoch 0 are missing or have changed",
-        "labels: the soft labels of epoch 1 are missing or have changed",
+        f"{name and 'labels: '}the soft labels of epoch {epoch} are missing or have changed; the relabel command makes them again"
+        for epoch in range(2)
     ]
-    (tmp_path / "labels" / "notes.txt").touch()
-    assert list(problems(tmp_path))[-1] == "labels/notes.txt does not belong to the set"
+    (tmp_path / name / "notes.txt").touch()
+    assert list(problems(tmp_path))[-1] == f"{name and 'labels/'}notes.txt does not belong to the set; remove it, or move it elsewhere"
     index.write_text("{")
     assert any("labels.json cannot be read" in problem for problem in problems(tmp_path))
 

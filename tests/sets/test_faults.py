@@ -124,7 +124,9 @@ def test_damage_is_noticed_and_repaired(bench: Bench, tmp_path: Path, name: str,
     assert run(["verify", str(folder)]) == 0
     damage(folder / name)
     assert run(["verify", str(folder)]) == 1
-    assert bench.run(folder)[0] == 0
+    code, process = bench.run(folder)
+    assert code == 0
+    assert ("losses.jsonl lacks the lines of" in process.output) == name.startswith("losses")
     assert contents(folder) == bench.whole
 
 

@@ -100,7 +100,16 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(folder)]) == 1
     output = capsys.readouterr()
     assert output.out.splitlines() == [f"{first} has changed and is no whole image any more", f"{NAME} is missing"]
-    assert f"dwa-fast: {folder}: 2 problems; the command that made the set makes it whole again" in output.err
+    assert f"dwa-fast: {folder}: 2 problems; the command that made the set makes again what is missing or has changed" in output.err
+
+
+def test_advice_for_what_does_not_belong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command that made the set leaves it where it is."""
+    (folder / "notes.txt").touch()
+    assert run(["verify", str(folder)]) == 1
+    output = capsys.readouterr()
+    assert output.out == "notes.txt does not belong to the set; remove it, or move it elsewhere\n"
+    assert output.err == f"dwa-fast: {folder}: 1 problem\n"
 
 
 def test_unfinished_set(folder: Path) -> None:

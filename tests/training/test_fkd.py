@@ -323,7 +323,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert run(["validate", *common, "--soft-labels", str(labels), "--students", "1", "--output", str(out)]) == 0
             assert len(read_record(out / "record.json").data["cells"][0]["accuracies"]) == 1
     (tmp_path / "set" / "whole" / "fkd" / "epoch_1" / "batch_0.tar").write_bytes(b"PK")
-    assert list(problems(tmp_path / "set")) == ["whole: the soft labels of epoch 1 are missing or have changed"]
+    assert list(problems(tmp_path / "set")) == [
+        "whole: the soft labels of epoch 1 are missing or have changed; the relabel command makes them again"
+    ]
     capsys.readouterr()
     plain = ["relabel", *common, "--teacher", str(tmp_path / "t.pt"), "--output", str(tmp_path / "own")]
     assert run([*plain, "--pool-share", "0.5"]) == 1
