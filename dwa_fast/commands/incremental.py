@@ -24,6 +24,7 @@ from dwa_fast.data.set_layout import is_set
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.evaluation.incremental import IncrementalConfig, class_order, learn
+from dwa_fast.io.files import LOCK, sole_writer
 from dwa_fast.recipes import preset_text
 from dwa_fast.report.records import Chart, Record, Series, Table, command_line, environment, format_mean_std, preset_data, tested_note
 from dwa_fast.training.validate import ValidationResult
@@ -76,39 +77,40 @@ class Incremental(DistilledSets):
             "validation": recipe.settings("validation"),
         }
         resume_dir = study_folder(self.output, settings) / _STEPS
-        with naming_bad_images(), console.bars() as track:
-            accuracies = learn(
-                sets,
-                test,
-                teacher.module,
-                self.student,
-                recipe,
-                self.protocol,
-                device=device,
-                resume_dir=resume_dir,
-                seed=self.seed,
-                jobs=self.jobs,
-                progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
-            )
-        names = test.class_names
-        orders = [class_order(len(names), self.protocol.tasks, seed=self.seed, index=index) for index in range(self.protocol.seeds)]
-        seen = list(itertools.accumulate(map(len, orders[0])))
-        facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
-        cells = [
-            {"recipe": self.recipe, "student": self.student, **_provenance(sets[name], name), "classes seen": count, **result}
-            for name, own in accuracies.items()
-            for count, result in zip(seen, _steps(own), strict=True)
-        ]
-        data = {
-            "cells": cells,
-            "class orders": [[[names[label] for label in part] for part in order] for order in orders],
-            "top-1 % by set, order, task and student": accuracies,
-            "preset": preset_data(recipe),
-        }
-        labels, text = f"{self.config.labels} labels", preset_text(recipe)
-        labels += f" and {text}" if text else ""
-        facts |= {"data": data, "seconds": time.perf_counter() - started}
-        finish(console, self.output, as_record(accuracies, seen, labels, tested_note(recipe.data), **facts))
+        with sole_writer(self.output, self.output / LOCK):
+            with naming_bad_images(), console.bars() as track:
+                accuracies = learn(
+                    sets,
+                    test,
+                    teacher.module,
+                    self.student,
+                    recipe,
+                    self.protocol,
+                    device=device,
+                    resume_dir=resume_dir,
+                    seed=self.seed,
+                    jobs=self.jobs,
+                    progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
+                )
+            names = test.class_names
+            orders = [class_order(len(names), self.protocol.tasks, seed=self.seed, index=index) for index in range(self.protocol.seeds)]
+            seen = list(itertools.accumulate(map(len, orders[0])))
+            facts: dict[str, Any] = {"settings": settings, "environment": environment(device), "command": command_line()}
+            cells = [
+                {"recipe": self.recipe, "student": self.student, **_provenance(sets[name], name), "classes seen": count, **result}
+                for name, own in accuracies.items()
+                for count, result in zip(seen, _steps(own), strict=True)
+            ]
+            data = {
+                "cells": cells,
+                "class orders": [[[names[label] for label in part] for part in order] for order in orders],
+                "top-1 % by set, order, task and student": accuracies,
+                "preset": preset_data(recipe),
+            }
+            labels, text = f"{self.config.labels} labels", preset_text(recipe)
+            labels += f" and {text}" if text else ""
+            facts |= {"data": data, "seconds": time.perf_counter() - started}
+            finish(console, self.output, as_record(accuracies, seen, labels, tested_note(recipe.data), **facts))
 
 
 def as_record(accuracies: Accuracies, seen: list[int], labels: str, tested: str, **facts: Any) -> Record:

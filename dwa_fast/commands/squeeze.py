@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from torch import nn
 
-from dwa_fast.commands.console import Console
+from dwa_fast.commands.console import Bar, Console
 from dwa_fast.commands.data import Architecture, Data, counted, naming_bad_images, on_its_threads, readable_images
 from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
 from dwa_fast.data.images import ImageSet
@@ -16,10 +18,12 @@ from dwa_fast.data.overlap import warn_of_shared_images
 from dwa_fast.data.set_layout import refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import output_folder
-from dwa_fast.models.checkpoint import TeacherInfo, save_teacher
+from dwa_fast.io.files import output_folder, sole_writer
+from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
+from dwa_fast.recipes import Recipe
 from dwa_fast.training.fit import top1
-from dwa_fast.training.squeeze import squeeze
+from dwa_fast.training.squeeze import squeeze, training_settings
+from dwa_fast.training.state import FinishedTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,55 +42,84 @@ class Squeeze(Data):
 
     @on_its_threads
     def run(self, console: Console) -> None:
-        """Train, test where there are held-out images, and write the checkpoint."""
+        """Train, test where there are held-out images, and write the checkpoint; or say that it is there."""
         if self.output.is_dir():
             raise InputError(f"{self.output} is a folder; --output names the file of the teacher, such as {self.output / 'teacher.pt'}")
-        if self.output.exists() and not self.overwrite:
-            raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
+        self._refuse_unknown()
         refuse_images(self.output)
-        device = backend.resolve_device(self.device)
-        checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         with naming_bad_images(), console.bars() as track:
             train = self.load("train")
-            output_folder(self.output.parent)
             console.print(f"training images: {counted(train)}")
-            if self.config.schedule == "short":
-                console.print(f"epochs: {self.config.epochs}, for better students; --schedule cosine trains as published")
+            output_folder(self.output.parent)
             train = readable_images(console, train, self.skip_bad_images)
-            test = self._held_out(console)
+            with sole_writer(self.output, self.output.with_name(f".{self.output.name}.lock")):
+                complete = self._is_complete(train)
+                if not complete:
+                    self._train(console, track, train)
+        info = load_teacher(self.output)[1]
+        reached = "" if info.accuracy is None else f", {info.accuracy:.2f} % top-1 on held-out images"
+        console.print(f"{self.output}: {'complete, ' if complete else ''}{info.architecture}{reached}")
+
+    def _refuse_unknown(self) -> None:
+        """Raise InputError where a file would be replaced whose settings are not known."""
+        if self.output.exists() and not self.overwrite and not FinishedTeacher(self.output).known():
+            raise InputError(f"{self.output} exists; choose another name, or pass --overwrite")
+
+    def _is_complete(self, train: ImageSet) -> bool:
+        """Whether the teacher is there.
+
+        Raises:
+            InputError: it was trained with other settings.
+        """
+        self._refuse_unknown()
+        if self.overwrite or not self.output.exists():
+            return False
+        FinishedTeacher(self.output).compare(self._settings(train))
+        return True
+
+    def _settings(self, train: ImageSet) -> dict[str, Any]:
+        return training_settings(train, self._recipe(), backend.resolve_device(self.device), self.seed)
+
+    def _recipe(self) -> Recipe:
+        return self.full_recipe(squeeze=self.config, architecture=self.architecture)
+
+    def _train(self, console: Console, track: Callable[[str], Bar], train: ImageSet) -> None:
+        if self.config.schedule == "short":
+            console.print(f"epochs: {self.config.epochs}, for better students; --schedule cosine trains as published")
+        recipe, device = self._recipe(), backend.resolve_device(self.device)
+        checkpoint_file = self.output.with_name(f".{self.output.name}.state")
+        test = self._held_out(console)
+        if test is not None:
+            warn_of_shared_images(train, test)
+        bar = track("teacher")
+
+        def tested(network: nn.Module, epochs: int) -> None:
             if test is not None:
-                warn_of_shared_images(train, test)
-            recipe = self.full_recipe(squeeze=self.config, architecture=self.architecture)
-            bar = track("teacher")
+                bar.note(f"{top1(network, test, recipe.data, device):.2f} % after {epochs} epochs")
 
-            def tested(network: nn.Module, epochs: int) -> None:
-                if test is not None:
-                    bar.note(f"{top1(network, test, recipe.data, device):.2f} % after {epochs} epochs")
-
-            module = squeeze(
-                train,
-                recipe,
-                device=device,
-                seed=self.seed,
-                progress=bar,
-                checkpoint_file=checkpoint_file,
-                tested=tested,
-                test_every=self.test_every,
-            )
-        accuracy = None if test is None else top1(module, test, recipe.data, device)
+        module = squeeze(
+            train,
+            recipe,
+            device=device,
+            seed=self.seed,
+            progress=bar,
+            checkpoint_file=checkpoint_file,
+            tested=tested,
+            test_every=self.test_every,
+        )
         info = TeacherInfo(
             architecture=self.architecture,
             classes=len(train.class_names),
             channels=recipe.data.channels,
             size=self.size,
-            accuracy=accuracy,
+            accuracy=None if test is None else top1(module, test, recipe.data, device),
             class_names=train.class_names,
             mean=recipe.data.mean,
             std=recipe.data.std,
         )
         save_teacher(self.output, module, info)
+        FinishedTeacher(self.output).write(self._settings(train))
         checkpoint_file.unlink(missing_ok=True)
-        console.print(f"{self.output}: {self.architecture}" + ("" if accuracy is None else f", {accuracy:.2f} % top-1 on held-out images"))
 
     def _held_out(self, console: Console) -> ImageSet | None:
         """The held-out images; None, with a message, where there are none."""

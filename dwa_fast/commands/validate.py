@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dwa_fast.data.set_layout import refuse_images, set_folder
 from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import output_folder
+from dwa_fast.io.files import LOCK, output_folder, sole_writer
 from dwa_fast.models.checkpoint import TeacherInfo
 from dwa_fast.recipes import preset_text
 from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std, preset_data, preset_note, tested_note
@@ -51,43 +51,46 @@ class Validate(DistilledData):
         if self.output:
             refuse_images(self.output)
         recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
-        with naming_bad_images(), console.bars() as track:
-            distilled, test = self.open_both(console)
-            if self.output:
-                output_folder(self.output)
-            teachers = self.open_teachers(self.teacher, self.architecture, test, device)
-            bar = track(f"{self.config.students} students")
+        with ExitStack() as writing:
+            with naming_bad_images(), console.bars() as track:
+                distilled, test = self.open_both(console)
+                if self.output:
+                    writing.enter_context(sole_writer(output_folder(self.output), self.output / LOCK))
+                teachers = self.open_teachers(self.teacher, self.architecture, test, device)
+                bar = track(f"{self.config.students} students")
 
-            def tested(student: int, epochs: int, accuracy: float) -> None:
-                bar.note(f"student {student + 1}: {accuracy:.2f} % after {epochs} epochs")
+                def tested(student: int, epochs: int, accuracy: float) -> None:
+                    bar.note(f"student {student + 1}: {accuracy:.2f} % after {epochs} epochs")
 
-            result = validate(
-                distilled,
-                test,
-                [each.module for each in teachers] or None,
-                self.student,
-                recipe,
-                device=device,
-                seed=self.seed,
-                progress=bar,
-                resume_dir=self.output,
-                soft_labels=self.soft_labels,
-                test_every=self.test_every,
-                tested=tested,
-                jobs=self.jobs,
+                result = validate(
+                    distilled,
+                    test,
+                    [each.module for each in teachers] or None,
+                    self.student,
+                    recipe,
+                    device=device,
+                    seed=self.seed,
+                    progress=bar,
+                    resume_dir=self.output,
+                    soft_labels=self.soft_labels,
+                    test_every=self.test_every,
+                    tested=tested,
+                    jobs=self.jobs,
+                )
+            preset = preset_text(recipe)
+            training = f", {preset}" if preset else ""
+            count = len(result.accuracies)
+            reached = (
+                f"{result.mean:.2f} ± {result.std:.2f} % top-1, {count} students"
+                if count > 1
+                else f"{result.mean:.2f} % top-1, one student"
             )
-        preset = preset_text(recipe)
-        training = f", {preset}" if preset else ""
-        count = len(result.accuracies)
-        reached = (
-            f"{result.mean:.2f} ± {result.std:.2f} % top-1, {count} students" if count > 1 else f"{result.mean:.2f} % top-1, one student"
-        )
-        console.print(f"{self.student}: {reached}{training}")
-        if not self.output and (note := tested_note(recipe.data)):  # else below the table
-            console.print(note)
-        if self.output:
-            record = self._record(result, images_per_class(distilled), [each.info for each in teachers])
-            finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
+            console.print(f"{self.student}: {reached}{training}")
+            if not self.output and (note := tested_note(recipe.data)):  # else below the table
+                console.print(note)
+            if self.output:
+                record = self._record(result, images_per_class(distilled), [each.info for each in teachers])
+                finish(console, self.output, replace(record, environment=environment(device), seconds=time.perf_counter() - started))
 
     def _record(self, result: ValidationResult, ipc: int | str, teachers: Sequence[TeacherInfo]) -> Record:
         made, recipe = self._set_settings(), self.full_recipe(validation=self.config)

@@ -28,7 +28,8 @@ def warn_of_shared_images(train: ImageSet, test: ImageSet) -> None:
     shared = [name for name in some if _same(train, test, name)]
     if shared:
         log.warning(
-            "%s: %d of %d held-out images that were compared are training images too, such as %s; they say nothing of the accuracy on new ones",
+            "%s: %d of %d held-out images that were compared are training images too, such as %s; "
+            "accuracies on them say nothing of new images",
             *(test.folder, len(shared), len(some) if len(some) < len(names) else len(test.files), shared[0]),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +20,7 @@ from dwa_fast.errors import InputError
 T = TypeVar("T")
 
 _PART = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)~(?P<process>\d+)\.part")
+LOCK = ".lock"  # of `sole_writer`, in a folder of results
 _STALE_SECONDS = 3600  # age at which a temporary file of another machine counts as left over
 
 
@@ -157,6 +160,50 @@ def output_folder(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}") from error
     return path
+
+
+@contextmanager
+def sole_writer(output: Path, lock: Path) -> Iterator[None]:
+    """Inside, no other process writes that output. The system frees the lock of a process that dies; its empty file may stay.
+
+    Args:
+        output: what is written, for the message. lock: a file beside it, or in it; its folder exists.
+    Raises:
+        InputError: another process is inside, or the lock cannot be made.
+    """
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise InputError(f"cannot write {lock}: {error.strerror}") from error
+        try:
+            if not _locked(descriptor):
+                raise InputError(f"another process is writing {output}; wait until it ends, or choose another output")
+            if _is_at(descriptor, lock):  # else a process that was done has removed it meanwhile
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file, unless another process has; a file system without locks has none that could be in the way."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _create(temporary: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,6 @@ def squeeze(
     optimizer = sgd(model, config)
     sampler = RandomSampler(data, config, seed=seed, purpose="squeeze")
     loader = TrainingLoader(ImageCache(data, device, config.memory_limit), sampler, recipe.data, config.padding)
-    settings = {**recipe.settings("squeeze"), "architecture": recipe.architecture, "size": recipe.data.size, "seed": seed}
-    settings |= {"precision": precision, "device": device.type, THREADS: threads_of(device)}
-    del settings["memory_limit"]  # decides where the images are held, not their values
     forward = training_form(model.train(), data.image_shape, device)
 
     def losses(batch: TrainingBatch) -> list[Tensor]:
@@ -84,12 +82,20 @@ def squeeze(
         warmup_epochs=_FAST_RISE * config.epochs if fast else 0,
         seed=seed,
         remedy=lambda: remedy(config, precision),
-        state=TrainingState(Path(checkpoint_file), settings | {"real_images": image_digest(data)}) if checkpoint_file else None,
+        state=TrainingState(Path(checkpoint_file), training_settings(data, recipe, device, seed)) if checkpoint_file else None,
         progress=progress,
         test=(lambda epochs: tested(model, epochs)) if tested else None,
         test_every=test_every,
     )
     return model.eval()
+
+
+def training_settings(data: ImageSet, recipe: Recipe, device: torch.device, seed: int) -> dict[str, Any]:
+    """Everything that the teacher of `squeeze` depends on; JSON values."""
+    settings = {**recipe.settings("squeeze"), "architecture": recipe.architecture, "size": recipe.data.size, "seed": seed}
+    settings |= {"precision": resolve_precision(recipe.squeeze.precision, device), "device": device.type, THREADS: threads_of(device)}
+    del settings["memory_limit"]  # decides where the images are held, not their values
+    return settings | {"real_images": image_digest(data)}
 
 
 def sgd(model: nn.Module, config: SqueezeConfig, fused: bool | None = True) -> torch.optim.SGD:

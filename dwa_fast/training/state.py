@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import is_left_over, output_folder, read_json, write_json
+from dwa_fast.io.files import checksum, is_left_over, output_folder, read_json, write_json
 from dwa_fast.io.settings import refuse_change
 from dwa_fast.io.torch_files import read_archive, write_archive
 from dwa_fast.models.finite import has_finite_weights
@@ -132,6 +132,40 @@ class TrainingState:
     def remove(self) -> None:
         """Delete the file, once the result of the training is on disk."""
         self.path.unlink(missing_ok=True)
+
+
+class FinishedTeacher:
+    """What a hidden file beside a teacher remembers: the settings that it was trained with."""
+
+    def __init__(self, teacher: Path) -> None:
+        """Reads and writes nothing yet."""
+        self._teacher, self._file = teacher, teacher.with_name(f".{teacher.name}.json")
+
+    def write(self, settings: Mapping[str, Any]) -> None:
+        """Remember the settings of a teacher that has just been written; JSON values."""
+        write_json(self._file, {"format": _FORMAT, "teacher": checksum(self._teacher), "settings": settings})
+
+    def known(self) -> bool:
+        """Whether the teacher is there, with its settings beside it, and has not changed since."""
+        return self._teacher.exists() and self._settings() is not None
+
+    def compare(self, settings: Mapping[str, Any]) -> None:
+        """Check that a known teacher was trained with these settings; another number of `threads` is allowed and logged.
+
+        Raises:
+            InputError: they differ.
+        """
+        before = self._settings() or {}
+        now = with_recorded_threads(json.loads(json.dumps(settings)), before, str(self._teacher))
+        refuse_change(self._teacher, "a teacher", before, now, "choose another name, or pass --overwrite")
+
+    def _settings(self) -> dict[str, Any] | None:
+        try:
+            content = json.loads(self._file.read_bytes())
+            same = content["format"] == _FORMAT and content["teacher"] == checksum(self._teacher)
+            return dict(content["settings"]) if same else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
 
 class FinishedStudents:

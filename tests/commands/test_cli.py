@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dwa_fast.commands.cli import _parse, run
 from dwa_fast.commands.flags import flags_of
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import InputError
-from dwa_fast.io.files import checksum
+from dwa_fast.io.files import checksum, sole_writer
 from dwa_fast.models.architectures import ARCHITECTURES, build
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.report import published
@@ -339,11 +340,54 @@ def test_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "knows 7 classes, the data have 10" in capsys.readouterr().err
 
 
-def test_existing_teacher_is_not_overwritten(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = checksum(teacher)
-    assert run(["squeeze", "--recipe", "digits", "--output", str(teacher)]) == 1
+def test_a_teacher_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same settings it is reported; of others, or of unknown ones, it stays."""
+    file = tmp_path / "t.pt"
+    squeeze = ["squeeze", "--recipe", "digits", "--output", str(file), "--size", str(SIZE), "--epochs", "1", "--padding", "1"]
+    assert run(squeeze) == 0
+    reached, before = capsys.readouterr().out.splitlines()[-1].partition(": ")[2], checksum(file)
+    assert run(squeeze) == 0
+    assert capsys.readouterr().out.endswith(f"{file}: complete, {reached}\n")
+    for flags, difference in ((["--epochs", "2"], "epochs was 1, is 2"), (["--seed", "1"], "seed was 0, is 1")):
+        assert run([*squeeze, *flags]) == 1
+        message = f"{file} holds a teacher of other settings ({difference}); choose another name, or pass --overwrite"
+        assert message in capsys.readouterr().err
+    assert checksum(file) == before
+    assert run([*squeeze, "--seed", "1", "--overwrite"]) == 0
+    assert run([*squeeze, "--seed", "1"]) == 0
+    shutil.copy(file, tmp_path / "copy.pt")  # nothing is known of the training of a copy, or of a file that has changed
+    assert run([*squeeze, "--seed", "1", "--output", str(tmp_path / "copy.pt")]) == 1
+    with file.open("ab") as content:
+        content.write(b"x")
+    assert run([*squeeze, "--seed", "1"]) == 1
+    assert capsys.readouterr().err.count("t.pt exists; choose another name, or pass --overwrite") == 1
+
+
+@pytest.mark.parametrize("command", ["squeeze", "validate"])
+def test_two_trainings_with_one_output(teacher: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is refused while the first runs; what a dead process has left is in nobody's way."""
+    output, common = tmp_path / "out", ["--recipe", "digits", "--size", str(SIZE), "--epochs", "1", "--padding", "1"]
+    if command == "squeeze":
+        lock, more = tmp_path / ".out.lock", ["--seed", "1"]
+    else:
+        assert synthesize(teacher, tmp_path / "set") == 0
+        output.mkdir()
+        lock, more = output / ".lock", ["--images", str(tmp_path / "set"), "--teacher", str(teacher), "--students", "1"]
+    arguments = [command, *common, *more, "--output", str(output)]
+    with sole_writer(output, lock):
+        assert run(arguments) == 1
+    assert f"another process is writing {output}; wait until it ends, or choose another output" in capsys.readouterr().err
+    lock.touch()
+    assert run(arguments) == 0
+    assert not lock.exists()
+
+
+def test_existing_teacher_is_not_overwritten(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, unknown = checksum(teacher), tmp_path / "t.pt"
+    shutil.copy(teacher, unknown)
+    assert run(["squeeze", "--recipe", "digits", "--output", str(unknown)]) == 1
     assert "exists; choose another name, or pass --overwrite" in capsys.readouterr().err
-    assert checksum(teacher) == before
+    assert checksum(unknown) == before
     assert run(["squeeze", "--recipe", "digits", "--output", str(teacher.parent), "--overwrite"]) == 1
     sentence = f"{teacher.parent} is a folder; --output names the file of the teacher, such as {teacher.parent}/teacher.pt"
     assert sentence in capsys.readouterr().err

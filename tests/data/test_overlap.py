@@ -30,7 +30,7 @@ def test_copies_among_the_held_out_images(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copy(tmp_path / "train" / "c1" / "2.png", tmp_path / "test" / "c1" / "2.png")
     warn_of_shared_images(train, test)
     (message,) = caplog.messages
-    assert "test: 1 of 6 held-out images that were compared are training images too, such as c1/2.png; they" in message
+    assert "test: 1 of 6 held-out images that were compared are training images too, such as c1/2.png; accuracies" in message
 
 
 def test_a_set_that_was_made_from_the_held_out_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

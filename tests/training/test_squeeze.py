@@ -154,11 +154,11 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
     killed = [sys.executable, "-c", KILLED, *command("t.pt")]  # elsewhere: it would import the dwa_fast of the folder that it starts in
     process = subprocess.run(killed, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [".t.pt.state"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".t.pt.lock", ".t.pt.state"]
     assert torch.load(tmp_path / ".t.pt.state", weights_only=True)["epochs"] == 1
     assert run(command("t.pt")) == 0
     assert run(command("whole.pt")) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.pt", "whole.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".t.pt.json", ".whole.pt.json", "t.pt", "whole.pt"]
     assert load_teacher(tmp_path / "t.pt")[1].architecture == "small-resnet"
     assert (tmp_path / "t.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
 
