@@ -160,7 +160,7 @@ def cells(plan: Plan, images: Images, teacher: str, output: Path, ipc: int, rows
     )
     for method in images.methods:
         start = time.perf_counter()
-        study = {"methods": (method,), "sets": (), "ipc": (ipc,), "students": images.students, "seeds": range(images.seeds[ipc])}
+        study = {"methods": (method,), "sets": {}, "ipc": (ipc,), "students": images.students, "seeds": range(images.seeds[ipc])}
         record = cross(functools.partial(run_grid, setup, jobs=1), setup, **study)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
         for cell in record.data["cells"]:

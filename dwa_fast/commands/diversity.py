@@ -14,10 +14,10 @@ import tyro
 from torch import Tensor
 
 from dwa_fast.commands.console import Console
-from dwa_fast.commands.data import compare_normalisation, naming_bad_images, try_teacher
+from dwa_fast.commands.data import compare_normalisation, naming_bad_images, on_its_threads, try_teacher
 from dwa_fast.commands.finish import finish
 from dwa_fast.commands.sets import DistilledSets, study_folder, teacher_settings
-from dwa_fast.config import NonNegativeInt
+from dwa_fast.config import NonNegativeInt, PositiveInt
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.subsets import by_class
@@ -46,9 +46,11 @@ class Diversity(DistilledSets):
     output: Path  # Folder for record.json, the charts and the pictures.
     seed: NonNegativeInt = 0  # Seed of all random numbers.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    threads: PositiveInt | None = None  # CPU threads; the last bits of the results depend on them. Default: all.
     architecture: str | None = None  # Network in the checkpoint, if the file does not name it; default: the recipe's.
     config: tyro.conf.OmitArgPrefixes[DiversityConfig]
 
+    @on_its_threads
     def run(self, console: Console) -> None:
         """Analyse the sets, and write the record."""
         started = time.perf_counter()

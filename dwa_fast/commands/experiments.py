@@ -13,6 +13,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Preset, TeacherData, readable_images, try_teacher
 from dwa_fast.commands.finish import finish
+from dwa_fast.commands.studies import named_sets
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.overlap import warn_of_shared_images
@@ -143,14 +144,15 @@ class Cross(Study):
     """Train students of several architectures on the sets of several methods: a table and bars."""
 
     methods: tuple[str, ...] = ("sre2l", "dwa")  # real (plain real images), or methods of synthesize; none: only those of --sets.
-    sets: tuple[Path, ...] = ()  # Also these sets, made by whatever program: class folders of images.
+    sets: tuple[str, ...] = ()  # Also these sets, made by whatever program: folders of class folders, or name=folder.
     student: tuple[str, ...]  # Architectures of the students, as for squeeze --architecture.
 
     def run(self, console: Console) -> None:
         """Run the study, and print its table."""
+        sets = named_sets(self.sets)
 
         def study(run: GridRunner, setup: Setup, folder: Path) -> Record:
             seeds = range(self.seeds)
-            return cross(run, setup, methods=self.methods, sets=self.sets, ipc=self.ipc, students=self.student, seeds=seeds)
+            return cross(run, setup, methods=self.methods, sets=sets, ipc=self.ipc, students=self.student, seeds=seeds)
 
         self._run_study(console, "cross", study)

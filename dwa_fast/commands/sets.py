@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,7 @@ class DistilledSets(TeacherData):
             InputError: there is none, two have the same name, or one cannot be read.
         """
         found: dict[str, FileSet] = {}
-        for text in self.sets:
-            name, equals, place = text.partition("=")
-            named = equals and name and "/" not in name and not Path(text).is_dir()
-            folder = Path(place if named else text)
-            name = name if named else set_folder(folder).absolute().name
-            if name in found:
-                raise InputError(f"two sets are called {name!r}; name them, as in --sets one=DIR two=DIR")
+        for name, folder in named_sets(self.sets).items():
             found[name], skipped = open_distilled(
                 folder, self.size, self.normalisation.channels, class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
             )
@@ -58,6 +53,24 @@ class DistilledSets(TeacherData):
         if not found:
             raise InputError("there is no set to analyse; name some with --sets")
         return found
+
+
+def named_sets(texts: Sequence[str]) -> dict[str, Path]:
+    """Folders by name, from `name=DIR`, or `DIR` alone, which names itself.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, place = text.partition("=")
+        named = equals and name and "/" not in name and not Path(text).is_dir()
+        folder = Path(place if named else text)
+        name = name if named else Path(os.path.abspath(set_folder(folder))).name
+        if name in found:
+            raise InputError(f"two sets are called {name!r}; name them, as in --sets one=DIR two=DIR")
+        found[name] = folder
+    return found
 
 
 def teacher_settings(teacher: PairedTeacher) -> dict[str, Any]:

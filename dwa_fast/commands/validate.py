@@ -56,6 +56,8 @@ class Validate(DistilledData):
                 distilled, test = self.open_both(console)
                 if self.output:
                     writing.enter_context(sole_writer(output_folder(self.output), self.output / LOCK))
+                if self.teacher and self.config.labels == "hard":
+                    console.print("the labels are hard, and --teacher is not used")
                 teachers = self.open_teachers(self.teacher, self.architecture, test, device)
                 bar = track(f"{self.config.students} students")
 

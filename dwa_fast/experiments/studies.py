@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dwa_fast.config import DataConfig, SynthesisConfig, check_choice
-from dwa_fast.data.set_layout import set_folder
 from dwa_fast.errors import InputError, escape_control_chars
 from dwa_fast.experiments.cells import REAL, Setup
 from dwa_fast.experiments.grid import (
@@ -67,16 +66,16 @@ def cross(
     setup: Setup,
     *,
     methods: Sequence[str],
-    sets: Sequence[Path],
+    sets: Mapping[str, Path],
     ipc: Sequence[int],
     students: Sequence[str],
     seeds: Sequence[int],
 ) -> Record:
-    """Students of several architectures × methods and sets that were made elsewhere."""
-    external = [Variant(name=escape_control_chars(set_folder(folder).resolve().name), external=folder) for folder in sets]
+    """Students of several architectures × methods and sets that were made elsewhere, by name."""
+    external = [Variant(name=escape_control_chars(name), external=folder) for name, folder in sets.items()]
     names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in external]
     if len(set(names)) < len(names):
-        raise InputError(f"sets must have names of their own, which are those of their folders, got {', '.join(names)}")
+        raise InputError(f"sets must have names of their own, as in --sets one=DIR two=DIR, got {', '.join(names)}")
     grid = Grid(variants=[*by_method(setup, methods), *external], ipc=ipc, students=students, seeds=seeds)
     outcomes = run(grid)
     title = f"Students of several architectures on {setup.recipe.name}"

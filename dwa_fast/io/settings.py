@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dwa_fast.config import LATER_SETTINGS
 from dwa_fast.errors import InputError
 
+_CHECKSUM = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _SHOWN = 4  # changed settings in a message
 
 
@@ -32,6 +34,6 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as text of at most 80 characters."""
-    text = repr(value)
+    """A value as text of at most 80 characters, checksums by their first twelve digits."""
+    text = _CHECKSUM.sub(r"\1…", repr(value))
     return text if len(text) <= 80 else f"{text[:77]}…"

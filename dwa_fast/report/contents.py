@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import PIL.Image
@@ -43,6 +44,7 @@ class Section:
     """A run or a set; its parts are shown in this order."""
 
     anchor: str  # unique; letters, digits and hyphens
+    name: str  # of the folder
     title: str
     subtitle: str
     paragraphs: Sequence[str] = ()
@@ -83,6 +85,7 @@ def run_section(anchor: str, run: ReportRecord) -> Section:
     parts = [record.kind, run.name, *([] if record.seconds is None else [duration(record.seconds)]), *_memory(record.environment)]
     return Section(
         anchor=anchor,
+        name=run.name,
         title=record.title,
         subtitle=" · ".join(parts),
         paragraphs=notes,
@@ -91,6 +94,12 @@ def run_section(anchor: str, run: ReportRecord) -> Section:
         command=record.command,
         facts=list(_facts(record.settings, record.environment)),
     )
+
+
+def told_apart(sections: Sequence[Section]) -> list[Section]:
+    """The sections; where several have one title, the names of their folders stand behind it."""
+    counts = Counter(each.title for each in sections)
+    return [replace(each, title=f"{each.title} ({each.name})") if counts[each.title] > 1 else each for each in sections]
 
 
 def presets_note(runs: Sequence[ReportRecord]) -> str:

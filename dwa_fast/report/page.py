@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from dwa_fast.errors import InputError, escape_control_chars
 from dwa_fast.io.files import atomic_write, output_folder
-from dwa_fast.report.contents import Contents, Section, held_out_note, presets_note, run_section
+from dwa_fast.report.contents import Contents, Section, held_out_note, presets_note, run_section, told_apart
 from dwa_fast.report.search import search
 from dwa_fast.report.sets import kinds, set_section
 
@@ -83,7 +83,14 @@ def _gather(folders: Sequence[Path], title: str, most_sets: int) -> Contents:
         raise InputError(f"no record and no distilled set that can be shown lies below {', '.join(map(str, folders))}{reason}")
     sets = [set_section(f"set-{number}", each) for number, each in enumerate(alike[:most_sets], 1)]
     note = f"Shown: {most_sets} of {len(alike)} kinds of sets; --sets {len(alike)} shows all." if len(alike) > most_sets else ""
-    return Contents(title, runs, sets, " ".join(filter(None, (presets_note(found.records), held_out_note(found.records)))), note, left_out)
+    return Contents(
+        title,
+        told_apart(runs),
+        told_apart(sets),
+        " ".join(filter(None, (presets_note(found.records), held_out_note(found.records)))),
+        note,
+        left_out,
+    )
 
 
 def _render(template: str, text: Callable[[Any], Any], **values: Any) -> str:

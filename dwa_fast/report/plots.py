@@ -82,7 +82,7 @@ def _chart(canvas: Canvas, axis: Axes, chart: Chart) -> None:
     errors = [_numbers(chart, each.name, each.spreads, len(chart.x)) if each.spreads else None for each in chart.series]
     if any((each < 0).any() for each in errors if each is not None):
         raise InputError(f"chart {chart.title!r} has a standard deviation below 0")
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     axis.set_axisbelow(True)
     axis.grid(axis="y", alpha=0.2)
@@ -97,6 +97,8 @@ def _chart(canvas: Canvas, axis: Axes, chart: Chart) -> None:
             axis.xaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own would be a formula, which labels do not show
             axis.xaxis.set_minor_formatter(NullFormatter())
+        elif all(isinstance(value, int) for value in chart.x):
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     else:
         places, width = np.arange(len(chart.x)), 0.8 / len(values)
         for number, (heights, error) in enumerate(zip(values, errors, strict=True)):

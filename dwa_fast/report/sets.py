@@ -59,6 +59,7 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     others += f" · {copies} more with the same seed" if copies else ""
     return Section(
         anchor=anchor,
+        name=first.name,
         title=", ".join([*names, *_size(settings), f"ipc {ipc}", *_teachers(manifest), *_changes(settings)]),
         subtitle=f"{first.name} · {count} images of {classes} classes{state}{others}",
         paragraphs=[] if sheet else ["No whole row of images yet."],

@@ -206,6 +206,8 @@ def _stored(folder: str | Path | None, recipe: Recipe, distilled: ImageSet, teac
         raise InputError("stored soft labels are not used by students with hard labels; leave one of the two out")
     folder = Path(folder)
     if is_fkd(folder):
+        if teachers:
+            log.info("%s does not say whose soft labels it holds: the teacher is not used", folder)
         return FkdFolder(folder, distilled, config)
     store = fkd_index(folder) or LabelStore(folder)
     wanted = {**view_settings(recipe), "images": image_digest(distilled), "classes": len(distilled.class_names)}

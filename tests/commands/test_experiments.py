@@ -136,10 +136,10 @@ def test_sweeps(tmp_path: Path, common: list[str]) -> None:
 def test_cross_takes_sets_from_elsewhere(tmp_path: Path, common: list[str]) -> None:
     assert run(["compare", *common, *SMALL, "--methods", "real", "--ipc", "2"]) == 0
     theirs = next((tmp_path / "out" / "sets").iterdir()).rename(tmp_path / "theirs")
-    arguments = ["cross", *common, *SMALL, "--methods", "dwa", "--sets", str(theirs), "--ipc", "1"]
+    arguments = ["cross", *common, *SMALL, "--methods", "dwa", "--sets", f"ours={theirs}", "--ipc", "1"]
     assert run([*arguments, "--student", "small-resnet", "convnet128"]) == 0
     record = read_record(tmp_path / "out" / "cross" / "record.json")
-    assert record.tables[0].columns == ["student", "DWA", "theirs"]
+    assert record.tables[0].columns == ["student", "DWA", "ours"]
     assert [len(row["accuracies"]) for row in cells_of(record)] == [2, 2, 1, 1]
     assert (theirs / "manifest.json").exists()
 

@@ -83,6 +83,18 @@ def test_diversity_leaves_a_record_with_pictures(bench: Path, tmp_path: Path, ca
     assert read_record(tmp_path / RECORD).data == record.data
 
 
+def test_threads_of_diversity(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = list[int]()
+
+    def stop(*_: Any, **__: Any) -> None:
+        threads.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dwa_fast.commands.diversity.analyse_sets", stop)
+    assert study("diversity", bench, tmp_path, "--threads", "2") == 130
+    assert (threads, torch.get_num_threads()) == ([2], 1)
+
+
 def test_incremental_leaves_a_record_and_goes_on(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study("incremental", bench, tmp_path, "--seeds", "1") == 0
     assert study("incremental", bench, tmp_path, "--seeds", "2", "--ipc", "3") == 0

@@ -158,8 +158,8 @@ def test_time_of_the_synthesis(tmp_path: Path) -> None:
 def test_cross(tmp_path: Path) -> None:
     students = ["small-resnet", "convnet128"]
     given: dict[str, Any] = {"ipc": (1, 5), "students": students, "seeds": range(2)}
-    record = cross(run, small_setup(tmp_path), methods=["dwa"], sets=[Path("their/set")], **given)
+    record = cross(run, small_setup(tmp_path), methods=["dwa"], sets={"set": Path("their/set")}, **given)
     assert [table.columns for table in record.tables] == [["student", "DWA", "set"]] * 2
     assert [row[0] for row in record.tables[0].rows] == students
-    with pytest.raises(InputError, match=r"sets must have names of their own, .* got DWA, a, a"):
-        cross(run, small_setup(tmp_path), methods=["dwa"], sets=[Path("x/a"), Path("y/a")], **given)
+    with pytest.raises(InputError, match=r"sets must have names of their own, .* got DWA, DWA"):
+        cross(run, small_setup(tmp_path), methods=["dwa"], sets={"DWA": Path("x/a")}, **given)

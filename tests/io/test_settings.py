@@ -28,4 +28,5 @@ def test_the_method_first_and_a_few_of_many() -> None:
 
 def test_few_are_all_shown_and_long_values_cut() -> None:
     assert difference({"a": 1, "b": 2, "c": 3, "d": "x" * 90}, {}).count(" was ") == 4
+    assert difference({"teacher": ["ab" * 32]}, {"teacher": "cd" * 32}) == "teacher was ['abababababab…'], is 'cdcdcdcdcdcd…'"
     assert difference({"names": "x" * 90}, {"names": "y"}) == f"names was '{'x' * 76}…, is 'y'"

@@ -85,6 +85,13 @@ def test_numbers_of_a_logarithmic_axis_are_plain(monkeypatch: pytest.MonkeyPatch
     assert not [text for text in found if "$" in text]
 
 
+def test_axis_of_counts_has_no_fractions(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = Chart(title="t", x_label="classes seen", y_label="y", x=[2, 3], series=[Series(name="DWA", values=[50, 100])])
+    assert {"2", "3"} <= labels(counts, monkeypatch)
+    assert not {"2.0", "2.2", "2.4", "2.6", "2.8", "3.0"} & labels(counts, monkeypatch)
+    assert "2.2" in labels(replace(counts, x=[2.0, 3.0]), monkeypatch)
+
+
 def test_title_can_be_left_to_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "K × ρ" not in labels(GRID, monkeypatch, titled=False)
     assert "of logits" not in labels(POINTS, monkeypatch, titled=False)

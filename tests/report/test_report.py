@@ -174,6 +174,16 @@ def test_a_copy_of_a_set_is_no_other_seed(tmp_path: Path) -> None:
     assert shown.subtitle == "sets/a · 6 images of 3 classes · 1 more set with another seed · 1 more with the same seed"
 
 
+def test_sets_of_one_title_have_the_names_of_their_folders(tmp_path: Path) -> None:
+    """What tells them apart, such as the real images, stands in no title."""
+    for name, digest in {"a": "0a", "b": "1b"}.items():
+        make_set(tmp_path / "sets" / name, seed=0, real_images_digest=digest)
+    make_set(tmp_path / "sets" / "c", seed=0, rho=0.1)
+    shown = write_report([tmp_path / "sets"], tmp_path / "page.html", "t").sets
+    titles = ["dwa, digits, 8 px, ipc 2 (sets/a)", "dwa, digits, 8 px, ipc 2 (sets/b)", "dwa, digits, 8 px, ipc 2, rho 0.1"]
+    assert [each.title for each in shown] == titles
+
+
 def test_titles_name_the_teachers_of_a_set(tmp_path: Path) -> None:
     one, two = {"architecture": "convnet128", "accuracy": 81.76}, {"architecture": "timm:resnet18", "accuracy": None}
     make_set(tmp_path / "sets" / "a", teacher="0a", teachers=[one])

@@ -322,6 +322,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             out = tmp_path / f"{name}-{labels.name}"
             assert run(["validate", *common, "--soft-labels", str(labels), "--students", "1", "--output", str(out)]) == 0
             assert len(read_record(out / "record.json").data["cells"][0]["accuracies"]) == 1
+    again = ["validate", *common, "--soft-labels", str(tmp_path / "set" / "whole" / "fkd"), "--teacher", str(tmp_path / "t.pt")]
+    assert run([*again, "--students", "1"]) == 0
+    assert "fkd does not say whose soft labels it holds: the teacher is not used" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "set" / "whole" / "fkd" / "epoch_1" / "batch_0.tar").write_bytes(b"PK")
     assert list(problems(tmp_path / "set")) == [
         "whole: the soft labels of epoch 1 are missing or have changed; the relabel command makes them again"
