@@ -31,7 +31,7 @@ from tests.files import contents
 SIZE = 8
 QUICK = ["--size", str(SIZE), "--iterations", "3", "--batch-size", "5", "--steps", "2", "--ipc", "3", "--backend", "reference"]
 COMMANDS = "dwa_fast.commands.cli"
-PRELOADED = f"__main__ pytest {COMMANDS} dwa_fast.commands torchvision.transforms.v2 sklearn.datasets sklearn.model_selection".split()
+PRELOADED = f"__main__ pytest {COMMANDS} dwa_fast.commands.table torchvision.transforms.v2 sklearn.datasets sklearn.model_selection".split()
 PRELOADED.append("importlib.readers")  # which a user without rights cannot read
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 

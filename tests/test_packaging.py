@@ -107,6 +107,22 @@ print("triton" in sys.modules, "dwa_fast._C" in sys.modules, torch.cuda.is_initi
     assert run_python(code, tmp_path) == "False False False"
 
 
+def test_a_command_can_be_stopped_before_pytorch_is_there(tmp_path: Path) -> None:
+    """By Ctrl-C in the first second, as later: no traceback."""
+    code = """
+import sys
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+from dwa_fast.commands.cli import main
+main(["info"])
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "dwa-fast: stopped\n")
+
+
 def test_kernels_import_only_torch_and_triton(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="this PyTorch comes without Triton")
     code = """

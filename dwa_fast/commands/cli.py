@@ -34,6 +34,8 @@ _DESCRIPTIONS = {
     "import": "Make a distilled set from Parquet files or tensors.",
 }
 
+_RESUMING = ("demo", "squeeze", "synthesize", "relabel", "validate", "compare", "ablate", "cross", "incremental", "import")
+
 
 class _UsageError(InputError):
     """A command line that makes no sense, whatever the files are."""
@@ -47,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0 (done), 1 (unusable input, one line on standard error), 2 (wrong flags), 130 (Ctrl-C)
     or 143 (SIGTERM).
     """
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # before there is a console
+        code = INTERRUPTED
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -58,9 +64,11 @@ def run(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         console.print(f"dwa-fast {__version__}")
         return OK
+    command = None
     try:
         with _terminable():
-            _parse(arguments).run(console)
+            command = _parse(arguments)
+            command.run(console)
     except _UsageError as error:
         console.error(str(error))
         raise SystemExit(USAGE) from None
@@ -71,11 +79,20 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         console.error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except KeyboardInterrupt as stop:
-        console.error("stopped; the same command resumes from the batches, epochs and students that are on the disk")
+        console.error(_stopped(arguments[0], command) if command else "stopped")
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     else:
         return OK
     return FAILED
+
+
+def _stopped(name: str, command: Any) -> str:
+    """What becomes of the work of a command that is stopped."""
+    if name not in _RESUMING:
+        return "stopped"
+    if command.output is None:
+        return "stopped; without --output nothing is kept from which it could resume"
+    return "stopped; the same command resumes from the batches, epochs and students that are on the disk"
 
 
 @contextlib.contextmanager
@@ -124,8 +141,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     """The command with its settings. Recipe, method, size and the like are read first, since the defaults of other flags depend on them."""
     import tyro
 
-    from dwa_fast.commands import commands
     from dwa_fast.commands.flags import RefusedError, settings_registry
+    from dwa_fast.commands.table import commands
 
     _check_words(arguments)
     defaults, _ = tyro.cli(commands, args=arguments, return_unknown_args=True, add_help=False)

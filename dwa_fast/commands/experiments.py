@@ -13,7 +13,7 @@ import tyro
 from dwa_fast.commands.console import Console
 from dwa_fast.commands.data import Preset, TeacherData, readable_images, try_teacher
 from dwa_fast.commands.finish import finish
-from dwa_fast.commands.studies import named_sets
+from dwa_fast.commands.sets import named_sets
 from dwa_fast.config import InitialConfig, NonNegative, Positive, PositiveInt, SynthesisConfig, ValidationConfig
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.overlap import warn_of_shared_images

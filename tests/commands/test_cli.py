@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import dwa_fast
-from dwa_fast.commands import cli, commands
+from dwa_fast.commands import cli
 from dwa_fast.commands.cli import _parse, run
 from dwa_fast.commands.flags import flags_of
+from dwa_fast.commands.table import commands
 from dwa_fast.data.manifest import read_manifest
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import checksum, sole_writer
@@ -185,6 +186,24 @@ def test_threads_of_a_training(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--output", "out"], "stopped; the same command resumes from the batches, epochs and students that are on the disk"),
+        ([], "stopped; without --output nothing is kept from which it could resume"),
+    ],
+)
+def test_what_is_said_at_the_end_of_a_validate_that_is_stopped(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dwa_fast.commands.validate.Validate.run", stop)
+    assert run(["validate", "--recipe", "digits", "--images", "x", *flags]) == 130
+    assert capsys.readouterr().err == f"dwa-fast: {said}\n"
+
+
 def test_several_teachers(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = TeacherInfo(architecture="small-resnet", classes=10, channels=1, size=SIZE, accuracy=90.0)
     save_teacher(tmp_path / "t.pt", build("small-resnet", classes=10, channels=1), info)
@@ -338,6 +357,28 @@ def test_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[
     save_teacher(tmp_path / "t.pt", seven, TeacherInfo(architecture="small-resnet", classes=7, channels=1, size=SIZE))
     assert synthesize(tmp_path / "t.pt", tmp_path / "set") == 1
     assert "knows 7 classes, the data have 10" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_not_used(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert synthesize(teacher, tmp_path / "set") == 0
+    arguments = [
+        "validate",
+        "--recipe",
+        "digits",
+        "--images",
+        str(tmp_path / "set"),
+        "--size",
+        str(SIZE),
+        "--epochs",
+        "1",
+        "--padding",
+        "1",
+    ]
+    hard = [*arguments, "--students", "1", "--labels", "hard"]
+    assert run([*hard, "--teacher", str(teacher)]) == 0
+    assert "the labels are hard, and --teacher is not used" in capsys.readouterr().out
+    assert run(hard) == 0
+    assert "is not used" not in capsys.readouterr().out
 
 
 def test_a_teacher_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
