@@ -64,9 +64,23 @@ def test_sound_networks_pass(module: nn.Module) -> None:
     assert has_finite_weights(module)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["fc.weight", "stem.1.running_var"])
-def test_one_value_is_enough(name: str) -> None:
-    assert not has_finite_weights(faulty(name, float("nan"), place=3))
+def test_one_value_is_enough(name: str, value: float) -> None:
+    assert not has_finite_weights(faulty(name, value, place=3))
+
+
+class ComplexWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.none = nn.Parameter(torch.tensor([1 + 2j, 3j])), nn.Parameter(torch.zeros(0))
+
+
+def test_finite_weights_of_any_kind() -> None:
+    module = ComplexWeight()
+    assert has_finite_weights(module)
+    module.weight.data[1] = complex(0.0, float("inf"))
+    assert not has_finite_weights(module)
 
 
 LOGITS: dict[str, tuple[Callable[[], Any], str]] = {
