@@ -120,8 +120,7 @@ def _sheet(found: DistilledSet, ipc: int) -> Image | None:
     tile = min(_LARGEST_TILE, max(_TILE, _SHEET // columns))
     size = min([tile, *filter(None, sides)])
     tiles = [_tile(found.folder / file, size) if side else _blank(size) for file, side in zip(files, sides, strict=True)]
-    enlarged = torch.stack(tiles).repeat_interleave(tile // size, 2).repeat_interleave(tile // size, 3)
-    levels = mosaic(enlarged, columns)
+    levels = mosaic(torch.stack(tiles), columns, tile // size)
     image, buffer = PIL.Image.fromarray(levels.numpy()), io.BytesIO()
     image.save(buffer, format="PNG")
     which = f"the first {rows} of {len(names)} classes" if rows < len(names) else f"all {rows} classes"

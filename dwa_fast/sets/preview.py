@@ -16,10 +16,11 @@ from dwa_fast.sets.store import BatchSpec, ImageStore
 PREVIEW = "preview.png"
 _CLASSES, _IMAGES = 10, 10  # at most: the first ones
 _MISSING = 128  # grey
+_SIDE = 64  # pixels on the sheet, to which smaller images are enlarged by a whole number
 
 
 class Preview:
-    """preview.png beside the images of a set: a row per class, a column per image of it; grey where there is none yet."""
+    """preview.png beside the images of a set: a row per class, a column per image, enlarged if small; grey where there is none yet."""
 
     def __init__(self, store: ImageStore, shape: tuple[int, int, int], ipc: int) -> None:
         """Nothing is drawn yet; `shape` is that of an image, [C, H, W]."""
@@ -34,7 +35,7 @@ class Preview:
     def draw(self) -> None:
         """Write the sheet with every image that is in the folder by now, whoever made it."""
         tiles = [self._tile(*divmod(place, self._columns)) for place in range(self._rows * self._columns)]
-        sheet = mosaic(torch.stack(tiles), self._columns)
+        sheet = mosaic(torch.stack(tiles), self._columns, max(1, _SIDE // max(self._shape[1:])))
         with atomic_write(self._store.folder / PREVIEW) as target:
             Image.fromarray(sheet.numpy()).save(target, format="PNG")
 
