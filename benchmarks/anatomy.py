@@ -30,8 +30,8 @@ PARTS = {
     "bn_act": r"bn_act",
     "matching loss": r"matching_",
     "view, Adam, clamp": r"dwa_fast::view|view_adam_clip|_view_kernel|adam_clip",
-    "convolutions": r"conv|mkldnn|cudnn|xmma|cutlass|implicit|sm\d+_|nchw|nhwc",
-    "linear, pooling, cross-entropy": r"mean_pool|addmm|::mm|linear|gemm|pool|mean|softmax|nll_loss|cross_entropy|expand|div",
+    "convolutions": r"^(?!.*pool).*(conv|mkldnn|cudnn|xmma|cutlass|implicit|sm\d+_|nchw|nhwc)",
+    "linear, pooling, cross-entropy": r"addmm|::mm|linear|gemm|nvjet|pool|mean|MeanOps|softmax|nll_loss|cross_entropy|expand|div",
     "the rest": r"",
 }
 _COLUMNS = ("part", "calls", "ms per iteration", "% of the iteration", "floor, ms", "% of floor")

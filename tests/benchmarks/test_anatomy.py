@@ -34,6 +34,10 @@ def anatomy() -> ModuleType:
         ("aten::copy_", "the rest"),
         ("_bn_act_backward_kernel", "bn_act"),
         ("sm90_xmma_fprop_implicit_gemm_bf16", "convolutions"),
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", "convolutions"),
+        ("void at::native::max_pool_forward_nhwc<c10::BFloat16>", "linear, pooling, cross-entropy"),
+        ("nvjet_hsh_128x64_64x8", "linear, pooling, cross-entropy"),
+        ("void at::native::reduce_kernel<512, 1, at::native::MeanOps<float>>", "linear, pooling, cross-entropy"),
     ],
 )
 def test_parts(anatomy: ModuleType, name: str, part: str) -> None:
