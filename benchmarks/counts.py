@@ -66,7 +66,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.traffic: Counter[str] = Counter()
-        self._launches: dict[str, list[str]] = {}
+        self._launches: dict[str, tuple[list[str], Counter[str]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -77,14 +77,15 @@ class Counting(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         plain = [f"aten.{func.overloadpacket.__name__}"] * aten_launches(func, args)
-        names = self._own(func, args) if func.namespace == "dwa_fast" else plain
+        names, copied = self._own(func, args) if func.namespace == "dwa_fast" else (plain, Counter())
         self.kernels.update(names)
+        self.traffic.update(copied)
         if names:
             self.traffic[names[0]] += floor.traffic(func, args, kwargs, result)
         return result
 
-    def _own(self, func: Any, args: tuple[Any, ...]) -> list[str]:
-        """Names of the kernels that the launcher of an operator of ours launches for such arguments."""
+    def _own(self, func: Any, args: tuple[Any, ...]) -> tuple[list[str], Counter[str]]:
+        """Names of the kernels that the launcher of an operator of ours launches for such arguments, and the bytes of its own copies."""
         name = func.overloadpacket.__name__
         shapes = tree_map_only(Tensor, lambda each: (each.shape, each.stride(), each.dtype), args)
         key = f"{name} {shapes}"
@@ -92,7 +93,7 @@ class Counting(TorchDispatchMode):
             launcher = getattr(importlib.import_module(f"dwa_fast.kernels.{_library._launchers[name]}"), name)
             with _disable_current_modes(), written_down() as launched, Counting() as beside:
                 launcher(*tree_map_only(Tensor, _on_meta, args))
-            self._launches[key] = launched + list(beside.kernels.elements())
+            self._launches[key] = launched + list(beside.kernels.elements()), beside.traffic
         return self._launches[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,13 @@ def traffic(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str
     several = isinstance(result, (tuple, list)) and len(target._schema.returns) > 1
     results = zip(result if several else [result], target._schema.returns, strict=False)
     made = [each for value, returned in results if returned.alias_info is None for each in _tensors(value)]
-    return sum(each.numel() * each.element_size() for each in [*read, *written, *made])
+    return sum(_bytes(each) for each in [*read, *written, *made])
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of its memory: what is expanded lies there once."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size]
+    return math.prod(sizes) * tensor.element_size()
 
 
 def _call(node: Node, args: Any, kwargs: Any, result: Any) -> Call:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwa_fast.kernels.bn_act import bn_act_backward, bn_act_forward, registers
+from dwa_fast.kernels.bn_act import bn_act_backward, bn_act_forward
 from dwa_fast.kernels.layout import WARPS, channels_last, on_device_of, partial_rows, sum_of_rows
 from dwa_fast.kernels.moments import REGISTERS, moments_forward
 
@@ -64,8 +64,7 @@ def batch_norm_act_forward(
             partials, near, mean, var, running_mean, running_var, momentum, partials.shape[1], y.numel() // channels, channels,
             BLOCK_ROWS=_ROWS, BLOCK_CHANNELS=_CHANNELS, num_warps=WARPS,
         )  # fmt: skip
-    unread = near.new_empty(2, partial_rows(y, registers(skip is not None, activation)), channels)
-    z, _, mask = bn_act_forward(y, mean, var, weight, bias, eps, skip, activation, slope, unread)
+    z, _, mask = bn_act_forward(y, mean, var, weight, bias, eps, skip, activation, slope, with_sums=False)
     return z, mean, var, mask
 
 

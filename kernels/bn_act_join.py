@@ -16,8 +16,8 @@ from dwa_fast.kernels.layout import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     WARPS,
-    alias_gradient,
     channels_last,
+    gradients_to_read,
     laid_out_like,
     left_behind,
     on_device_of,
@@ -34,7 +34,10 @@ def _bn_act_join_forward_kernel(
     count, rows, columns, channels, programs,
     ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """z = f(a(y − m) + a'(y' − m') + β + β'),   partials = (Σ(y − m), Σ(y − m)²) over the rows of this program, and so of y', the skip."""
+    """z = f(a(y − m) + a'(y' − m') + β + β'),   where y' is the skip.
+
+    Where asked, partials = (Σ(y − m), Σ(y − m)²) over the rows of this program, and so of y'.
+    """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     used = column < columns
     channel = column % channels
@@ -44,10 +47,11 @@ def _bn_act_join_forward_kernel(
     s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
     row = tl.arange(0, BLOCK_ROWS)
     inner = row[:, None] * columns + column[None, :]
-    first = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    second = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    skip_first = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    skip_second = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+    if partials is not None:
+        first = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+        second = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+        skip_first = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+        skip_second = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
     start = tl.program_id(1) * BLOCK_ROWS
     while start < rows:
         base = start.to(tl.int64) * columns
@@ -56,20 +60,24 @@ def _bn_act_join_forward_kernel(
             inside = inside & (inner < left_behind(count, base))
         value = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32)
         skip_value = tl.load(skip + base + inner, mask=inside, other=0.0).to(tl.float32)
-        shifted = tl.where(inside, value - m[None, :], 0.0)
-        skip_shifted = tl.where(inside, skip_value - skip_m[None, :], 0.0)
-        first += shifted
-        second += shifted * shifted
-        skip_first += skip_shifted
-        skip_second += skip_shifted * skip_shifted
+        shifted = value - m[None, :]
+        skip_shifted = skip_value - skip_m[None, :]
+        if partials is not None:  # a place that does not exist adds nothing; masked always, one launch would spill on sm_100
+            shifted = tl.where(inside, shifted, 0.0)
+            skip_shifted = tl.where(inside, skip_shifted, 0.0)
+            first += shifted
+            second += shifted * shifted
+            skip_first += skip_shifted
+            skip_second += skip_shifted * skip_shifted
         x = tl.fma(shifted, a[None, :], tl.fma(skip_shifted, skip_a[None, :], b[None, :]))
         tl.store(z + base + inner, activated(x, s, ACTIVATION).to(z.dtype.element_ty), mask=inside)
         start += programs * BLOCK_ROWS
-    place = tl.program_id(1) * columns + column
-    tl.store(partials + place, tl.sum(first, axis=0), mask=used)
-    tl.store(partials + programs * columns + place, tl.sum(second, axis=0), mask=used)
-    tl.store(skip_partials + place, tl.sum(skip_first, axis=0), mask=used)
-    tl.store(skip_partials + programs * columns + place, tl.sum(skip_second, axis=0), mask=used)
+    if partials is not None:
+        place = tl.program_id(1) * columns + column
+        tl.store(partials + place, tl.sum(first, axis=0), mask=used)
+        tl.store(partials + programs * columns + place, tl.sum(second, axis=0), mask=used)
+        tl.store(skip_partials + place, tl.sum(skip_first, axis=0), mask=used)
+        tl.store(skip_partials + programs * columns + place, tl.sum(skip_second, axis=0), mask=used)
 
 
 @triton.jit
@@ -81,14 +89,15 @@ def _moment_gradients(grad_sums, moment_stride, channel, used):
 
 @triton.jit(do_not_specialize=["count", "rows", "programs", "height", "width"])
 def _bn_act_join_backward_kernel(
-    grad_z, grad_alias, grad_sums, skip_grad_sums, y, skip, grad_y, grad_skip, partials,
+    grad_z, grad_alias, grad_later, later_mask, grad_sums, skip_grad_sums, y, skip, grad_y, grad_skip, partials,
     mean, var, weight, bias, eps, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, slope,
     count, rows, columns, channels, programs, height, width, moment_stride, skip_moment_stride,
-    ACTIVATION: tl.constexpr, ALIAS_STRIDE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, Z_STRIDE: tl.constexpr, ALIAS_STRIDE: tl.constexpr, LATER_STRIDE: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """g = f'(x)·grad_z,   grad_y = a·g + gs1 + 2·gs2·(y − m),   grad_skip = a'·g + gs1' + 2·gs2'·(y' − m')   with y', the skip.
 
-    With grad_alias grad_z stands for their sum, as `gradient_of_z` gives it.
+    grad_z stands for the sum that `gradient_of_z` gives.
     Where asked, partials = (Σ g·(y − m), Σ g, Σ g·(y' − m')[, Σ grad_z·min(x, 0) with a slope]) over the rows of this program.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -117,7 +126,8 @@ def _bn_act_join_backward_kernel(
         if RAGGED:
             inside = inside & (inner < left_behind(count, base))
         gradient = gradient_of_z(
-            grad_z, grad_alias, base, inner, inside, start + row, channel, channels, height, width, ALIAS_STRIDE
+            grad_z, grad_alias, grad_later, later_mask, start, base, inner, inside, channel, count, rows, columns, channels, height, width,
+            Z_STRIDE, ALIAS_STRIDE, LATER_STRIDE, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS
         )  # fmt: skip
         if grad_sums is not None or partials is not None or ACTIVATION != "none":
             shifted = tl.load(y + base + inner, mask=inside, other=0.0).to(tl.float32) - m[None, :]
@@ -177,8 +187,9 @@ def bn_act_join_forward(
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     partials: Tensor | None = None,  # [2, R, C] float32, written
     skip_partials: Tensor | None = None,  # [2, R, C] float32, written; with partials alone
+    with_sums: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """z like y, and the sums of both layers, [2, 2, C] float32.
+    """z like y, and the sums of both layers, [2, 2, C] float32; not with_sums they are empty.
 
     One launch, as bn_act_forward; without `partials` two more, which add up those of each layer.
     """
@@ -189,16 +200,16 @@ def bn_act_join_forward(
     if y.numel() == 0:
         for each in given:
             each.zero_()
-        return torch.empty_like(like), torch.zeros(2, 2, channels, device=y.device)
-    cut = tiles(y, registers=registers(activation))
-    sums = torch.empty(2, 2, channels, dtype=torch.float32, device=y.device)
-    left = [sums_to_write(each, cut, y, 2) for each in given or (None, None)]
+        return torch.empty_like(like), torch.zeros((2, 2, channels) if with_sums else 0, device=y.device)
+    cut = tiles(y, registers=registers(activation) if with_sums else None)
+    sums = torch.empty((2, 2, channels) if with_sums else 0, dtype=torch.float32, device=y.device)
+    left = [sums_to_write(each, cut, y, 2) for each in given or (None, None)] if with_sums else []
     with on_device_of(y):
         _bn_act_join_forward_kernel[(cut.column_blocks, cut.programs)](
-            y, skip, z, *left, mean, var, weight, bias, eps, skip_mean, skip_var, skip_weight, skip_bias, skip_eps,
+            y, skip, z, *(left or (None, None)), mean, var, weight, bias, eps, skip_mean, skip_var, skip_weight, skip_bias, skip_eps,
             per_channel(slope, channels), y.numel(), cut.rows, cut.columns, channels, cut.programs,
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
-            BLOCK_ROWS=_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
+            BLOCK_ROWS=_ROWS if with_sums else BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if not given:
             for rows, both in zip(left, sums, strict=True):
@@ -227,6 +238,8 @@ def bn_act_join_backward(
     parameters: bool = False,  # whether the gradients of γ, β, γ', β' and the slope are wanted
     grad_alias: Tensor | None = None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]: added to grad_z in every s-th row and column
     alias_stride: int = 1,  # s
+    grad_later: Tensor | None = None,  # this and the next one as of `bn_act_backward`
+    later_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y and grad_skip; the gradients of γ, of β and of β', and of γ', [3, C], and of the slope, where they are wanted, else empty.
 
@@ -234,8 +247,7 @@ def bn_act_join_backward(
     """
     channels = y.shape[1]
     like, skip_like = y, skip
-    y, skip, grad_z = channels_last(y), channels_last(skip), channels_last(grad_z)
-    grad_alias, alias_stride = alias_gradient(grad_alias, alias_stride, y)
+    y, skip = channels_last(y), channels_last(skip)
     count = 0 if not parameters else 3 if slope is None else 4
     sums = torch.empty((count, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     grad_y, grad_skip = torch.empty_like(y), torch.empty_like(skip)
@@ -246,15 +258,16 @@ def bn_act_join_backward(
             grad_sums = grad_sums.contiguous()
         if skip_grad_sums is not None and skip_grad_sums.stride(1) != 1:
             skip_grad_sums = skip_grad_sums.contiguous()
+        read, strides = gradients_to_read(y, grad_z, grad_alias, alias_stride, grad_later, later_mask)
         cut = tiles(y, registers=backward_registers(activation) if parameters else None)
         partials = sums_to_write(None, cut, y, count) if parameters else None
         with on_device_of(y):
             _bn_act_join_backward_kernel[(cut.column_blocks, cut.programs)](
-                grad_z, grad_alias, grad_sums, skip_grad_sums, y, skip, grad_y, grad_skip, partials,
+                *read, grad_sums, skip_grad_sums, y, skip, grad_y, grad_skip, partials,
                 mean, var, weight, bias, eps, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, per_channel(slope, channels),
                 y.numel(), cut.rows, cut.columns, channels, cut.programs, *y.shape[2:],
                 0 if grad_sums is None else grad_sums.stride(0), 0 if skip_grad_sums is None else skip_grad_sums.stride(0),
-                ACTIVATION=activation, ALIAS_STRIDE=alias_stride, RAGGED=y.numel() % cut.columns != 0,
+                ACTIVATION=activation, **strides, RAGGED=y.numel() % cut.columns != 0,
                 BLOCK_ROWS=_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
             )  # fmt: skip
             if partials is not None:

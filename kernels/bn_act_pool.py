@@ -28,7 +28,7 @@ def _bn_act_pool_forward_kernel(
     ACTIVATION: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, EXTENT: tl.constexpr,
     BLOCK_WINDOWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """z = max f(a(y − m) + β) over each window, index its place there,   partials = (Σ(y − m), Σ(y − m)²) over the pixels of this program.
+    """z = max f(a(y − m) + β) over each window, index its place there; where asked partials = (Σ(y − m), Σ(y − m)²) over its pixels.
 
     `count` windows lie in `lines` and `columns` of each image. Those beyond the pooled ones are there for the sums, of which each has its
     stride² pixels; a place is the first of equals, or the last NaN, as PyTorch chooses.
@@ -37,8 +37,9 @@ def _bn_act_pool_forward_kernel(
     used = channel < channels
     m, a, b = constants(mean, var, weight, bias, eps, channel, used)
     s = None if slope is None else tl.load(slope + channel, mask=used, other=0.0)
-    first = tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], dtype=tl.float32)
-    second = tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], dtype=tl.float32)
+    if partials is not None:
+        first = tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], dtype=tl.float32)
+        second = tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], dtype=tl.float32)
     start = tl.program_id(0) * BLOCK_WINDOWS
     while start < count:
         each = start + tl.arange(0, BLOCK_WINDOWS)
@@ -56,7 +57,7 @@ def _bn_act_pool_forward_kernel(
                 inside = (exists & (w >= 0) & (w < width))[:, None] & used[None, :]
                 value = tl.load(y + (line + w)[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
                 shifted = tl.where(inside, value - m[None, :], 0.0)
-                if right >= PADDING and right < PADDING + STRIDE:
+                if partials is not None and right >= PADDING and right < PADDING + STRIDE:
                     own = tl.where((down >= PADDING) & (down < PADDING + STRIDE), shifted, 0.0)
                     first += own
                     second += own * own
@@ -71,9 +72,10 @@ def _bn_act_pool_forward_kernel(
         tl.store(z + to, best.to(z.dtype.element_ty), mask=written)
         tl.store(index + to, place.to(tl.uint8), mask=written)
         start += programs * BLOCK_WINDOWS
-    row = partials + tl.program_id(0).to(tl.int64) * channels + channel
-    tl.store(row, tl.sum(first, axis=0), mask=used)
-    tl.store(row + programs.to(tl.int64) * channels, tl.sum(second, axis=0), mask=used)
+    if partials is not None:
+        row = partials + tl.program_id(0).to(tl.int64) * channels + channel
+        tl.store(row, tl.sum(first, axis=0), mask=used)
+        tl.store(row + programs.to(tl.int64) * channels, tl.sum(second, axis=0), mask=used)
 
 
 @triton.jit(do_not_specialize=["count", "programs"])
@@ -165,8 +167,9 @@ def bn_act_pool_forward(
     stride: int,
     padding: int,
     partials: Tensor | None = None,  # [2, R, C] float32, written
+    with_sums: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [N, C, H', W'], sums [2, C] float32, and the place of each z in its window, uint8 like z.
+    """z [N, C, H', W'], sums [2, C] float32 or, not with_sums, empty, and the place of each z in its window, uint8 like z.
 
     One launch, as bn_act_forward, and as many rows of partial sums; without `partials` another one, which adds them up.
     """
@@ -176,20 +179,21 @@ def bn_act_pool_forward(
     if y.numel() == 0:
         if partials is not None:
             partials.zero_()
-        return z, torch.zeros(2, channels, device=y.device), index
+        return z, torch.zeros((2, channels) if with_sums else 0, device=y.device), index
     _check_size(y)
-    sums = torch.empty(2, channels, dtype=torch.float32, device=y.device)
-    rows = sums_to_write(partials, tiles(y, registers=registers(activation)), y, 2)
+    sums = torch.empty((2, channels) if with_sums else 0, dtype=torch.float32, device=y.device)
+    rows = sums_to_write(partials, tiles(y, registers=registers(activation)), y, 2) if with_sums else None
     lines, columns = (max(pooled, triton.cdiv(size, stride)) for pooled, size in zip(shape[2:], (height, width), strict=True))
-    block = min(_CHANNELS, triton.next_power_of_2(channels))
+    block, windows = min(_CHANNELS, triton.next_power_of_2(channels)), images * lines * columns
+    programs = triton.cdiv(triton.cdiv(windows, _TILE // block), _TILES_EACH) if rows is None else rows.shape[1]
     with on_device_of(y):
-        _bn_act_pool_forward_kernel[(rows.shape[1], triton.cdiv(channels, block))](
+        _bn_act_pool_forward_kernel[(programs, triton.cdiv(channels, block))](
             y, z, index, rows, mean, var, weight, bias, per_channel(slope, channels), eps,
-            images * lines * columns, height, width, channels, *shape[2:], lines, columns, rows.shape[1],
+            windows, height, width, channels, *shape[2:], lines, columns, programs,
             ACTIVATION=activation, WINDOW=window, STRIDE=stride, PADDING=padding, EXTENT=max(window, padding + stride),
             BLOCK_WINDOWS=_TILE // block, BLOCK_CHANNELS=block, num_warps=WARPS,
         )  # fmt: skip
-        if partials is None:
+        if rows is not None and partials is None:
             add_up(rows, sums)
     return z, sums, index
 

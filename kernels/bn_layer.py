@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dwa_fast.kernels.layout import left_behind
+
 
 @triton.jit
 def constants(mean, var, weight, bias, eps, channel, used):
@@ -67,25 +69,63 @@ def activation_gradient(x, gradient, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_z(
-    grad_z, grad_alias, base, inner, inside, pixel, channel, channels, height, width, ALIAS_STRIDE: tl.constexpr
-):  # fmt: skip
-    """grad_z of a tile; with grad_alias their sum, rounded to their precision, as PyTorch would have added them.
+def mask_bytes(start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Where the bytes of the mask of a tile lie behind byte base/8, and which of them exist."""
+    row = tl.arange(0, BLOCK_ROWS)
+    group = tl.program_id(0) * (BLOCK_COLUMNS // 8) + tl.arange(0, BLOCK_COLUMNS // 8)
+    byte = row[:, None] * (columns // 8) + group[None, :]
+    exists = (start + row < rows)[:, None] & (group * 8 < columns)[None, :]
+    if RAGGED:
+        exists = exists & (byte * 8 < left_behind(count, base))
+    return byte, exists
 
-    grad_alias is that of the pixels in every ALIAS_STRIDE-th row and column; where that is not 1, each row of the tile is one pixel.
+
+@triton.jit
+def passes(bits, start, rows, columns, count, base, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Whether the mask lets the elements of a tile pass."""
+    byte, exists = mask_bytes(start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS)
+    packed = tl.load(bits + base // 8 + byte, mask=exists, other=0).to(tl.int32)
+    single = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(single, [BLOCK_ROWS, BLOCK_COLUMNS]) != 0
+
+
+@triton.jit
+def _gradient(gradient, base, inner, inside, pixel, channel, channels, height, width, STRIDE: tl.constexpr):
+    """A tile of a gradient in float32, as `layout.gradient_to_read` gives it; where STRIDE is not 1, each row of the tile is one pixel."""
+    if STRIDE == 1:
+        return tl.load(gradient + base + inner, mask=inside, other=0.0).to(tl.float32)
+    if STRIDE == 0:
+        at = (pixel // (height * width)).to(tl.int64)[:, None] * channels + channel[None, :]
+        return tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    h, w = pixel // width % height, pixel % width
+    exists = (h % STRIDE == 0) & (w % STRIDE == 0)
+    lines, each = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
+    place = (pixel // width // height * lines + h // STRIDE) * each + w // STRIDE
+    at = place.to(tl.int64)[:, None] * channels + channel[None, :]
+    return tl.load(gradient + at, mask=inside & exists[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gradient_of_z(
+    grad_z, grad_alias, grad_later, later_mask, start, base, inner, inside, channel, count, rows, columns, channels, height, width,
+    Z_STRIDE: tl.constexpr, ALIAS_STRIDE: tl.constexpr, LATER_STRIDE: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂z of a tile: grad_z + grad_alias, or grad_z + mask·(grad_later + grad_alias), where either of the last two may be missing.
+
+    Each sum is rounded to their precision, as PyTorch would have added them.
     """
-    gradient = tl.load(grad_z + base + inner, mask=inside, other=0.0).to(tl.float32)
+    pixel = start + tl.arange(0, BLOCK_ROWS)
+    gradient = _gradient(grad_z, base, inner, inside, pixel, channel, channels, height, width, Z_STRIDE)
     if grad_alias is not None:
-        if ALIAS_STRIDE == 1:
-            again = tl.load(grad_alias + base + inner, mask=inside, other=0.0)
-        else:
-            h, w = pixel // width % height, pixel % width
-            exists = (h % ALIAS_STRIDE == 0) & (w % ALIAS_STRIDE == 0)
-            lines, each = (height + ALIAS_STRIDE - 1) // ALIAS_STRIDE, (width + ALIAS_STRIDE - 1) // ALIAS_STRIDE
-            place = (pixel // width // height * lines + h // ALIAS_STRIDE) * each + w // ALIAS_STRIDE
-            at = place.to(tl.int64)[:, None] * channels + channel[None, :]
-            again = tl.load(grad_alias + at, mask=inside & exists[:, None], other=0.0)
-        gradient = (gradient + again.to(tl.float32)).to(grad_z.dtype.element_ty).to(tl.float32)
+        again = _gradient(grad_alias, base, inner, inside, pixel, channel, channels, height, width, ALIAS_STRIDE)
+    if grad_later is not None:
+        later = _gradient(grad_later, base, inner, inside, pixel, channel, channels, height, width, LATER_STRIDE)
+        if grad_alias is not None:
+            later = (later + again).to(grad_z.dtype.element_ty).to(tl.float32)
+        again = tl.where(passes(later_mask, start, rows, columns, count, base, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS), later, 0.0)
+    if grad_alias is not None or grad_later is not None:
+        gradient = (gradient + again).to(grad_z.dtype.element_ty).to(tl.float32)
     return gradient
 
 

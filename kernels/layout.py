@@ -37,20 +37,40 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous(memory_format=torch.channels_last) else tensor.contiguous()
 
 
-def alias_gradient(
-    gradient: Tensor | None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]
+def gradient_to_read(
+    gradient: Tensor,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]
     stride: int,  # s
     y: Tensor,  # [N, C, H, W]
-) -> tuple[Tensor | None, int]:
-    """As the kernels read it, and its stride: where a row of the tiles is several pixels, with zeros between those of every s-th line."""
+) -> tuple[Tensor, int]:  # stride 0: [N, C], of which each value is that of all pixels
+    """A gradient as the kernels read it, and its stride; where a row of the tiles is several pixels, as large as y."""
     channels = y.shape[1]
-    if gradient is None or stride == 1:
-        return None if gradient is None else channels_last(gradient), 1
-    if channels % ALIGNED == 0 and channels >= BLOCK_COLUMNS and y.numel() < 2**31 * channels:  # pixels are counted in 32 bits
+    by_pixel = channels % ALIGNED == 0 and channels >= BLOCK_COLUMNS and y.numel() < 2**31 * channels  # counted in 32 bits
+    if stride == 1:
+        same = by_pixel and gradient.stride()[2:] == (0, 0)  # as the gradient of a mean
+        return (gradient[:, :, 0, 0].contiguous(), 0) if same else (channels_last(gradient), 1)
+    if by_pixel:
         return channels_last(gradient), stride
     whole = torch.zeros_like(y)
     whole[:, :, ::stride, ::stride] = gradient
     return whole, 1
+
+
+def gradients_to_read(
+    y: Tensor,  # [N, C, H, W]
+    z: Tensor,  # like y
+    alias: Tensor | None,  # [N, C, ⌈H/s⌉, ⌈W/s⌉]
+    alias_stride: int,  # s
+    later: Tensor | None,  # like y
+    later_mask: Tensor | None,  # uint8 [⌈numel/8⌉]
+) -> tuple[list[Tensor | None], dict[str, int]]:
+    """What `bn_layer.gradient_of_z` puts ∂L/∂z together from: the tensors as it reads them, and the strides of the gradients."""
+    if (later is None) != (later_mask is None):
+        raise ValueError("grad_later and later_mask must be given together")
+    if later_mask is not None and later_mask.numel() != triton.cdiv(y.numel(), 8):
+        raise ValueError(f"later_mask must have a bit per element, {triton.cdiv(y.numel(), 8)} bytes, got {later_mask.numel()}")
+    given = {"Z_STRIDE": (z, 1), "ALIAS_STRIDE": (alias, alias_stride), "LATER_STRIDE": (later, 1)}
+    read = {name: (None, 1) if each is None else gradient_to_read(each, stride, y) for name, (each, stride) in given.items()}
+    return [*(each for each, _ in read.values()), later_mask], {name: stride for name, (_, stride) in read.items()}
 
 
 class Tiles(NamedTuple):

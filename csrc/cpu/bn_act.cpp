@@ -23,7 +23,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_forward(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
                                                               const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                               const OptionalTensor& skip, c10::string_view activation,
-                                                              const OptionalTensor& slope, const OptionalTensor& partials) {
+                                                              const OptionalTensor& slope, const OptionalTensor& partials, bool with_sums) {
   TORCH_CHECK(!partials.has_value(), "on a CPU sums are complete: partials must not be given");
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_forward(const at::Tensor& 
   p.mask = mask.data_ptr<uint8_t>();
   p.partials = of_blocks.data_ptr<float>();
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_forward(p, begin, end); });
-  return {z.finish(), rows_of(layer.total<float>(of_blocks), 2, layer), mask};
+  return {z.finish(), with_sums ? rows_of(layer.total<float>(of_blocks), 2, layer) : at::empty({0}, layer.mean.options()), mask};
 }
 
 void check_mask(const at::Tensor& mask, const Layer& layer, bool masks) {
@@ -55,7 +55,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
     const at::Tensor& grad_z, const OptionalTensor& grad_sums, const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& skip, const at::Tensor& mask, bool has_skip,
     c10::string_view activation, const OptionalTensor& slope, bool parameters, const OptionalTensor& grad_again, int64_t alias_stride,
-    bool with_y) {
+    bool with_y, bool with_skip, const OptionalTensor& grad_later, const OptionalTensor& later_mask) {
+  TORCH_CHECK(with_skip, "on a CPU gradients are whole: with_skip must be true");
+  check_nothing_left(grad_later, later_mask);
   const Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
   const bool masks = has_skip && act.kind == Activation::kRelu, changes_skip = has_skip && act.kind != Activation::kNone;
@@ -96,11 +98,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? skip, str activation, "
-      "Tensor? slope, Tensor(a!)? partials=None) -> (Tensor z, Tensor sums, Tensor mask)");
+      "Tensor? slope, Tensor(a!)? partials=None, bool with_sums=True) -> (Tensor z, Tensor sums, Tensor mask)");
   m.def(
       "bn_act_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
       "Tensor? skip, Tensor mask, bool has_skip, str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None, int "
-      "alias_stride=1, bool with_y=True) "
+      "alias_stride=1, bool with_y=True, bool with_skip=True, Tensor? grad_later=None, Tensor? later_mask=None) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
 }
 

@@ -41,6 +41,12 @@ inline void check_like(const at::Tensor& tensor, const char* name, const at::Ten
   TORCH_CHECK(tensor.device() == y.device(), name, " must be on the device of y, ", y.device(), ", got ", tensor.device());
 }
 
+// A gradient that a later layer has left unwritten is put together on a GPU alone.
+inline void check_nothing_left(const OptionalTensor& grad_later, const OptionalTensor& later_mask) {
+  TORCH_CHECK(!grad_later.has_value() && !later_mask.has_value(),
+              "on a CPU gradients are whole: grad_later and later_mask must not be given");
+}
+
 // An activation by its name, and the slope per channel that kLeakyRelu alone has.
 struct Act {
   Act(c10::string_view name, const OptionalTensor& slope_, const at::Tensor& y) {

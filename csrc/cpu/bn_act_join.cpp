@@ -54,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor> bn_act_join_forward(const at::Tensor& y, cons
                                                        const at::Tensor& skip, const at::Tensor& skip_mean, const at::Tensor& skip_var,
                                                        const OptionalTensor& skip_weight, const OptionalTensor& skip_bias, double skip_eps,
                                                        c10::string_view activation, const OptionalTensor& slope,
-                                                       const OptionalTensor& partials, const OptionalTensor& skip_partials) {
+                                                       const OptionalTensor& partials, const OptionalTensor& skip_partials,
+                                                       bool with_sums) {
   TORCH_CHECK(!partials.has_value() && !skip_partials.has_value(), "on a CPU sums are complete: partials must not be given");
   const Joined both(y, mean, var, weight, bias, eps, skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, activation, slope);
   const Layer& layer = both.layer;
@@ -66,6 +67,7 @@ std::tuple<at::Tensor, at::Tensor> bn_act_join_forward(const at::Tensor& y, cons
   p.z = z.written.data_ptr();
   p.partials = of_blocks.data_ptr<float>();
   layer.for_blocks([&](int64_t begin, int64_t end) { kernels().bn_act_join_forward(p, begin, end); });
+  if (!with_sums) return {z.finish(), at::empty({0}, layer.mean.options())};
   return {z.finish(), rows_of(layer.total<float>(of_blocks), 4, layer).view({2, 2, layer.channels})};
 }
 
@@ -76,7 +78,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_act_join_backward(
     const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
     const at::Tensor& skip, const at::Tensor& skip_mean, const at::Tensor& skip_var, const OptionalTensor& skip_weight,
     const OptionalTensor& skip_bias, double skip_eps, c10::string_view activation, const OptionalTensor& slope, bool parameters,
-    const OptionalTensor& grad_again, int64_t alias_stride) {
+    const OptionalTensor& grad_again, int64_t alias_stride, const OptionalTensor& grad_later, const OptionalTensor& later_mask) {
+  check_nothing_left(grad_later, later_mask);
   const Joined both(y, mean, var, weight, bias, eps, skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, activation, slope);
   const Layer& layer = both.layer;
   check_like(grad_z, "grad_z", y);
@@ -123,11 +126,12 @@ TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_join_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor skip, Tensor skip_mean, "
       "Tensor skip_var, Tensor? skip_weight, Tensor? skip_bias, float skip_eps, str activation, Tensor? slope, Tensor(a!)? partials=None, "
-      "Tensor(b!)? skip_partials=None) -> (Tensor z, Tensor sums)");
+      "Tensor(b!)? skip_partials=None, bool with_sums=True) -> (Tensor z, Tensor sums)");
   m.def(
       "bn_act_join_backward(Tensor grad_z, Tensor? grad_sums, Tensor? skip_grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, "
       "Tensor? bias, float eps, Tensor skip, Tensor skip_mean, Tensor skip_var, Tensor? skip_weight, Tensor? skip_bias, float skip_eps, "
-      "str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None, int alias_stride=1) "
+      "str activation, Tensor? slope, bool parameters=False, Tensor? grad_again=None, int alias_stride=1, Tensor? grad_later=None, "
+      "Tensor? later_mask=None) "
       "-> (Tensor grad_y, Tensor grad_skip, Tensor grad_parameters, Tensor grad_slope)");
 }
 

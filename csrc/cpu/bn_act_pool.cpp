@@ -94,7 +94,8 @@ T* moved(T* pointer, int64_t elements, bool bfloat16) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_pool_forward(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
                                                                    const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                                    c10::string_view activation, const OptionalTensor& slope, int64_t window,
-                                                                   int64_t stride, int64_t padding, const OptionalTensor& partials) {
+                                                                   int64_t stride, int64_t padding, const OptionalTensor& partials,
+                                                                   bool with_sums) {
   TORCH_CHECK(!partials.has_value(), "on a CPU sums are complete: partials must not be given");
   Layer layer(y, mean, var, weight, bias, eps);
   const Act act(activation, slope, y);
@@ -133,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_pool_forward(const at::Ten
       }
     }
   });
-  return {z, rows_of(layer.total<float>(of_pieces), 2, layer), index};
+  return {z, with_sums ? rows_of(layer.total<float>(of_pieces), 2, layer) : at::empty({0}, layer.mean.options()), index};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_pool_backward(const at::Tensor& grad_z, const OptionalTensor& grad_sums,
@@ -194,7 +195,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_pool_backward(const at::Te
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def(
       "bn_act_pool_forward(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, Tensor? slope, "
-      "int window, int stride, int padding, Tensor(a!)? partials=None) -> (Tensor z, Tensor sums, Tensor index)");
+      "int window, int stride, int padding, Tensor(a!)? partials=None, bool with_sums=True) -> (Tensor z, Tensor sums, Tensor index)");
   m.def(
       "bn_act_pool_backward(Tensor grad_z, Tensor? grad_sums, Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
       "Tensor index, str activation, Tensor? slope, int window, int stride, int padding, bool parameters=False, "

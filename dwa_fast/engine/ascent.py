@@ -119,7 +119,7 @@ class Ascent:
         """One step; everything in it lies at fixed places, so that it can be captured."""
         arena, config = self.arena, self.config
         with self.network.trainable():
-            loss = F.cross_entropy(self.network(view, deferred=True).to(self.execution.master_dtype), labels)
+            loss = F.cross_entropy(self.network(view, measures=False).to(self.execution.master_dtype), labels)
             gradients = torch.autograd.grad(loss * self.execution.loss_scale, arena.parameters, allow_unused=True)
         for slot, gradient in zip(arena.slots, gradients, strict=True):
             if gradient is not None:  # the gradient of a weight that the loss does not reach stays 0

@@ -56,6 +56,8 @@ class BatchNormAct(nn.Module):
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
         self.windows: Windows | None = None  # of a max-pooling behind it all
+        self.leaves_skip = False  # whether the gradient of the skip is left to the layer that the skip comes from
+        self.measures = True  # whether forward takes the moments
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
         self.rows = 1  # of partial sums that the last call leaves or would leave
@@ -73,11 +75,12 @@ class BatchNormAct(nn.Module):
         result = self._call(y, None if skip is None else planes(skip), other)
         layers = [self] if other is None else [self, other]
         features, sums = result[: -len(layers)], result[-len(layers) :]
-        kind = {"skip": self.skip, "joins": self.joins, "pools": self.windows is not None}
-        rows = self.operators.partial_rows(y, self.activation, **kind) if self.operators.partial_rows else 1
-        for layer, each in zip(layers, sums, strict=True):
-            layer.sums.append(each)
-            layer.count, layer.rows = y.numel() // y.shape[1], rows
+        if self.measures:
+            kind = {"skip": self.skip, "joins": self.joins, "pools": self.windows is not None}
+            rows = self.operators.partial_rows(y, self.activation, **kind) if self.operators.partial_rows else 1
+            for layer, each in zip(layers, sums, strict=True):
+                layer.sums.append(each)
+                layer.count, layer.rows = y.numel() // y.shape[1], rows
         if self.written is not None:
             self.written.record()
         z = [each if input.dim() == 4 else each.view(input.shape) for each in features]
@@ -87,10 +90,11 @@ class BatchNormAct(nn.Module):
         """What the operator gives: the result, its alias, the sums of this layer, those of the other one."""
         behind, alias = (self.activation, self.slope, self.partials), (self.with_alias, self.alias_stride)
         if other is not None:
-            return self.operators.bn_act_join(y, *self.statistics, skip, *other.statistics, *behind, other.partials, *alias)
+            both = y, *self.statistics, skip, *other.statistics
+            return self.operators.bn_act_join(*both, *behind, other.partials, *alias, self.measures)
         if self.windows is not None:
-            return self.operators.bn_act_pool(y, *self.statistics, *self.windows, *behind, self.with_alias)
-        return self.operators.bn_act(y, *self.statistics, skip, *behind, *alias)
+            return self.operators.bn_act_pool(y, *self.statistics, *self.windows, *behind, self.with_alias, self.measures)
+        return self.operators.bn_act(y, *self.statistics, skip, *behind, *alias, self.measures, self.leaves_skip)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
@@ -147,6 +151,8 @@ def trace(
             fused[layer] = new
     _join(traced)
     _share(traced)
+    if operators.partial_rows is not None:  # on a GPU
+        _leave_gradients(traced)
     replace_stems(traced)
     if operators.fuses:
         replace_cpu_convolutions(traced, operators)
@@ -249,6 +255,23 @@ def _share(traced: torch.fx.GraphModule) -> None:
             before = traced.get_submodule(str(strided.target))
             replace_layers(traced, {before: (conv := SampledConv(before))}.get)  # type: ignore[arg-type]
             layer.alias_stride, strided.args = conv.step, (first, alias)
+
+
+def _leave_gradients(traced: torch.fx.GraphModule) -> None:
+    """Leave the gradient of a residual block's skip to the layer that the skip comes from, where that one then reads less than is written.
+
+    So it is in the last block of a stage, whose result has one use, or a second one that takes a part of its pixels.
+    """
+    for node in traced.graph.nodes:
+        layer, skip = _submodule(traced, node), node.args[1] if len(node.args) == 2 else None
+        if not isinstance(layer, BatchNormAct) or not isinstance(skip, torch.fx.Node) or skip.target is not operator.getitem:
+            continue
+        before = _submodule(traced, skip.all_input_nodes[0])
+        if not isinstance(before, BatchNormAct) or skip.args[1] != 1 or len(skip.users) > 1:
+            continue
+        written = layer.with_alias and layer.alias_stride == 1  # two whole gradients are no less than their sum, written and read
+        if not written and not before.windows and before.alias_stride == 1 and layer.activation == before.activation == "relu":
+            layer.leaves_skip = True
 
 
 def _strided(traced: torch.fx.GraphModule, users: list[torch.fx.Node]) -> torch.fx.Node | None:

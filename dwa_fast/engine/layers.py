@@ -311,8 +311,21 @@ class GlobalMean(nn.Module):
         self,
         y: Tensor,  # [..., C, H, W]
     ) -> Tensor:  # [..., C, 1, 1]
-        """The mean; its gradient is channels-last, as y is."""
+        """The mean; its gradient is one value per channel in memory, and expanded."""
+        mean: Tensor = _GlobalMean.apply(y)
+        return mean
+
+
+class _GlobalMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape = y.shape
         return y.movedim(-3, -1).mean((-3, -2), keepdim=True).movedim(-1, -3)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        each: Tensor = gradient / (ctx.shape[-2] * ctx.shape[-1])
+        return each.expand(ctx.shape)
 
 
 def replace_global_means(module: nn.Module) -> None:

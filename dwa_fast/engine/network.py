@@ -141,12 +141,18 @@ class Network(nn.Module):
         images: Tensor,  # [N, C, H, W], normalised; see `takes_blocks`
         *,
         deferred: bool = False,
+        measures: bool = True,
     ) -> Tensor:  # [N, classes] logits
-        """Logits; the moments of all layers are then ready for `matching`, or, deferred, for `matching_gradient` alone."""
+        """Logits; the moments of all layers are then ready for `matching`, or, deferred, for `matching_gradient` alone.
+
+        Args:
+            measures: whether the moments are wanted at all.
+        """
         self.forget()
         self._shape = images.shape
         self._arena_plan = self._arena_plans.get(images.shape) if deferred else None
         for layer in self.layers.values():
+            layer.measures = measures
             layer.partials = self._arena_plan.slices.get(layer) if self._arena_plan else None
             layer.written = self._arena_plan.forward_done if self._arena_plan else None
         with self._views():

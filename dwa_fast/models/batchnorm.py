@@ -78,6 +78,7 @@ class MomentsHook:
         """
         self.kind = type(layer).__name__
         self.running_mean, self.running_var = (getattr(layer, name).detach() for name in ("running_mean", "running_var"))  # [C]
+        self.measures = True  # whether it computes them
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
         self.count = 0  # N·H·W of the last call
         self.rows = 1  # of partial sums that the last call leaves or would leave
@@ -95,6 +96,8 @@ class MomentsHook:
         self._handle.remove()
 
     def _compute(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.measures:
+            return
         y: Tensor = given(args, kwargs)
         if y.dtype not in (self.running_mean.dtype, torch.bfloat16) and not (y.is_cuda and y.dtype is torch.float16):
             y = y.to(self.running_mean.dtype)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from dwa_fast.ops import _library
 from dwa_fast.ops.activation import Activation
 from dwa_fast.ops.bn_act import LayerConstants
-from dwa_fast.ops.checks import check_activation, check_layer
+from dwa_fast.ops.checks import check_activation, check_layer, check_sums
 
 LARGEST_WINDOW = 3  # pixels of a side: a kernel of a GPU has a load for each pixel of a window
 
@@ -30,6 +30,7 @@ def bn_act_pool(
     slope: Tensor | None = None,  # [1] or [C], float32
     partials: Tensor | None = None,  # [2, R, C], float32, written
     with_alias: bool = False,
+    with_sums: bool = True,
 ) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with_alias an alias of z, sums [2, C] float32
     """`bn_act` and a max-pooling behind it; what is pooled is never stored, nor is its gradient.
 
@@ -40,7 +41,7 @@ def bn_act_pool(
     is stored in 8 bits, and x is computed again in the backward pass. Precision and bits are as bn_act's; the result is channels-last.
 
     Args:
-        y, mean, var, weight, bias, eps, activation, slope, partials: as of bn_act.
+        y, mean, var, weight, bias, eps, activation, slope, partials, with_sums: as of bn_act.
         window: k, 1 to 3.
         stride: s, at least 1.
         padding: p, 0 to k/2.
@@ -52,9 +53,10 @@ def bn_act_pool(
     """
     check_layer(y, mean, var, weight, bias)
     check_activation(activation, slope, y)
+    check_sums(partials, with_sums)
     _check_windows(y, window, stride, padding)
     _library.load()
-    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias)
+    layer = LayerConstants(mean, var, float(eps), activation, partials, with_alias, with_sums=with_sums)
     z, alias, sums = _BnActPool.apply(y, weight, bias, slope, layer, (window, stride, padding))
     return (z, alias, sums) if with_alias else (z, sums)
 
@@ -72,7 +74,7 @@ class _BnActPool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         mean, var, eps, activation, partials, *_ = layer
         forward = torch.ops.dwa_fast.bn_act_pool_forward.default
-        z, sums, index = forward(y, mean, var, weight, bias, eps, activation, slope, *windows, partials)
+        z, sums, index = forward(y, mean, var, weight, bias, eps, activation, slope, *windows, partials, layer.with_sums)
         ctx.save_for_backward(y, mean, var, weight, bias, index, slope)
         ctx.eps, ctx.activation, ctx.windows = eps, activation, windows
         ctx.set_materialize_grads(False)
@@ -113,10 +115,12 @@ def _forward_fake(
     stride: int,
     padding: int,
     partials: Tensor | None = None,
+    with_sums: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = *y.shape[:2], *((size + 2 * padding - window) // stride + 1 for size in y.shape[2:])
     z = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-    return z, torch.empty((2, y.shape[1]), dtype=torch.float32, device=y.device), torch.empty_like(z, dtype=torch.uint8)
+    sums = torch.empty((2, y.shape[1]) if with_sums else 0, dtype=torch.float32, device=y.device)
+    return z, sums, torch.empty_like(z, dtype=torch.uint8)
 
 
 @_library.fake("bn_act_pool_backward", triton="bn_act_pool")

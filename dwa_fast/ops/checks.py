@@ -92,6 +92,12 @@ def check_activation(activation: str, slope: Tensor | None, y: Tensor) -> None:
         raise ValueError(f"slope must be on the device of y, {y.device}, got {slope.device}")
 
 
+def check_sums(partials: Tensor | None, with_sums: bool) -> None:
+    """Refuse memory for sums that are not wanted."""
+    if partials is not None and not with_sums:
+        raise ValueError("partials belong to with_sums, got them without it")
+
+
 def check_alias(with_alias: bool, alias_stride: int) -> None:
     """Refuse what cannot be the stride of an alias."""
     if isinstance(alias_stride, bool) or not isinstance(alias_stride, int):

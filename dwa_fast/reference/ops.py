@@ -37,7 +37,9 @@ def bn_act(
     partials: Tensor | None = None,  # [2, R, C], written
     with_alias: bool = False,
     alias_stride: int = 1,  # s
-) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias [N, C, ⌈H/s⌉, ⌈W/s⌉] of z, sums [2, C] float32 or wider
+    with_sums: bool = True,
+    leaves_skip: bool = False,  # changes nothing here: automatic differentiation writes every gradient
+) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias [N, C, ⌈H/s⌉, ⌈W/s⌉] of z, sums [2, C] float32 or wider, or empty
     """BatchNorm in eval mode with what follows it, and the shifted moments of its input.
 
     z = f(γ(y − m)/√(v + ε) + β [+ skip]);  sums = (Σ(y − m), Σ(y − m)²) over N, H and W.
@@ -46,7 +48,7 @@ def bn_act(
     if skip is not None:
         z = z + skip
     z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
-    sums = moments(y, mean, partials)
+    sums = moments(y, mean, partials) if with_sums else mean.new_empty(0)
     return (z, z[:, :, ::alias_stride, ::alias_stride], sums) if with_alias else (z, sums)
 
 
@@ -88,10 +90,12 @@ def bn_act_join(
     skip_partials: Tensor | None = None,  # [2, R, C], written
     with_alias: bool = False,
     alias_stride: int = 1,
+    with_sums: bool = True,
 ) -> tuple[Tensor, ...]:  # z [N, C, H, W], with_alias an alias of z, sums and those of the skip, each [2, C] float32 or wider
     """`bn_act` of a skip that comes out of a BatchNorm of its own."""
-    normalised, skip_sums = bn_act(skip, skip_mean, skip_var, skip_weight, skip_bias, skip_eps, partials=skip_partials)
-    return *bn_act(y, mean, var, weight, bias, eps, normalised, activation, slope, partials, with_alias, alias_stride), skip_sums
+    skip_layer = skip_mean, skip_var, skip_weight, skip_bias, skip_eps
+    normalised, skip_sums = bn_act(skip, *skip_layer, partials=skip_partials, with_sums=with_sums)
+    return *bn_act(y, mean, var, weight, bias, eps, normalised, activation, slope, partials, with_alias, alias_stride, with_sums), skip_sums
 
 
 def bn_act_pool(
@@ -108,9 +112,10 @@ def bn_act_pool(
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
     partials: Tensor | None = None,  # [2, R, C], written
     with_alias: bool = False,
+    with_sums: bool = True,
 ) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with_alias an alias of z, sums [2, C] float32 or wider
     """`bn_act` and a max-pooling of square windows behind it."""
-    z, sums = bn_act(y, mean, var, weight, bias, eps, None, activation, slope, partials)
+    z, sums = bn_act(y, mean, var, weight, bias, eps, None, activation, slope, partials, with_sums=with_sums)
     z = F.max_pool2d(z, window, stride, padding)
     return (z, z.view_as(z), sums) if with_alias else (z, sums)
 

@@ -37,8 +37,10 @@ def test_kernels_of_a_cifar_resnet18(counts: ModuleType) -> None:
     kernels = found.kernels
     assert kernels["bn_act._bn_act_forward_kernel"] == kernels["bn_act._bn_act_backward_kernel"] == 14
     assert kernels["bn_act_join._bn_act_join_forward_kernel"] == kernels["bn_act_join._bn_act_join_backward_kernel"] == 3
-    features = 4 * (128 * 16**2 + 256 * 8**2 + 512 * 4**2) * 2  # bytes of what is joined: both inputs, two gradients of z, those of both
-    assert found.traffic["bn_act_join._bn_act_join_backward_kernel"] == 6 * features + 12 * (128 + 256 + 512) * 4
+    joined = [8 * channels * size**2 for channels, size in ((128, 16), (256, 8), (512, 4))]  # bytes
+    read = 5 * sum(joined) + sum(each // 16 for each in joined)  # both inputs, the gradient of z, those of both; the mask of the next block
+    read += sum(each + each // 4 for each in joined[:2]) + 8 * 512  # gradients of the next block: of both uses, or of a mean
+    assert found.traffic["bn_act_join._bn_act_join_backward_kernel"] == read + 12 * (128 + 256 + 512) * 4
     assert kernels["aten.convolution"] + kernels["aten.convolution_backward"] == 40
     for once in ("matching_loss._matching_loss_kernel", "losses._cross_entropy_kernel", "losses._log_losses_kernel"):
         assert kernels[once] == 1
@@ -58,8 +60,23 @@ def test_the_pooling_of_a_resnet18_at_224_pixels_is_one_kernel_each_way(counts: 
     assert backward == 2 * y + 2 * z + z // 2 + vectors
 
 
+def test_bytes_of_a_resnet18_at_224_pixels(counts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of each stage the gradient of the skip is neither written nor read: what it consists of is read instead."""
+    found = counted(counts, "imagenet-resnet18", 100)
+    assert found.traffic.total() <= 4.9e9
+    monkeypatch.setattr(fuse, "_leave_gradients", lambda traced: None)
+    written = counted(counts, "imagenet-resnet18", 100)
+    assert found.kernels == written.kernels
+    last = [64 * 56**2, 128 * 28**2, 256 * 14**2]  # values of an image, 2 bytes each, that have a strided branch
+    fewer = sum(200 * n * 2 - (200 * n + 200 * n // 4 + 100 * n // 8) for n in last)
+    of_mean = 512 * 7**2  # read as one value per channel
+    fewer += 200 * of_mean * 2 - (200 * 512 + 100 * of_mean // 8)
+    assert written.traffic.total() - found.traffic.total() == fewer
+
+
 def test_a_strided_branch_has_the_gradient_of_a_quarter_of_the_pixels(counts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three quarters of what each of the three branches reads is neither written nor read; nothing else changes."""
+    monkeypatch.setattr(fuse, "_leave_gradients", lambda traced: None)
     sampled = counted(counts, "imagenet-resnet18", 2)
     monkeypatch.setattr(fuse, "_strided", lambda *_: None)
     whole = counted(counts, "imagenet-resnet18", 2)
@@ -76,6 +93,7 @@ def test_a_copy_inside_a_launcher_counts(counts: ModuleType) -> None:
     with counts.Counting() as found:
         torch.ops.dwa_fast.bn_act_forward(y, *vectors, 1e-5, None, "relu", None)
     assert {name for name in found.kernels if name.startswith("aten.")} == {"aten.clone", "aten.copy_"}  # there and back
+    assert found.traffic["aten.clone"] == 2 * y.numel() * y.element_size()
 
 
 def test_bytes_grow_with_the_batch(counts: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,6 +303,76 @@ def test_mask_of_forward_and_backward_agree_bit_for_bit(device: torch.device) ->
     assert torch.equal(parameters[1], (z > 0).sum((0, 2, 3)).float())
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 64, 5, 4)])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_without_sums(has_skip: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """One launch, which leaves none; the other results have the same bits."""
+    y, skip, values = (
+        batch(shape, torch.float32, device),
+        batch(shape, torch.float32, device) if has_skip else None,
+        layer(shape[1], device),
+    )
+    z, _, mask = kernel.bn_act_forward(y, *values, EPS, skip, "relu", None)
+    for name in ("add_up", "sums_to_write"):
+        monkeypatch.setattr(kernel, name, None)
+    found, sums, found_mask = kernel.bn_act_forward(y, *values, EPS, skip, "relu", None, None, False)
+    assert torch.equal(found, z)
+    assert torch.equal(found_mask, mask)
+    assert sums.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "read"), [((2, 3, 5, 7), 35), ((2, 64, 5, 4), 1), ((3, 128, 3, 3), 1)])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_gradient_of_a_mean(has_skip: bool, shape: tuple[int, ...], read: int, dtype: torch.dtype, device: torch.device) -> None:
+    """One value per image and channel is read as such where a row of a tile is a pixel, with the bits of the whole."""
+    y, skip, values = batch(shape, dtype, device), batch(shape, dtype, device) if has_skip else None, layer(shape[1], device)
+    grad_z, grad_sums = batch((*shape[:2], 1, 1), dtype, device).expand(shape), torch.randn(2, shape[1], device=device)
+    found = both_ways(y, values, skip, "relu", grad_z, grad_sums)
+    expected = both_ways(y, values, skip, "relu", grad_z.contiguous(memory_format=torch.channels_last), grad_sums)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert kernel_layout.gradient_to_read(grad_z, 1, y)[0].numel() == shape[0] * shape[1] * read
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 64, 5, 4), (5, 24, 9, 7)])
+@pytest.mark.parametrize("last", ["one use", "a strided one", "a mean"])
+def test_gradient_of_a_skip_that_is_not_written(last: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """The layer that the skip comes from puts it together, with the same bits; the other results do not change."""
+    y, skip, later, grad_z, own = (batch(shape, dtype, device) for _ in range(5))
+    values, grad_sums, alias = layer(shape[1], device), torch.randn(2, shape[1], device=device), (None, 1)
+    if last == "a strided one":
+        alias = batch(grad_z[:, :, ::2, ::2].shape, dtype, device), 2
+    elif last == "a mean":
+        grad_z = grad_z[:, :, :1, :1].expand(shape)
+    mask, own_mask = (kernel.bn_act_forward(each, *values, EPS, skip, "relu", None)[2] for each in (later, y))
+    behind = later, *values, EPS, None, mask, True, "relu", None, False, *alias
+    grad_later, whole, *_ = kernel.bn_act_backward(grad_z, grad_sums, *behind)
+    found_later, nothing, *_ = kernel.bn_act_backward(grad_z, grad_sums, *behind, True, False)
+    assert torch.equal(found_later, grad_later)
+    assert nothing.shape == (0,)
+    before = y, *values, EPS, None, own_mask, True, "relu", None, False
+    expected = kernel.bn_act_backward(own, grad_sums, *before, whole)
+    found = kernel.bn_act_backward(own, grad_sums, *before, *alias, True, True, grad_z, mask)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("later", "mask", "message"),
+    [
+        (True, None, "grad_later and later_mask must be given together"),
+        (False, 15, "grad_later and later_mask must be given together"),
+        (True, 14, "later_mask must have a bit per element, 15 bytes, got 14"),
+    ],
+)
+def test_a_gradient_without_its_mask_is_refused(later: bool, mask: int | None, message: str) -> None:
+    y, values = batch((2, 3, 4, 5), torch.float32, "cpu"), layer(3, "cpu")
+    bits = None if mask is None else torch.zeros(mask, dtype=torch.uint8)
+    behind = None, torch.zeros(15, dtype=torch.uint8), True, "relu", None, False, None, 1, True, True, y if later else None, bits
+    with pytest.raises(ValueError, match=message):
+        kernel.bn_act_backward(y, None, y, *values, EPS, *behind)
+
+
 @pytest.mark.parametrize("ratio", [30.0, 100.0])
 def test_moments_far_from_zero(ratio: float, device: torch.device) -> None:
     """Σ(y − m)² keeps its precision where E[y²] − E[y]² would lose it."""
@@ -386,6 +456,7 @@ def launches() -> Launches:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
         skip, slope = y if has_skip else None, meta(shape[1]) if activation == "leaky_relu" else None
         _, _, mask = kernel.bn_act_forward(y, *values, 1e-5, skip, activation, slope)
+        kernel.bn_act_forward(y, *values, 1e-5, skip, activation, slope, None, False)
         all_grad_sums, behind = meta(2, 4800), (skip, mask, has_skip, activation, slope)
         kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind)
         if activation == "relu":  # both branches of a residual block
@@ -393,6 +464,14 @@ def launches() -> Launches:
             sampled = meta(*y[:, :, ::2, ::2].shape, dtype=dtype)  # one of which begins with a strided 1×1 convolution
             kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind, False, sampled, 2)
             kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True, sampled, 2)
+            of_mean = meta(shape[0], shape[1], 1, 1, dtype=dtype).expand(shape)
+            for last in (y, None, 1, False), (y, sampled, 2, False), (of_mean, None, 1, False):  # leave the gradient of the skip
+                kernel.bn_act_backward(last[0], all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind, False, *last[1:3], True, last[3])
+            later_mask = meta(math.ceil(y.numel() / 8), dtype=torch.uint8)
+            for *alias, later in (None, 1, y), (sampled, 2, y), (None, 1, of_mean):  # and put it together
+                parts = *alias, True, True, later, later_mask
+                kernel.bn_act_backward(y, all_grad_sums[:, : shape[1]], y, *values, 1e-5, *behind, False, *parts)
+            kernel.bn_act_backward(of_mean, None, y, *values, 1e-5, *behind, True)
         # During the ascent the moments go unused and γ and β take gradients.
         kernel.bn_act_backward(y, None, y, *values, 1e-5, *behind, True)
 

@@ -35,7 +35,7 @@ def both_ways(
     layers: Layers,
     activation: Activation,
     grads: tuple[Tensor | None, ...],
-    *alias: Any,  # its gradient and stride
+    *alias: Any,  # its gradient and stride, and what follows them
     parameters: bool = True,
 ) -> dict[str, Tensor]:
     """Every result of the kernels, forward and backward; grads are those of z and of both layers' sums."""
@@ -164,6 +164,40 @@ def test_gradient_of_a_sampled_use(shape: tuple[int, ...], stride: int, dtype: t
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 64, 5, 4)])
+def test_without_sums(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """One launch, which leaves none; the result has the same bits."""
+    layers = two_layers(shape, torch.float32, device)
+    z, _ = kernel.bn_act_join_forward(*layers, "relu", None)
+    for name in ("add_up", "sums_to_write"):
+        monkeypatch.setattr(kernel, name, None)
+    found, sums = kernel.bn_act_join_forward(*layers, "relu", None, None, None, False)
+    assert torch.equal(found, z)
+    assert sums.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 64, 5, 4), (5, 24, 9, 7)])
+@pytest.mark.parametrize("last", ["one use", "a strided one", "a mean"])
+def test_gradient_of_the_next_skip_in_parts(last: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """The same bits as from its mask times their sum."""
+    layers, grad_sums = two_layers(shape, dtype, device), pair(shape[1], device)
+    grad_z, later = (batch(shape, dtype, device) for _ in range(2))
+    alias, whole = (None, 1), later
+    if last == "a strided one":
+        sampled = batch(later[:, :, ::2, ::2].shape, dtype, device)
+        alias, whole = (sampled, 2), later + spread(sampled, later, 2)
+    elif last == "a mean":
+        later = whole = later[:, :, :1, :1].expand(shape)
+    passes = torch.rand(elements := math.prod(shape)) < 0.5
+    bits = torch.nn.functional.pad(passes, (0, -elements % 8)).view(-1, 8).long() << torch.arange(8)
+    mask, n, (h, w) = bits.sum(1).to(torch.uint8).to(device), shape[0], shape[2:]
+    masked = torch.where(passes.view(n, h, w, -1).permute(0, 3, 1, 2).to(device), whole, 0).contiguous(memory_format=torch.channels_last)
+    found = both_ways(layers, "relu", (grad_z, *grad_sums), *alias, later, mask, parameters=False)
+    expected = both_ways(layers, "relu", (grad_z, *grad_sums), masked, parameters=False)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_one_slope_for_all_channels(device: torch.device) -> None:
     """Its gradient is the sum of those of a slope per channel."""
     layers, grads = two_layers((2, 20, 5, 5), torch.float32, device), (batch((2, 20, 5, 5), torch.float32, device), None, None)
@@ -251,7 +285,14 @@ def schema_calls() -> list[tuple[str, Layers]]:
     """For test_dispatch."""
     layers = two_layers((2, 5, 4, 3), torch.float32, "cpu")
     backward = layers[0], *pair(5, "cpu"), *layers, "relu", None, True, layers[0]
-    return [("bn_act_join_forward", (*layers, "relu", None)), ("bn_act_join_backward", backward)]
+    left = *backward[:-2], False, None, 1, layers[0], torch.zeros(15, dtype=torch.uint8)
+    forward = *layers, "relu", None
+    return [
+        ("bn_act_join_forward", forward),
+        ("bn_act_join_forward", (*forward, None, None, False)),
+        ("bn_act_join_backward", backward),
+        ("bn_act_join_backward", left),
+    ]
 
 
 def launches() -> Launches:
@@ -261,6 +302,7 @@ def launches() -> Launches:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
         layers, slope = (y, *values, 1e-5) * 2, meta(shape[1]) if activation == "leaky_relu" else None
         kernel.bn_act_join_forward(*layers, activation, slope)
+        kernel.bn_act_join_forward(*layers, activation, slope, None, None, False)
         grad_sums = [meta(2, 4800)[:, : shape[1]]] * 2
         kernel.bn_act_join_backward(y, *grad_sums, *layers, activation, slope)
         kernel.bn_act_join_backward(y, *grad_sums, *layers, activation, slope, False, y)
@@ -271,6 +313,11 @@ def launches() -> Launches:
             sampled = meta(*y[:, :, ::2, ::2].shape, dtype=dtype)
             for sums, parameters in ((grad_sums, False), ([None, None], True)):
                 kernel.bn_act_join_backward(y, *sums, *layers, activation, slope, parameters, sampled, 2)
+            mask, of_mean = meta(math.ceil(y.numel() / 8), dtype=torch.uint8), meta(*shape[:2], 1, 1, dtype=dtype).expand(shape)
+            for left in (None, 1, y), (sampled, 2, y), (None, 1, of_mean):  # the gradient of the next block's skip, in parts
+                kernel.bn_act_join_backward(y, *grad_sums, *layers, activation, slope, False, *left, mask)
+            kernel.bn_act_join_backward(of_mean, *grad_sums, *layers, activation, slope)
+            kernel.bn_act_join_backward(of_mean, None, None, *layers, activation, slope, True)
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for shape in [(100, 128, 16, 16), (100, 256, 56, 56), (100, 2048, 7, 7)]:

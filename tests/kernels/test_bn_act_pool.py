@@ -191,6 +191,20 @@ def test_captured_in_a_graph() -> None:
         assert torch.equal(result, expected[name])
 
 
+@pytest.mark.parametrize("windows", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 64, 6, 4)])
+def test_without_sums(shape: tuple[int, ...], windows: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """One launch, which leaves none; the other results have the same bits."""
+    y, values = batch(shape, torch.float32, device), layer(shape[1], device)
+    z, _, index = kernel.bn_act_pool_forward(y, *values, EPS, "relu", None, *windows)
+    for name in ("add_up", "sums_to_write"):
+        monkeypatch.setattr(kernel, name, None)
+    found, sums, places = kernel.bn_act_pool_forward(y, *values, EPS, "relu", None, *windows, None, False)
+    assert torch.equal(found, z)
+    assert torch.equal(places, index)
+    assert sums.shape == (0,)
+
+
 def public_calls() -> list[tuple[str, tuple[Any, ...]]]:
     """For test_dispatch."""
     y, weight, bias = (
@@ -210,6 +224,7 @@ def schema_calls() -> list[tuple[str, tuple[Any, ...]]]:
     )
     return [
         ("bn_act_pool_forward", (y, *values, "relu", None, 3, 2, 1)),
+        ("bn_act_pool_forward", (y, *values, "relu", None, 3, 2, 1, None, False)),
         ("bn_act_pool_backward", (pooled, None, y, *values, pooled.byte(), "relu", None, 3, 2, 1, True)),
     ]
 
@@ -221,6 +236,7 @@ def launches() -> Launches:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
         slope = meta(shape[1]) if activation == "leaky_relu" else None
         z, _, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows)
+        kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows, None, False)
         grad_sums, behind = meta(2, 4800)[:, : shape[1]], (index, activation, slope, *windows)
         kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind)
         kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind, False, z)

@@ -177,6 +177,7 @@ def test_opcheck(layout: str, skip: bool, activation: Activation) -> None:
     inputs = make((2, 19, 5, 4), torch.bfloat16, layout, skip=skip, activation=activation)
     forward = tuple(inputs.values())
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_forward.default, forward)
+    torch.library.opcheck(torch.ops.dwa_fast.bn_act_forward.default, (*forward, None, False))
     mask = torch.ops.dwa_fast.bn_act_forward(*forward)[2]
     shared = (*forward[:7], mask, skip, *forward[7:])
     grad = torch.randn_like(inputs["y"])
@@ -185,6 +186,18 @@ def test_opcheck(layout: str, skip: bool, activation: Activation) -> None:
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, True))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, False, grad))
     torch.library.opcheck(torch.ops.dwa_fast.bn_act_backward.default, (grad, None, *shared, False, grad[:, :, ::2, ::2], 2))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_without_sums(skip: bool) -> None:
+    """The result and its gradient keep their bits."""
+    inputs = make((2, 19, 5, 4), skip=skip, activation="relu")
+    inputs["y"].requires_grad_()
+    z, sums = ops.bn_act(**inputs, with_sums=False)
+    expected, _ = ops.bn_act(**inputs)
+    assert torch.equal(z, expected)
+    assert (sums.shape, sums.dtype) == ((0,), torch.float32)
+    assert torch.equal(*(torch.autograd.grad(each.sum(), inputs["y"])[0] for each in (z, expected)))
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
@@ -225,6 +238,8 @@ WRONG: list[tuple[Inputs, type[Exception], str]] = [
     ({"with_alias": True, "alias_stride": 0}, ValueError, "alias_stride must be at least 1, got 0"),
     ({"with_alias": True, "alias_stride": 2.0}, TypeError, "alias_stride must be an integer, got float"),
     ({"alias_stride": 2}, ValueError, "alias_stride belongs to with_alias, got 2 without it"),
+    ({"leaves_skip": True}, ValueError, "leaves_skip belongs to a skip, got it without one"),
+    ({"partials": torch.zeros(2, 1, 4), "with_sums": False}, ValueError, "partials belong to with_sums, got them without it"),
 ]
 
 
@@ -277,6 +292,31 @@ def test_a_foreign_gradient_of_an_alias_is_refused(sampled: tuple[int, ...], str
     behind = None, none, False, "relu", None, False, torch.zeros(sampled), stride
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dwa_fast.bn_act_backward(inputs[0], None, *inputs, *behind)
+
+
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        ((False,), "on a CPU gradients are whole: with_skip must be true"),
+        ((True, torch.zeros(2, 4, 3, 3)), "on a CPU gradients are whole: grad_later and later_mask must not be given"),
+        ((True, None, torch.zeros(9, dtype=torch.uint8)), "on a CPU gradients are whole: grad_later and later_mask must not be given"),
+    ],
+)
+def test_a_cpu_leaves_no_gradient_unwritten(behind: tuple[object, ...], message: str) -> None:
+    ops.load()
+    inputs, mask = list(make((2, 4, 3, 3)).values())[:6], torch.zeros(9, dtype=torch.uint8)
+    arguments = inputs[0], None, *inputs, None, mask, True, "relu", None, False, None, 1, True, *behind
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dwa_fast.bn_act_backward(*arguments)
+
+
+def test_leaving_the_gradient_of_a_skip_is_refused_on_a_cpu() -> None:
+    first, second = make((2, 4, 3, 3), activation="relu"), make((2, 4, 3, 3), skip=True, activation="relu")
+    first["y"].requires_grad_()
+    _, alias, _ = ops.bn_act(**first, with_alias=True)
+    z, _ = ops.bn_act(**(second | {"skip": alias}), leaves_skip=True)
+    with pytest.raises(RuntimeError, match="on a CPU gradients are whole: with_skip must be true"):
+        z.sum().backward()
 
 
 def test_the_skip_is_needed_again() -> None:

@@ -179,10 +179,32 @@ def test_opcheck(layout: str, activation: Activation) -> None:
     ops.load()
     inputs = make_join((2, 19, 5, 4), torch.bfloat16, layout, activation=activation)
     layers, grad = [inputs[name] for name in (*LAYERS, "activation", "slope")], torch.randn_like(inputs["y"])
-    torch.library.opcheck(torch.ops.dwa_fast.bn_act_join_forward.default, layers)
+    for behind in ((), (None, None, False)):
+        torch.library.opcheck(torch.ops.dwa_fast.bn_act_join_forward.default, (*layers, *behind))
     for behind in ([], [True], [False, grad], [True, grad[:, :, ::2, ::2], 2]):
         for grad_sums in ((torch.randn(2, 19), torch.randn(2, 19)), (None, None)):
             torch.library.opcheck(torch.ops.dwa_fast.bn_act_join_backward.default, (grad, *grad_sums, *layers, *behind))
+
+
+def test_without_sums() -> None:
+    """The result and its gradient keep their bits."""
+    inputs = make_join((2, 19, 5, 4), activation="relu")
+    inputs["y"].requires_grad_()
+    z, *sums = ops.bn_act_join(**inputs, with_sums=False)
+    expected, *_ = ops.bn_act_join(**inputs)
+    assert torch.equal(z, expected)
+    assert [(each.shape, each.dtype) for each in sums] == [((0,), torch.float32)] * 2
+    assert torch.equal(*(torch.autograd.grad(each.sum(), inputs["y"])[0] for each in (z, expected)))
+
+
+def test_a_cpu_leaves_no_gradient_unwritten() -> None:
+    ops.load()
+    inputs = make_join((2, 4, 3, 3))
+    layers, mask = [inputs[name] for name in LAYERS], torch.zeros(9, dtype=torch.uint8)
+    arguments = inputs["y"], None, None, *layers, "relu", None, False, None, 1
+    for left in ((inputs["y"], None), (None, mask)):
+        with pytest.raises(RuntimeError, match="on a CPU gradients are whole: grad_later and later_mask must not be given"):
+            torch.ops.dwa_fast.bn_act_join_backward(*arguments, *left)
 
 
 def test_meta_tensors_have_the_right_shape() -> None:

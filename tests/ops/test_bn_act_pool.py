@@ -153,11 +153,23 @@ def test_same_bits_for_any_number_of_threads() -> None:
     assert all(torch.equal(result, found[0][name]) for each in found[1:] for name, result in each.items())
 
 
+def test_without_sums() -> None:
+    """The result and its gradient keep their bits."""
+    inputs = make((2, 19, 6, 5), (3, 2, 1))
+    inputs["y"].requires_grad_()
+    z, sums = ops.bn_act_pool(**inputs, with_sums=False)
+    expected, _ = ops.bn_act_pool(**inputs)
+    assert torch.equal(z, expected)
+    assert (sums.shape, sums.dtype) == ((0,), torch.float32)
+    assert torch.equal(*(torch.autograd.grad(each.sum(), inputs["y"])[0] for each in (z, expected)))
+
+
 def test_opcheck() -> None:
     ops.load()
     inputs = make((2, 19, 6, 5), (3, 2, 1))
     layer = tuple(inputs[name] for name in ("y", "mean", "var", "weight", "bias", "eps"))
-    torch.library.opcheck(torch.ops.dwa_fast.bn_act_pool_forward.default, (*layer, "relu", None, 3, 2, 1))
+    for behind in ((), (None, False)):
+        torch.library.opcheck(torch.ops.dwa_fast.bn_act_pool_forward.default, (*layer, "relu", None, 3, 2, 1, *behind))
     z, _, index = torch.ops.dwa_fast.bn_act_pool_forward(*layer, "relu", None, 3, 2, 1)
     for parameters, again in itertools.product((False, True), (None, z)):
         arguments = z, torch.randn(2, 19), *layer, index, "relu", None, 3, 2, 1, parameters, again
