@@ -308,7 +308,7 @@ def recipe(
         name: digits, cifar10, cifar100, tiny, imagenet, folder; a published one with "-released" as the authors' command runs it.
         method: one of `METHODS`; docs/method.md says what each changes.
         schedule: of the teacher's training: cosine, as published; fast, in a tenth of the epochs; short, in a fiftieth. None: that of
-            `DEFAULT_SCHEDULES`, else cosine.
+            `DEFAULT_SCHEDULES`, else cosine. `squeeze={"schedule": "fast"}` is the same.
         preset: of the students' training: paper (this recipe's), rded, edc, fadrm, cv-dd, rd3, rethinkdc, ddranking.
         fast: a quarter of the method's iterations, which on CIFAR-10 with ten images per class costs no accuracy.
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`; and `squeeze` and `validation`, each
@@ -319,10 +319,12 @@ def recipe(
     """
     check_choice("recipe", name, list(RECIPES))
     check_choice("method", method, list(METHODS))
-    schedule = schedule or DEFAULT_SCHEDULES.get(name, "cosine")
-    check_choice("schedule", schedule, Schedule)
     check_choice("preset", preset, list(PRESETS))
     others = {field: changes.pop(field) for field in ("architecture", "squeeze", "validation") if field in changes}
+    training = others.get("squeeze")
+    named = training.get("schedule") if isinstance(training, Mapping) else None
+    schedule = named or schedule or DEFAULT_SCHEDULES.get(name, "cosine")
+    check_choice("schedule", schedule, Schedule)
     data = {field: changes.pop(field) for field in _FIELDS["data"] if field in changes}
     _check_names(changes, "synthesis")
     chosen = replace(RECIPES[name], data=replace(RECIPES[name].data, **data))

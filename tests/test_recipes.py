@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dwa_fast import InputError
 from dwa_fast.recipes import METHODS, PRESETS, RECIPES, nearest_preset, preset_text, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +161,14 @@ def test_teachers_of_cifar10_are_trained_shortly_unless_it_is_asked_for_otherwis
     assert recipe("digits", schedule="short").squeeze.epochs == 1
     assert recipe("cifar10", squeeze={"epochs": 7}).squeeze == replace(short, epochs=7)
     assert recipe("cifar10").synthesis == RECIPES["cifar10"].synthesis
+
+
+def test_a_schedule_among_the_settings_of_the_training_brings_its_epochs_and_rate() -> None:
+    for name, schedule in (("cifar10", "cosine"), ("cifar100", "fast"), ("digits", "short")):
+        assert recipe(name, squeeze={"schedule": schedule}).squeeze == recipe(name, schedule=schedule).squeeze
+    assert recipe("cifar10", squeeze={"schedule": "cosine", "epochs": 7}).squeeze == replace(RECIPES["cifar10"].squeeze, epochs=7)
+    with pytest.raises(InputError, match="unknown schedule 'slow'; known: cosine, fast, short"):
+        recipe("cifar10", squeeze={"schedule": "slow"})
 
 
 def test_single_settings_of_the_trainings_can_be_changed() -> None:
