@@ -57,8 +57,9 @@ class Squeeze(Data):
                 if not complete:
                     self._train(console, track, train)
         info = load_teacher(self.output)[1]
-        reached = "" if info.accuracy is None else f", {info.accuracy:.2f} % top-1 on held-out images"
-        console.print(f"{self.output}: {'complete, ' if complete else ''}{info.architecture}{reached}")
+        reached = "not tested" if info.accuracy is None else f"{info.accuracy:.2f} % top-1 on held-out images"
+        there, then = ("complete, ", " when it was trained") if complete else ("", "")
+        console.print(f"{self.output}: {there}{info.architecture}, {reached}{then}")
 
     def _refuse_unknown(self) -> None:
         """Raise InputError where a file would be replaced whose settings are not known."""
@@ -85,7 +86,7 @@ class Squeeze(Data):
 
     def _train(self, console: Console, track: Callable[[str], Bar], train: ImageSet) -> None:
         if self.config.schedule == "short":
-            console.print(f"epochs: {self.config.epochs}, for better students; --schedule cosine trains as published")
+            console.print(f"schedule short, epochs: {self.config.epochs}; --schedule cosine trains as published")
         recipe, device = self._recipe(), backend.resolve_device(self.device)
         checkpoint_file = self.output.with_name(f".{self.output.name}.state")
         test = self._held_out(console)

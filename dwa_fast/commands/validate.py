@@ -59,7 +59,7 @@ class Validate(DistilledData):
                 if self.teacher and self.config.labels == "hard":
                     console.print("the labels are hard, and --teacher is not used")
                 teachers = self.open_teachers(self.teacher, self.architecture, test, device)
-                bar = track(f"{self.config.students} students")
+                bar = track(f"{self.config.students} student{'s' * (self.config.students > 1)}")
 
                 def tested(student: int, epochs: int, accuracy: float) -> None:
                     bar.note(f"student {student + 1}: {accuracy:.2f} % after {epochs} epochs")

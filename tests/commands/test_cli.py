@@ -388,7 +388,7 @@ def test_a_teacher_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(squeeze) == 0
     reached, before = capsys.readouterr().out.splitlines()[-1].partition(": ")[2], checksum(file)
     assert run(squeeze) == 0
-    assert capsys.readouterr().out.endswith(f"{file}: complete, {reached}\n")
+    assert capsys.readouterr().out.endswith(f"{file}: complete, {reached} when it was trained\n")
     for flags, difference in ((["--epochs", "2"], "epochs was 1, is 2"), (["--seed", "1"], "seed was 0, is 1")):
         assert run([*squeeze, *flags]) == 1
         message = f"{file} holds a teacher of other settings ({difference}); choose another name, or pass --overwrite"
@@ -402,6 +402,12 @@ def test_a_teacher_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
         content.write(b"x")
     assert run([*squeeze, "--seed", "1"]) == 1
     assert capsys.readouterr().err.count("t.pt exists; choose another name, or pass --overwrite") == 1
+
+
+def test_squeeze_says_which_schedule_it_takes_and_promises_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--size", str(SIZE), "--schedule", "short", "--epochs", "2", "--padding", "1"]
+    assert run(["squeeze", "--recipe", "digits", "--output", str(tmp_path / "t.pt"), *flags]) == 0
+    assert "\nschedule short, epochs: 2; --schedule cosine trains as published\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["squeeze", "validate"])
@@ -420,6 +426,7 @@ def test_two_trainings_with_one_output(teacher: Path, tmp_path: Path, command: s
     assert f"another process is writing {output}; wait until it ends, or choose another output" in capsys.readouterr().err
     lock.touch()
     assert run(arguments) == 0
+    assert ("teacher: 1/" if command == "squeeze" else "1 student: 1/") in capsys.readouterr().err
     assert not lock.exists()
 
 
