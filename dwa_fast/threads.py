@@ -30,7 +30,7 @@ def with_recorded_threads(settings: Mapping[str, Any], recorded: Mapping[str, An
     if not before or not now:  # one of them is of a GPU
         return dict(settings)
     if before != now:
-        log.warning("%s: started with %s CPU threads, resumed with %s; the last bits of the results may differ", what, before, now)
+        log.warning("%s: begun on %s CPU threads, now on %s; the last bits of what is still computed may differ", what, before, now)
     return {**settings, THREADS: before}
 
 

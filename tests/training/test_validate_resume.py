@@ -78,7 +78,7 @@ def test_another_thread_count_is_logged_once(tmp_path: Path, monkeypatch: pytest
     with torch_threads(1):
         students(replace(QUICK, students=2), resume_dir=tmp_path)
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == [f"{tmp_path}: started with 2 CPU threads, resumed with 1; the last bits of the results may differ"]
+    assert messages == [f"{tmp_path}: begun on 2 CPU threads, now on 1; the last bits of what is still computed may differ"]
 
 
 def test_more_students_join_those_that_are_there(tmp_path: Path) -> None:
