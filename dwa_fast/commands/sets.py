@@ -59,12 +59,14 @@ def named_sets(texts: Sequence[str]) -> dict[str, Path]:
     """Folders by name, from `name=DIR`, or `DIR` alone, which names itself.
 
     Raises:
-        InputError: two have the same name.
+        InputError: two have the same name, or there is a name alone.
     """
     found: dict[str, Path] = {}
     for text in texts:
         name, equals, place = text.partition("=")
         named = equals and name and "/" not in name and not Path(text).is_dir()
+        if named and not place:
+            raise InputError(f"{text!r} names no folder; expected {name}=DIR")
         folder = Path(place if named else text)
         name = name if named else Path(os.path.abspath(set_folder(folder))).name
         if name in found:

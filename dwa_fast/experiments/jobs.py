@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
 
+from dwa_fast.data.distilled import open_distilled
 from dwa_fast.engine.backend import resolve_device
 from dwa_fast.errors import InputError
-from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, accuracies, make_set, measure, set_is_complete
+from dwa_fast.experiments.cells import Cell, DistilledSource, ExternalSet, Setup, accuracies, inputs, make_set, measure, set_is_complete
+from dwa_fast.models.architectures import build_on_meta
 from dwa_fast.processes import Running, Task, processes
 
 
@@ -45,8 +47,10 @@ def run_cells(
         jobs: processes that run at the same time; the results do not depend on it.
     Raises:
         InputError: as `make_set` and `measure`, with the name of the cell; a process died; or images of several patches have several ipc.
+            Before anything is computed: a student cannot have images of that size, or a set from elsewhere cannot be read.
     """
     _check_patches(setup, cells)
+    _check_first(setup, cells)
     missing = {cell: name for cell, name in cells.items() if accuracies(setup, cell) is None}
     largest: dict[DistilledSource, tuple[int, str]] = {}
     for cell, name in cells.items():
@@ -78,6 +82,20 @@ def _check_patches(setup: Setup, cells: Iterable[Cell]) -> None:
         raise InputError(
             f"images of {factor} × {factor} patches are chosen for one ipc, got {given}; each needs a study with its own --output"
         )
+
+
+def _check_first(setup: Setup, cells: Mapping[Cell, str]) -> None:
+    """Find out now what would otherwise stop the study after hours of other cells."""
+    data, opened = setup.recipe.data, set()
+    for cell, name in cells.items():
+        try:
+            build_on_meta(cell.student, classes=2, channels=data.channels, size=data.size)
+            if isinstance(cell.source, ExternalSet) and (cell.source, cell.ipc) not in opened:
+                names = inputs(setup).test.class_names
+                open_distilled(cell.source.folder, data.size, data.channels, names, per_class=cell.ipc)
+                opened.add((cell.source, cell.ipc))
+        except InputError as error:
+            raise InputError(f"students of {name}: {error}") from error
 
 
 def _note(progress_bar: StudyProgress | None, tasks: list[Task], running: Running) -> None:

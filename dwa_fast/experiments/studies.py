@@ -75,7 +75,7 @@ def cross(
     external = [Variant(name=escape_control_chars(name), external=folder) for name, folder in sets.items()]
     names = [TITLES.get(method, method) for method in methods] + [variant.name for variant in external]
     if len(set(names)) < len(names):
-        raise InputError(f"sets must have names of their own, as in --sets one=DIR two=DIR, got {', '.join(names)}")
+        raise InputError(f"each method and set must have a name of its own, got {', '.join(names)}; --sets NAME=DIR names a set")
     grid = Grid(variants=[*by_method(setup, methods), *external], ipc=ipc, students=students, seeds=seeds)
     outcomes = run(grid)
     title = f"Students of several architectures on {setup.recipe.name}"

@@ -161,6 +161,7 @@ def test_cross_takes_sets_from_elsewhere(tmp_path: Path, common: list[str]) -> N
         (["ablate", "k-rho", "--steps", "0"], "steps must be an integer of at least 1, got 0"),
         (["cross", "--student", "small-resnet", "--methods"], "a study needs at least one method or set, got none"),
         (["cross", "--student", "small-resnet", "--sets", "nowhere"], "nowhere is not a folder"),
+        (["cross", "--student", "small-resnet", "--sets", "mine="], "'mine=' names no folder; expected mine=DIR"),
     ],
 )
 def test_bad_input_is_one_sentence(common: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

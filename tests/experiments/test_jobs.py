@@ -11,7 +11,7 @@ import pytest
 from dwa_fast import InputError
 from dwa_fast.config import InitialConfig
 from dwa_fast.experiments import jobs
-from dwa_fast.experiments.cells import Cell, DistilledSource, Setup, measure
+from dwa_fast.experiments.cells import Cell, DistilledSource, ExternalSet, Setup, measure
 from dwa_fast.experiments.jobs import default_jobs, run_cells
 from tests.experiments.setups import small_setup
 
@@ -86,6 +86,21 @@ def too_many(seed: int) -> Cell:
 def test_errors_name_their_cell(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^making greedy: .*ipc 10000 needs as many initial ones"):
         run_cells(small_setup(tmp_path), {too_many(0): "greedy"}, jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (Cell(DistilledSource(None, 0), 1, "vgg16-bn"), "vgg16-bn needs images of at least 32 pixels"),
+        (Cell(ExternalSet(Path("nowhere"), 0), 1, "small-resnet"), "nowhere is not a folder"),
+    ],
+)
+def test_what_would_stop_it_in_the_end_stops_it_first(tmp_path: Path, cell: Cell, message: str) -> None:
+    setup = small_setup(tmp_path)
+    before = stamps(tmp_path)
+    with pytest.raises(InputError, match=f"^students of the last: {message}"):
+        run_cells(setup, {**cells(setup), cell: "the last"}, jobs=1)
+    assert stamps(tmp_path) == before
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -161,5 +161,5 @@ def test_cross(tmp_path: Path) -> None:
     record = cross(run, small_setup(tmp_path), methods=["dwa"], sets={"set": Path("their/set")}, **given)
     assert [table.columns for table in record.tables] == [["student", "DWA", "set"]] * 2
     assert [row[0] for row in record.tables[0].rows] == students
-    with pytest.raises(InputError, match=r"sets must have names of their own, .* got DWA, DWA"):
+    with pytest.raises(InputError, match=r"each method and set must have a name of its own, got DWA, DWA; --sets NAME=DIR names a set"):
         cross(run, small_setup(tmp_path), methods=["dwa"], sets={"DWA": Path("x/a")}, **given)
