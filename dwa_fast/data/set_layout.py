@@ -66,7 +66,9 @@ def refuse_images(folder: Path) -> None:
     resolved = absolute.resolve()
     for place in (resolved, *resolved.parents):
         if _holds_classes(place):
-            refuse_class_folders(folder, place)
+            raise InputError(
+                f"output {folder} lies in {place}, whose folders hold nothing but images, as classes do; choose another folder"
+            )
 
 
 def refuse_class_folders(output: Path, real: Path) -> None:

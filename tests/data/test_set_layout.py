@@ -166,7 +166,7 @@ def test_nothing_is_written_among_class_folders(tmp_path: Path, tiny: bool, caps
             ["compare", "--recipe", "folder", "--data", "x", "--teacher", "x", "--output", str(output)],
         ):
             assert run(command) == 1
-            assert re.search(r"lies in .*train, whose folders are the classes of the real images", capsys.readouterr().err)
+            assert re.search(r"lies in .*train, whose folders hold nothing but images, as classes do", capsys.readouterr().err)
     assert sorted(tmp_path.rglob("*")) == before
     for place in (tmp_path / "data" / "out", tmp_path / "out"):
         refuse_images(place)
