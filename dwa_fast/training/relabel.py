@@ -78,8 +78,8 @@ def relabel(
     Returns:
         the folder's index, which `validate` opens by itself.
     Raises:
-        InputError: the folder holds labels of other settings, the disk has too little space, the teacher gives no finite logits of the
-            set's classes, or FKD files cannot hold such views.
+        InputError: the folder holds labels of other settings, or of more epochs than this pool has, the disk has too little space, the
+            teacher gives no finite logits of the set's classes, or FKD files cannot hold such views.
     """
     seed, pool = plain(seed), plain(pool)
     check_integer("seed", seed, 0)
@@ -115,6 +115,11 @@ def relabel(
     else:
         sampler = RandomSampler(distilled, config, seed=own)
         store = LabelStore.create(output, settings, stored_epochs(config, pool))
+        if pool > 1 and store.epochs > stored_epochs(config, pool):
+            raise InputError(
+                f"{output} holds the labels of {store.epochs} epochs, which students would use, not of {stored_epochs(config, pool)}; "
+                "choose another folder"
+            )
         counts = [sampler.steps] * store.epochs
         size = epoch_bytes(config, len(distilled.labels), classes) / sampler.steps
     missing = store.missing

@@ -165,6 +165,15 @@ def test_a_store_of_more_epochs_begins_with_the_smaller_one(tmp_path: Path) -> N
     assert same_tensors(tmp_path, tmp_path / "whole")
 
 
+def test_a_pool_is_not_taken_from_a_folder_of_more_epochs(tmp_path: Path) -> None:
+    """Students would use all of them, and be better than those of the pool."""
+    store(tmp_path, pool=2)
+    assert store(tmp_path, pool=2).epochs == 2
+    store(tmp_path)
+    with pytest.raises(InputError, match="holds the labels of 4 epochs, which students would use, not of 2; choose another folder"):
+        store(tmp_path, pool=2)
+
+
 def test_pool_is_used_again_and_again(tmp_path: Path) -> None:
     """Every round takes every stored epoch once, in an order of its own and of the student's."""
     config = replace(QUICK, epochs=20)
