@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from dwa_fast.config import ValidationConfig
 from dwa_fast.engine.backend import precisions
+from dwa_fast.training.validate import soft_loss
 
 
 @pytest.fixture
@@ -48,6 +50,19 @@ def test_wrong_numbers_get_no_ratio(pipeline: ModuleType, tmp_path: Path, monkey
     for result in results:
         refused = {row["peer"] for row in result["rows"] if row["ratio_to_before"] is None}
         assert refused - {"now bf16"} == {"now"}  # which is wrong by less than bf16's rounding
+
+
+@pytest.mark.parametrize("distance", [0.01, 0.1])
+def test_rounding_of_a_loss_between_nearly_uniform_distributions(pipeline: ModuleType, distance: float) -> None:
+    case, generator, errors = pipeline.CASES["convnet128"], torch.Generator().manual_seed(0), []
+    for _ in range(50):
+        teacher = torch.randn(case.batch, case.classes, generator=generator, dtype=torch.float64)
+        logits = (teacher, teacher + distance * torch.randn(teacher.shape, generator=generator, dtype=torch.float64))
+        exact, found = (
+            float(soft_loss(*(each.to(dtype) for each in logits), ValidationConfig())) for dtype in (torch.float64, torch.float)
+        )
+        errors.append(abs(found - exact) / pipeline.rounding_of_loss(case, 1))
+    assert 0.3 < torch.tensor(errors).square().mean().sqrt() < 3
 
 
 @pytest.mark.parametrize("trains", ["student", "teacher"])
