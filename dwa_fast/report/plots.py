@@ -27,6 +27,7 @@ Figure = Chart | HeatMap | Scatter
 _MARKERS = "osD^vPX*"
 _WIDTH, _HEIGHT, _WIDEST = 4.8, 3.4, 40.0  # inches
 _LOG_TICKS = (1, 2, 5)  # labelled in every power of ten
+_NARROW = 5  # times the smallest number of a logarithmic axis: up to it the numbers of a linear one are labelled
 _GREATEST = 1e100  # beyond, the axes overflow
 _TITLE_CHARACTERS, _LEGEND_CHARACTERS = 56, 62  # in a line
 _SETTINGS: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -94,7 +95,9 @@ def _chart(canvas: Canvas, axis: Axes, chart: Chart) -> None:
             handles.append(axis.errorbar(x[order], heights[order], None if error is None else error[order], marker=marker))
         if chart.log_x and (x > 0).all():
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
+            axis.xaxis.set_major_locator(
+                LogLocator(subs=_LOG_TICKS) if x.max() > _NARROW * x.min() else MaxNLocator(6, steps=[1, 2, 5, 10])
+            )
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own would be a formula, which labels do not show
             axis.xaxis.set_minor_formatter(NullFormatter())
         elif all(isinstance(value, int) for value in chart.x):

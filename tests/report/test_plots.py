@@ -83,6 +83,7 @@ def test_numbers_of_a_logarithmic_axis_are_plain(monkeypatch: pytest.MonkeyPatch
     found = labels(times, monkeypatch)
     assert {"0.05", "0.1", "0.2", "0.5", "1", "2"} <= found
     assert not [text for text in found if "$" in text]
+    assert {"0.08", "0.1", "0.12", "0.14", "0.16"} <= labels(replace(times, x=[0.07, 0.09, 0.165]), monkeypatch)  # a narrow range
 
 
 def test_axis_of_counts_has_no_fractions(monkeypatch: pytest.MonkeyPatch) -> None:
