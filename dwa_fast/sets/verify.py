@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dwa_fast.training.label_index import INDEX
 from dwa_fast.training.label_store import LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
+_RESULTS = ("record.json", "students.json")  # a folder with one of them is the output of a command that took the set
 _THREADS = 8  # that read files
 
 
@@ -60,17 +61,19 @@ def additions(folder: Path) -> Iterator[str]:
     folder = set_folder(folder)
     manifest = read_manifest(folder)
     known = {MANIFEST, LOSSES, PREVIEW, NOTE, *(f"{IMAGES}/{name}" for name in manifest["images"])}
+    apart = {path.parent for name in _RESULTS for path in folder.glob(f"*/{name}")} - {folder / IMAGES}
     for place in _label_folders(folder):
         try:
             store = fkd_index(place) or LabelStore(place)
         except InputError as error:
             yield str(error)
+            apart |= {place} - {folder}
             continue
         known |= {(place / file).relative_to(folder).as_posix() for file in store.files}
         where = "" if place == folder else f"{place.name}: "
         for epoch in store.missing:
             yield f"{where}the soft labels of epoch {epoch} are missing or have changed; the relabel command makes them again"
-    yield from _extras(folder, manifest, known)
+    yield from _extras(folder, manifest, known, apart)
 
 
 def _image_problem(folder: Path, name: str, wanted: str, settings: Mapping[str, Any]) -> str | None:
@@ -113,11 +116,16 @@ def _label_folders(folder: Path) -> list[Path]:
     return [place for place in places if place != folder / IMAGES]
 
 
-def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> Iterator[str]:
-    """Files that do not belong to the set. An incomplete set may have images and entries that its manifest does not include yet."""
+def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str], apart: Set[Path]) -> Iterator[str]:
+    """Files that do not belong to the set, those in the folders `apart` left out.
+
+    An incomplete set may have images and entries that its manifest does not include yet.
+    """
     start = os.path.join(folder, "")
     for entry in walk_files(start):
         path, name = Path(entry.path), entry.path[len(start) :]
+        if not apart.isdisjoint(path.parents):
+            continue
         unfinished = not manifest["complete"] and (path.match(BATCH_FILES) or IMAGE_NAME.fullmatch(name.removeprefix(f"{IMAGES}/")))
         if is_left_over(path):
             yield f"{name} is left over from a process that died; the command that made the set removes it"

@@ -112,6 +112,25 @@ def test_advice_for_what_does_not_belong(folder: Path, capsys: pytest.CaptureFix
     assert output.err == f"dwa-fast: {folder}: 1 problem\n"
 
 
+@pytest.mark.parametrize("name", ["record.json", "students.json"])
+def test_results_in_a_folder_of_the_set_are_no_part_of_it(name: str, folder: Path) -> None:
+    (folder / "students").mkdir()
+    (folder / "students" / "chart-1.png").touch()
+    assert list(problems(folder)) == ["students/chart-1.png does not belong to the set; remove it, or move it elsewhere"]
+    (folder / "students" / name).touch()
+    assert list(problems(folder)) == []
+    (folder / IMAGES / name).touch()
+    assert list(problems(folder)) == [f"{IMAGES}/{name} does not belong to the set; remove it, or move it elsewhere"]
+
+
+def test_files_of_damaged_labels_are_not_listed_too(folder: Path) -> None:
+    (folder / "labels").mkdir()
+    (folder / "labels" / "labels.json").write_text("{")
+    (folder / "labels" / "epoch0000.pt").touch()
+    (sentence,) = problems(folder)
+    assert "labels/labels.json cannot be read" in sentence
+
+
 def test_unfinished_set(folder: Path) -> None:
     store = ImageStore(folder, {"image_shape": [3, 4, 6]}, ["a", "b"])
     store.begin()
