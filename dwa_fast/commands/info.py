@@ -40,6 +40,8 @@ class Info:
         else:
             if self.teacher and info.class_names:
                 content["teacher"]["class_names"] = shown(info.class_names)
+            if self.teacher and info.accuracy is not None:
+                content["teacher"]["accuracy"] = f"{info.accuracy:.2f} %"
             console.tree("dwa-fast", content)
 
 

@@ -522,3 +522,5 @@ def test_info_describes_a_teacher(teacher: Path, capsys: pytest.CaptureFixture[s
     assert described["fused"]["stem.1"] == "BatchNorm + ReLU"
     assert described["fused"]["blocks.0.bn2"] == "BatchNorm + addition + ReLU"
     assert described["fused"]["blocks.1.bn2"] == "BatchNorm + BatchNorm of the skip + ReLU"
+    assert run(["info", "--teacher", str(teacher)]) == 0
+    assert f"{described['accuracy']:.2f} %\n" in capsys.readouterr().out
