@@ -35,6 +35,8 @@ from dwa_fast.kernels.layout import (
 )
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
 
+_FEW_ROWS = BLOCK_ROWS // 2  # of the tiles of two launches for which compilers would otherwise spill a register on sm_100
+
 
 @triton.jit(do_not_specialize=["count", "rows", "programs"])
 def _bn_act_forward_kernel(
@@ -208,7 +210,7 @@ def bn_act_forward(
             y, skip, z, bits if keeps_mask else None, rows, mean, var, weight, bias, per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs,
             ACTIVATION=activation, RAGGED=y.numel() % cut.columns != 0,
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
+            BLOCK_ROWS=BLOCK_ROWS if with_sums or y.element_size() < 4 else _FEW_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if rows is not None and partials is None:
             add_up(rows, sums)
@@ -265,7 +267,7 @@ def bn_act_backward(
             mean, var, weight, bias, per_channel(slope, channels), eps,
             y.numel(), cut.rows, cut.columns, channels, cut.programs, *y.shape[2:], 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, **strides, RAGGED=y.numel() % cut.columns != 0,
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
+            BLOCK_ROWS=BLOCK_ROWS if with_skip else _FEW_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
             add_up(partials, grad_parameters, var, eps, weight, shares, y.numel() // channels)
