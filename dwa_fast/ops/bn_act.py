@@ -63,8 +63,8 @@ def bn_act(
         with_sums: whether the moments are wanted; if not, sums is empty.
         leaves_skip: on CUDA alone, and where the skip is the alias of another layer's result and has no other use: with a ReLU its gradient
             is never written. The backward pass of that layer, `bn_act` or `bn_act_join`, puts it together, bit for bit, from what it
-            consists of. Autograd sees something else of its shape, so that nobody may ask for it. Where gradients of weights are taken
-            too, it is written as ever.
+            consists of. Autograd sees something else of its shape, so that nobody may ask for it; another use of the skip, or a hook,
+            ends that backward pass with a RuntimeError. Where gradients of weights are taken too, it is written as ever.
     Returns:
         z in the precision and memory format of y, with_alias an alias of it, and sums, [2, C], float32.
     Raises:
@@ -166,8 +166,8 @@ class _BnAct(torch.autograd.Function):
             grad_y, grad_skip, grad_parameters, grad_slope = gradients
             grad_weight = grad_parameters[0] if needs_weight else None
             grad_bias = grad_parameters[1] if needs_bias else None
-        if leaves:
-            ctx.before.later = grad_alias, alias_stride, grad_z, mask
+        if ctx.before is not None:
+            ctx.before.later = (grad_alias, alias_stride, grad_z, mask) if leaves else None
         if not changes_skip or leaves:
             grad_skip = grad_z
         return (
@@ -191,6 +191,10 @@ def gradients_of_z(
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None, Tensor | None]:
     """What ∂L/∂z is put together from: grad_z, grad_alias and its stride, and, where a later layer has left it, grad_later and its mask."""
     left, ctx.later = ctx.later, None
+    if left is not None and grad_alias is None:  # left by a backward pass that ended before this layer
+        left = None
+    if left is not None and grad_alias is not left[2]:
+        raise RuntimeError("a skip whose gradient leaves_skip leaves to the layer before has another use or a hook; expected neither")
     if left is None and grad_z is None and grad_alias is not None and ctx.alias_stride == 1:
         return grad_alias, None, 1, None, None
     return torch.zeros_like(like) if grad_z is None else grad_z, *(left or (grad_alias, ctx.alias_stride, None, None))

@@ -238,6 +238,28 @@ def test_the_gradient_of_a_skip_is_left_where_it_can_be_put_together(calls: set[
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+def test_a_gradient_that_was_left_counts_in_its_own_backward_pass_alone(calls: set[str]) -> None:
+    """Without the inputs of the layer before, that one does not run; its next gradient is not made of what was left to it."""
+    y, later, *parameters = features(2, 5, 4, 4).requires_grad_(), features(2, 5, 4, 4).requires_grad_(), torch.randn(5), torch.rand(5)
+    layer = *parameters, None, None, 1e-5
+    z, alias, _ = ops.bn_act(y, *layer, None, "relu", with_alias=True)
+    result, _ = ops.bn_act(later, *layer, alias, "relu", leaves_skip=True)
+    (expected,) = torch.autograd.grad(z.sin().sum(), y, retain_graph=True)
+    torch.autograd.grad(result.square().sum(), later, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(z.sin().sum(), y)[0], expected)
+
+
+@pytest.mark.parametrize("changed", ["another use", "a hook"])
+def test_a_skip_with_another_use_or_a_hook_cannot_leave_its_gradient(calls: set[str], changed: str) -> None:
+    y, *layer = features(2, 5, 4, 4).requires_grad_(), torch.randn(5), torch.rand(5), None, None, 1e-5
+    _, alias, _ = ops.bn_act(y, *layer, None, "relu", with_alias=True)
+    if changed == "a hook":
+        alias.register_hook(torch.neg)
+    loss = ops.bn_act(features(2, 5, 4, 4), *layer, alias, "relu", leaves_skip=True)[0].sum()
+    with pytest.raises(RuntimeError, match="has another use or a hook; expected neither"):
+        torch.autograd.grad(loss + alias.sum() if changed == "another use" else loss, y)
+
+
 def test_of_two_skips_in_a_row_one_is_left(calls: set[str]) -> None:
     """The layer between them puts the gradient of its own result together, and writes that of its skip."""
     y, between, last = (features(2, 5, 4, 4).requires_grad_() for _ in range(3))
