@@ -22,7 +22,7 @@ from dwa_fast.training.label_index import INDEX
 from dwa_fast.training.label_store import LabelStore
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
-_RESULTS = ("record.json", "students.json")  # a folder with one of them is the output of a command that took the set
+_RESULTS = ("record.json", "students.json")  # a folder with one of them, wherever it lies, is the output of a command that took the set
 _THREADS = 8  # that read files
 
 
@@ -61,7 +61,7 @@ def additions(folder: Path) -> Iterator[str]:
     folder = set_folder(folder)
     manifest = read_manifest(folder)
     known = {MANIFEST, LOSSES, PREVIEW, NOTE, *(f"{IMAGES}/{name}" for name in manifest["images"])}
-    apart = {path.parent for name in _RESULTS for path in folder.glob(f"*/{name}")} - {folder / IMAGES}
+    apart: set[Path] = set()
     for place in _label_folders(folder):
         try:
             store = fkd_index(place) or LabelStore(place)
@@ -117,17 +117,19 @@ def _label_folders(folder: Path) -> list[Path]:
 
 
 def _extras(folder: Path, manifest: Mapping[str, Any], known: set[str], apart: Set[Path]) -> Iterator[str]:
-    """Files that do not belong to the set, those in the folders `apart` left out.
+    """Files that do not belong to the set, those in the folders `apart` and in folders of results left out.
 
     An incomplete set may have images and entries that its manifest does not include yet.
     """
     start = os.path.join(folder, "")
+    found: list[tuple[Path, str]] = []
     for entry in walk_files(start):
         path, name = Path(entry.path), entry.path[len(start) :]
-        if not apart.isdisjoint(path.parents):
-            continue
         unfinished = not manifest["complete"] and (path.match(BATCH_FILES) or IMAGE_NAME.fullmatch(name.removeprefix(f"{IMAGES}/")))
         if is_left_over(path):
-            yield f"{name} is left over from a process that died; the command that made the set removes it"
+            found.append((path, f"{name} is left over from a process that died; the command that made the set removes it"))
         elif name not in known and not unfinished and not is_temporary(path) and not path.match(_EVENTS):
-            yield f"{name} does not belong to the set; remove it, or move it elsewhere"
+            found.append((path, f"{name} does not belong to the set; remove it, or move it elsewhere"))
+    results = {path.parent for path, _ in found if path.name in _RESULTS and folder / IMAGES not in path.parents}
+    apart |= results - {folder}
+    yield from (message for path, message in found if apart.isdisjoint(path.parents))

@@ -112,15 +112,17 @@ def test_advice_for_what_does_not_belong(folder: Path, capsys: pytest.CaptureFix
     assert output.err == f"dwa-fast: {folder}: 1 problem\n"
 
 
+@pytest.mark.parametrize("place", ["students", "students/convnet"])
 @pytest.mark.parametrize("name", ["record.json", "students.json"])
-def test_results_in_a_folder_of_the_set_are_no_part_of_it(name: str, folder: Path) -> None:
-    (folder / "students").mkdir()
-    (folder / "students" / "chart-1.png").touch()
-    assert list(problems(folder)) == ["students/chart-1.png does not belong to the set; remove it, or move it elsewhere"]
-    (folder / "students" / name).touch()
+def test_results_in_a_folder_of_the_set_are_no_part_of_it(name: str, place: str, folder: Path) -> None:
+    (folder / place).mkdir(parents=True)
+    (folder / place / "chart-1.png").touch()
+    assert list(problems(folder)) == [f"{place}/chart-1.png does not belong to the set; remove it, or move it elsewhere"]
+    (folder / place / name).touch()
     assert list(problems(folder)) == []
     (folder / IMAGES / name).touch()
-    assert list(problems(folder)) == [f"{IMAGES}/{name} does not belong to the set; remove it, or move it elsewhere"]
+    (folder / IMAGES / "new000" / name).touch()
+    assert [problem.partition(" ")[0] for problem in problems(folder)] == [f"{IMAGES}/new000/{name}", f"{IMAGES}/{name}"]
 
 
 def test_files_of_damaged_labels_are_not_listed_too(folder: Path) -> None:
