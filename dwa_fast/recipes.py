@@ -17,6 +17,7 @@ from dwa_fast.config import (
     ValidationConfig,
     check_choice,
 )
+from dwa_fast.errors import InputError
 
 _STAGES = {"data": DataConfig, "synthesis": SynthesisConfig, "squeeze": SqueezeConfig, "validation": ValidationConfig}
 
@@ -314,7 +315,7 @@ def recipe(
         changes: fields of `SynthesisConfig`, of `DataConfig` (mean, std, size, …), or `architecture`; and `squeeze` and `validation`, each
             a dictionary of the fields to change, such as `squeeze={"epochs": 20}`, or a whole `SqueezeConfig` or `ValidationConfig`.
     Raises:
-        InputError: no such recipe, method or preset, or a value that cannot be used.
+        InputError: no such recipe, method or preset, a value that cannot be used, or two schedules.
         TypeError: no such field; the message names the one that may be meant.
     """
     check_choice("recipe", name, list(RECIPES))
@@ -322,7 +323,9 @@ def recipe(
     check_choice("preset", preset, list(PRESETS))
     others = {field: changes.pop(field) for field in ("architecture", "squeeze", "validation") if field in changes}
     training = others.get("squeeze")
-    named = training.get("schedule") if isinstance(training, Mapping) else None
+    named = training.get("schedule") if isinstance(training, Mapping) else getattr(training, "schedule", None)
+    if schedule and named and named != schedule:
+        raise InputError(f"schedule is {schedule!r}, that of squeeze is {named!r}; name one of them")
     schedule = named or schedule or DEFAULT_SCHEDULES.get(name, "cosine")
     check_choice("schedule", schedule, Schedule)
     data = {field: changes.pop(field) for field in _FIELDS["data"] if field in changes}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dwa_fast import InputError
+from dwa_fast import InputError, SqueezeConfig
 from dwa_fast.recipes import METHODS, PRESETS, RECIPES, nearest_preset, preset_text, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +169,10 @@ def test_a_schedule_among_the_settings_of_the_training_brings_its_epochs_and_rat
     assert recipe("cifar10", squeeze={"schedule": "cosine", "epochs": 7}).squeeze == replace(RECIPES["cifar10"].squeeze, epochs=7)
     with pytest.raises(InputError, match="unknown schedule 'slow'; known: cosine, fast, short"):
         recipe("cifar10", squeeze={"schedule": "slow"})
+    assert recipe("cifar10", schedule="fast", squeeze={"schedule": "fast"}) == recipe("cifar10", schedule="fast")
+    for training in ({"schedule": "fast"}, SqueezeConfig(schedule="fast")):
+        with pytest.raises(InputError, match="schedule is 'cosine', that of squeeze is 'fast'; name one of them"):
+            recipe("cifar10", schedule="cosine", squeeze=training)
 
 
 def test_single_settings_of_the_trainings_can_be_changed() -> None:
