@@ -63,7 +63,7 @@ def refuse_images(folder: Path) -> None:
                 f"{folder} is for the images of a set alone, since other programs take whatever lies there for a class; "
                 f"choose another output, such as {place.parent / 'results'}"
             )
-    resolved = absolute.resolve()
+    resolved = _resolved(absolute)
     for place in (resolved, *resolved.parents):
         if _holds_classes(place):
             raise InputError(
@@ -73,8 +73,13 @@ def refuse_images(folder: Path) -> None:
 
 def refuse_class_folders(output: Path, real: Path) -> None:
     """Raise InputError if results would be written into `real`, the folder of the class folders of real images."""
-    if output.resolve().is_relative_to(real.resolve()):
+    if _resolved(output).is_relative_to(_resolved(real)):
         raise InputError(f"output {output} lies in {real}, whose folders are the classes of the real images; choose another folder")
+
+
+def _resolved(folder: Path) -> Path:
+    """Where links lead; a loop of links, of which `Path.resolve` makes a RuntimeError, stays."""
+    return Path(os.path.realpath(folder))
 
 
 def _holds_classes(folder: Path) -> bool:

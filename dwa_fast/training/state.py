@@ -161,11 +161,13 @@ class FinishedTeacher:
 
     def _settings(self) -> dict[str, Any] | None:
         try:
-            content = json.loads(self._file.read_bytes())
-            same = content["format"] == _FORMAT and content["teacher"] == checksum(self._teacher)
-            return dict(content["settings"]) if same else None
-        except (OSError, ValueError, TypeError, KeyError):
+            return read_json(self._file, self._parsed)
+        except InputError:
             return None
+
+    def _parsed(self, content: Any) -> dict[str, Any] | None:
+        same = content["format"] == _FORMAT and content["teacher"] == checksum(self._teacher)
+        return dict(content["settings"]) if same else None
 
 
 class FinishedStudents:

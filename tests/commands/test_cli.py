@@ -398,6 +398,13 @@ def test_a_teacher_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run([*squeeze, "--seed", "1"]) == 0
     shutil.copy(file, tmp_path / "copy.pt")  # nothing is known of the training of a copy, or of a file that has changed
     assert run([*squeeze, "--seed", "1", "--output", str(tmp_path / "copy.pt")]) == 1
+    capsys.readouterr()
+    known = tmp_path / ".t.pt.json"
+    for damaged in (known.read_text()[:-9], "[" * 100_000, "[]", "{}"):
+        known.write_text(damaged)
+        assert run([*squeeze, "--seed", "1"]) == 1
+        assert capsys.readouterr().err.count("t.pt exists; choose another name, or pass --overwrite") == 1
+    assert run([*squeeze, "--seed", "1", "--overwrite"]) == 0
     with file.open("ab") as content:
         content.write(b"x")
     assert run([*squeeze, "--seed", "1"]) == 1

@@ -185,6 +185,13 @@ def test_a_command_that_knows_its_images_refuses_whatever_else_lies_there(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_output_behind_a_loop_of_links_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    out = str(tmp_path / "loop" / "t.pt")
+    assert run(["squeeze", "--recipe", "digits", "--size", "8", "--epochs", "1", "--padding", "1", "--output", out]) == 1
+    assert capsys.readouterr().err.startswith(f"dwa-fast: cannot write to {tmp_path / 'loop'}: ")
+
+
 def test_results_with_pictures_are_no_class_folders(tmp_path: Path) -> None:
     make(tmp_path / "sets" / "one")
     make(tmp_path / "sets" / "two")
