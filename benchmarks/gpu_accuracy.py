@@ -1,7 +1,7 @@
 """The paper's first tables on real images, on a GPU, in one command: every cell is a row of accuracy.jsonl as soon as it is measured.
 
 python benchmarks/gpu_accuracy.py --cifar10 DIR --tiny DIR    `make gpu-accuracy CIFAR10=DIR TINY=DIR` builds first, then runs this
-python benchmarks/gpu_accuracy.py --dry-run                   the same steps on a CPU, with digits, tiny
+python benchmarks/gpu_accuracy.py --dry-run                   such steps on a CPU, with digits, in seconds
 
 CIFAR-10 as class folders below train/ and test/, Tiny-ImageNet or a part of it as it comes; images of 32 pixels. Teachers, sets and
 students lie in a folder beside the rows, and what is finished there is not made again.
@@ -49,7 +49,7 @@ class Images:
     students: tuple[str, ...]
     ipc: tuple[int, ...]  # in the order of their worth
     seeds: Mapping[int, int]  # sets of each method, by ipc
-    longest: tuple[str, ...] = ()  # teachers whose cells are of the first ipc alone
+    first_ipc_alone: tuple[str, ...] = ()  # teachers from which no cells of another ipc are made
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ FULL = (
         students=("resnet18-cifar",),
         ipc=(10, 1, 50),
         seeds={10: 3, 1: 3, 50: 1},
-        longest=("long",),
+        first_ipc_alone=("long",),
     ),
     Images(
         name="tiny",
@@ -99,13 +99,13 @@ TINY = (
 
 
 def steps(plan: Plan, output: Path) -> list[Step]:
-    """A data set after the other, of each first what is worth most."""
+    """One data set after the other; of each, what is worth most comes first."""
     found = [Step("facts", functools.partial(facts_of, torch.device(plan.device)), 15)]
     for images in plan.images:
         for teacher in images.teachers:
             place = plan, images, teacher, output
             found.append(Step(f"{images.name} teacher {teacher}", functools.partial(train_teacher, *place), 90))
-            ipcs = images.ipc[:1] if teacher in images.longest else images.ipc
+            ipcs = images.ipc[:1] if teacher in images.first_ipc_alone else images.ipc
             found += [Step(f"{images.name} {teacher} ipc {ipc}", functools.partial(cells, *place, ipc), 240) for ipc in ipcs]
     return [Step(step.name, step.work, plan.patience * step.limit) for step in found]
 

@@ -1,4 +1,4 @@
-"""What `gpu_speed.py` and `gpu_check.py` share: rows that are on the disk as soon as they are measured, and steps with a limit each."""
+"""What the `gpu_*.py` scripts share: rows that are on the disk as soon as they are measured, and steps with a limit each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Step:
 
 
 def add_options(parser: argparse.ArgumentParser, file: str, budget: float) -> None:
-    """The flags of both commands."""
+    """The flags of all of them."""
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help=f"folder for {file}")
     parser.add_argument("--budget", type=float, default=budget, help=f"seconds for all steps; default: {budget:.0f}")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone, in their usual order; their new rows count")

@@ -1,4 +1,4 @@
-"""`make gpu-speed` and `make gpu-check`: what is measured is on the disk at once, and no step costs another one anything."""
+"""`make gpu-speed`, `gpu-check` and `gpu-accuracy`: what is measured is on the disk at once, and no step costs another one anything."""
 
 from __future__ import annotations
 
