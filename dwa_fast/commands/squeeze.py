@@ -15,7 +15,7 @@ from dwa_fast.commands.data import Architecture, Data, counted, naming_bad_image
 from dwa_fast.config import NonNegativeInt, PositiveInt, SqueezeConfig
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.overlap import warn_of_shared_images
-from dwa_fast.data.set_layout import refuse_images
+from dwa_fast.data.set_layout import AmongImagesError, refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder, sole_writer
@@ -48,14 +48,14 @@ class Squeeze(Data):
         self._refuse_unknown()
         refuse_images(self.output)
         with naming_bad_images(), console.bars() as track:
-            train = self.load("train")
+            train, test = self.load("train"), self._held_out()
             console.print(f"training images: {counted(train)}")
             output_folder(self.output.parent)
             train = readable_images(console, train, self.skip_bad_images)
             with sole_writer(self.output, self.output.with_name(f".{self.output.name}.lock")):
                 complete = self._is_complete(train)
                 if not complete:
-                    self._train(console, track, train)
+                    self._train(console, track, train, test)
         info = load_teacher(self.output)[1]
         reached = "not tested" if info.accuracy is None else f"{info.accuracy:.2f} % top-1 on held-out images"
         there, then = ("complete, ", " when it was trained") if complete else ("", "")
@@ -84,13 +84,16 @@ class Squeeze(Data):
     def _recipe(self) -> Recipe:
         return self.full_recipe(squeeze=self.config, architecture=self.architecture)
 
-    def _train(self, console: Console, track: Callable[[str], Bar], train: ImageSet) -> None:
+    def _train(self, console: Console, track: Callable[[str], Bar], train: ImageSet, held_out: ImageSet | InputError) -> None:
         if self.config.schedule == "short":
             console.print(f"schedule short, epochs: {self.config.epochs}; --schedule cosine trains as published")
         recipe, device = self._recipe(), backend.resolve_device(self.device)
         checkpoint_file = self.output.with_name(f".{self.output.name}.state")
-        test = self._held_out(console)
-        if test is not None:
+        test = None
+        if isinstance(held_out, InputError):
+            console.print(f"not tested: {held_out}")
+        else:
+            test = readable_images(console, held_out, self.skip_bad_images, used_late=True)
             warn_of_shared_images(train, test)
         bar = track("teacher")
 
@@ -122,11 +125,11 @@ class Squeeze(Data):
         FinishedTeacher(self.output).write(self._settings(train))
         checkpoint_file.unlink(missing_ok=True)
 
-    def _held_out(self, console: Console) -> ImageSet | None:
-        """The held-out images; None, with a message, where there are none."""
+    def _held_out(self) -> ImageSet | InputError:
+        """The held-out images, or why there are none."""
         try:
-            test = self.load("test")
+            return self.load("test")
+        except AmongImagesError:
+            raise
         except InputError as error:
-            console.print(f"not tested: {error}")
-            return None
-        return readable_images(console, test, self.skip_bad_images, used_late=True)
+            return error

@@ -26,6 +26,10 @@ FORMAT = 3  # of manifests
 _LOOKED_AT = 20  # entries of a folder, to tell whether it holds class folders
 
 
+class AmongImagesError(InputError):
+    """Results would be written among the class folders of real images."""
+
+
 def set_folder(folder: Path) -> Path:
     """The folder of a set's manifest, given that folder or its `images/`; any other folder is returned unchanged."""
     absolute = Path(os.path.abspath(folder))
@@ -72,9 +76,9 @@ def refuse_images(folder: Path) -> None:
 
 
 def refuse_class_folders(output: Path, real: Path) -> None:
-    """Raise InputError if results would be written into `real`, the folder of the class folders of real images."""
+    """Raise AmongImagesError if results would be written into `real`, the folder of the class folders of real images."""
     if _resolved(output).is_relative_to(_resolved(real)):
-        raise InputError(f"output {output} lies in {real}, whose folders are the classes of the real images; choose another folder")
+        raise AmongImagesError(f"output {output} lies in {real}, whose folders are the classes of the real images; choose another folder")
 
 
 def _resolved(folder: Path) -> Path:

@@ -178,10 +178,10 @@ def test_a_command_that_knows_its_images_refuses_whatever_else_lies_there(tmp_pa
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
         (tmp_path / name / "notes.txt").touch()
     before = sorted(tmp_path.rglob("*"))
-    out = str(tmp_path / "train" / "teachers" / "t.pt")
     flags = ["--recipe", "folder", "--size", "8", "--architecture", "convnet128", "--data", str(tmp_path)]
-    assert run(["squeeze", *flags, "--output", out]) == 1
-    assert "train, whose folders are the classes of the real images" in capsys.readouterr().err
+    for split in ("train", "test"):
+        assert run(["squeeze", *flags, "--output", str(tmp_path / split / "teachers" / "t.pt")]) == 1
+        assert f"{split}, whose folders are the classes of the real images" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
