@@ -10,6 +10,7 @@ students lie in a folder beside the rows, and what is finished there is not made
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 import time
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from dwa_fast.data.datasets import load
 from dwa_fast.data.digest import image_digest
+from dwa_fast.errors import InputError
 from dwa_fast.experiments.cells import Setup, StudyTeacher
 from dwa_fast.experiments.grid import run_grid
 from dwa_fast.experiments.studies import cross
@@ -33,7 +35,8 @@ from dwa_fast.io.files import output_folder
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher, teacher_checksum
 from dwa_fast.recipes import Recipe, recipe
 from dwa_fast.training.fit import top1
-from dwa_fast.training.squeeze import squeeze
+from dwa_fast.training.squeeze import squeeze, training_settings
+from dwa_fast.training.state import FinishedTeacher
 
 BUDGET = 520.0  # seconds after the build, which leaves 80 of 600 for that
 
@@ -116,12 +119,14 @@ def settings(plan: Plan, images: Images, teacher: str) -> Recipe:
 
 
 def train_teacher(plan: Plan, images: Images, teacher: str, output: Path, rows: Rows) -> None:
-    """Train a teacher, unless it is there, and test it."""
-    own, file = settings(plan, images, teacher), teacher_file(images, teacher, output)
-    if file.exists():
-        return
+    """Train a teacher and test it, unless it is there with these settings."""
+    own, file, device = settings(plan, images, teacher), teacher_file(images, teacher, output), torch.device(plan.device)
     train, test = (load(own.data, plan.folders.get(images.name), split) for split in ("train", "test"))
-    device, start = torch.device(plan.device), time.perf_counter()
+    finished, training = FinishedTeacher(file), training_settings(train, own, device, seed=0)
+    with contextlib.suppress(InputError):  # there is none, or one of other settings
+        finished.compare(training)
+        return
+    start = time.perf_counter()
     module = squeeze(train, own, device=device)
     seconds = time.perf_counter() - start
     accuracy = top1(module, test, own.data, device)
@@ -137,6 +142,7 @@ def train_teacher(plan: Plan, images: Images, teacher: str, output: Path, rows: 
     )
     output_folder(file.parent)
     save_teacher(file, module, info)
+    finished.write(training)
     epochs = own.squeeze.epochs
     rows.add("teacher", data=images.name, teacher=teacher, architecture=own.architecture, epochs=epochs, top1=accuracy, seconds=seconds)
 

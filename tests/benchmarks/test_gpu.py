@@ -212,6 +212,14 @@ def test_accuracy_of_the_rehearsal(rehearsal: Path, proof: ModuleType) -> None:
     assert script.table_of([*rows, *cells]).row_count == 2
 
 
+def test_a_teacher_of_other_settings_is_trained_again(proof: ModuleType, tmp_path: Path) -> None:
+    script, rows = importlib.import_module("gpu_accuracy"), proof.Rows(tmp_path / "rows.jsonl")
+    for epochs in (1, 2, 2):
+        images = replace(script.TINY[0], teachers={"short": {"epochs": epochs}})
+        script.train_teacher(script.Plan("cpu", (images,)), images, "short", tmp_path, rows)
+    assert [row["epochs"] for row in proof.read_rows(rows.path)] == [1, 2]
+
+
 def test_accuracy_needs_real_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     script = importlib.import_module("gpu_accuracy")
     for flags, message in (
