@@ -126,6 +126,9 @@ class Import(_Normalised):
         """Make the set."""
         if not self.files:
             raise InputError("there is nothing to import; name Parquet files or PyTorch files")
+        for path in self.files:
+            if path.is_dir():
+                raise InputError(f"{path} is a folder; name .parquet files or PyTorch files. Class folders of images are taken as they are")
         refuse_images(self.output)
         if all(path.suffix == ".parquet" for path in self.files):
             images, labels, names, settings = self._parquet()

@@ -16,6 +16,7 @@ from dwa_fast.commands.console import Console
 from dwa_fast.data.class_names import shown
 from dwa_fast.engine import backend
 from dwa_fast.engine.teacher import prepare
+from dwa_fast.errors import InputError
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher
 from dwa_fast.sets.store import versions
 
@@ -31,6 +32,8 @@ class Info:
 
     def run(self, console: Console) -> None:
         """Print it."""
+        if not self.teacher and (self.architecture or self.weights_key):
+            raise InputError("--architecture and --weights-key say how to read a checkpoint; name it with --teacher")
         content = machine()
         if self.teacher:
             module, info = load_teacher(self.teacher, architecture=self.architecture, weights_key=self.weights_key)

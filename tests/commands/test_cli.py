@@ -318,6 +318,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "no set": (["verify", "nowhere"], "nowhere does not exist"),
     "info": (["info", "--teacher", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
+    "import of a folder": (["import", "."], ". is a folder; name .parquet files or PyTorch files. Class folders of images are taken"),
+    "info of no teacher": (["info", "--architecture", "resnet18"], "say how to read a checkpoint; name it with --teacher"),
 }
 
 
