@@ -313,19 +313,19 @@ class GlobalMean(nn.Module):
     ) -> Tensor:  # [..., C, 1, 1]
         """The mean; its gradient is one value per channel in memory, and expanded."""
         mean: Tensor = _GlobalMean.apply(y)
-        return mean
+        return mean.movedim(-1, -3)  # a view of what the function returns, not within it: layers behind may change it in place
 
 
 class _GlobalMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.shape = y.shape
-        return y.movedim(-3, -1).mean((-3, -2), keepdim=True).movedim(-1, -3)
+        return y.movedim(-3, -1).mean((-3, -2), keepdim=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         each: Tensor = gradient / (ctx.shape[-2] * ctx.shape[-1])
-        return each.expand(ctx.shape)
+        return each.movedim(-1, -3).expand(ctx.shape)
 
 
 def replace_global_means(module: nn.Module) -> None:

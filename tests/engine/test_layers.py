@@ -28,6 +28,13 @@ def test_global_mean_has_pytorchs_bits(dtype: torch.dtype, layout: torch.memory_
     assert [GlobalMean.suits(nn.AdaptiveAvgPool2d(size)) for size in (1, (1, 1), 2, (1, 2))] == [True, True, False, False]
 
 
+def test_a_layer_behind_a_global_mean_may_change_it_in_place() -> None:
+    """As the dropout of EfficientNet and MobileNet does."""
+    y, gradient = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3)
+    found = [torch.autograd.grad(pool(y).flatten(1).mul_(3), y, gradient)[0] for pool in (GlobalMean(), nn.AdaptiveAvgPool2d(1))]
+    assert torch.equal(*found)
+
+
 # Plain PyTorch dies of this on processors with AVX-512; ours goes through.
 RUN = """
 import torch
