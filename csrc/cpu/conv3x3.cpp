@@ -1,5 +1,5 @@
-// y = w ∗ x + b for a 3×3 kernel, stride 1 and one pixel of zeros around, and its gradients, by Winograd's F(2×2, 3×3):
-// cpu/conv3x3_kernels.h.
+// y = w ∗ x + b for a 3×3 kernel, stride 1 and one pixel of zeros around, and its gradients, by Winograd's F(2×2, 3×3)
+// or F(4×4, 3×3): cpu/conv3x3_kernels.h.
 //
 // On channels-last tensors, others through a copy. The bits do not depend on the number of threads.
 #include <ATen/Parallel.h>
@@ -17,9 +17,9 @@
 namespace dwa_fast {
 namespace {
 
-constexpr int64_t kTiles = 48;                    // of a convolution at a time: what a thread works on stays in its cache
-constexpr int64_t kSeen = 128 * 1024;             // of a gradient of weights at a time: channels of all tiles of a block
-constexpr int64_t kOutputs = 4 * kWinogradPanel;  // of a gradient of weights that a thread takes at a time
+constexpr int64_t kTiles = 48;              // of a convolution at a time: what a thread works on stays in its cache
+constexpr int64_t kSeen = 2 * 1024 * 1024;  // of a gradient of weights at a time: channels of all places of all tiles of a block
+constexpr int64_t kOutputs = 48;            // of a gradient of weights that a thread takes at a time, at most
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 int64_t up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -30,20 +30,26 @@ void check(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.size(1) % kWinogradPanel == 0, name, " must have a multiple of ", kWinogradPanel, " channels, got ", tensor.size(1));
 }
 
-Winograd tiled(const at::Tensor& x, int64_t outputs) {
+int64_t places(int64_t tile) { return (tile + 2) * (tile + 2); }
+
+Winograd tiled(const at::Tensor& x, int64_t outputs, int64_t tile) {
   const int64_t height = x.size(2), width = x.size(3);
-  return {height, width, x.size(1), outputs, (height + 1) / 2, (width + 1) / 2, x.const_data_ptr<float>()};
+  return {static_cast<int>(tile), height, width, x.size(1), outputs, up(height, tile), up(width, tile), x.const_data_ptr<float>()};
 }
 
-at::Tensor conv3x3_weights(const at::Tensor& weight_, bool transposed) {
+void check_tile(int64_t tile) { TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile); }
+
+at::Tensor conv3x3_weights(const at::Tensor& weight_, bool transposed, int64_t tile) {
   check(weight_, "weight");
+  check_tile(tile);
   TORCH_CHECK(weight_.size(0) % kWinogradPanel == 0 && weight_.size(2) == 3 && weight_.size(3) == 3,
               "weight must be [O, C, 3, 3], O a multiple of ", kWinogradPanel, ", got shape ", weight_.sizes());
   const at::Tensor weight = weight_.contiguous(kLayout);
   const int64_t inputs = weight.size(transposed ? 0 : 1), outputs = weight.size(transposed ? 1 : 0);
-  at::Tensor arranged = at::empty({kWinogradPlaces, outputs / kWinogradPanel, inputs, kWinogradPanel},
+  at::Tensor arranged = at::empty({outputs / kWinogradPanel, places(tile), inputs, kWinogradPanel},
                                   weight.options().memory_format(at::MemoryFormat::Contiguous));
-  const WinogradWeights task{inputs, outputs, transposed, weight.const_data_ptr<float>(), arranged.data_ptr<float>()};
+  const WinogradWeights task{static_cast<int>(tile),    inputs, outputs, transposed, weight.const_data_ptr<float>(),
+                             arranged.data_ptr<float>()};
   at::parallel_for(0, outputs / kWinogradPanel, 1, [&](int64_t begin, int64_t end) { kernels().winograd_weights(task, begin, end); });
   return arranged;
 }
@@ -51,20 +57,20 @@ at::Tensor conv3x3_weights(const at::Tensor& weight_, bool transposed) {
 at::Tensor conv3x3_forward(const at::Tensor& x_, const at::Tensor& arranged_, const std::optional<at::Tensor>& bias_) {
   check(x_, "x");
   const at::Tensor x = x_.contiguous(kLayout), arranged = arranged_.contiguous();
-  TORCH_CHECK(arranged.dim() == 4 && arranged.size(0) == kWinogradPlaces && arranged.size(2) == x.size(1) &&
+  TORCH_CHECK(arranged.dim() == 4 && (arranged.size(1) == places(2) || arranged.size(1) == places(4)) && arranged.size(2) == x.size(1) &&
                   arranged.size(3) == kWinogradPanel && arranged.scalar_type() == at::kFloat,
               "arranged must be from conv3x3_weights, for ", x.size(1), " inputs, got shape ", arranged.sizes());
-  const int64_t outputs = arranged.size(1) * kWinogradPanel;
+  const int64_t outputs = arranged.size(0) * kWinogradPanel, tile = arranged.size(1) == places(2) ? 2 : 4;
   TORCH_CHECK(!bias_ || (bias_->numel() == outputs && bias_->scalar_type() == at::kFloat), "bias must be float32, [", outputs, "]");
   const at::Tensor bias = bias_ ? bias_->contiguous() : at::Tensor();
   at::Tensor y = at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options().memory_format(kLayout));
-  const WinogradForward task{tiled(x, outputs), arranged.const_data_ptr<float>(), bias_ ? bias.const_data_ptr<float>() : nullptr,
+  const WinogradForward task{tiled(x, outputs, tile), arranged.const_data_ptr<float>(), bias_ ? bias.const_data_ptr<float>() : nullptr,
                              y.data_ptr<float>()};
   const int64_t tiles = x.size(0) * task.tiles_high * task.tiles_wide;
   if (tiles == 0) return y;
   // Blocks of about the same size, as many for every thread.
   const int64_t threads = at::get_num_threads(), blocks = threads * up(tiles, threads * kTiles), block = up(tiles, blocks);
-  const int64_t need = kWinogradPlaces * block * (x.size(1) + kWinogradPadding + 2 * kWinogradPanel);
+  const int64_t need = places(tile) * block * (x.size(1) + kWinogradPadding + 2 * kWinogradPanel);
   at::Tensor room = at::empty({threads, need}, x.options());
   float* const rooms = room.data_ptr<float>();
   at::parallel_for(0, up(tiles, block), 1, [&](int64_t begin, int64_t end) {
@@ -75,7 +81,8 @@ at::Tensor conv3x3_forward(const at::Tensor& x_, const at::Tensor& arranged_, co
   return y;
 }
 
-at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& x_) {
+at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& x_, int64_t tile) {
+  check_tile(tile);
   check(x_, "x");
   check(grad_y_, "grad_y");
   TORCH_CHECK(grad_y_.size(0) == x_.size(0) && grad_y_.size(2) == x_.size(2) && grad_y_.size(3) == x_.size(3),
@@ -83,29 +90,46 @@ at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& 
   const at::Tensor x = x_.contiguous(kLayout), grad_y = grad_y_.contiguous(kLayout);
   const int64_t inputs = x.size(1), outputs = grad_y.size(1);
   at::Tensor grad_weight = at::empty({outputs, inputs, 3, 3}, x.options().memory_format(kLayout));
-  const Winograd shape = tiled(x, outputs);
+  const Winograd shape = tiled(x, outputs, tile);
   const int64_t tiles = x.size(0) * shape.tiles_high * shape.tiles_wide;
   if (tiles == 0) return grad_weight.zero_();
-  const int64_t block = std::min(tiles, std::max<int64_t>(1, kSeen / (inputs + outputs)));  // not by threads: it sets the order of sums
-  const auto room = [&](int64_t rows, int64_t row) { return at::empty({kWinogradPlaces, rows, row}, x.options()); };
+  const int64_t block =
+      std::min(tiles, std::max<int64_t>(1, kSeen / (places(tile) * (inputs + outputs))));  // not by threads: it sets the order of sums
+  const auto room = [&](int64_t rows, int64_t row) { return at::empty({places(tile), rows, row}, x.options()); };
   at::Tensor pixels = room(block, inputs + kWinogradPadding), gradients = room(block, outputs + kWinogradPadding);
-  at::Tensor products = room(outputs, inputs);
-  const WinogradGradient task{shape,
-                              grad_y.const_data_ptr<float>(),
-                              block,
-                              pixels.data_ptr<float>(),
-                              gradients.data_ptr<float>(),
-                              products.data_ptr<float>(),
-                              grad_weight.data_ptr<float>()};
-  const int64_t parts = up(outputs, kOutputs);
-  for (int64_t start = 0; start < tiles; start += block) {
-    const int64_t count = std::min(block, tiles - start);
+  WinogradGradient task{shape,   grad_y.const_data_ptr<float>(), block, pixels.data_ptr<float>(), gradients.data_ptr<float>(), 0, outputs,
+                        nullptr, grad_weight.data_ptr<float>()};
+  const auto transform = [&](int64_t start, int64_t count) {
     at::parallel_for(start, start + count, 1,
                      [&](int64_t begin, int64_t end) { kernels().winograd_transform(task, start, begin, end - begin); });
-    at::parallel_for(0, kWinogradPlaces * parts, 1, [&](int64_t begin, int64_t end) {
+  };
+  const int64_t threads = at::get_num_threads(), parts = threads * up(outputs, threads * kOutputs), each = up(outputs, parts);
+  if (tiles <= block && 2 * each >= kOutputs) {  // a thread has all products of its outputs, which its cache may hold
+    transform(0, tiles);
+    const int64_t own = places(tile) * each * inputs;
+    at::Tensor products = at::empty({threads, own}, x.options());
+    at::parallel_for(0, up(outputs, each), 1, [&](int64_t begin, int64_t end) {
+      WinogradGradient part = task;
+      part.products = products.data_ptr<float>() + at::get_thread_num() * own;
       for (; begin < end; ++begin) {
-        const int64_t first = begin % parts * kOutputs;
-        kernels().winograd_product(task, count, start > 0, begin / parts, first, std::min(outputs, first + kOutputs));
+        const int64_t last = std::min(outputs, (begin + 1) * each);
+        part.first = begin * each;
+        part.held = each;
+        for (int64_t k = 0; k < places(tile); ++k) kernels().winograd_product(part, tiles, false, k, part.first, last);
+        kernels().winograd_grad_weight(part, part.first, last);
+      }
+    });
+    return grad_weight;
+  }
+  at::Tensor products = room(outputs, inputs);
+  task.products = products.data_ptr<float>();
+  for (int64_t start = 0; start < tiles; start += block) {
+    const int64_t count = std::min(block, tiles - start);
+    transform(start, count);
+    at::parallel_for(0, places(tile) * parts, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        const int64_t first = std::min(outputs, begin % parts * each);
+        kernels().winograd_product(task, count, start > 0, begin / parts, first, std::min(outputs, first + each));
       }
     });
   }
@@ -117,9 +141,9 @@ at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& 
 }  // namespace dwa_fast
 
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
-  m.def("conv3x3_weights(Tensor weight, bool transposed) -> Tensor");
+  m.def("conv3x3_weights(Tensor weight, bool transposed, int tile) -> Tensor");
   m.def("conv3x3_forward(Tensor x, Tensor arranged, Tensor? bias) -> Tensor");
-  m.def("conv3x3_weight_gradient(Tensor grad_y, Tensor x) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor grad_y, Tensor x, int tile) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {

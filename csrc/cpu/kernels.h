@@ -102,9 +102,10 @@ struct MaxPool {
   bool bfloat16;  // precision: bfloat16 or float32
 };
 
-// A 3×3 convolution, or a gradient of one, in tiles of 2×2 pixels: channels-last, stride 1, one pixel of zeros around. Tiles are counted
-// line by line, image after image; those at the last row and column may reach beyond them.
+// A 3×3 convolution, or a gradient of one, in tiles of T×T pixels: channels-last, stride 1, one pixel of zeros around. Tiles are counted
+// line by line, image after image; those at the last rows and columns may reach beyond them.
 struct Winograd {
+  int tile;  // T, 2 or 4; a tile has (T + 2)² places
   int64_t height;
   int64_t width;
   int64_t inputs;   // channels, a multiple of kWinogradPanel
@@ -114,17 +115,17 @@ struct Winograd {
   const float* x;  // [N, H, W, inputs]
 };
 
-constexpr int64_t kWinogradPlaces = 16;   // of a tile: 4×4
 constexpr int64_t kWinogradPanel = 16;    // outputs whose weights lie together
 constexpr int64_t kWinogradPadding = 16;  // floats behind a row: rows of a power of two would share a few lines of the cache
 
 struct WinogradForward : Winograd {
-  const float* weights;  // [16, outputs / 16, inputs, 16], from winograd_weights
+  const float* weights;  // [outputs / 16, (T + 2)², inputs, 16], from winograd_weights
   const float* bias;     // [outputs] or null: 0
   float* y;              // [N, H, W, outputs]
 };
 
 struct WinogradWeights {
+  int tile;
   int64_t inputs;  // of the convolution that is to be computed
   int64_t outputs;
   bool transposed;      // whether that is the gradient of the input of the layer
@@ -135,9 +136,11 @@ struct WinogradWeights {
 struct WinogradGradient : Winograd {
   const float* grad_y;  // [N, H, W, outputs]
   int64_t block;        // tiles of which `pixels` and `gradients` have room
-  float* pixels;        // [16, block, inputs + padding]
-  float* gradients;     // [16, block, outputs + padding]
-  float* products;      // [16, outputs, inputs]
+  float* pixels;        // [(T + 2)², block, inputs + padding]
+  float* gradients;     // [(T + 2)², block, outputs + padding]
+  int64_t first;        // outputs that `products` has room for: from this one on,
+  int64_t held;         // as many
+  float* products;      // [(T + 2)², held, inputs]
   float* grad_weight;   // [outputs, 3, 3, inputs]
 };
 
@@ -188,7 +191,7 @@ struct Kernels {
   void (*max_pool)(const MaxPool&, const void*, int64_t, void*, uint8_t*);
   // Of one image the gradient, or null or a second one, and the places; a line of the unpooled gradient
   void (*max_pool_gather)(const MaxPool&, const void*, const void*, const uint8_t*, int64_t, void*);
-  // A range of tiles, and 16·(inputs + padding + 2 panels) floats of room for each of them
+  // A range of tiles, and (T + 2)²·(inputs + padding + 2 panels) floats of room for each of them
   void (*winograd)(const WinogradForward&, int64_t, int64_t, float*);
   void (*winograd_weights)(const WinogradWeights&, int64_t, int64_t);  // a range of panels
   // The tiles from the third argument on, of a block that begins at the second, as many as the fourth says

@@ -275,9 +275,10 @@ def teacher_labels(
     """
 
     def form(teacher: nn.Module) -> Forward:
-        return training_form(
-            copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train"), image_shape, device
-        )
+        own = copy.deepcopy(teacher).to(device).requires_grad_(False).train(config.teacher_mode == "train")
+        if takes_channels_last(own, device):
+            own.to(memory_format=torch.channels_last)
+        return training_form(own, image_shape, device)
 
     forwards, precision = [form(each) for each in teachers], resolve_precision(config.precision, device)
 

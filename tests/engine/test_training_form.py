@@ -77,7 +77,7 @@ def test_a_training_is_that_of_the_network(name: str, caplog: pytest.LogCaptureF
     train(own, training_form(own, SHAPE, CPU), steps)
     assert was_fused(caplog)
     for (key, value), theirs, mine in zip(exact.state_dict().items(), plain.state_dict().values(), own.state_dict().values(), strict=True):
-        rounding = 1e-6 * float(value.double().norm())
+        rounding = 3e-6 * float(value.double().norm())
         assert float((mine - value).double().norm()) <= 3 * float((theirs - value).double().norm()) + rounding, key
     assert own.state_dict().keys() == start.state_dict().keys()
     assert all(value.is_contiguous() for value in own.state_dict().values())
