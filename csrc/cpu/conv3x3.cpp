@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t kTiles = 48;              // of a convolution at a time: what a thread works on stays in its cache
 constexpr int64_t kSeen = 2 * 1024 * 1024;  // of a gradient of weights at a time: channels of all places of all tiles of a block
 constexpr int64_t kOutputs = 48;            // of a gradient of weights that a thread takes at a time, at most
+constexpr int64_t kOnceTiles = 128;         // of a convolution whose weights are used once, at most: what they see is read often
+constexpr int64_t kMany = 2 * 1024 * 1024;  // arranged weights, from which on it takes less time not to write them all
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 int64_t up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -39,16 +41,29 @@ Winograd tiled(const at::Tensor& x, int64_t outputs, int64_t tile) {
 
 void check_tile(int64_t tile) { TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile); }
 
+void check_weight(const at::Tensor& weight) {
+  check(weight, "weight");
+  TORCH_CHECK(weight.size(0) % kWinogradPanel == 0 && weight.size(2) == 3 && weight.size(3) == 3,
+              "weight must be [O, C, 3, 3], O a multiple of ", kWinogradPanel, ", got shape ", weight.sizes());
+}
+
+at::Tensor checked_bias(const std::optional<at::Tensor>& bias, int64_t outputs) {
+  TORCH_CHECK(!bias || (bias->numel() == outputs && bias->scalar_type() == at::kFloat), "bias must be float32, [", outputs, "]");
+  return bias ? bias->contiguous() : at::Tensor();
+}
+
+at::Tensor empty_like_images(const at::Tensor& x, int64_t outputs) {
+  return at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options().memory_format(kLayout));
+}
+
 at::Tensor conv3x3_weights(const at::Tensor& weight_, bool transposed, int64_t tile) {
-  check(weight_, "weight");
+  check_weight(weight_);
   check_tile(tile);
-  TORCH_CHECK(weight_.size(0) % kWinogradPanel == 0 && weight_.size(2) == 3 && weight_.size(3) == 3,
-              "weight must be [O, C, 3, 3], O a multiple of ", kWinogradPanel, ", got shape ", weight_.sizes());
   const at::Tensor weight = weight_.contiguous(kLayout);
   const int64_t inputs = weight.size(transposed ? 0 : 1), outputs = weight.size(transposed ? 1 : 0);
   at::Tensor arranged = at::empty({outputs / kWinogradPanel, places(tile), inputs, kWinogradPanel},
                                   weight.options().memory_format(at::MemoryFormat::Contiguous));
-  const WinogradWeights task{static_cast<int>(tile),    inputs, outputs, transposed, weight.const_data_ptr<float>(),
+  const WinogradWeights task{static_cast<int>(tile),    inputs, outputs, transposed, weight.const_data_ptr<float>(), 0,
                              arranged.data_ptr<float>()};
   at::parallel_for(0, outputs / kWinogradPanel, 1, [&](int64_t begin, int64_t end) { kernels().winograd_weights(task, begin, end); });
   return arranged;
@@ -61,21 +76,60 @@ at::Tensor conv3x3_forward(const at::Tensor& x_, const at::Tensor& arranged_, co
                   arranged.size(3) == kWinogradPanel && arranged.scalar_type() == at::kFloat,
               "arranged must be from conv3x3_weights, for ", x.size(1), " inputs, got shape ", arranged.sizes());
   const int64_t outputs = arranged.size(0) * kWinogradPanel, tile = arranged.size(1) == places(2) ? 2 : 4;
-  TORCH_CHECK(!bias_ || (bias_->numel() == outputs && bias_->scalar_type() == at::kFloat), "bias must be float32, [", outputs, "]");
-  const at::Tensor bias = bias_ ? bias_->contiguous() : at::Tensor();
-  at::Tensor y = at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options().memory_format(kLayout));
-  const WinogradForward task{tiled(x, outputs, tile), arranged.const_data_ptr<float>(), bias_ ? bias.const_data_ptr<float>() : nullptr,
-                             y.data_ptr<float>()};
+  const at::Tensor bias = checked_bias(bias_, outputs);
+  at::Tensor y = empty_like_images(x, outputs);
+  const WinogradForward task{tiled(x, outputs, tile), bias_ ? bias.const_data_ptr<float>() : nullptr, y.data_ptr<float>()};
   const int64_t tiles = x.size(0) * task.tiles_high * task.tiles_wide;
   if (tiles == 0) return y;
   // Blocks of about the same size, as many for every thread.
   const int64_t threads = at::get_num_threads(), blocks = threads * up(tiles, threads * kTiles), block = up(tiles, blocks);
-  const int64_t need = places(tile) * block * (x.size(1) + kWinogradPadding + 2 * kWinogradPanel);
+  const int64_t seen = places(tile) * block * (x.size(1) + kWinogradPadding), need = seen + places(tile) * block * kWinogradGroup;
   at::Tensor room = at::empty({threads, need}, x.options());
   float* const rooms = room.data_ptr<float>();
+  const float* const weights = arranged.const_data_ptr<float>();
   at::parallel_for(0, up(tiles, block), 1, [&](int64_t begin, int64_t end) {
+    float *const pixels = rooms + at::get_thread_num() * need, *const products = pixels + seen;
     for (; begin < end; ++begin) {
-      kernels().winograd(task, begin * block, std::min(tiles, (begin + 1) * block), rooms + at::get_thread_num() * need);
+      const int64_t start = begin * block, count = std::min(block, tiles - start);
+      kernels().winograd_pixels(task, start, count, 0, count, pixels);
+      for (int64_t first = 0; first < outputs; first += kWinogradGroup) {
+        kernels().winograd(task, start, count, pixels, weights + first * places(tile) * x.size(1), first, products);
+      }
+    }
+  });
+  return y;
+}
+
+// The same with weights that no other call will read. Where they are many and tiles few, a thread arranges those of a group of outputs
+// and uses them while they are in its cache. The bits are the same.
+at::Tensor conv3x3_once(const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_, bool transposed,
+                        int64_t tile) {
+  check(x_, "x");
+  check_weight(weight_);
+  check_tile(tile);
+  const int64_t inputs = weight_.size(transposed ? 0 : 1), outputs = weight_.size(transposed ? 1 : 0);
+  TORCH_CHECK(x_.size(1) == inputs, "x must have ", inputs, " channels, got shape ", x_.sizes());
+  const int64_t tiles = x_.size(0) * up(x_.size(2), tile) * up(x_.size(3), tile);
+  const int64_t groups = up(outputs, kWinogradGroup), threads = at::get_num_threads();
+  if (tiles == 0 || tiles > kOnceTiles || groups < threads || places(tile) * inputs * outputs < kMany) {
+    return conv3x3_forward(x_, conv3x3_weights(weight_, transposed, tile), bias_);
+  }
+  const at::Tensor x = x_.contiguous(kLayout), weight = weight_.contiguous(kLayout), bias = checked_bias(bias_, outputs);
+  at::Tensor y = empty_like_images(x, outputs);
+  const WinogradForward task{tiled(x, outputs, tile), bias_ ? bias.const_data_ptr<float>() : nullptr, y.data_ptr<float>()};
+  const int64_t own = places(tile) * inputs * kWinogradGroup, need = own + places(tile) * tiles * kWinogradGroup;
+  at::Tensor pixels = at::empty({places(tile), tiles, inputs + kWinogradPadding}, x.options()),
+             room = at::empty({threads, need}, x.options());
+  float *const seen = pixels.data_ptr<float>(), *const rooms = room.data_ptr<float>();
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { kernels().winograd_pixels(task, 0, tiles, begin, end, seen); });
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    float *const arranged = rooms + at::get_thread_num() * need, *const products = arranged + own;
+    for (; begin < end; ++begin) {
+      const int64_t first = begin * kWinogradGroup, last = std::min(outputs, first + kWinogradGroup), panel = first / kWinogradPanel;
+      const float* const from = weight.const_data_ptr<float>();
+      kernels().winograd_weights({static_cast<int>(tile), inputs, outputs, transposed, from, panel, arranged}, panel,
+                                 last / kWinogradPanel);
+      kernels().winograd(task, 0, tiles, seen, arranged, first, products);
     }
   });
   return y;
@@ -143,11 +197,13 @@ at::Tensor conv3x3_weight_gradient(const at::Tensor& grad_y_, const at::Tensor& 
 TORCH_LIBRARY_FRAGMENT(dwa_fast, m) {
   m.def("conv3x3_weights(Tensor weight, bool transposed, int tile) -> Tensor");
   m.def("conv3x3_forward(Tensor x, Tensor arranged, Tensor? bias) -> Tensor");
+  m.def("conv3x3_once(Tensor x, Tensor weight, Tensor? bias, bool transposed, int tile) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor grad_y, Tensor x, int tile) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dwa_fast, CPU, m) {
   m.impl("conv3x3_weights", TORCH_FN(dwa_fast::conv3x3_weights));
   m.impl("conv3x3_forward", TORCH_FN(dwa_fast::conv3x3_forward));
+  m.impl("conv3x3_once", TORCH_FN(dwa_fast::conv3x3_once));
   m.impl("conv3x3_weight_gradient", TORCH_FN(dwa_fast::conv3x3_weight_gradient));
 }

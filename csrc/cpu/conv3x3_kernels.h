@@ -224,39 +224,47 @@ static inline void transform_products(const WinogradForward& p, int64_t number, 
   }
 }
 
+// Bᵀ d B of the tiles `first` … `last` of a block of `tiles` that begins at `begin`.
 template <int T>
-static void convolve(const WinogradForward& p, int64_t begin, int64_t end, float* room) {
-  constexpr int64_t kPlaces = (T + 2) * (T + 2);
-  const int64_t tiles = end - begin, row = p.inputs + kWinogradPadding, place = tiles * row;
-  constexpr int64_t kGroup = 2 * kWinogradPanel;  // outputs whose products are there at a time
-  float *const seen = room, *const products = room + kPlaces * place;
-  for (int64_t tile = 0; tile < tiles; ++tile) transform_pixels<T>(p, begin + tile, seen + tile * row, place);
-  const int64_t panel_size = kPlaces * p.inputs * kWinogradPanel;
-  for (int64_t first = 0; first < p.outputs; first += kGroup) {
-    const int64_t count = first + kGroup <= p.outputs ? kGroup : kWinogradPanel;
-    for (int64_t k = 0; k < kPlaces; ++k) {
-      const float *const a = seen + k * place, *const weights = p.weights + (first * kPlaces + k * kWinogradPanel) * p.inputs;
-      float* const to = products + k * tiles * kGroup;
-      if constexpr (kWidth == kWinogradPanel) {
-        const float* const panels[2] = {weights, weights + panel_size};
-        count == kGroup ? multiply<2, false>(tiles, a, row, 1, panels, kWinogradPanel, p.inputs, to, kGroup)
-                        : multiply<1, false>(tiles, a, row, 1, panels, kWinogradPanel, p.inputs, to, kGroup);
-      } else {
-        for (int64_t o = 0; o < count; o += 2 * kWidth) {
-          const float* const start = weights + o / kWinogradPanel * panel_size + o % kWinogradPanel;
-          const float* const halves[2] = {start, start + kWidth};
-          multiply<2, false>(tiles, a, row, 1, halves, kWinogradPanel, p.inputs, to + o, kGroup);
-        }
+static void see(const Winograd& p, int64_t begin, int64_t tiles, int64_t first, int64_t last, float* seen) {
+  const int64_t row = p.inputs + kWinogradPadding;
+  for (int64_t tile = first; tile < last; ++tile) transform_pixels<T>(p, begin + tile, seen + tile * row, tiles * row);
+}
+
+// A group of outputs from `first` on, two panels or the last one, of all tiles of that block.
+template <int T>
+static void convolve(const WinogradForward& p, int64_t begin, int64_t tiles, const float* seen, const float* weights, int64_t first,
+                     float* products) {
+  constexpr int64_t kPlaces = (T + 2) * (T + 2), kGroup = kWinogradGroup;
+  const int64_t row = p.inputs + kWinogradPadding, place = tiles * row, panel_size = kPlaces * p.inputs * kWinogradPanel;
+  const int64_t count = first + kGroup <= p.outputs ? kGroup : kWinogradPanel;
+  for (int64_t k = 0; k < kPlaces; ++k) {
+    const float *const a = seen + k * place, *const each = weights + k * kWinogradPanel * p.inputs;
+    float* const to = products + k * tiles * kGroup;
+    if constexpr (kWidth == kWinogradPanel) {
+      const float* const panels[2] = {each, each + panel_size};
+      count == kGroup ? multiply<2, false>(tiles, a, row, 1, panels, kWinogradPanel, p.inputs, to, kGroup)
+                      : multiply<1, false>(tiles, a, row, 1, panels, kWinogradPanel, p.inputs, to, kGroup);
+    } else {
+      for (int64_t o = 0; o < count; o += 2 * kWidth) {
+        const float* const start = each + o / kWinogradPanel * panel_size + o % kWinogradPanel;
+        const float* const halves[2] = {start, start + kWidth};
+        multiply<2, false>(tiles, a, row, 1, halves, kWinogradPanel, p.inputs, to + o, kGroup);
       }
     }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      transform_products<T>(p, begin + tile, products + tile * kGroup, tiles * kGroup, first, count);
-    }
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    transform_products<T>(p, begin + tile, products + tile * kGroup, tiles * kGroup, first, count);
   }
 }
 
-static void winograd(const WinogradForward& p, int64_t begin, int64_t end, float* room) {
-  p.tile == 4 ? convolve<4>(p, begin, end, room) : convolve<2>(p, begin, end, room);
+static void winograd_pixels(const Winograd& p, int64_t begin, int64_t tiles, int64_t first, int64_t last, float* seen) {
+  p.tile == 4 ? see<4>(p, begin, tiles, first, last, seen) : see<2>(p, begin, tiles, first, last, seen);
+}
+
+static void winograd(const WinogradForward& p, int64_t begin, int64_t tiles, const float* seen, const float* weights, int64_t first,
+                     float* products) {
+  p.tile == 4 ? convolve<4>(p, begin, tiles, seen, weights, first, products) : convolve<2>(p, begin, tiles, seen, weights, first, products);
 }
 
 // G w Gᵀ for a vector of outputs; w[i][j] lies at w[i·rows + j·columns].
@@ -295,7 +303,7 @@ static void arrange(const WinogradWeights& p, int64_t begin, int64_t end) {
         }
       }
       for (int64_t c = 0; c < count; ++c) {
-        float* const to = p.arranged + (panel * kPlaces * p.inputs + from + c) * P;
+        float* const to = p.arranged + ((panel - p.first) * kPlaces * p.inputs + from + c) * P;
         // The gradient of an input is the convolution with the kernel turned by half a turn.
         const float* const turned = p.weight + ((from + c) * 9 + 8) * p.outputs + panel * P;
         for (int64_t o = 0; o < P; o += kWidth) {

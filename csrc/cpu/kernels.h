@@ -115,13 +115,13 @@ struct Winograd {
   const float* x;  // [N, H, W, inputs]
 };
 
-constexpr int64_t kWinogradPanel = 16;    // outputs whose weights lie together
-constexpr int64_t kWinogradPadding = 16;  // floats behind a row: rows of a power of two would share a few lines of the cache
+constexpr int64_t kWinogradPanel = 16;                  // outputs whose weights lie together
+constexpr int64_t kWinogradGroup = 2 * kWinogradPanel;  // outputs whose products are there at a time
+constexpr int64_t kWinogradPadding = 16;                // floats behind a row: rows of a power of two would share a few lines of the cache
 
 struct WinogradForward : Winograd {
-  const float* weights;  // [outputs / 16, (T + 2)², inputs, 16], from winograd_weights
-  const float* bias;     // [outputs] or null: 0
-  float* y;              // [N, H, W, outputs]
+  const float* bias;  // [outputs] or null: 0
+  float* y;           // [N, H, W, outputs]
 };
 
 struct WinogradWeights {
@@ -130,7 +130,8 @@ struct WinogradWeights {
   int64_t outputs;
   bool transposed;      // whether that is the gradient of the input of the layer
   const float* weight;  // [O, 3, 3, C] of the layer; transposed: [inputs, 3, 3, outputs]
-  float* arranged;
+  int64_t first;        // panel, of 16 outputs, with which `arranged` begins
+  float* arranged;      // [panels, (T + 2)², inputs, 16]
 };
 
 struct WinogradGradient : Winograd {
@@ -191,8 +192,10 @@ struct Kernels {
   void (*max_pool)(const MaxPool&, const void*, int64_t, void*, uint8_t*);
   // Of one image the gradient, or null or a second one, and the places; a line of the unpooled gradient
   void (*max_pool_gather)(const MaxPool&, const void*, const void*, const uint8_t*, int64_t, void*);
-  // A range of tiles, and (T + 2)²·(inputs + padding + 2 panels) floats of room for each of them
-  void (*winograd)(const WinogradForward&, int64_t, int64_t, float*);
+  // Of a block of tiles, its first and their number, a range of them; to [(T + 2)², tiles, inputs + padding]
+  void (*winograd_pixels)(const Winograd&, int64_t, int64_t, int64_t, int64_t, float*);
+  // Of that block, with those pixels: a group of outputs from the one after their weights on, with room for [(T + 2)², tiles, group]
+  void (*winograd)(const WinogradForward&, int64_t, int64_t, const float*, const float*, int64_t, float*);
   void (*winograd_weights)(const WinogradWeights&, int64_t, int64_t);  // a range of panels
   // The tiles from the third argument on, of a block that begins at the second, as many as the fourth says
   void (*winograd_transform)(const WinogradGradient&, int64_t, int64_t, int64_t);

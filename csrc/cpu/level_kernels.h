@@ -17,22 +17,10 @@ using Bf16 = uint16_t;  // its bits
 }  // namespace
 
 const Kernels kKernels = {
-    bn_act_forward,
-    bn_act_backward,
-    bn_act_join_forward,
-    bn_act_join_backward,
-    moments,
-    moments_backward,
-    mean_pool,
-    mean_pool_backward,
-    max_pool,
-    max_pool_gather,
-    winograd,
-    winograd_weights,
-    winograd_transform,
-    winograd_product,
-    winograd_grad_weight,
-    adam_clip,
-    view_adjoint,
+    bn_act_forward,   bn_act_backward,    bn_act_join_forward, bn_act_join_backward,
+    moments,          moments_backward,   mean_pool,           mean_pool_backward,
+    max_pool,         max_pool_gather,    winograd_pixels,     winograd,
+    winograd_weights, winograd_transform, winograd_product,    winograd_grad_weight,
+    adam_clip,        view_adjoint,
 };
 }  // namespace dwa_fast::DWA_FAST_LEVEL

@@ -46,29 +46,39 @@ def conv3x3(
     """
     _check(x, weight, bias)
     _library.load()
-    y: Tensor = _Conv3x3.apply(x, weight, bias)
+    once = weight.requires_grad or not torch.is_grad_enabled()  # else a capture arranges frozen weights once for all its iterations
+    y: Tensor = _Conv3x3.apply(x, weight, bias, once)
     return y
 
 
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, once: bool) -> Tensor:
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
-        operators = torch.ops.dwa_fast
-        y: Tensor = operators.conv3x3_forward.default(x, operators.conv3x3_weights.default(weight, False, tile_of(*x.shape[2:])), bias)
-        return y
+        ctx.once = once
+        return _convolved(x, weight, bias, False, once)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
-        operators, (of_x, of_weight, of_bias) = torch.ops.dwa_fast, ctx.needs_input_grad
-        tile = tile_of(*gradient.shape[2:])
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
-            operators.conv3x3_forward.default(gradient, operators.conv3x3_weights.default(weight, True, tile), None) if of_x else None,
-            operators.conv3x3_weight_gradient.default(gradient, x, tile) if of_weight else None,
+            _convolved(gradient, weight, None, True, ctx.once) if of_x else None,
+            torch.ops.dwa_fast.conv3x3_weight_gradient.default(gradient, x, tile_of(*gradient.shape[2:])) if of_weight else None,
             gradient.sum((0, 2, 3)) if of_bias else None,
+            None,
         )
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, once: bool) -> Tensor:
+    operators, tile = torch.ops.dwa_fast, tile_of(*x.shape[2:])
+    y: Tensor
+    if once:
+        y = operators.conv3x3_once.default(x, weight, bias, transposed, tile)
+    else:
+        y = operators.conv3x3_forward.default(x, operators.conv3x3_weights.default(weight, transposed, tile), bias)
+    return y
 
 
 @_library.fake("conv3x3_weights")
@@ -80,6 +90,11 @@ def _weights_fake(weight: Tensor, transposed: bool, tile: int) -> Tensor:
 @_library.fake("conv3x3_forward")
 def _forward_fake(x: Tensor, arranged: Tensor, bias: Tensor | None) -> Tensor:
     return _channels_last(x, (len(x), arranged.shape[0] * MULTIPLE, *x.shape[2:]))
+
+
+@_library.fake("conv3x3_once")
+def _once_fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, tile: int) -> Tensor:
+    return _channels_last(x, (len(x), weight.shape[1 if transposed else 0], *x.shape[2:]))
 
 
 @_library.fake("conv3x3_weight_gradient")

@@ -126,6 +126,23 @@ def test_same_bits_for_any_number_of_threads_and_any_company(sides: tuple[int, i
     assert torch.equal(alone[1], found[0][1][2:3])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(9, 352, 400, 3, 4), (4, 256, 240, 12, 8)], ids=str)
+def test_weights_that_are_used_once_give_the_same_bits(
+    shape: tuple[int, int, int, int, int], level: str, use_level: Callable[[str], None]
+) -> None:
+    """Many weights for few tiles of both sizes, the last group of outputs being a half; enough threads that none has a group, too."""
+    use_level(level)
+    x, weight, bias, gradient = problem(shape)
+    frozen = results(lambda x: ops.conv3x3(x, weight, bias), x, None, None, gradient)  # type: ignore[arg-type]
+    for threads in (40, 2, 1):
+        torch.set_num_threads(threads)
+        learning = results(ops.conv3x3, x, weight, bias, gradient)
+        assert all(map(torch.equal, learning, frozen))
+        with torch.no_grad():
+            assert torch.equal(ops.conv3x3(x, weight, bias), frozen[0])
+
+
 def test_only_what_is_needed_is_computed_and_kept() -> None:
     x, weight, bias, gradient = problem((2, 16, 16, 4, 4))
     leaf = x.requires_grad_() * 1
@@ -154,6 +171,7 @@ def test_opcheck() -> None:
     for tile in (2, 4):
         for transposed in (False, True):
             torch.library.opcheck(torch.ops.dwa_fast.conv3x3_weights.default, (weight, transposed, tile))
+            torch.library.opcheck(torch.ops.dwa_fast.conv3x3_once.default, (gradient if transposed else x, weight, None, transposed, tile))
         arranged = torch.ops.dwa_fast.conv3x3_weights(weight, False, tile)
         for each in (None, bias):
             torch.library.opcheck(torch.ops.dwa_fast.conv3x3_forward.default, (x, arranged, each))
@@ -188,6 +206,8 @@ def test_operators_refuse_what_the_function_refuses() -> None:
         torch.ops.dwa_fast.conv3x3_forward(torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 32, 16), None)
     with pytest.raises(RuntimeError, match="arranged must be from conv3x3_weights, for 16 inputs"):
         torch.ops.dwa_fast.conv3x3_forward(torch.zeros(1, 16, 4, 4), torch.zeros(1, 25, 16, 16), None)
+    with pytest.raises(RuntimeError, match="x must have 32 channels, got shape"):
+        torch.ops.dwa_fast.conv3x3_once(torch.zeros(1, 16, 4, 4), torch.zeros(16, 32, 3, 3), None, False, 2)
     for operator, tensors in (("weights", (torch.zeros(16, 16, 3, 3), False)), ("weight_gradient", (torch.zeros(1, 16, 4, 4),) * 2)):
         with pytest.raises(RuntimeError, match="tile must be 2 or 4, got 3"):
             getattr(torch.ops.dwa_fast, f"conv3x3_{operator}")(*tensors, 3)
