@@ -27,9 +27,11 @@ class CpuConv(LeanConv):
     In float32 a 3×3 kernel of stride 1 with fewer multiplications, in bf16 (also under autocast) small maps as matrix products.
     """
 
-    def __init__(self, layer: nn.Conv2d, operators: Operators, *, winograd: bool = True, products: bool = True) -> None:
+    def __init__(
+        self, layer: nn.Conv2d, operators: Operators, *, winograd: bool = True, products: bool = True, large_tiles: bool = False
+    ) -> None:
         super().__init__(layer)
-        self.operators = operators
+        self.operators, self.large_tiles = operators, large_tiles
         self.winograd, self.products = winograd and self.is_3x3(layer), products and self.may_be_product(layer)
 
     @staticmethod
@@ -59,7 +61,7 @@ class CpuConv(LeanConv):
         if autocast:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if x.device.type == "cpu" and dtype is torch.float32 and self.winograd and min(x.shape[2:]) >= _LEAST_SIDE:
-            return self.operators.conv3x3(x, self.weight, self.bias)
+            return self.operators.conv3x3(x, self.weight, self.bias, self.large_tiles)
         return super().forward(x)
 
     def _parts(self, x: Tensor) -> tuple[bool, bool, bool]:
@@ -70,8 +72,8 @@ class CpuConv(LeanConv):
         return pixels <= _PRODUCTS[kernel] * stride**2, of_x, self.weight.requires_grad and _CHANNELS_PER_PIXEL * pixels <= len(self.weight)
 
 
-def replace_cpu_convolutions(module: nn.Module, operators: Operators) -> None:
-    """Replace every suitable convolution below `module`; call this before `replace_convolutions`.
+def replace_cpu_convolutions(module: nn.Module, operators: Operators, *, large_tiles: bool = False) -> None:
+    """Replace every suitable convolution below `module`; call this before `replace_convolutions`. `large_tiles` as in `conv3x3`.
 
     None by `conv3x3` on the baseline instruction set, where the library's own kernels may use wider vectors than ours, and none by
     `conv_product` without AMX, where they keep the processor busy.
@@ -80,7 +82,7 @@ def replace_cpu_convolutions(module: nn.Module, operators: Operators) -> None:
 
     def replacement(layer: nn.Module) -> CpuConv | None:
         if (winograd and CpuConv.is_3x3(layer)) or (products and CpuConv.may_be_product(layer)):
-            return CpuConv(layer, operators, winograd=winograd, products=products)
+            return CpuConv(layer, operators, winograd=winograd, products=products, large_tiles=large_tiles)
         return None
 
     replace_layers(module, replacement)

@@ -116,7 +116,7 @@ def _traced(module: nn.Module, trial: Tensor) -> nn.Module:
             fuse_neighbours(traced, layer, _TrainedBatchNormAct(layer, operators))
     if trial.device.type == "cpu":
         replace_strided_pointwise(traced)
-        replace_cpu_convolutions(traced, operators)
+        replace_cpu_convolutions(traced, operators, large_tiles=True)
         replace_pools(traced, operators.mean_pool)
         replace_global_means(traced)
     for node in traced.graph.find_nodes(op="call_method", target="view"):

@@ -16,7 +16,7 @@ _LEAST_GAIN = 1.5  # times fewer products, from which on they do
 
 
 def tile_of(height: int, width: int) -> int:
-    """Side of the tiles in which a map of that size is computed, pixels: 4 where that saves time, else 2."""
+    """Side of the tiles, pixels, in which a map of that size is computed in trainings: 4 where that saves time, else 2."""
     products = {tile: -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
     return 4 if min(height, width) >= _LEAST_SIDE and products[2] >= _LEAST_GAIN * products[4] else 2
 
@@ -25,20 +25,23 @@ def conv3x3(
     x: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [O, C, 3, 3]
     bias: Tensor | None = None,  # [O]
+    large_tiles: bool = False,
 ) -> Tensor:  # [N, O, H, W]
     """A convolution with a 3×3 kernel, stride 1 and one pixel of zeros around: Winograd's F(2×2, 3×3) or F(4×4, 3×3), arXiv 1509.09308.
 
     y[n, o, i, j] = b[o] + Σ_c,k,l w[o, c, k, l] · x[n, c, i + k − 1, j + l − 1]. Differentiable in all three, once; x is kept for the
     backward pass only where the weights have a gradient.
 
-    On a CPU in float32 alone. Maps are cut into tiles of 2×2 pixels, with 16 products where the sum has 36 and errors like PyTorch's, or of
-    4×4 (`tile_of`), with 36 where it has 144 and errors of up to 2e-6 of the result's norm, three to seven times PyTorch's.
+    On a CPU in float32 alone. Maps are cut into tiles of 2×2 pixels, with 16 products where the sum has 36 and errors like PyTorch's.
     Channels-last tensors are read where they are, others through a copy, and results are channels-last. The same bits for any number of
     threads, but for ∂L/∂b, which is PyTorch's sum; y and ∂L/∂x of an image have the same bits whatever the other images are.
 
     Args:
         x: features; any strides; may be empty.
         weight: numbers of outputs O and of inputs C are multiples of 16.
+        large_tiles: whether maps that `tile_of` names are cut into tiles of 4×4, with 36 products where the sum has 144 and errors of up to
+            2e-6 of the result's norm, three to seven times PyTorch's: for trainings, not for a synthesis, whose first steps make a whole
+            step of any gradient above Adam's ε of 1e-8, also where all of it is an error.
     Raises:
         TypeError: an argument is no float32 tensor.
         ValueError: a shape is not as above, or a tensor is not on a CPU.
@@ -47,32 +50,33 @@ def conv3x3(
     _check(x, weight, bias)
     _library.load()
     once = weight.requires_grad or not torch.is_grad_enabled()  # else a capture arranges frozen weights once for all its iterations
-    y: Tensor = _Conv3x3.apply(x, weight, bias, once)
+    y: Tensor = _Conv3x3.apply(x, weight, bias, once, tile_of(*x.shape[2:]) if large_tiles else 2)
     return y
 
 
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, once: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, once: bool, tile: int) -> Tensor:
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
-        ctx.once = once
-        return _convolved(x, weight, bias, False, once)
+        ctx.once, ctx.tile = once, tile
+        return _convolved(x, weight, bias, False, once, tile)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         return (
-            _convolved(gradient, weight, None, True, ctx.once) if of_x else None,
-            torch.ops.dwa_fast.conv3x3_weight_gradient.default(gradient, x, tile_of(*gradient.shape[2:])) if of_weight else None,
+            _convolved(gradient, weight, None, True, ctx.once, ctx.tile) if of_x else None,
+            torch.ops.dwa_fast.conv3x3_weight_gradient.default(gradient, x, ctx.tile) if of_weight else None,
             gradient.sum((0, 2, 3)) if of_bias else None,
+            None,
             None,
         )
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, once: bool) -> Tensor:
-    operators, tile = torch.ops.dwa_fast, tile_of(*x.shape[2:])
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, once: bool, tile: int) -> Tensor:
+    operators = torch.ops.dwa_fast
     y: Tensor
     if once:
         y = operators.conv3x3_once.default(x, weight, bias, transposed, tile)

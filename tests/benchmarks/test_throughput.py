@@ -116,7 +116,7 @@ def test_floor_counts_operations_and_bytes(throughput: ModuleType, problem: Any)
     assert len(convolutions) == 2 * layers
     assert all(call.operations > 0 for call in convolutions)
     first = next(call for call in convolutions if "conv3x3" in call.operator)
-    assert first.operations == 2 * 36 * 4 * (problem.images.shape[-1] // 4) ** 2 * 16 * 16
+    assert first.operations == 2 * 16 * 4 * (problem.images.shape[-1] // 2) ** 2 * 16 * 16
     slow, fast = floor.seconds(calls, 1e11, 1e10), floor.seconds(calls, 2e11, 2e10)
     assert slow == pytest.approx(2 * fast)
     assert floor.seconds(calls, 1e30, 1e10) == pytest.approx(sum(call.traffic for call in calls) / 1e10)

@@ -71,7 +71,7 @@ def all_weights(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> float
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in TEACHERS])
 def test_rewritten_teacher_is_the_teacher(name: str) -> None:
-    """Four times as far from float64 as PyTorch's own fp32, at most: convolutions in tiles of four pixels round more."""
+    """Twice as far from float64 as PyTorch's own fp32, at most."""
     make, size = TEACHERS[name]
     execution, labels = resolve("fused", "fp32", "cpu"), torch.tensor([0, 3, 6])
     errors = []
@@ -94,7 +94,7 @@ def test_rewritten_teacher_is_the_teacher(name: str) -> None:
         errors.append((distance(got, wanted), distance(plain, wanted)))
         errors.append((all_weights(got_weights, exact_weights), all_weights(plain_weights, exact_weights)))
         # A ReLU whose input is 0 to rounding may fall on either side, of ours or of PyTorch's: such a draw says nothing, the next one may.
-        if all(ours < max(4 * theirs, 2e-6) and theirs < 1e-5 for ours, theirs in errors[-2:]):
+        if all(ours < max(2 * theirs, 1e-6) and theirs < 1e-5 for ours, theirs in errors[-2:]):
             break
     else:
         pytest.fail(f"gradients of images and of weights differ: {errors}")

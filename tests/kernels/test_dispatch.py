@@ -340,5 +340,5 @@ def test_training_steps_on_the_launchers(calls: set[str]) -> None:
         found.append({**gradients, **{name: value.double() for name, value in network.named_buffers()}})
     exact, plain, ours = found
     for name, value in exact.items():
-        assert distance(ours[name], value) <= max(2 * distance(plain[name], value), 1e-6), name
+        assert distance(ours[name], value) <= max(2 * distance(plain[name], value), 3e-6), name
     assert {"batch_norm_act_forward", "batch_norm_act_backward"} <= calls

@@ -21,6 +21,11 @@ SHAPES = [(1, 16, 16, 1, 1), (2, 16, 48, 5, 4), (3, 80, 32, 7, 9), (2, 32, 16, 2
 LARGE = [(5, 48, 80, 12, 16), (9, 96, 64, 31, 17), (3, 16, 48, 19, 22), (2, 256, 128, 8, 8)]
 
 
+def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As trainings call it, with tiles of both sizes."""
+    return ops.conv3x3(x, weight, bias, large_tiles=True)
+
+
 def problem(shape: tuple[int, int, int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, w, b and ∂L/∂y."""
     n, c, o, h, w = shape
@@ -62,7 +67,7 @@ def test_near_to_float64(shape: tuple[int, int, int, int, int], level: str, use_
     use_level(level)
     given = problem(shape)
     exact = results(Operators("reference").conv3x3, *(each.double() for each in given))
-    theirs, ours = results(Operators("reference").conv3x3, *given), results(ops.conv3x3, *given)
+    theirs, ours = results(Operators("reference").conv3x3, *given), results(fused, *given)
     for own, plain, expected in zip(ours, theirs, exact, strict=True):
         assert own.shape == expected.shape
         assert distance(own, expected) <= allowed(distance(plain, expected), *shape[3:])
@@ -85,7 +90,7 @@ def test_numbers_of_any_kind(kind: str, sides: tuple[int, int]) -> None:
     for kernel in (weight, weight - weight.mean((2, 3), keepdim=True)):
         given = KINDS[kind](x), kernel, None, gradient
         exact = results(Operators("reference").conv3x3, *(each if each is None else each.double() for each in given))
-        theirs, ours = results(Operators("reference").conv3x3, *given), results(ops.conv3x3, *given)
+        theirs, ours = results(Operators("reference").conv3x3, *given), results(fused, *given)
         for own, plain, expected in zip(ours, theirs, exact, strict=True):
             assert distance(own, expected) <= allowed(distance(plain, expected), *sides)
             largest, theirs_largest = (float((each - expected).abs().max() / expected.abs().max()) for each in (own, plain))
@@ -97,17 +102,17 @@ def test_a_gradient_of_many_tiles_is_a_sum_of_sums() -> None:
     for sides in ((62, 62), (64, 64)):
         given = problem((30, 16, 16, *sides))
         exact = results(Operators("reference").conv3x3, *(each.double() for each in given))[2]
-        assert distance(results(ops.conv3x3, *given)[2], exact) < {2: 1e-6, 4: 1.5e-6}[tile_of(*sides)]
+        assert distance(results(fused, *given)[2], exact) < {2: 1e-6, 4: 1.5e-6}[tile_of(*sides)]
 
 
 def test_any_layout_and_channels_last_results() -> None:
     x, weight, _, gradient = problem((2, 32, 48, 6, 7))
-    expected = results(ops.conv3x3, x, weight, None, gradient)
+    expected = results(fused, x, weight, None, gradient)
     wide = torch.full((2, 32, 6, 14), math.nan)
     wide[..., ::2] = x
     for each in (x.contiguous(memory_format=torch.channels_last), wide[..., ::2]):
         for layout in (torch.contiguous_format, torch.channels_last):
-            found = results(ops.conv3x3, each, weight.contiguous(memory_format=layout), None, gradient.contiguous(memory_format=layout))
+            found = results(fused, each, weight.contiguous(memory_format=layout), None, gradient.contiguous(memory_format=layout))
             assert all(map(torch.equal, found, expected))
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in expected)
 
@@ -118,10 +123,10 @@ def test_same_bits_for_any_number_of_threads_and_any_company(sides: tuple[int, i
     found = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
-        found.append(results(ops.conv3x3, x, weight, None, gradient))
+        found.append(results(fused, x, weight, None, gradient))
     for each in found[1:]:
         assert all(map(torch.equal, each, found[0]))
-    alone = results(ops.conv3x3, x[2:3], weight, None, gradient[2:3])
+    alone = results(fused, x[2:3], weight, None, gradient[2:3])
     assert torch.equal(alone[0], found[0][0][2:3])
     assert torch.equal(alone[1], found[0][1][2:3])
 
@@ -134,13 +139,27 @@ def test_weights_that_are_used_once_give_the_same_bits(
     """Many weights for few tiles of both sizes, the last group of outputs being a half; enough threads that none has a group, too."""
     use_level(level)
     x, weight, bias, gradient = problem(shape)
-    frozen = results(lambda x: ops.conv3x3(x, weight, bias), x, None, None, gradient)  # type: ignore[arg-type]
+    ops.load()
+    operators, tile = torch.ops.dwa_fast, tile_of(*shape[3:])
     for threads in (40, 2, 1):
         torch.set_num_threads(threads)
-        learning = results(ops.conv3x3, x, weight, bias, gradient)
-        assert all(map(torch.equal, learning, frozen))
+        for given, added, transposed in ((x, bias, False), (gradient, None, True)):
+            expected = operators.conv3x3_forward(given, operators.conv3x3_weights(weight, transposed, tile), added)
+            assert torch.equal(operators.conv3x3_once(given, weight, added, transposed, tile), expected)
+        y, of_x, _, _ = results(fused, x, weight, bias, gradient)
         with torch.no_grad():
-            assert torch.equal(ops.conv3x3(x, weight, bias), frozen[0])
+            assert torch.equal(fused(x, weight, bias), y)
+        assert torch.equal(of_x, expected)
+
+
+def test_tiles_are_small_unless_it_is_asked_for_large_ones() -> None:
+    """As near to float64 as PyTorch, on a map that trainings compute in tiles of four pixels."""
+    given = problem((4, 96, 32, 16, 16))
+    exact = results(Operators("reference").conv3x3, *(each.double() for each in given))
+    theirs, ours, large = (results(operator, *given) for operator in (Operators("reference").conv3x3, ops.conv3x3, fused))
+    for mine, plain, other, expected in zip(ours[:3], theirs, large, exact, strict=False):
+        assert distance(mine, expected) <= max(2 * distance(plain, expected), 4e-7)
+        assert not torch.equal(mine, other)
 
 
 def test_only_what_is_needed_is_computed_and_kept() -> None:
@@ -158,7 +177,7 @@ def test_only_what_is_needed_is_computed_and_kept() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 16, 32, 4, 4), (2, 16, 32, 0, 4)], ids=str)
 def test_nothing_to_read(shape: tuple[int, int, int, int, int]) -> None:
-    y, of_x, of_weight, of_bias = results(ops.conv3x3, *problem(shape))
+    y, of_x, of_weight, of_bias = results(fused, *problem(shape))
     assert y.shape == (shape[0], shape[2], *shape[3:])
     assert of_x.shape == (shape[0], shape[1], *shape[3:])
     assert not of_weight.any()
