@@ -11,14 +11,14 @@ from torch.autograd.function import once_differentiable
 from dwa_fast.ops import _library
 
 MULTIPLE = 16  # of which numbers of channels must be multiples
-_LEAST_SIDE = 8  # pixels, from which on large tiles may take less time: below, the weights are most of what is read
-_LEAST_GAIN = 1.5  # times fewer products, from which on they do
+_LARGE_FROM = 8  # pixels, a side, from which on large tiles may take less time: below, the weights are most of what is read
+_LARGE_GAIN = 1.5  # times fewer products, from which on they do
 
 
 def tile_of(height: int, width: int) -> int:
     """Side of the tiles, pixels, in which a map of that size is computed in trainings: 4 where that saves time, else 2."""
     products = {tile: -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
-    return 4 if min(height, width) >= _LEAST_SIDE and products[2] >= _LEAST_GAIN * products[4] else 2
+    return 4 if min(height, width) >= _LARGE_FROM and products[2] >= _LARGE_GAIN * products[4] else 2
 
 
 def conv3x3(

@@ -172,6 +172,21 @@ def test_the_baseline_keeps_the_librarys_convolutions(monkeypatch: pytest.Monkey
     assert not any(isinstance(each, CpuConv) for each in rewritten.module.modules())
 
 
+def test_trainings_alone_take_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of images have no larger errors than PyTorch's."""
+    asked: list[bool] = []
+    monkeypatch.setattr(cpu_convolutions, "cpu_level", lambda: "avx2")
+    monkeypatch.setattr(ops, "conv3x3", lambda *arguments: asked.append(arguments[3]) or CONV3X3(*arguments))
+    teacher, images = network().eval().requires_grad_(False), torch.randn(3, 3, 8, 8)
+    synthesis = trace(teacher, batchnorm_layers(teacher), resolve("fused", "fp32", "cpu").operators, images)
+    training = training_form(network().train(), (3, 8, 8), torch.device("cpu"))
+    for form, large in ((synthesis.module, False), (training, True)):
+        asked.clear()
+        form(images)
+        assert asked
+        assert set(asked) == {large}
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_steps_of_a_training(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 under autocast, with parameters in float32."""
