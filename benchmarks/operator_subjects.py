@@ -52,13 +52,13 @@ class Layer:
     shape: tuple[int, int, int, int]  # N, C, H, W of its input
     skip: bool
     activation: Activation = "none"
-    windows: Windows | None = None  # of a max-pooling
+    windows: Windows | None = None  # of a pooling
     joins: bool = False  # whether the skip comes out of a BatchNorm layer of its own
 
     def __str__(self) -> str:
         parts = ["×".join(map(str, self.shape)), *(["a second one"] if self.joins else ["skip"] if self.skip else [])]
         parts += [title(self.activation, None)] if self.activation != "none" else []
-        return " + ".join([*parts, *([f"max-pooling {self.windows.window}/{self.windows.stride}"] if self.windows else [])])
+        return " + ".join([*parts, *([f"{self.windows.title} {self.windows.window}/{self.windows.stride}"] if self.windows else [])])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Triton twin of dwa_fast.ops.batch_norm_act: BatchNorm in train mode, from the passes of `moments` and `bn_act`.
+"""Triton twin of dwa_fast.ops.batch_norm_act: BatchNorm in train mode, from the passes of `moments` and `bn_act` or `bn_act_pool`.
 
 Three launches forward behind a small mean (moments, statistics, result) and three backward (sums, what they give, gradient).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dwa_fast.kernels.bn_act import bn_act_backward, bn_act_forward
+from dwa_fast.kernels.bn_act_pool import bn_act_pool_backward, bn_act_pool_forward
 from dwa_fast.kernels.layout import WARPS, channels_last, on_device_of, partial_rows, sum_of_rows
 from dwa_fast.kernels.moments import REGISTERS, moments_forward
 
@@ -52,8 +55,10 @@ def batch_norm_act_forward(
     skip: Tensor | None,  # like y
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
+    windows: Sequence[int] = (),  # k, s and p of a pooling; none: it has none
+    averages: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z like y, mean and biased variance of the batch, [C] float32, and the mask of `bn_act_forward`."""
+    """z like y or pooled, mean and biased variance of the batch, [C] float32, and the mask of `bn_act_forward` or the pooling's places."""
     channels = y.shape[1]
     near = y[:, :, 0, 0].mean(0, dtype=torch.float32)  # shifted by a value of this size, squares lose no digits
     partials = near.new_empty(2, partial_rows(y, REGISTERS), channels)
@@ -64,7 +69,11 @@ def batch_norm_act_forward(
             partials, near, mean, var, running_mean, running_var, momentum, partials.shape[1], y.numel() // channels, channels,
             BLOCK_ROWS=_ROWS, BLOCK_CHANNELS=_CHANNELS, num_warps=WARPS,
         )  # fmt: skip
-    z, _, mask = bn_act_forward(y, mean, var, weight, bias, eps, skip, activation, slope, with_sums=False)
+    layer = y, mean, var, weight, bias, eps
+    if windows:
+        z, _, mask = bn_act_pool_forward(*layer, activation, slope, *windows, with_sums=False, averages=averages)
+    else:
+        z, _, mask = bn_act_forward(*layer, skip, activation, slope, with_sums=False)
     return z, mean, var, mask
 
 
@@ -81,9 +90,17 @@ def batch_norm_act_backward(
     has_skip: bool,
     activation: str,
     slope: Tensor | None,
+    windows: Sequence[int] = (),
+    averages: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_y, grad_skip, the gradients of γ and β and that of the slope, as `bn_act_backward` gives them, but for a batch's statistics."""
     layer, shares = (y, mean, var, weight, bias, eps), torch.empty(2, y.shape[1], dtype=torch.float32, device=y.device)
+    if windows:
+        behind = mask, activation, slope, *windows
+        kind = {"averages": averages}
+        _, grad_parameters, grad_slope = bn_act_pool_backward(grad_z, None, *layer, *behind, True, **kind, with_y=False, shares=shares)
+        grad_y, *_ = bn_act_pool_backward(grad_z, shares, *layer, *behind, **kind)
+        return grad_y, y.new_empty(0), grad_parameters, grad_slope
     _, grad_skip, grad_parameters, grad_slope = bn_act_backward(
         grad_z, None, *layer, skip, mask, has_skip, activation, slope, True, with_y=False, shares=shares
     )

@@ -1,4 +1,4 @@
-"""Triton twin of dwa_fast.ops.bn_act_pool: BatchNorm in eval mode, activation, max-pooling and the shifted moments in one pass each way.
+"""Triton twin of dwa_fast.ops.bn_act_pool: BatchNorm in eval mode, activation, pooling and the shifted moments in one pass each way.
 
 Features are channels-last. A program takes some channels of some pixels; what neighbouring windows share comes from the cache.
 """
@@ -14,6 +14,7 @@ from dwa_fast.kernels.bn_act import backward_registers
 from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
 from dwa_fast.kernels.layout import ALIGNED, WARPS, channels_last, laid_out_like, on_device_of, tiles
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
+from dwa_fast.ops.bn_act_pool import places_of, pooled_like
 
 _CHANNELS = 64  # 128 bytes of bfloat16
 _TILE = 1024  # elements of z, in the backward pass of y, at a time: 8 per thread, and a load of 16 bytes for each pixel or window
@@ -26,10 +27,11 @@ def _bn_act_pool_forward_kernel(
     y, z, index, partials, mean, var, weight, bias, slope, eps,
     count, height, width, channels, pooled_height, pooled_width, lines, columns, programs,
     ACTIVATION: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, EXTENT: tl.constexpr,
-    BLOCK_WINDOWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    AVERAGES: tl.constexpr, BLOCK_WINDOWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """z = max f(a(y − m) + β) over each window, index its place there; where asked partials = (Σ(y − m), Σ(y − m)²) over its pixels.
 
+    With AVERAGES z is their mean, and there is no index.
     `count` windows lie in `lines` and `columns` of each image. Those beyond the pooled ones are there for the sums, of which each has its
     stride² pixels; a place is the first of equals, or the last NaN, as PyTorch chooses.
     """
@@ -46,7 +48,7 @@ def _bn_act_pool_forward_kernel(
         i, j = each // columns % lines, each % columns
         image = (each // columns // lines).to(tl.int64)
         top, left = i * STRIDE - PADDING, j * STRIDE - PADDING
-        best = tl.full([BLOCK_WINDOWS, BLOCK_CHANNELS], float("-inf"), tl.float32)
+        best = tl.full([BLOCK_WINDOWS, BLOCK_CHANNELS], 0.0 if AVERAGES else float("-inf"), tl.float32)
         place = (tl.maximum(-top, 0) * WINDOW + tl.maximum(-left, 0))[:, None] + tl.zeros([BLOCK_WINDOWS, BLOCK_CHANNELS], tl.int32)
         for down in range(EXTENT):  # not unrolled: a line of a window at a time keeps to the registers
             h = top + down
@@ -64,13 +66,20 @@ def _bn_act_pool_forward_kernel(
                 if right < WINDOW:
                     out = activated(tl.fma(shifted, a[None, :], b[None, :]), s, ACTIVATION)
                     out = out.to(z.dtype.element_ty).to(tl.float32)
-                    above = inside & (down < WINDOW) & ((out > best) | (out != out))
-                    best = tl.where(above, out, best)
-                    place = tl.where(above, down * WINDOW + right, place)
+                    counts = inside & (down < WINDOW)
+                    if AVERAGES:
+                        best += tl.where(counts, out, 0.0)
+                    else:
+                        above = counts & ((out > best) | (out != out))
+                        best = tl.where(above, out, best)
+                        place = tl.where(above, down * WINDOW + right, place)
         written = ((each < count) & (i < pooled_height) & (j < pooled_width))[:, None] & used[None, :]
         to = ((image * pooled_height + i) * pooled_width + j)[:, None] * channels + channel[None, :]
+        if AVERAGES:
+            best = best / (WINDOW * WINDOW)
+        else:
+            tl.store(index + to, place.to(tl.uint8), mask=written)
         tl.store(z + to, best.to(z.dtype.element_ty), mask=written)
-        tl.store(index + to, place.to(tl.uint8), mask=written)
         start += programs * BLOCK_WINDOWS
     if partials is not None:
         row = partials + tl.program_id(0).to(tl.int64) * channels + channel
@@ -83,10 +92,11 @@ def _bn_act_pool_backward_kernel(
     grad_z, grad_alias, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, slope, eps,
     count, height, width, channels, pooled_height, pooled_width, programs, moment_stride,
     ACTIVATION: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, REACH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    AVERAGES: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """g = f'(x)·Σ grad_z over the windows that chose the pixel,   grad_y = a·g + gs1 + 2·gs2·(y − m);   x = a(y − m) + β.
 
+    With AVERAGES g is f'(x)·grad_z/k² of the pixel's own window of k × k.
     With grad_alias grad_z stands for their sum, rounded to their precision, as PyTorch would have added them.
     Where asked, partials = (Σ g·(y − m), Σ g[, Σ grad·min(x, 0) with a slope]) over the `count` pixels' part of this program.
     """
@@ -120,12 +130,15 @@ def _bn_act_pool_backward_kernel(
                 exists = (i >= 0) & (i < pooled_height) & (down < WINDOW) & (j >= 0) & (j < pooled_width) & (right < WINDOW)
                 holds = inside & exists[:, None]
                 place = ((image * pooled_height + i) * pooled_width + j)[:, None] * channels + channel[None, :]
-                chosen = tl.load(index + place, mask=holds, other=0).to(tl.int32) == (down * WINDOW + right)[:, None]
                 part = tl.load(grad_z + place, mask=holds, other=0.0).to(tl.float32)
                 if grad_alias is not None:
                     part += tl.load(grad_alias + place, mask=holds, other=0.0).to(tl.float32)
                     part = part.to(grad_z.dtype.element_ty).to(tl.float32)
-                gradient += tl.where(holds & chosen, part, 0.0)
+                if AVERAGES:
+                    gradient += part / (WINDOW * WINDOW)
+                else:
+                    chosen = tl.load(index + place, mask=holds, other=0).to(tl.int32) == (down * WINDOW + right)[:, None]
+                    gradient += tl.where(holds & chosen, part, 0.0)
         if ACTIVATION != "none":
             x = tl.fma(shifted, a[None, :], b[None, :])
             if partials is not None and slope is not None:
@@ -136,10 +149,11 @@ def _bn_act_pool_backward_kernel(
             halves = tl.reshape(gradient, [2, BLOCK_PIXELS // 2, BLOCK_CHANNELS])
             first += tl.sum(halves * tl.reshape(shifted, [2, BLOCK_PIXELS // 2, BLOCK_CHANNELS]), axis=0)
             second += tl.sum(halves, axis=0)
-        out = gradient * a[None, :]
-        if grad_sums is not None:
-            out = tl.fma(gradient, a[None, :], tl.fma(shifted, gs2[None, :], gs1[None, :]))
-        tl.store(grad_y + at, out.to(grad_y.dtype.element_ty), mask=inside)
+        if grad_y is not None:
+            out = gradient * a[None, :]
+            if grad_sums is not None:
+                out = tl.fma(gradient, a[None, :], tl.fma(shifted, gs2[None, :], gs1[None, :]))
+            tl.store(grad_y + at, out.to(grad_y.dtype.element_ty), mask=inside)
         start += programs * BLOCK_PIXELS
     if partials is not None:
         row = partials + tl.program_id(0).to(tl.int64) * channels + channel
@@ -168,14 +182,15 @@ def bn_act_pool_forward(
     padding: int,
     partials: Tensor | None = None,  # [2, R, C] float32, written
     with_sums: bool = True,
+    averages: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [N, C, H', W'], sums [2, C] float32 or, not with_sums, empty, and the place of each z in its window, uint8 like z.
+    """z [N, C, H', W'], sums [2, C] float32 or, not with_sums, empty, and the place of each z in its window, uint8 like z; none of means.
 
     One launch, as bn_act_forward, and as many rows of partial sums; without `partials` another one, which adds them up.
     """
     (images, channels, height, width), y = y.shape, channels_last(y)
-    shape = images, channels, *((size + 2 * padding - window) // stride + 1 for size in (height, width))
-    z, index = (torch.empty(shape, dtype=each, device=y.device, memory_format=torch.channels_last) for each in (y.dtype, torch.uint8))
+    z = pooled_like(y, window, stride, padding)
+    index = places_of(z, averages)
     if y.numel() == 0:
         if partials is not None:
             partials.zero_()
@@ -183,15 +198,15 @@ def bn_act_pool_forward(
     _check_size(y)
     sums = torch.empty((2, channels) if with_sums else 0, dtype=torch.float32, device=y.device)
     rows = sums_to_write(partials, tiles(y, registers=registers(activation)), y, 2) if with_sums else None
-    lines, columns = (max(pooled, triton.cdiv(size, stride)) for pooled, size in zip(shape[2:], (height, width), strict=True))
+    lines, columns = (max(pooled, triton.cdiv(size, stride)) for pooled, size in zip(z.shape[2:], (height, width), strict=True))
     block, windows = min(_CHANNELS, triton.next_power_of_2(channels)), images * lines * columns
     programs = triton.cdiv(triton.cdiv(windows, _TILE // block), _TILES_EACH) if rows is None else rows.shape[1]
     with on_device_of(y):
         _bn_act_pool_forward_kernel[(programs, triton.cdiv(channels, block))](
-            y, z, index, rows, mean, var, weight, bias, per_channel(slope, channels), eps,
-            windows, height, width, channels, *shape[2:], lines, columns, programs,
+            y, z, None if averages else index, rows, mean, var, weight, bias, per_channel(slope, channels), eps,
+            windows, height, width, channels, *z.shape[2:], lines, columns, programs,
             ACTIVATION=activation, WINDOW=window, STRIDE=stride, PADDING=padding, EXTENT=max(window, padding + stride),
-            BLOCK_WINDOWS=_TILE // block, BLOCK_CHANNELS=block, num_warps=WARPS,
+            AVERAGES=averages, BLOCK_WINDOWS=_TILE // block, BLOCK_CHANNELS=block, num_warps=WARPS,
         )  # fmt: skip
         if rows is not None and partials is None:
             add_up(rows, sums)
@@ -207,7 +222,7 @@ def bn_act_pool_backward(
     weight: Tensor | None,  # [C] float32
     bias: Tensor | None,  # [C] float32
     eps: float,
-    index: Tensor,  # uint8 [N, C, H', W'] of the forward pass
+    index: Tensor,  # uint8 [N, C, H', W'] of the forward pass; of means [0]
     activation: str,
     slope: Tensor | None,  # [1] or [C] float32, with leaky_relu
     window: int,
@@ -215,10 +230,13 @@ def bn_act_pool_backward(
     padding: int,
     parameters: bool = False,  # whether the gradients of γ, β and the slope are wanted
     grad_alias: Tensor | None = None,  # [N, C, H', W']: added to grad_z
+    averages: bool = False,
+    with_y: bool = True,  # whether grad_y is wanted
+    shares: Tensor | None = None,  # [2, C] float32, written with the gradients of γ and β: see `partial_sums.add_up`
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_y like y; the gradients of γ and β, [2, C], and of the slope, where they are wanted, else empty.
+    """grad_y like y; the gradients of γ and β, [2, C], and of the slope.
 
-    One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
+    What is not wanted is empty. One launch; with the gradients of γ and β a second one, which adds up the programs' partial sums.
     """
     channels, (height, width) = y.shape[1], y.shape[2:]
     like, y, grad_z = y, channels_last(y), channels_last(grad_z)
@@ -226,11 +244,11 @@ def bn_act_pool_backward(
     sums = 0 if not parameters else 2 if slope is None else 3
     grad_parameters = torch.empty((sums, channels) if parameters else 0, dtype=torch.float32, device=y.device)
     if y.numel() == 0:
-        return torch.empty_like(like), *parameter_gradients(grad_parameters.zero_(), slope)
+        return torch.empty_like(like) if with_y else y.new_empty(0), *parameter_gradients(grad_parameters.zero_(), slope)
     _check_size(y)
     if grad_sums is not None and grad_sums.stride(1) != 1:
         grad_sums = grad_sums.contiguous()
-    grad_y = torch.empty_like(y)
+    grad_y = torch.empty_like(y) if with_y else None
     partials = sums_to_write(None, tiles(y, registers=backward_registers(activation)), y, sums) if parameters else None
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     pixels = y.numel() // channels
@@ -238,14 +256,15 @@ def bn_act_pool_backward(
     programs = triton.cdiv(triton.cdiv(pixels, tile // block), _TILES_EACH) if partials is None else partials.shape[1]
     with on_device_of(y):
         _bn_act_pool_backward_kernel[(programs, triton.cdiv(channels, block))](
-            grad_z, grad_alias, grad_sums, y, index, grad_y, partials, mean, var, weight, bias, per_channel(slope, channels), eps,
+            grad_z, grad_alias, grad_sums, y, None if averages else index, grad_y, partials,
+            mean, var, weight, bias, per_channel(slope, channels), eps,
             pixels, height, width, channels, *grad_z.shape[2:], programs, 0 if grad_sums is None else grad_sums.stride(0),
             ACTIVATION=activation, WINDOW=window, STRIDE=stride, PADDING=padding, REACH=triton.cdiv(window, stride),
-            BLOCK_PIXELS=tile // block, BLOCK_CHANNELS=block, num_warps=WARPS,
+            AVERAGES=averages, BLOCK_PIXELS=tile // block, BLOCK_CHANNELS=block, num_warps=WARPS,
         )  # fmt: skip
         if partials is not None:
-            add_up(partials, grad_parameters, var, eps)
-    return laid_out_like(grad_y, like), *parameter_gradients(grad_parameters, slope)
+            add_up(partials, grad_parameters, var, eps, weight, shares, pixels)
+    return y.new_empty(0) if grad_y is None else laid_out_like(grad_y, like), *parameter_gradients(grad_parameters, slope)
 
 
 def _check_size(y: Tensor) -> None:

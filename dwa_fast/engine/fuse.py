@@ -1,4 +1,4 @@
-"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and max-pooling behind it, is one operator call; two that are
+"""Rewrites a teacher: every BatchNorm layer, with the addition, activation and pooling behind it, is one operator call; two that are
 added are one call too."""
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _ADDITIONS = {operator.add, torch.add}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
 _DROPPING = {F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _UNPOOLED = {"hardswish"}  # activations whose gradient does not fit the registers of a GPU beside a pooling
+_UNAVERAGED = {*_UNPOOLED, "relu6"}  # and beside one that takes the mean
 _UNJOINED = {"relu6"}  # and beside a second layer
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # by name: importing torchvision loads Triton, and teachers may do without it
 
@@ -39,7 +40,6 @@ class BatchNormAct(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     slope: Tensor | None
-    pools = True  # whether a max-pooling behind it all can be fused too
 
     def __init__(self, layer: Any, operators: Operators) -> None:
         """Take the place of a plain BatchNorm layer, whose weights and statistics these are."""
@@ -55,7 +55,7 @@ class BatchNormAct(nn.Module):
         self.alias_stride = 1  # of the rows and columns of the result whose pixels the alias has
         self.activation: Activation = "none"
         self.register_buffer("slope", None)  # of leaky_relu: [1] or [C]
-        self.windows: Windows | None = None  # of a max-pooling behind it all
+        self.windows: Windows | None = None  # of a pooling behind it all
         self.leaves_skip = False  # whether the gradient of the skip is left to the layer that the skip comes from
         self.measures = True  # whether forward takes the moments
         self.sums: list[Tensor] = []  # one [2, C] per call of the last forward pass
@@ -70,7 +70,7 @@ class BatchNormAct(nn.Module):
         skip: Tensor | None = None,  # like the input
         other: BatchNormAct | None = None,  # the skip's own layer, which keeps its moments
     ) -> Tensor | tuple[Tensor, ...]:  # like the input, or smaller
-        """f(BatchNorm(input) [+ skip, or its BatchNorm]) with the running statistics, or the largest of it in each window."""
+        """f(BatchNorm(input) [+ skip, or its BatchNorm]) with the running statistics, or the largest or mean of it in each window."""
         y = planes(input)
         result = self._call(y, None if skip is None else planes(skip), other)
         layers = [self] if other is None else [self, other]
@@ -93,7 +93,8 @@ class BatchNormAct(nn.Module):
             both = y, *self.statistics, skip, *other.statistics
             return self.operators.bn_act_join(*both, *behind, other.partials, *alias, self.measures)
         if self.windows is not None:
-            return self.operators.bn_act_pool(y, *self.statistics, *self.windows, *behind, self.with_alias, self.measures)
+            *windows, averages = self.windows
+            return self.operators.bn_act_pool(y, *self.statistics, *windows, *behind, self.with_alias, self.measures, averages)
         return self.operators.bn_act(y, *self.statistics, skip, *behind, *alias, self.measures, self.leaves_skip)
 
     @property
@@ -115,7 +116,7 @@ class BatchNormAct(nn.Module):
         skip = ["BatchNorm of the skip"] if self.joins else ["addition"] if self.skip else []
         parts = ["BatchNorm of a skip" if self.joined else "BatchNorm", *skip]
         parts += [title(self.activation, self.slope)] if self.activates else []
-        return " + ".join([*parts, *(["max-pooling"] if self.windows else [])])
+        return " + ".join([*parts, *([self.windows.title] if self.windows else [])])
 
     @property
     def activates(self) -> bool:
@@ -189,7 +190,7 @@ def fuse_neighbours(traced: torch.fx.GraphModule, layer: nn.Module, new: BatchNo
 
 
 def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct) -> None:
-    """Put the layer in place of the node, and of the addition, activation and max-pooling that alone use its result."""
+    """Put the layer in place of the node, and of the addition, activation and pooling that alone use its result."""
     before = traced.get_submodule(str(node.target))
     replace_layers(traced, lambda each: layer if each is before else None)
     chain: list[torch.fx.Node] = [node]
@@ -200,7 +201,7 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
             layer.skip = True
         elif not layer.activates and (matched := _activation(traced, layer, user, arguments, chain[-1])) is not None:
             layer.activate(matched)
-        elif _takes_pool(layer) and (windows := match_pool(traced, user, chain[-1])) is not None:
+        elif (windows := match_pool(traced, user, chain[-1])) is not None and _takes_pool(layer, windows):
             layer.windows = windows
         else:
             break
@@ -215,8 +216,8 @@ def _fuse(traced: torch.fx.GraphModule, node: torch.fx.Node, layer: BatchNormAct
         traced.graph.erase_node(old)
 
 
-def _takes_pool(layer: BatchNormAct) -> bool:
-    return layer.pools and not layer.skip and layer.activation not in _UNPOOLED
+def _takes_pool(layer: BatchNormAct, windows: Windows) -> bool:
+    return not layer.skip and layer.activation not in (_UNAVERAGED if windows.averages else _UNPOOLED)
 
 
 def _join(traced: torch.fx.GraphModule) -> None:

@@ -37,23 +37,23 @@ Forward = Callable[[Tensor], Tensor]  # [N, C, H, W] → [N, classes]
 class _TrainedBatchNormAct(BatchNormAct):
     """A BatchNorm layer in the mode that it was in, with what was fused into it; it keeps no moments."""
 
-    pools = False
-
     def __init__(self, layer: Any, operators: Operators) -> None:
         super().__init__(layer, operators)
         self.momentum, self.batches = getattr(layer, "momentum", None), getattr(layer, "num_batches_tracked", None)
         self.trains = layer.training
 
     def forward(self, input: Tensor, skip: Tensor | None = None, other: BatchNormAct | None = None) -> Tensor:
-        """f(BatchNorm(input) [+ skip]); no two layers are joined in training."""
+        """f(BatchNorm(input) [+ skip]), or the largest or mean of it in each window; no two layers are joined in training."""
         y, added = planes(input), None if skip is None else planes(skip).to(input.dtype)  # under autocast one of them may be float32
-        behind = added, self.activation, self.slope
+        behind = self.activation, self.slope
+        windows, averages = (None, False) if self.windows is None else (self.windows[:3], self.windows.averages)
         if self.trains:
-            z = self.operators.batch_norm_act(
-                y, self.running_mean, self.running_var, self.weight, self.bias, self._next_momentum(), self.eps, *behind
-            )
+            layer = self.running_mean, self.running_var, self.weight, self.bias, self._next_momentum(), self.eps
+            z = self.operators.batch_norm_act(y, *layer, added, *behind, windows, averages)
+        elif windows is not None:
+            z, _ = self.operators.bn_act_pool(y, *self.statistics, *windows, *behind, with_sums=False, averages=averages)
         else:
-            z, _ = self.operators.bn_act(y, *self.statistics, *behind)
+            z, _ = self.operators.bn_act(y, *self.statistics, added, *behind, with_sums=False)
         return z if input.dim() == 4 else z.view(input.shape)
 
     def _next_momentum(self) -> float:

@@ -63,12 +63,15 @@ def batch_norm_act(
     skip: Tensor | None = None,  # [N, C, H, W]
     activation: Activation = "none",
     slope: Tensor | None = None,  # [1] or [C], of leaky_relu
-) -> Tensor:  # [N, C, H, W]
+    windows: tuple[int, int, int] | None = None,  # k, s and p of a pooling
+    averages: bool = False,
+) -> Tensor:  # [N, C, H, W], or [N, C, H', W'] with windows
     """BatchNorm in train mode with what follows it."""
     z = F.batch_norm(y, running_mean, running_var, weight, bias, training=True, momentum=momentum, eps=eps)
     if skip is not None:
         z = z + skip
-    return _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
+    z = _ACTIVATIONS[activation](z) if slope is None else F.prelu(z, slope.to(z.dtype))
+    return z if windows is None else F.avg_pool2d(z, *windows) if averages else F.max_pool2d(z, *windows)
 
 
 def bn_act_join(
@@ -113,10 +116,11 @@ def bn_act_pool(
     partials: Tensor | None = None,  # [2, R, C], written
     with_alias: bool = False,
     with_sums: bool = True,
+    averages: bool = False,
 ) -> tuple[Tensor, ...]:  # z [N, C, H', W'], with_alias an alias of z, sums [2, C] float32 or wider
-    """`bn_act` and a max-pooling of square windows behind it."""
+    """`bn_act` and a max-pooling of square windows behind it, or their means."""
     z, sums = bn_act(y, mean, var, weight, bias, eps, None, activation, slope, partials, with_sums=with_sums)
-    z = F.max_pool2d(z, window, stride, padding)
+    z = F.avg_pool2d(z, window, stride, padding) if averages else F.max_pool2d(z, window, stride, padding)
     return (z, z.view_as(z), sums) if with_alias else (z, sums)
 
 

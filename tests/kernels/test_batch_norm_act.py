@@ -130,6 +130,32 @@ def test_two_values_by_hand(device: torch.device) -> None:
     assert grad_y.flatten().tolist() == [0.0, 0.0]  # the results of two values do not depend on them
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("windows", [(2, 2, 0, True), (3, 2, 1, False)])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_with_a_pooling_behind(
+    windows: tuple[int, int, int, bool], activation: Activation, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What the launchers give without one, with PyTorch's pooling behind it."""
+    *sides, averages = windows
+    y, values, slope = batch((2, 20, 7, 5), dtype, device), values_of(20, device), slope_of(activation, batch((2, 20, 7, 5), dtype, device))
+    before, after = ([None if each is None else each.clone() for each in values] for _ in range(2))
+    x, mean, var, mask = kernel.batch_norm_act_forward(y, *before, MOMENTUM, EPS, None, activation, slope)
+    z, *statistics, places = kernel.batch_norm_act_forward(y, *after, MOMENTUM, EPS, None, activation, slope, sides, averages)
+    expected = (F.avg_pool2d if averages else F.max_pool2d)(x.float().requires_grad_(), *sides)
+    assert all(torch.equal(*each) for each in zip([*statistics, *after], [mean, var, *before], strict=True))
+    assert error(z, expected.to(dtype)) <= (1e-7 if dtype is torch.float32 else 2.0**-8)
+    grad_z = torch.randn_like(z)
+    x = x.float().requires_grad_()
+    (grad_x,) = torch.autograd.grad((F.avg_pool2d if averages else F.max_pool2d)(x, *sides), x, grad_z.float())
+    layer = y, mean, var, *values[2:], EPS, None
+    own = kernel.batch_norm_act_backward(grad_z, *layer, places, False, activation, slope, sides, averages)
+    plain = kernel.batch_norm_act_backward(grad_x.to(dtype), *layer, mask, False, activation, slope)
+    for mine, theirs in zip(own, plain, strict=True):
+        assert mine.shape == theirs.shape
+        assert not theirs.numel() or error(mine, theirs) <= (2e-6 if dtype is torch.float32 else 2.0**-6)
+
+
 def test_mean_far_from_zero(device: torch.device) -> None:
     """Σ(y − m)² keeps its precision where E[y²] − E[y]² would lose it."""
     y, values = (100 + torch.randn(4, 8, 16, 16)).to(device), values_of(8, device)
@@ -163,23 +189,33 @@ def schema_calls() -> list[tuple[str, tuple[Any, ...]]]:
     return [
         ("batch_norm_act_forward", (y, mean, var, None, None, MOMENTUM, EPS, y, "relu", None)),
         ("batch_norm_act_backward", (y, y, mean, var, None, None, EPS, None, mask, True, "relu", None)),
+        ("batch_norm_act_forward", (y, mean, var, None, None, MOMENTUM, EPS, None, "relu", None, [2, 2, 0], True)),
+        (
+            "batch_norm_act_backward",
+            (y[:, :, ::2, :1], y, mean, var, None, None, EPS, None, mask[:0], False, "relu", None, [2, 2, 0], True),
+        ),
     ]
 
 
 def launches() -> Launches:
     """Layers of ConvNet-128 and of a ResNet in training, batch 100; and odd sizes."""
 
-    def both(shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation, running: bool = True) -> None:
+    def both(
+        shape: tuple[int, ...], dtype: torch.dtype, has_skip: bool, activation: Activation, running: bool = True, **pooling: Any
+    ) -> None:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) if wanted else None for wanted in (running, running, True, True)]
         slope = meta(shape[1]) if activation == "leaky_relu" else None
         skip = y if has_skip else None
-        z, mean, var, mask = kernel.batch_norm_act_forward(y, *values, MOMENTUM, EPS, skip, activation, slope)
-        kernel.batch_norm_act_backward(z, y, mean, var, *values[2:], EPS, skip, mask, has_skip, activation, slope)
+        z, mean, var, mask = kernel.batch_norm_act_forward(y, *values, MOMENTUM, EPS, skip, activation, slope, **pooling)
+        kernel.batch_norm_act_backward(z, y, mean, var, *values[2:], EPS, skip, mask, has_skip, activation, slope, **pooling)
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for has_skip in (False, True):
             yield f"{dtype} {has_skip} relu", partial(both, (100, 128, 16, 16), dtype, has_skip, "relu")
     for activation in ACTIVATIONS:
         yield f"training {activation}", partial(both, (100, 128, 16, 16), torch.bfloat16, False, activation)
+    for averages in (False, True):
+        pooled = partial(both, (100, 128, 32, 32), torch.bfloat16, False, "relu", windows=(2, 2, 0), averages=averages)
+        yield f"pooled, {averages}", pooled
     yield "no running statistics", partial(both, (100, 128, 16, 16), torch.bfloat16, False, "relu", False)
     yield "odd", partial(both, (5, 3, 7, 5), torch.bfloat16, True, "relu")

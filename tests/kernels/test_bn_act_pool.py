@@ -26,19 +26,23 @@ kernel = importlib.import_module("dwa_fast.kernels.bn_act_pool")
 
 EPS = 1e-5
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 2, 1), (2, 3, 0)]  # k, s, p
+MEANS = [(2, 2, 0, True), (3, 3, 0, True)]
+Pooling = tuple[int, int, int] | tuple[int, int, int, bool]
 CASES = [
     ((2, 3, 5, 7), (3, 2, 1), "relu"),
     ((1, 64, 6, 6), (3, 2, 1), "relu"),
     ((1, 130, 5, 4), (2, 2, 0), "relu"),  # several blocks of channels
-    *[((2, 20, 7, 6), windows, "relu") for windows in WINDOWS],
+    *[((2, 20, 7, 6), windows, "relu") for windows in (*WINDOWS, *MEANS)],
     *[((2, 20, 6, 5), (3, 2, 1), activation) for activation in ACTIVATIONS if activation != "relu"],
+    *[((2, 20, 5, 5), (2, 2, 0, True), activation) for activation in ACTIVATIONS if activation != "relu"],
+    ((1, 130, 5, 4), (2, 2, 0, True), "relu"),
 ]
 
 
 def both_ways(
     y: Tensor,
     values: list[Tensor | None],
-    windows: tuple[int, int, int],
+    windows: Pooling,
     activation: Activation,
     grad_z: Tensor,
     grad_sums: Tensor | None,
@@ -48,8 +52,9 @@ def both_ways(
 ) -> dict[str, Tensor]:
     """Every result of the kernels, forward and backward."""
     slope = slope_of(activation, y)
-    z, sums, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows)
-    behind = index, activation, slope, *windows, parameters, grad_alias
+    *sides, averages = *windows[:3], len(windows) > 3
+    z, sums, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *sides, averages=averages)
+    behind = index, activation, slope, *sides, parameters, grad_alias, averages
     grad_y, grad_parameters, grad_slope = kernel.bn_act_pool_backward(grad_z, grad_sums, y, *values, EPS, *behind)
     results = {"z": z, "sums": sums, "grad_y": grad_y}
     if parameters:
@@ -60,7 +65,7 @@ def both_ways(
 def plainly(
     y: Tensor,
     values: list[Tensor | None],
-    windows: tuple[int, int, int],
+    windows: Pooling,
     activation: Activation,
     grad_z: Tensor,
     grad_sums: Tensor | None,
@@ -73,7 +78,7 @@ def plainly(
     weight, bias = ((torch.full_like(mean, i) if v is None else v.detach()).requires_grad_() for i, v in ((1, weight), (0, bias)))
     slope = slope_of(activation, y)
     slope = None if slope is None else slope.to(wide).requires_grad_()
-    z, sums = reference.bn_act_pool(y, mean, var, weight, bias, EPS, *windows, activation, slope)
+    z, sums = reference.bn_act_pool(y, mean, var, weight, bias, EPS, *windows[:3], activation, slope, averages=len(windows) > 3)
     grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums.to(wide)
     wanted = {"grad_y": y, "grad_weight": weight, "grad_bias": bias} | ({} if slope is None else {"grad_slope": slope})
     grads = torch.autograd.grad([z, sums], list(wanted.values()), [grad_z.to(dtype), grad_sums])
@@ -87,14 +92,14 @@ def distinct(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return spread.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
-def pooled(y: Tensor, windows: tuple[int, int, int]) -> Tensor:
-    return torch.randn_like(F.max_pool2d(y.float(), *windows)).to(y.dtype).contiguous(memory_format=torch.channels_last)
+def pooled(y: Tensor, windows: Pooling) -> Tensor:
+    return torch.randn_like(F.max_pool2d(y.float(), *windows[:3])).to(y.dtype).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("shape", "windows", "activation"), CASES)
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_matches_float64(
-    shape: tuple[int, ...], windows: tuple[int, int, int], activation: Activation, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], windows: Pooling, activation: Activation, dtype: torch.dtype, device: torch.device
 ) -> None:
     y = batch(shape, dtype, device) if dtype == torch.float32 else distinct(shape, dtype, device)
     values = layer(shape[1], device)
@@ -134,12 +139,14 @@ def test_partial_sums_in_memory_that_is_given(shape: tuple[int, ...], device: to
         kernel.bn_act_pool_forward(y, *values, EPS, "relu", None, 3, 2, 1, partials[:, :, 1:])
 
 
+@pytest.mark.parametrize("windows", [(3, 2, 1), (2, 2, 0, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-def test_gradients_of_two_uses_and_of_frozen_weights(activation: Activation, dtype: torch.dtype, device: torch.device) -> None:
+def test_gradients_of_two_uses_and_of_frozen_weights(
+    activation: Activation, windows: Pooling, dtype: torch.dtype, device: torch.device
+) -> None:
     """They are added as PyTorch adds them, bit for bit; frozen weights and moments without a gradient change nothing else."""
     y, values = batch((2, 20, 6, 5), dtype, device), layer(20, device)
-    windows = 3, 2, 1
     grad, more = pooled(y, windows), pooled(y, windows)
     for grad_sums in (None, torch.randn(2, 20, device=device)):
         two = both_ways(y, values, windows, activation, grad, grad_sums, more)
@@ -226,27 +233,38 @@ def schema_calls() -> list[tuple[str, tuple[Any, ...]]]:
         ("bn_act_pool_forward", (y, *values, "relu", None, 3, 2, 1)),
         ("bn_act_pool_forward", (y, *values, "relu", None, 3, 2, 1, None, False)),
         ("bn_act_pool_backward", (pooled, None, y, *values, pooled.byte(), "relu", None, 3, 2, 1, True)),
+        ("bn_act_pool_forward", (y, *values, "relu", None, 2, 2, 0, None, True, True)),
+        (
+            "bn_act_pool_backward",
+            (y[:, :, ::2, :1], None, y, *values, pooled.new_empty(0, dtype=torch.uint8), "relu", None, 2, 2, 0, True, None, True, False),
+        ),
     ]
 
 
 def launches() -> Launches:
-    """The first layer of a ResNet at 224 pixels, batch 100, and blocks of a VGG; and odd sizes."""
+    """The first layer of a ResNet at 224 pixels, batch 100, blocks of a VGG and of a ConvNet-128; and odd sizes."""
 
-    def both(shape: tuple[int, ...], windows: tuple[int, int, int], dtype: torch.dtype, activation: Activation) -> None:
+    def both(shape: tuple[int, ...], windows: Pooling, dtype: torch.dtype, activation: Activation) -> None:
         y, values = meta(*shape, dtype=dtype), [meta(shape[1]) for _ in range(4)]
         slope = meta(shape[1]) if activation == "leaky_relu" else None
-        z, _, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows)
-        kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *windows, None, False)
-        grad_sums, behind = meta(2, 4800)[:, : shape[1]], (index, activation, slope, *windows)
-        kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind)
-        kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind, False, z)
-        kernel.bn_act_pool_backward(z, None, y, *values, EPS, *behind, True)
+        *sides, averages = *windows[:3], len(windows) > 3
+        z, _, index = kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *sides, averages=averages)
+        kernel.bn_act_pool_forward(y, *values, EPS, activation, slope, *sides, None, False, averages)
+        grad_sums, behind = meta(2, 4800)[:, : shape[1]], (index, activation, slope, *sides)
+        kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind, averages=averages)
+        kernel.bn_act_pool_backward(z, grad_sums, y, *values, EPS, *behind, False, z, averages)
+        kernel.bn_act_pool_backward(z, None, y, *values, EPS, *behind, True, averages=averages)
+        kernel.bn_act_pool_backward(z, None, y, *values, EPS, *behind, True, averages=averages, with_y=False, shares=meta(2, shape[1]))
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for windows in ((3, 2, 1), (2, 2, 0)):
             yield f"{dtype} relu {windows}", partial(both, (100, 64, 112, 112), windows, dtype, "relu")
+        yield f"{dtype} relu, means", partial(both, (100, 128, 32, 32), (2, 2, 0, True), dtype, "relu")
     for activation in ACTIVATIONS:
         if activation == "hardswish":  # 8 bytes are spilled for sm_90: no teacher is rewritten to that
             continue
         yield f"torch.bfloat16 {activation}", partial(both, (100, 64, 112, 112), (3, 2, 1), torch.bfloat16, activation)
+        if activation != "relu6":  # nor to means of that one: 8 bytes for sm_80
+            yield f"torch.bfloat16 {activation}, means", partial(both, (100, 128, 32, 32), (2, 2, 0, True), torch.bfloat16, activation)
     yield "torch.bfloat16 relu C=58, odd size", partial(both, (3, 58, 7, 7), (3, 1, 1), torch.bfloat16, "relu")
+    yield "torch.bfloat16 relu C=58, odd size, means", partial(both, (3, 58, 7, 7), (2, 2, 0, True), torch.bfloat16, "relu")

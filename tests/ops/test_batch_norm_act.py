@@ -1,4 +1,4 @@
-"""BatchNorm in train mode with skip and activation, against float64."""
+"""BatchNorm in train mode with skip, activation and pooling, against float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwa_fast import ops
+from dwa_fast.engine.pool_nodes import Windows
 from dwa_fast.reference.ops import _ACTIVATIONS
 
 SHAPES = {"odd": (5, 19, 7, 3), "wide": (4, 64, 6, 6), "two values": (2, 3, 1, 1), "one channel": (3, 1, 4, 4)}
@@ -34,7 +35,9 @@ def inputs(shape: tuple[int, ...], skip: bool, slope: bool) -> list[Tensor]:
     return [y, 1 + 0.3 * draw(channels), draw(channels), *extras, draw(*shape)]
 
 
-def respond(given: list[Tensor], skip: bool, activation: str, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+def respond(
+    given: list[Tensor], skip: bool, activation: str, dtype: torch.dtype, fused: bool, pooling: Windows | None = None
+) -> list[Tensor]:
     """z, both running statistics, and the gradients of all that has one."""
     *leaves, grad = (each.detach().to(dtype).requires_grad_() for each in given)
     y, weight, bias = leaves[:3]
@@ -43,11 +46,14 @@ def respond(given: list[Tensor], skip: bool, activation: str, dtype: torch.dtype
     running_mean, running_var = torch.full_like(weight, 0.5).detach(), torch.full_like(weight, 2.0).detach()
     if fused:
         operator: Any = ops.batch_norm_act
-        z = operator(y, running_mean, running_var, weight, bias, 0.3, 1e-5, extra, activation, slope)
+        behind = () if pooling is None else (pooling[:3], pooling.averages)
+        z = operator(y, running_mean, running_var, weight, bias, 0.3, 1e-5, extra, activation, slope, *behind)
     else:
         x = F.batch_norm(y, running_mean, running_var, weight, bias, True, 0.3, 1e-5)
         x = x if extra is None else x + extra
         z = F.prelu(x, slope) if slope is not None else _ACTIVATIONS[activation](x)  # type: ignore[index]
+        if pooling is not None:
+            z = (F.avg_pool2d if pooling.averages else F.max_pool2d)(z, *pooling[:3])
     z.backward(grad)
     return [each.detach() for each in (z, running_mean, running_var, *(leaf.grad for leaf in leaves)) if each is not None]
 
@@ -68,6 +74,24 @@ def test_values_gradients_and_running_statistics(activation: str, skip: bool, sh
         assert float((mine - value).norm()) <= allowed
     if layout != "slice":
         assert own[0].stride() == laid[0].stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pooling", [Windows(2, 2, 0, True), Windows(3, 3, 0, True), Windows(3, 2, 1), Windows(2, 2, 0)])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "leaky_relu"])
+def test_with_a_pooling_behind(activation: str, pooling: Windows, layout: str) -> None:
+    """Values, gradients and running statistics; rows and columns without a window count in the statistics."""
+    for shape in ((5, 19, 7, 4), (4, 64, 6, 6)):
+        *given, grad = inputs(shape, False, activation == "leaky_relu")
+        grad = grad[:, :, : (shape[2] + 2 * pooling.padding - pooling.window) // pooling.stride + 1]
+        given.append(grad[..., : (shape[3] + 2 * pooling.padding - pooling.window) // pooling.stride + 1])
+        exact = respond(given, False, activation, torch.float64, fused=False, pooling=pooling)
+        laid = [LAYOUTS[layout](each) if each.dim() == 4 else each for each in given]
+        plain = respond(laid, False, activation, torch.float32, fused=False, pooling=pooling)
+        own = respond(laid, False, activation, torch.float32, fused=True, pooling=pooling)
+        for mine, theirs, value in zip(own, plain, exact, strict=True):
+            rounding = 8 * torch.finfo(torch.float32).eps * float(value.norm())
+            assert float((mine - value).norm()) <= 2 * float((theirs - value).norm()) + rounding
 
 
 def test_same_input_same_bits_for_any_number_of_threads() -> None:
@@ -120,6 +144,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         (TypeError, "skip must have the precision", (y, None, None, None, None, 0.1, 1e-5, y.bfloat16())),
         (ValueError, "skip must have the shape", (y, None, None, None, None, 0.1, 1e-5, y[:2])),
         (ValueError, "activation must be one of", (y, None, None, None, None, 0.1, 1e-5, None, "tanh")),
+        (ValueError, "window must be 1 to 3, got 4", (y, None, None, None, None, 0.1, 1e-5, None, "relu", None, (4, 4, 0))),
+        (ValueError, "skip or windows must be left out", (y, None, None, None, None, 0.1, 1e-5, y, "relu", None, (2, 2, 0))),
     ]
     for error, message, arguments in refused:
         with pytest.raises(error, match=message):

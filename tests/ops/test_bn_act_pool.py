@@ -1,4 +1,4 @@
-"""bn_act_pool: the bits of bn_act and PyTorch's max_pool2d, and as near to float64, on every instruction set; and which teachers use it."""
+"""bn_act_pool: the bits of bn_act and PyTorch's pooling, and as near to float64, on every instruction set; and which teachers use it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from tests.ops.layers import LAYOUTS, Inputs, error, laid_out, run
 
 SHAPES = [(1, 1, 5, 5), (2, 3, 6, 7), (3, 20, 9, 5), (1, 67, 8, 11), (2, 136, 7, 6), (2, 64, 57, 56)]
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (3, 2, 0), (3, 3, 0), (2, 2, 1), (1, 2, 0), (2, 3, 0)]  # k, s, p
+MEANS = [(2, 2, 0, True), (3, 3, 0, True), (1, 1, 0, True)]
+Pooling = tuple[int, int, int] | tuple[int, int, int, bool]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def make(
     shape: tuple[int, ...],
-    windows: tuple[int, int, int],
+    windows: Pooling,
     dtype: torch.dtype = torch.float32,
     layout: str = "channels_last",
     activation: Activation = "relu",
@@ -38,7 +40,7 @@ def make(
 ) -> Inputs:
     """Arguments of bn_act_pool with the magnitudes of a trained network."""
     channels = shape[1]
-    names = ("window", "stride", "padding")
+    names = ("window", "stride", "padding", "averages")
     return {
         "y": laid_out((torch.randn(shape) * 1.5 + 0.3).to(dtype), layout),
         "mean": torch.randn(channels) * 0.5,
@@ -46,19 +48,20 @@ def make(
         "weight": torch.randn(channels) if affine else None,
         "bias": torch.randn(channels) * 0.3 if affine else None,
         "eps": 1e-5,
-        **dict(zip(names, windows, strict=True)),
+        **dict(zip(names, windows, strict=False)),
         "activation": activation,
         "slope": torch.rand(channels) - 0.3 if activation == "leaky_relu" else None,
     }
 
 
-def in_two_steps(y: Tensor, window: int, stride: int, padding: int, **layer: Any) -> tuple[Tensor, Tensor]:
+def in_two_steps(y: Tensor, window: int, stride: int, padding: int, averages: bool = False, **layer: Any) -> tuple[Tensor, Tensor]:
     z, sums = ops.bn_act(y.contiguous(memory_format=torch.channels_last), skip=None, **layer)
-    return F.max_pool2d(z, window, stride, padding), sums
+    return (F.avg_pool2d if averages else F.max_pool2d)(z, window, stride, padding), sums
 
 
-def fitting() -> Iterator[tuple[tuple[int, ...], tuple[int, int, int]]]:
-    return ((shape, windows) for shape, windows in itertools.product(SHAPES, WINDOWS) if shape != SHAPES[-1] or windows in WINDOWS[:3])
+def fitting() -> Iterator[tuple[tuple[int, ...], Pooling]]:
+    kinds: list[Pooling] = [*MEANS, *WINDOWS]
+    return ((shape, windows) for shape, windows in itertools.product(SHAPES, kinds) if shape != SHAPES[-1] or windows in kinds[:6])
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -83,11 +86,12 @@ def test_as_good_as_pytorch_and_the_bits_of_two_steps(level: str, dtype: torch.d
         assert ours["y"].stride() == torch.empty_like(inputs["y"]).stride()
 
 
+@pytest.mark.parametrize("windows", [(3, 2, 1), (2, 2, 0, True)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("moments", [False, True])
-def test_activations(activation: Activation, affine: bool, moments: bool) -> None:
-    inputs = make((2, 20, 9, 8), (3, 2, 1), activation=activation, affine=affine)
+def test_activations(activation: Activation, affine: bool, moments: bool, windows: Pooling) -> None:
+    inputs = make((2, 20, 9, 8), windows, activation=activation, affine=affine)
     ours, steps = (run(operator, inputs, moments=moments) for operator in (ops.bn_act_pool, in_two_steps))
     expected = run(reference.bn_act_pool, inputs, double=True, moments=moments)
     for name in ("z", "y"):
@@ -117,9 +121,10 @@ def test_equals_and_what_is_no_number(level: str, dtype: torch.dtype, use_level:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_two_uses(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("windows", [(3, 2, 1), (2, 2, 0, True)])
+def test_gradients_of_two_uses(windows: Pooling, dtype: torch.dtype) -> None:
     """Their sum, as PyTorch rounds it; one of them may be missing."""
-    inputs = make((2, 20, 9, 8), (3, 2, 1), dtype)
+    inputs = make((2, 20, 9, 8), windows, dtype)
     y = inputs["y"].requires_grad_()
     z, alias, sums = ops.bn_act_pool(**inputs, with_alias=True)
     assert z.data_ptr() == alias.data_ptr()
@@ -145,17 +150,19 @@ def test_nothing_to_read(shape: tuple[int, ...]) -> None:
     assert not results["weight"].any()
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
-    inputs, found = make((6, 64, 33, 32), (3, 2, 1), torch.bfloat16), []
+@pytest.mark.parametrize("windows", [(3, 2, 1), (2, 2, 0, True)])
+def test_same_bits_for_any_number_of_threads(windows: Pooling) -> None:
+    inputs, found = make((6, 64, 33, 32), windows, torch.bfloat16), []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         found.append(run(ops.bn_act_pool, inputs))
     assert all(torch.equal(result, found[0][name]) for each in found[1:] for name, result in each.items())
 
 
-def test_without_sums() -> None:
+@pytest.mark.parametrize("windows", [(3, 2, 1), (2, 2, 0, True)])
+def test_without_sums(windows: Pooling) -> None:
     """The result and its gradient keep their bits."""
-    inputs = make((2, 19, 6, 5), (3, 2, 1))
+    inputs = make((2, 19, 6, 5), windows)
     inputs["y"].requires_grad_()
     z, sums = ops.bn_act_pool(**inputs, with_sums=False)
     expected, _ = ops.bn_act_pool(**inputs)
@@ -174,6 +181,11 @@ def test_opcheck() -> None:
     for parameters, again in itertools.product((False, True), (None, z)):
         arguments = z, torch.randn(2, 19), *layer, index, "relu", None, 3, 2, 1, parameters, again
         torch.library.opcheck(torch.ops.dwa_fast.bn_act_pool_backward.default, arguments)
+    torch.library.opcheck(torch.ops.dwa_fast.bn_act_pool_forward.default, (*layer, "relu", None, 2, 2, 0, None, True, True))
+    z, _, index = torch.ops.dwa_fast.bn_act_pool_forward(*layer, "relu", None, 2, 2, 0, averages=True)
+    for with_y in (False, True):
+        arguments = z, None, *layer, index, "relu", None, 2, 2, 0, True, z, True, with_y
+        torch.library.opcheck(torch.ops.dwa_fast.bn_act_pool_backward.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +198,7 @@ def test_opcheck() -> None:
         ({"window": 4}, ValueError, "window must be 1 to 3, got 4"),
         ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
         ({"padding": 2}, ValueError, "padding must be 0 to half of the window, got 2 with window 3"),
+        ({"averages": True}, ValueError, "stride must be 3 and padding 0 for means of 3 × 3 pixels, got 2 and 1"),
         ({"padding": 0}, ValueError, "y must have room for a window of 3 pixels, got shape (2, 4, 4, 2)"),
         ({"activation": "tanh"}, ValueError, "activation must be one of"),
         ({"mean": torch.zeros(3)}, ValueError, "mean must be [C] with C = 4, got shape (3,)"),
@@ -205,6 +218,10 @@ def test_gradients_of_another_shape_are_refused() -> None:
         torch.ops.dwa_fast.bn_act_pool_backward(z[:, :, 1:], None, *layer, index, "relu", None, 2, 2, 0)
     with pytest.raises(RuntimeError, match="index must be what bn_act_pool_forward returned"):
         torch.ops.dwa_fast.bn_act_pool_backward(z, None, *layer, index[:, :, 1:], "relu", None, 2, 2, 0)
+    with pytest.raises(RuntimeError, match="index must be what bn_act_pool_forward returned"):
+        torch.ops.dwa_fast.bn_act_pool_backward(z, None, *layer, index, "relu", None, 2, 2, 0, averages=True)
+    with pytest.raises(RuntimeError, match="windows side by side: stride must be 2 and padding 0, got 1 and 0"):
+        torch.ops.dwa_fast.bn_act_pool_forward(*layer, "relu", None, 2, 1, 0, averages=True)
 
 
 class Pooled(nn.Module):
@@ -236,9 +253,19 @@ def stem(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
         (stem(nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)), "BatchNorm + ReLU"),
         (stem(nn.ReLU(), nn.MaxPool2d(4)), "BatchNorm + ReLU"),
         (stem(nn.Hardswish(), nn.MaxPool2d(2)), "BatchNorm + Hardswish"),
+        (stem(nn.ReLU6(), nn.MaxPool2d(2)), "BatchNorm + ReLU6 + max-pooling"),
+        (stem(nn.ReLU6(), nn.AvgPool2d(2)), "BatchNorm + ReLU6"),
         (stem(nn.ReLU(), nn.MaxPool2d(2, dilation=2)), "BatchNorm + ReLU"),
         (stem(nn.ReLU(), nn.MaxPool2d((2, 3))), "BatchNorm + ReLU"),
-        (stem(nn.ReLU(), nn.AvgPool2d(2)), "BatchNorm + ReLU"),
+        (stem(nn.ReLU(), nn.AvgPool2d(2)), "BatchNorm + ReLU + mean-pooling"),
+        (stem(nn.GELU(), nn.AvgPool2d((3, 3), stride=3, count_include_pad=False)), "BatchNorm + GELU + mean-pooling"),
+        (lambda x: F.avg_pool2d(F.relu(x), 2), "BatchNorm + ReLU + mean-pooling"),
+        (stem(nn.ReLU(), nn.AvgPool2d(2, stride=1)), "BatchNorm + ReLU"),
+        (stem(nn.ReLU(), nn.AvgPool2d(2, padding=1)), "BatchNorm + ReLU"),
+        (stem(nn.ReLU(), nn.AvgPool2d((2, 3))), "BatchNorm + ReLU"),
+        (stem(nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True)), "BatchNorm + ReLU"),
+        (stem(nn.ReLU(), nn.AvgPool2d(2, divisor_override=3)), "BatchNorm + ReLU"),
+        (stem(nn.ReLU(), nn.AvgPool2d(4)), "BatchNorm + ReLU"),
         (lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 2), "BatchNorm"),
     ],
 )
@@ -250,7 +277,7 @@ def test_which_poolings_are_fused(behind: Callable[[Tensor], Tensor], fused: str
     layer = network.layers["norm"]
     assert isinstance(layer, BatchNormAct)
     assert layer.extra_repr() == fused
-    assert layer.with_alias or "max-pooling" not in fused
+    assert layer.with_alias or "pooling" not in fused
     got, _ = image_gradient(network, images, labels)
     expected, _ = expected_gradient(teacher, images, labels)
     assert distance(got, expected) < 1e-5

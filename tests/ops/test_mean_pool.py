@@ -116,7 +116,7 @@ def test_gradients_of_another_shape_are_refused() -> None:
     ],
 )
 def test_which_layers_are_replaced(layer: nn.Module, window: int | None) -> None:
-    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), layer, nn.Flatten(1), nn.LazyLinear(5)).eval()
+    teacher = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), layer, nn.Flatten(1), nn.LazyLinear(5)).eval()
     images = torch.randn(2, 3, 9, 9)
     expected = teacher(images)
     rewritten = trace(teacher.requires_grad_(False), batchnorm_layers(teacher), resolve("fused", "fp32", "cpu").operators, images)
