@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
+_SIZES = {"shape", "size", "numel", "nelement", "stride", "nbytes"}
 _METADATA = set("size dim ndimension numel nelement stride is_contiguous element_size is_floating_point is_complex get_device".split())
 
 
@@ -38,7 +39,8 @@ def symbolic(
     """The teacher's graph, whose modules are the teacher's own, under their names. A node has its shape, if any, in meta["shape"].
 
     Shapes are numbers while it is traced, so that a forward pass may compare them and branch on them; it must not branch on values.
-    Sizes that depend on the number of images are found by tracing two batches of different size, and computed in the graph.
+    Sizes that depend on the number of images are found by tracing two batches of different size, and computed in the graph. Where the
+    forward pass reads sizes, it may still do otherwise with more images: then meta["reads_sizes"] of the result is true.
 
     Args:
         leaves: modules that are called, not traced into.
@@ -46,7 +48,8 @@ def symbolic(
         Exception: of any kind, where the forward pass cannot be traced: it is the teacher's own code that runs.
     """
     root = Root(teacher)
-    graph = _Tracer(images[:2], leaves).trace(root)
+    tracer = _Tracer(images[:2], leaves)
+    graph = tracer.trace(root)
     _generalise(graph, _Tracer(images[:3], leaves).trace(root))
     attributes: dict[str, Any] = {}
     for node in graph.nodes:
@@ -55,6 +58,7 @@ def symbolic(
             value, node.target = operator.attrgetter(str(node.target))(root), str(node.target).removeprefix("teacher.")
             attributes[str(node.target)] = value
     traced = GraphModule(attributes, graph)
+    traced.meta["reads_sizes"] = tracer.reads_sizes
     traced.graph.lint()
     return traced
 
@@ -62,16 +66,21 @@ def symbolic(
 class _ValueProxy(Proxy):
     """Stands for a tensor, or a sequence of tensors, that the tracer knows."""
 
+    tracer: _Tracer
+
     def __getattr__(self, name: str) -> Any:
+        self.tracer.reads_sizes |= name in _SIZES
         value = getattr(self.node.meta["value"], name)
         if callable(value):
             return Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {}) if _holds_tensors(value) else value
 
     def __len__(self) -> int:
+        self.tracer.reads_sizes = True
         return len(self.node.meta["value"])
 
     def __iter__(self) -> Iterator[Any]:
+        self.tracer.reads_sizes = True
         return (self[index] for index in range(len(self)))  # type: ignore[index]
 
 
@@ -82,6 +91,7 @@ class _Tracer(torch.fx.Tracer):
         super().__init__()
         self._images, self._leaves = images, set(leaves)
         self._computing = False  # whether modules are called for their values
+        self.reads_sizes = False  # whether the forward pass has seen a number that may depend on that of the images
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._leaves or isinstance(m, torch.jit.ScriptModule) or super().is_leaf_module(m, module_qualified_name)
@@ -118,6 +128,7 @@ class _Tracer(torch.fx.Tracer):
         if value is None:
             return None
         name = getattr(target, "__name__", target)
+        self.reads_sizes |= name in _SIZES
         if name not in _METADATA:
             raise TraceError(f"it reads values of a tensor with {name}")
         self.graph.erase_node(proxy.node)

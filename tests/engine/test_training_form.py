@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +200,86 @@ def test_under_autocast_a_skip_may_be_float32() -> None:
     torch.testing.assert_close(logits.float(), exact(images), rtol=0.02, atol=0.02)
     logits.float().square().sum().backward()
     assert network.conv.weight.grad is not None
+
+
+class GhostBatchNorm(nn.Module):
+    """Statistics of at most 16 images each, as pytorch-tabnet has them: another number of calls for more images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.norm(part) for part in x.chunk(math.ceil(x.shape[0] / 16))])
+
+
+class MinibatchDeviation(nn.Module):
+    """The deviation over groups of at most 32 images as a further channel, as StyleGAN's discriminator has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = min(32, x.shape[0])
+        deviation = x.reshape(groups, -1, *x.shape[1:]).std(0, unbiased=False).mean((1, 2, 3), keepdim=True)
+        return x + deviation.repeat(groups, 1, 1, 1)
+
+
+class RandomDepth(nn.Module):
+    """Stochastic depth with Python's random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and random.random() < 0.5 else 2 * x
+
+
+def around(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), layer, last)
+
+
+@pytest.mark.parametrize(("layer", "training"), [(GhostBatchNorm(), True), (MinibatchDeviation(), False)])
+def test_a_network_that_does_otherwise_with_more_images(layer: nn.Module, training: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """What it does for a few images is not taken for what it does for a whole batch."""
+    caplog.set_level(logging.INFO, "dwa_fast")
+    network = around(layer).train(training)
+    form = training_form(network, SHAPE, CPU)
+    assert was_fused(caplog)
+    images = torch.randn(64, *SHAPE) * torch.linspace(0.2, 3, 64).view(-1, 1, 1, 1)
+    before = copy.deepcopy(network.state_dict())
+    torch.manual_seed(3)
+    got, drawn = form(images), torch.rand(3)
+    after = copy.deepcopy(network.state_dict())
+    network.load_state_dict(before)
+    torch.manual_seed(3)
+    assert torch.allclose(got, network(images), atol=1e-5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert all(torch.allclose(value, after[key], atol=1e-5) for key, value in network.state_dict().items())
+    assert "network runs layer by layer, not fused: with 64 images " in caplog.text
+
+
+def test_other_numbers_of_images_are_compared_where_sizes_are_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    plain = module_under_test._difference
+
+    def counted(module: nn.Module, form: nn.Module, trial: Tensor, **kind: Any) -> str | None:
+        compared.append(len(trial))
+        return plain(module, form, trial, **kind)
+
+    monkeypatch.setattr(module_under_test, "_difference", counted)
+    for network in (around(nn.Identity()), around(MinibatchDeviation())):
+        form = training_form(network.train(), SHAPE, CPU)
+        for count in (4, 8, 6, 4):
+            form(torch.randn(count, *SHAPE))
+    assert compared == [8, 8, 4, 6]
+
+
+def test_random_numbers_of_python_are_drawn_anew_in_every_step(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dwa_fast")
+    random.seed(5)
+    expected = random.Random(5).random()
+    network = around(RandomDepth())
+    form = training_form(network.train(), SHAPE, CPU)
+    assert random.random() == expected
+    assert "not fused: its forward pass draws random numbers of Python or NumPy" in caplog.text
+    images = torch.randn(4, *SHAPE)
+    assert len({tuple(form(images).flatten().tolist()) for _ in range(30)}) == 2
+    training_form(network.eval(), SHAPE, CPU)
+    assert caplog.text.count("not fused") == 1
