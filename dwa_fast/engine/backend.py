@@ -7,10 +7,10 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from dwa_fast.config import BackendName, Precision, check_choice
 from dwa_fast.errors import InputError
 from dwa_fast.reference import graph_ops
 from dwa_fast.reference.ops import OPERATORS, Operators
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger("dwa_fast")
 
@@ -126,6 +129,24 @@ _EXACT = _Products(("ieee",) * 6, "highest", False, True, False)
 _TF32 = _Products(("tf32",) * 3 + ("ieee",) * 3, "high", True, True, False)
 _lock = threading.Lock()
 _inside: list[_Products] = []  # the settings before the first that is within `repeatable`, of whatever thread, and what each has set
+
+
+def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
+    """A function inside which gradients can be taken, no autocast is on and new tensors are float32, whatever its caller has set."""
+
+    @functools.wraps(function)
+    def shielded(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = torch.get_default_dtype()
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            torch.set_default_dtype(torch.float32)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.set_default_dtype(before)
+
+    return shielded
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from dwa_fast.models.checkpoint import load_teacher
 from dwa_fast.training import fit, state
 from dwa_fast.training.fit import new_network, top1
 from dwa_fast.training.squeeze import squeeze
+from dwa_fast.training.validate import validate
 from tests.nets import DIGITS, SIZE, small_set, small_teacher, stop_at, tight
 
 CPU = torch.device("cpu")
@@ -44,6 +45,29 @@ def test_squeeze_learns_and_repeats() -> None:
     assert ticks[: len(ticks) // 2] == [(step, 33) for step in range(1, 34)]
     for one, two in zip(teachers[0].parameters(), teachers[1].parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_what_the_caller_has_set_changes_nothing() -> None:
+    """Gradients off, inference mode, autocast and another default precision: the same teacher, students and accuracies."""
+    data, recipe = small_set(), replace(DIGITS, squeeze=QUICK, validation=replace(DIGITS.validation, epochs=1, students=1))
+
+    def results() -> list[Any]:
+        teacher = squeeze(data, recipe, device=CPU, seed=1)
+        return [*teacher.state_dict().values(), validate(data, data, teacher, "small-resnet", recipe, device=CPU).mean]
+
+    def same(found: list[Any]) -> bool:
+        return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(found, wanted, strict=True))
+
+    wanted = results()
+    for around in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with around:
+            assert same(results())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(results())
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("schedule", ["fast", "short"])
