@@ -90,12 +90,20 @@ class Bar:
         """Show a few words behind the bar."""
         self._progress.update(self._id, note=escape_control_chars(text))
 
+    def report(self, text: str) -> None:
+        """Print a line that stays, above the bars where they are shown."""
+        task = self._task()
+        self._progress.console.print(f"{task.description}: {escape_control_chars(text)}", soft_wrap=True)
+
     def _print_line(self) -> None:
         """Title, done and total, rate, time left, note."""
-        task = next(each for each in self._progress.tasks if each.id == self._id)
+        task = self._task()
         left = "" if task.time_remaining is None or task.finished else f"{timedelta(seconds=task.time_remaining)} left"
         parts = [f"{task.description}: {task.completed:.0f}/{task.total:.0f}", _rate(task), left, task.fields["note"]]
         self._progress.console.print(", ".join(filter(None, parts)), soft_wrap=True)
+
+    def _task(self) -> Task:
+        return next(each for each in self._progress.tasks if each.id == self._id)
 
 
 class _Rate(ProgressColumn):

@@ -19,7 +19,7 @@ from dwa_fast.config import Fraction, Normalisation, PositiveFraction, PositiveI
 from dwa_fast.data.datasets import Split, load
 from dwa_fast.data.distilled import open_distilled, set_manifest
 from dwa_fast.data.images import FileSet, ImageSet
-from dwa_fast.data.overlap import warn_if_made_from
+from dwa_fast.data.overlap import warn_if_made_from, warn_if_seen
 from dwa_fast.data.pairing import PairedTeacher, as_flags, described, open_teacher
 from dwa_fast.data.set_layout import refuse_class_folders
 from dwa_fast.data.teacher_check import warn_if_inaccurate
@@ -28,6 +28,7 @@ from dwa_fast.io.decode import BadImageError
 from dwa_fast.models.architectures import ARCHITECTURES
 from dwa_fast.recipes import METHODS, PRESETS, SEVERAL_TEACHERS, Recipe, recipe
 from dwa_fast.threads import torch_threads
+from dwa_fast.training.state import FinishedTeacher
 
 log = logging.getLogger("dwa_fast")
 
@@ -56,6 +57,11 @@ class Data:
         """The recipe with the data as the flags have them, and with these stages."""
         data = {name: getattr(self, name) for name in ("size", "held_out_share", "test_crop")}
         return replace(recipe(self.recipe, **asdict(self.normalisation), **data), **stages)
+
+    def warn_if_seen(self, settings: Mapping[str, Any], key: str, what: str) -> None:
+        """Where a share of the training images is held out, warn of what was made from those as well."""
+        if self.held_out_share and key in settings:
+            warn_if_seen(settings, key, what, self.load("train"), self.held_out_share)
 
     def load(self, split: Split) -> ImageSet:
         """The images of a split.
@@ -86,6 +92,7 @@ class TeacherData(Data):
 
         A checkpoint that does not name its network is taken for the recipe's. Raises InputError as `pairing.open_teacher`.
         """
+        self.warn_if_seen(FinishedTeacher(path).settings() or {}, "real_images", f"teacher {path}")
         return open_teacher(
             path,
             class_names,
@@ -120,7 +127,9 @@ class DistilledData(TeacherData):
             self.images, self.size, self.normalisation.channels, test.class_names, per_class=self.ipc, skip_bad_images=self.skip_bad_images
         )
         report_skipped(console, skipped)
-        warn_if_made_from((set_manifest(self.images) or {}).get("settings", {}), test)
+        settings = (set_manifest(self.images) or {}).get("settings", {})
+        warn_if_made_from(settings, test)
+        self.warn_if_seen(settings, "real_images_digest", f"the distilled set {self.images}")
         return distilled, test
 
     def open_teachers(

@@ -90,7 +90,7 @@ class Incremental(DistilledSets):
                     resume_dir=resume_dir,
                     seed=self.seed,
                     jobs=self.jobs,
-                    progress=track(f"{self.protocol.tasks} tasks, {self.protocol.seeds} orders, {len(sets)} sets"),
+                    progress=track(f"tasks {self.protocol.tasks}, orders {self.protocol.seeds}, sets {len(sets)}"),
                 )
             names = test.class_names
             orders = [class_order(len(names), self.protocol.tasks, seed=self.seed, index=index) for index in range(self.protocol.seeds)]

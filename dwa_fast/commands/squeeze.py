@@ -19,6 +19,7 @@ from dwa_fast.data.set_layout import AmongImagesError, refuse_images
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import output_folder, sole_writer
+from dwa_fast.models.architectures import check_architecture
 from dwa_fast.models.checkpoint import TeacherInfo, load_teacher, save_teacher
 from dwa_fast.recipes import Recipe
 from dwa_fast.training.fit import top1
@@ -45,6 +46,7 @@ class Squeeze(Data):
         """Train, test where there are held-out images, and write the checkpoint; or say that it is there."""
         if self.output.is_dir():
             raise InputError(f"{self.output} is a folder; --output names the file of the teacher, such as {self.output / 'teacher.pt'}")
+        check_architecture("architecture", self.architecture)
         self._refuse_unknown()
         refuse_images(self.output)
         with naming_bad_images(), console.bars() as track:
@@ -99,7 +101,7 @@ class Squeeze(Data):
 
         def tested(network: nn.Module, epochs: int) -> None:
             if test is not None:
-                bar.note(f"{top1(network, test, recipe.data, device):.2f} % after {epochs} epochs")
+                bar.report(f"{top1(network, test, recipe.data, device):.2f} % after {epochs} epochs")
 
         module = squeeze(
             train,

@@ -21,6 +21,7 @@ from dwa_fast.data.subsets import images_per_class
 from dwa_fast.engine import backend
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import LOCK, output_folder, sole_writer
+from dwa_fast.models.architectures import check_architecture
 from dwa_fast.models.checkpoint import TeacherInfo
 from dwa_fast.recipes import preset_text
 from dwa_fast.report.records import Record, Table, command_line, environment, format_mean_std, preset_data, preset_note, tested_note
@@ -48,6 +49,7 @@ class Validate(DistilledData):
     def run(self, console: Console) -> None:
         """Train and test the students."""
         started = time.perf_counter()
+        check_architecture("student", self.student)
         if self.output:
             refuse_images(self.output)
         recipe, device = self.full_recipe(validation=self.config), backend.resolve_device(self.device)
@@ -62,7 +64,7 @@ class Validate(DistilledData):
                 bar = track(f"{self.config.students} student{'s' * (self.config.students > 1)}")
 
                 def tested(student: int, epochs: int, accuracy: float) -> None:
-                    bar.note(f"student {student + 1}: {accuracy:.2f} % after {epochs} epochs")
+                    bar.report(f"student {student + 1}: {accuracy:.2f} % after {epochs} epochs")
 
                 result = validate(
                     distilled,

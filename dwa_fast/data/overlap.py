@@ -41,6 +41,23 @@ def warn_if_made_from(settings: Mapping[str, Any], test: ImageSet) -> None:
         log.warning("the distilled set was made from these very held-out images; accuracies on them say nothing of new images")
 
 
+def warn_if_seen(settings: Mapping[str, Any], key: str, what: str, train: ImageSet, share: float) -> None:
+    """Warn where something was made from other real images than those that are left when a share of them is held out.
+
+    Args:
+        settings: that it was made with; `key`: where they have the checksum of the real images.
+        what: it is, for the reader.
+        train: what is left of the training images.
+    """
+    digest = settings.get(key)
+    if digest is not None and digest != image_digest(train):
+        log.warning(
+            "%s was not made from the training images that are left where a share of %g is held out, and may have seen the held-out ones; "
+            "accuracies on them say nothing of new images. Give --held-out-share %g where it is made too",
+            *(what, share, share),
+        )
+
+
 def _same(train: FileSet, test: FileSet, name: str) -> bool:
     try:
         return checksum(train.folder / name) == checksum(test.folder / name)

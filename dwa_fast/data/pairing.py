@@ -82,7 +82,6 @@ def open_teacher(
     count = len(listed) if listed else len(class_names)
     shape = {"channels": normalisation.channels, "size": size}
     module, info = _load(path, count, architecture, default_architecture, shape, weights_key)
-    _check_images(path, info, normalisation, size)
     names = listed or (list(info.class_names) if info.class_names else None)
     if info.classes != (len(names) if names else len(class_names)):
         if classes:
@@ -90,6 +89,7 @@ def open_teacher(
         way = "--classes FILE, with the teacher's classes one a line in the order of its outputs, takes those of the data"
         raise InputError(f"teacher {path} knows {info.classes} classes, the data have {len(class_names)}; {way}")
     outputs = _outputs(names, class_names, classes or path) if names else None
+    _check_images(path, info, normalisation, size)  # last: no flag makes a teacher of other classes fit
     chosen = KnownClasses(module, outputs).eval() if outputs else module
     return PairedTeacher(chosen, info, outputs, teacher_checksum(path, weights_key))
 

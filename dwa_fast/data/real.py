@@ -89,7 +89,9 @@ class RealImages:
         if pixels is None:
             own = self._classes[label]
             name, good, bad = self._data.class_names[label], len(own.good), own.tried - len(own.good)
-            raise InputError(f"class {name!r} has {good} good images and {bad} bad ones, and image {index + 1} is needed")
+            raise InputError(
+                f"class {name!r} has {good} images that can be read and {bad} that cannot, and image {index + 1} is needed; lower --ipc"
+            )
         return pixels
 
     def _at(self, label: int, index: int) -> Tensor | None:

@@ -23,7 +23,7 @@ class TensorImages:
     def __init__(self, folder: Path, shape: tuple[int, ...], ipc: int) -> None:
         missing = [index for index in range(ipc) if not tensor_file(folder, index).is_file()]
         if missing:
-            raise InputError(f"{tensor_file(folder, missing[0])} does not exist; ipc {ipc} needs tensor_0.pt to tensor_{ipc - 1}.pt")
+            raise InputError(f"{tensor_file(folder, missing[0])} does not exist; ipc {ipc} needs {ipc} such files, from tensor_0.pt on")
         self.settings: dict[str, Any] = {"initial_tensors": tensors_checksum(folder)}
         self.skipped: dict[str, str] = {}
         self._folder, self._shape = folder, shape

@@ -78,7 +78,7 @@ def as_pixels(
         InputError: the images have another number of channels, lie in [0, 1] already, or lie outside it after denormalising without `clip`.
     """
     if images.shape[1] != normalisation.channels:
-        raise InputError(f"the images have {images.shape[1]} channels, mean and std {normalisation.channels}")
+        raise InputError(f"the images have {images.shape[1]} colour channels, but mean and std have values for {normalisation.channels}")
     low, high = images.aminmax()
     identity = set(normalisation.mean) == {0} and set(normalisation.std) == {1}
     if not identity and low >= 0 and high <= 1:

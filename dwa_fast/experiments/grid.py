@@ -112,6 +112,11 @@ class Outcome:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @property
+    def spread(self) -> float | None:
+        """The standard deviation for a chart; None for a single value."""
+        return self.std if len(self.values) > 1 else None
+
+    @property
     def values(self) -> list[float]:
         """What the standard deviation is over."""
         return [statistics.fmean(each) for each in self.accuracies] if len(self.accuracies) > 1 else self.accuracies[0]
@@ -218,7 +223,7 @@ def by_student(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, ipc: in
 
 def series(name: str, outcomes: Sequence[Outcome]) -> Series:
     """A row of outcomes as a curve or as bars of one colour."""
-    return Series(name=name, values=[each.mean for each in outcomes], spreads=[each.std for each in outcomes])
+    return Series(name=name, values=[each.mean for each in outcomes], spreads=[each.spread for each in outcomes])
 
 
 def times(setup: Setup, grid: Grid, ipc: int) -> dict[str, float]:
@@ -247,7 +252,8 @@ def by_time(title: str, setup: Setup, grid: Grid, outcomes: Outcomes, student: s
         Series(
             name=name,
             values=[outcome.mean if each == name or name not in seconds else None for each in seconds],
-            spreads=[outcome.std if each == name else None for each in seconds],
+            spreads=[outcome.spread if each == name or name not in seconds else None for each in seconds],
+            level=name not in seconds,
         )
         for name, outcome in found.items()
     ]
@@ -271,7 +277,8 @@ def best(grid: Grid, outcomes: Outcomes) -> str:
         if len(ranked) == 1:
             others = "nothing to compare it with"
         elif any(len(outcome.values) > 1 for outcome, _ in ranked):
-            others = f"{near} of the other {len(ranked) - 1} within one standard deviation"
+            count = {0: "none", len(ranked) - 1: "all"}.get(near, str(near))
+            others = f"{count} of the others within one standard deviation"
         else:
             others = f"{ranked[1][1]} next with {ranked[1][0]}; the spread of single students is not known"
         sentences.append(f"{place}: {name} first with {first}, {others}.")

@@ -100,4 +100,4 @@ def _check_first(setup: Setup, cells: Mapping[Cell, str]) -> None:
 
 def _note(progress_bar: StudyProgress | None, tasks: list[Task], running: Running) -> None:
     if progress_bar:
-        progress_bar.note("; ".join(f"{tasks[place].title}, {100 * done // total} %" for place, (done, total) in running.items()))
+        progress_bar.note("; ".join(f"{tasks[place].title} ({100 * done // total} % done)" for place, (done, total) in running.items()))

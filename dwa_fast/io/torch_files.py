@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,8 +28,17 @@ def write_archive(path: Path, content: Any) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    with atomic_write(path) as target, open(target, "wb") as file:  # given a path, torch.save would store the temporary name in the archive
-        torch.save(content, file)
+    with atomic_write(path) as target, open(target, "wb") as file:
+        save_archive(content, file)
+
+
+def save_archive(content: Any, file: BinaryIO) -> None:
+    """Write with torch.save into an open file; raises OSError where it cannot be written."""
+    buffer = (
+        io.BytesIO()
+    )  # given a path, torch.save would store its name in the archive; given the file, a full disk would be a RuntimeError
+    torch.save(content, buffer)
+    file.write(buffer.getbuffer())
 
 
 def read_archive(path: Path, what: str, *, numpy_numbers: bool = False) -> Any:

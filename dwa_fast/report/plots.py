@@ -91,8 +91,16 @@ def _chart(canvas: Canvas, axis: Axes, chart: Chart) -> None:
     if all(map(_is_number, chart.x)):
         x = _numbers(chart, "x", chart.x, len(chart.x))
         order = np.argsort(x, kind="stable")
-        for heights, error, marker in zip(values, errors, cycle(_MARKERS)):
-            handles.append(axis.errorbar(x[order], heights[order], None if error is None else error[order], marker=marker))
+        for series, heights, error, marker in zip(chart.series, values, errors, cycle(_MARKERS)):
+            if series.level:
+                colour = f"C{len(handles)}"
+                handles.append(axis.axhline(heights[0], color=colour, linestyle="--"))
+                if error is not None and error[0] > 0:
+                    axis.axhspan(heights[0] - error[0], heights[0] + error[0], color=colour, alpha=0.12, linewidth=0)
+                continue
+            handles.append(
+                axis.errorbar(x[order], heights[order], None if error is None else error[order], marker=marker, color=f"C{len(handles)}")
+            )
         if chart.log_x and (x > 0).all():
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(

@@ -39,6 +39,7 @@ class Series:
     name: str
     values: Sequence[float | None]  # one per place on the x axis; None: not measured
     spreads: Sequence[float | None] = ()  # standard deviations, drawn as error bars; empty: none
+    level: bool = False  # whether it is one value wherever it is on the x axis: a line across, without markers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def preset_note(recipe: Recipe) -> str:
 def tested_note(data: DataConfig) -> str:
     """A sentence for the note of a table that is not of the test images; else ""."""
     share = data.held_out_share
-    return f"Tested on {100 * share:.3g} % of the training images, which were held out, not on the test images." if share else ""
+    return f"Tested on {100 * share:.3g} % of the training images, not on the test images." if share else ""
 
 
 def command_line() -> str:

@@ -47,6 +47,7 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     manifest, settings = first.manifest, first.manifest["settings"]
     classes, count = len(manifest["class_names"]), len(manifest["images"])
     ipc = count // classes if classes else 0
+    named = f"ipc {ipc}" if manifest["complete"] else "unfinished"
     names = [str(settings[name]) for name in ("method", "recipe") if name in settings]
     sheet = _sheet(first, ipc)
     facts = [Facts("Settings", groups(settings))]
@@ -60,7 +61,7 @@ def set_section(anchor: str, alike: Sequence[DistilledSet]) -> Section:
     return Section(
         anchor=anchor,
         name=first.name,
-        title=", ".join([*names, *_size(settings), f"ipc {ipc}", *_teachers(manifest), *_changes(settings)]),
+        title=", ".join([*names, *_size(settings), named, *_teachers(manifest), *_changes(settings)]),
         subtitle=f"{first.name} · {count} images of {classes} classes{state}{others}",
         paragraphs=[] if sheet else ["No whole row of images yet."],
         images=[sheet] if sheet else [],

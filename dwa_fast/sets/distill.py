@@ -118,6 +118,7 @@ def distill(
     check_image_set(data)
     check_recipe(recipe)
     check_shape(data, recipe.data)
+    whole_classes = recipe.synthesis.batch_ipc is None
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, batch_ipc=recipe.synthesis.batch_ipc or ipc))
     config, output, workers = recipe.synthesis, Path(output), workers or Shard()
     if isinstance(data, FileSet):
@@ -132,6 +133,8 @@ def distill(
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     folder = set_folder(output)
+    if whole_classes and is_set(folder) and read_manifest(folder)["settings"].get("batch_ipc", 1) != ipc:
+        raise InputError(f"{output} holds a set whose batches have all images of a class, and such sets cannot grow; choose another folder")
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     settings["real_images_digest"] = _digest_for(folder, data)

@@ -20,6 +20,7 @@ from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import BatchPlan, batch_size_of
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import atomic_write, checksum, output_folder
+from dwa_fast.io.torch_files import save_archive
 from dwa_fast.seeding import generator
 from dwa_fast.training.fkd import IMAGE_ORDER, ImageOrder, check_fkd_settings, folder_order, to_record
 from dwa_fast.training.label_index import INDEX, LabelIndex
@@ -129,7 +130,7 @@ class FkdStore(LabelIndex):
             unfinished.mkdir()
             for batch, record in enumerate(self.plans.records(plans)):
                 with open(unfinished / f"batch_{batch}.tar", "wb") as file:
-                    torch.save(record, file)
+                    save_archive(record, file)
             shutil.rmtree(folder, ignore_errors=True)
             output_folder(folder.parent)
             os.replace(unfinished, folder)

@@ -147,7 +147,7 @@ class FinishedTeacher:
 
     def known(self) -> bool:
         """Whether the teacher is there, with its settings beside it, and has not changed since."""
-        return self._teacher.exists() and self._settings() is not None
+        return self._teacher.exists() and self.settings() is not None
 
     def compare(self, settings: Mapping[str, Any]) -> None:
         """Check that a known teacher was trained with these settings; another number of `threads` is allowed and logged.
@@ -155,11 +155,12 @@ class FinishedTeacher:
         Raises:
             InputError: they differ.
         """
-        before = self._settings() or {}
+        before = self.settings() or {}
         now = with_recorded_threads(json.loads(json.dumps(settings)), before, str(self._teacher))
         refuse_change(self._teacher, "a teacher", before, now, "choose another name, or pass --overwrite")
 
-    def _settings(self) -> dict[str, Any] | None:
+    def settings(self) -> dict[str, Any] | None:
+        """With which a known teacher was trained; None where they are not known."""
         try:
             return read_json(self._file, self._parsed)
         except InputError:

@@ -63,6 +63,15 @@ def test_without_a_terminal_a_line_at_the_start_and_at_most_one_a_minute() -> No
     ]
 
 
+def test_a_report_stays_whatever_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().bars() as track:
+        bar = track("teacher")
+        bar(0, 9)
+        for epochs in (1, 2):
+            bar.report(f"{50 * epochs} % after {epochs} epochs")
+    assert capsys.readouterr().err == "teacher: 0/9\nteacher: 50 % after 1 epochs\nteacher: 100 % after 2 epochs\n"
+
+
 def test_without_a_terminal_nothing_that_only_a_terminal_understands(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     with console.bars() as track:

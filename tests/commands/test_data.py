@@ -47,8 +47,8 @@ def synthesize(folder: Path, output: str, *more: str, teacher: str = "t.pt", dat
     return run([*arguments, "--ipc", "2", *more])
 
 
-def validate(folder: Path, *more: str, teacher: str = "t.pt", data: str = "data", mean: str = ".3") -> int:
-    arguments = ["validate", *common(folder, data, mean), *TRAIN, "--teacher", str(folder / teacher), "--images", str(folder / "set")]
+def validate(folder: Path, *more: str, teacher: str = "t.pt", data: str = "data", mean: str = ".3", images: str = "set") -> int:
+    arguments = ["validate", *common(folder, data, mean), *TRAIN, "--teacher", str(folder / teacher), "--images", str(folder / images)]
     return run([*arguments, "--student", "small-resnet", "--students", "1", *more])
 
 
@@ -188,6 +188,27 @@ def test_one_class_is_not_enough(place: Path, capsys: pytest.CaptureFixture[str]
     assert [run(squeeze), synthesize(place, "one-set", data="one"), validate(place, data="one")] == [1, 1, 1]
     assert capsys.readouterr().err.count("one has images of one class alone, 'ant'; expected a sub-folder for each of several") == 3
     assert not (place / "one.pt").exists()
+
+
+def test_images_that_a_teacher_or_a_set_has_seen_are_not_held_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share = ["--held-out-share", "0.25"]
+    assert validate(place, *share) == 0
+    error = capsys.readouterr().err
+    assert error.count("was not made from the training images that are left where a share of 0.25 is held out") == 2
+    squeeze = ["squeeze", *common(place), *TRAIN, *share, "--architecture", "small-resnet", "--output", str(place / "part.pt")]
+    assert run(squeeze) == 0
+    assert synthesize(place, "part", *share, teacher="part.pt") == 0
+    assert validate(place, *share, images="part", teacher="part.pt") == 0
+    assert "was not made from" not in capsys.readouterr().err
+
+
+def test_a_misspelled_network_is_found_before_the_data_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--recipe", "folder", "--data", str(tmp_path / "nowhere")]
+    assert run(["squeeze", *nowhere, "--architecture", "resnet19", "--output", str(tmp_path / "t.pt")]) == 1
+    assert run(["validate", *nowhere, "--student", "resnet19", "--images", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "unknown architecture 'resnet19'" in error
+    assert "unknown student 'resnet19'" in error
 
 
 def test_held_out_images_that_are_training_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

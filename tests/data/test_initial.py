@@ -123,7 +123,7 @@ def test_skipped_images_do_not_depend_on_who_asks_when(tmp_path: Path, caplog: p
 def test_class_of_too_few_good_images(tmp_path: Path) -> None:
     write_files(tmp_path, count=2)
     (tmp_path / "c3" / "1.png").write_bytes(b"")
-    with pytest.raises(InputError, match="class 'c3' has 1 good images and 1 bad ones, and image 2 is needed"):
+    with pytest.raises(InputError, match="class 'c3' has 1 images that can be read and 1 that cannot, and image 2 is needed"):
         chosen(files(tmp_path), 2, skip_bad_images=True, initial_order="sorted")
     with pytest.raises(InputError, match="class 'c0' has 2 images, but ipc 3 needs as many initial ones"):
         initial_images(files(tmp_path), CONFIG, InitialConfig(skip_bad_images=True), ipc=3, seed=0)
@@ -272,7 +272,7 @@ def test_tensors_that_cannot_be_used(tmp_path: Path, make: Callable[[], Any], me
 
 def test_missing_tensor_is_named_before_anything_is_made(tmp_path: Path) -> None:
     save_tensors(tmp_path, [torch.zeros(SHAPE)])
-    with pytest.raises(InputError, match=r"tensor_1\.pt does not exist; ipc 2 needs tensor_0\.pt to tensor_1\.pt"):
+    with pytest.raises(InputError, match=r"tensor_1\.pt does not exist; ipc 2 needs 2 such files, from tensor_0\.pt on"):
         distil(small_set(), tmp_path / "set", initial_tensors=tmp_path)
     assert not (tmp_path / "set").exists()
 
@@ -346,7 +346,7 @@ def test_median_images_with_bad_files(tmp_path: Path) -> None:
     start.check({0: 2})
     assert levels(start.load([(0, 0), (0, 1), (0, 2)])) == [2, 3, 0]
     assert list(start.skipped) == ["c0/1.png"]
-    with pytest.raises(InputError, match="class 'c0' has 3 good images and 1 bad ones, and image 4 is needed"):
+    with pytest.raises(InputError, match="class 'c0' has 3 images that can be read and 1 that cannot, and image 4 is needed"):
         median_images(files(tmp_path), 4, skip_bad_images=True).check({0: 3})
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.folders import image_folder
 from dwa_fast.data.images import FileSet
-from dwa_fast.data.overlap import warn_if_made_from, warn_of_shared_images
+from dwa_fast.data.overlap import warn_if_made_from, warn_if_seen, warn_of_shared_images
 
 
 def real(folder: Path, first: int) -> FileSet:
@@ -41,3 +41,14 @@ def test_a_set_that_was_made_from_the_held_out_images(tmp_path: Path, caplog: py
     shutil.copytree(tmp_path / "train", tmp_path / "copy")
     warn_if_made_from({"real_images_digest": image_digest(train)}, image_folder(tmp_path / "copy", 8))
     assert "was made from these very held-out images" in caplog.text
+
+
+def test_what_was_made_before_images_were_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = real(tmp_path / "train", 0)
+    left = whole.select([0, 1, 3, 4])
+    warn_if_seen({}, "real_images", "teacher t.pt", left, 0.3)  # of another program
+    warn_if_seen({"real_images": image_digest(left)}, "real_images", "teacher t.pt", left, 0.3)
+    assert not caplog.messages
+    warn_if_seen({"real_images": image_digest(whole)}, "real_images", "teacher t.pt", left, 0.3)
+    (message,) = caplog.messages
+    assert message.startswith("teacher t.pt was not made from the training images that are left where a share of 0.3 is held out, and may")

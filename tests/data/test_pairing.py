@@ -77,6 +77,12 @@ def test_another_normalisation_or_size_is_refused_with_the_flags_to_pass(tmp_pat
         open_teacher(tmp_path / "t.pt", NAMES, Normalisation(), size=8)
 
 
+def test_classes_come_before_what_flags_can_change(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "t.pt")
+    with pytest.raises(InputError, match="fox"):
+        open_teacher(tmp_path / "t.pt", ["cat", "fox"], Normalisation(mean=(0.5,), std=(0.5,)), size=9)
+
+
 def test_means_of_many_digits_are_passed_whole(tmp_path: Path) -> None:
     checkpoint(tmp_path / "t.pt", mean=(0.49139968,))
     with pytest.raises(InputError) as caught:

@@ -142,7 +142,9 @@ def test_sets_without_a_time_are_lines_across(tmp_path: Path, monkeypatch: pytes
     assert tables[0].rows == [["real", "–", "51.0 ± 1.4"], ["fast", "0.25", "61.0 ± 1.4"], ["slow", "3", "71.0 ± 1.4"]]
     assert chart.x == [0.25, 3.0]
     assert [each.values for each in chart.series] == [[51, 51], [61, None], [None, 71]]
-    assert [each.spreads for each in chart.series] == [[None, None], [pytest.approx(2**0.5), None], [None, pytest.approx(2**0.5)]]
+    spread = pytest.approx(2**0.5)
+    assert [each.spreads for each in chart.series] == [[spread, spread], [spread, None], [None, spread]]
+    assert [each.level for each in chart.series] == [True, False, False]
     seconds.clear()
     assert by_time("title", small_setup(tmp_path), grid(variants=variants), outcomes, "small-resnet") == ([], [])
 
@@ -151,7 +153,7 @@ def test_best_says_how_much_is_as_good() -> None:
     asked = grid(variants=[Variant(name=name) for name in "abc"])
     near = {"a": [[80.0], [82.0]], "b": [[81.0], [83.5]], "c": [[60.0], [61.0]]}
     outcomes = {(name, 1, "small-resnet"): Outcome(values) for name, values in near.items()}
-    assert best(asked, outcomes) == "ipc 1: b first with 82.2 ± 1.8, 1 of the other 2 within one standard deviation."
+    assert best(asked, outcomes) == "ipc 1: b first with 82.2 ± 1.8, 1 of the others within one standard deviation."
     single = {(name, 1, "small-resnet"): Outcome([[value]]) for name, value in zip("abc", (31.0, 30.0, 30.5), strict=True)}
     assert best(asked, single) == "ipc 1: a first with 31.0, c next with 30.5; the spread of single students is not known."
 

@@ -124,6 +124,15 @@ def test_curves_are_in_the_picture(tmp_path: Path, spreads: list[float], log_x: 
     assert crooked > 1.1 * flat
 
 
+def test_a_level_is_a_broken_line_across_without_markers(tmp_path: Path) -> None:
+    curve = Series(name="a", values=[1, 1, 1], spreads=[0.5, 0.5, 0.5])
+    chart = Chart(title="t", x_label="x", y_label="y", x=[1, 2, 3], series=[curve, Series(name="b", values=[0, 2, 4])])
+    solid, _ = drawn(chart, tmp_path)
+    level, other = drawn(replace(chart, series=[replace(curve, level=True), chart.series[1]]), tmp_path)
+    assert 0.2 * solid < level < 0.9 * solid
+    assert other > 1000
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no series": (replace(CURVES, series=[]), "has nothing to show"),
     "no places": (replace(CURVES, x=[]), "has nothing to show"),

@@ -100,7 +100,7 @@ BAD_IMPORTS: dict[str, tuple[list[str], str]] = {
     "too many": (["a.pt", "b.pt", "c.pt"], "a set of tensors is one file, or one of images and one of labels; got 3"),
     "nowhere": (["nowhere.pt"], "file of tensors nowhere.pt does not exist"),
     "no normalisation": (["good.pt"], "tensors are normalised, and nothing says how"),
-    "channels": (["good.pt", "--mean", "0.5", "--std", "0.5"], "the images have 3 channels, mean and std 1"),
+    "channels": (["good.pt", "--mean", "0.5", "--std", "0.5"], "the images have 3 colour channels, but mean and std have values for 1"),
     "names": (
         ["good.pt", "--clip", *FLAGS, "--classes", "names.txt"],
         "list of classes names.txt names ant more than once; expected one class name a line",
