@@ -1,15 +1,18 @@
-"""JSON files: one error message for whatever is wrong with them."""
+"""JSON files and archives: one error message for whatever is wrong with them."""
 
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dwa_fast.errors import InputError
 from dwa_fast.io.files import read_json, write_json
+from dwa_fast.io.torch_files import read_archive, write_archive
 
 
 def seconds(content: Any) -> float:
@@ -51,3 +54,17 @@ def test_what_the_system_refuses_is_not_to_be_removed(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()
     with pytest.raises(InputError, match=r"a\.json cannot be read: Is a directory$"):
         read_json(tmp_path / "a.json", seconds, missing="there is none")
+
+
+def test_an_archive_on_a_full_disk(tmp_path: Path) -> None:
+    """One sentence that names the cause, which torch.save alone does not; what was there stays."""
+    write_archive(tmp_path / "t.pt", {"weights": torch.zeros(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"^cannot write .*t\.pt: File too large$"):
+            write_archive(tmp_path / "t.pt", {"weights": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.pt"]
+    assert torch.equal(read_archive(tmp_path / "t.pt", "archive")["weights"], torch.zeros(3))

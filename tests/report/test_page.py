@@ -164,6 +164,8 @@ def test_missing_images_are_grey_and_a_set_in_the_making_says_so(tmp_path: Path)
     shown = pixels(named(elements, "img")[0])[..., 0]
     assert [[int(shown[130 * row, 130 * column]) for column in range(2)] for row in range(3)] == [[0, 1], [10, 128], [128, 21]]
     assert contents.sets[1].subtitle.endswith("begun · 0 images of 3 classes · not complete")
+    assert ", unfinished" in contents.sets[1].title
+    assert "ipc" not in contents.sets[1].title
     assert "No whole row of images yet." in named(elements, "main")[0].text
 
 

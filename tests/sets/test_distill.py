@@ -35,6 +35,15 @@ def run(folder: Path, ipc: int = 2, seed: int = 0, threads: int | None = None, *
     return distill(small_teacher(), small_set(), config, ipc=ipc, output=folder, seed=seed, threads=threads, **hooks)
 
 
+def test_a_set_whose_batches_have_whole_classes_does_not_grow(tmp_path: Path) -> None:
+    assert run(tmp_path / "set", ipc=2, batch_size=20, batch_ipc=None) == 20
+    before = contents(tmp_path / "set")
+    assert run(tmp_path / "set", ipc=2, batch_size=20, batch_ipc=None) == 0
+    with pytest.raises(InputError, match="holds a set whose batches have all images of a class, and such sets cannot grow"):
+        run(tmp_path / "set", ipc=4, batch_size=20, batch_ipc=None)
+    assert contents(tmp_path / "set") == before
+
+
 def test_batch_specs_begin_with_the_smaller_one() -> None:
     assert batch_specs(5, 2, 3) == [
         BatchSpec(0, 0, [0, 1, 2]),
