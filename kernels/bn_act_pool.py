@@ -14,7 +14,6 @@ from dwa_fast.kernels.bn_act import backward_registers
 from dwa_fast.kernels.bn_layer import activated, activation_gradient, constants, parameter_gradients, per_channel
 from dwa_fast.kernels.layout import ALIGNED, WARPS, channels_last, laid_out_like, on_device_of, tiles
 from dwa_fast.kernels.partial_sums import add_up, sums_to_write
-from dwa_fast.ops.bn_act_pool import places_of, pooled_like
 
 _CHANNELS = 64  # 128 bytes of bfloat16
 _TILE = 1024  # elements of z, in the backward pass of y, at a time: 8 per thread, and a load of 16 bytes for each pixel or window
@@ -189,8 +188,9 @@ def bn_act_pool_forward(
     One launch, as bn_act_forward, and as many rows of partial sums; without `partials` another one, which adds them up.
     """
     (images, channels, height, width), y = y.shape, channels_last(y)
-    z = pooled_like(y, window, stride, padding)
-    index = places_of(z, averages)
+    shape = images, channels, *((size + 2 * padding - window) // stride + 1 for size in (height, width))
+    z = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    index = torch.empty(0, dtype=torch.uint8, device=y.device) if averages else torch.empty_like(z, dtype=torch.uint8)
     if y.numel() == 0:
         if partials is not None:
             partials.zero_()

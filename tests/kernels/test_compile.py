@@ -63,6 +63,11 @@ class Launch(NamedTuple):
     def has(self, argument: str) -> bool:
         return argument not in self.constants or self.constants[argument] is not None
 
+    def leaves_gradients(self) -> bool:
+        """Whether it could write gradients of features, and writes its sums alone."""
+        could = [name for name in ("grad_y", "grad_skip") if name in self.signature]
+        return bool(could) and not any(map(self.has, could))
+
     @property
     def precision(self) -> str:
         """That of the features: sums are float32 beside any."""
@@ -232,7 +237,7 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
         "warps": launch.warps,
         "registers": int(registers.group(1)),
         "counted": counted(launch),
-        "stores": SUMS.get(launch.kernel, 16 if launch.has("grad_y") or launch.has("grad_skip") else 4),
+        "stores": SUMS.get(launch.kernel, 4 if launch.leaves_gradients() else 16),
         "spills": sum(map(int, spills)),
         "shared": compiled.metadata.shared,
         "load": widest(ptx, "ld"),
