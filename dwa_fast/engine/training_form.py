@@ -174,8 +174,9 @@ def _without_other_random_numbers() -> Iterator[None]:
 
 
 def _equal_states(one: Any, other: Any) -> bool:
-    first, second = one["state"], other["state"]
-    return first["pos"] == second["pos"] and np.array_equal(first["key"], second["key"])
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal_states(value, other[name]) for name, value in one.items())
+    return bool(np.array_equal(one, other))
 
 
 @contextmanager

@@ -34,9 +34,8 @@ def write_archive(path: Path, content: Any) -> None:
 
 def save_archive(content: Any, file: BinaryIO) -> None:
     """Write with torch.save into an open file; raises OSError where it cannot be written."""
-    buffer = (
-        io.BytesIO()
-    )  # given a path, torch.save would store its name in the archive; given the file, a full disk would be a RuntimeError
+    # Given a path, torch.save would store its name in the archive; given the file, a full disk would be a RuntimeError.
+    buffer = io.BytesIO()
     torch.save(content, buffer)
     file.write(buffer.getbuffer())
 
