@@ -133,8 +133,11 @@ def distill(
         raise InputError(f"teacher knows {synthesizer.classes} classes, the data have {classes}")
     images = initial_images(data, recipe, initial, ipc=ipc, seed=seed, predict=synthesizer.logits)
     folder = set_folder(output)
-    if whole_classes and is_set(folder) and read_manifest(folder)["settings"].get("batch_ipc", 1) != ipc:
-        raise InputError(f"{output} holds a set whose batches have all images of a class, and such sets cannot grow; choose another folder")
+    if whole_classes and is_set(folder) and (before := read_manifest(folder)["settings"].get("batch_ipc", 1)) != ipc:
+        raise InputError(
+            f"{output} holds a set with {before} images of a class in a batch; batches of all images of a class cannot go on with it "
+            f"for ipc {ipc}; choose another folder"
+        )
     settings = {**recipe.settings("synthesis"), **synthesizer.execution.describe(), **images.settings, "seed": seed}
     settings |= {"image_shape": list(data.image_shape), "real_images": len(data.labels), **(provenance or {})}
     settings["real_images_digest"] = _digest_for(folder, data)

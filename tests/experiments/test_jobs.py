@@ -48,7 +48,7 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert list(one.values()) == list(two.values())
     assert [len(each) for each in one.values()] == [2] * 4
     assert progress_bar.counts == [(done, 6) for done in range(7)]
-    assert any("making real, ipc 2, 0 %; making DWA, ipc 2, 0 %" in text for text in progress_bar.notes)
+    assert any("making real, ipc 2 (0 % done); making DWA, ipc 2 (0 % done)" in text for text in progress_bar.notes)
     pictures = [sorted(path.read_bytes() for path in (tmp_path / name / "sets").rglob("*.png")) for name in ("alone", "together")]
     assert pictures[0] == pictures[1]
 
