@@ -140,20 +140,21 @@ def _bn_act_join_backward_traffic(inputs: Inputs) -> int:
 
 def _bn_act_pool(operators: Operators, inputs: Inputs) -> Call:
     inputs["y"].requires_grad_()
-    return lambda: operators.bn_act_pool(*(inputs[name] for name in _BN_ACT_POOL))
+    return lambda: operators.bn_act_pool(*(inputs[name] for name in _BN_ACT_POOL), averages=inputs["averages"])
 
 
 def _bn_act_pool_backward(operators: Operators, inputs: Inputs) -> Call:
     """As in the inner loop, `_bn_act_backward`."""
     leaf = inputs["y"].requires_grad_()
-    z, sums = operators.bn_act_pool(*(inputs[name] for name in _BN_ACT_POOL))
+    z, sums = operators.bn_act_pool(*(inputs[name] for name in _BN_ACT_POOL), averages=inputs["averages"])
     gradient = inputs["grad_z"][:, :, : z.shape[2], : z.shape[3]].contiguous(memory_format=torch.channels_last)
     return lambda: torch.autograd.grad((z, sums), leaf, (gradient, inputs["grad_sums"]), retain_graph=True)
 
 
 def _bn_act_pool_traffic(inputs: Inputs) -> int:
-    """Reads y and m, v, γ, β; writes z, a place in 8 bits for each of it, and both sums."""
-    return inputs["y"].nbytes + 6 * inputs["mean"].nbytes + _pooled_elements(inputs) * (inputs["y"].element_size() + 1)
+    """Reads y and m, v, γ, β; writes z, a place in 8 bits for each of it unless it is a mean, and both sums."""
+    place = 0 if inputs["averages"] else 1
+    return inputs["y"].nbytes + 6 * inputs["mean"].nbytes + _pooled_elements(inputs) * (inputs["y"].element_size() + place)
 
 
 def _bn_act_pool_backward_traffic(inputs: Inputs) -> int:
@@ -416,6 +417,8 @@ OPERATORS = (
     Operator("bn_act_join backward", subjects.joined_layers, _features, _bn_act_join_backward, _bn_act_join_backward_traffic),
     Operator("bn_act_pool", subjects.pooled_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
     Operator("bn_act_pool backward", subjects.pooled_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
+    Operator("bn_act_pool, means", subjects.averaged_layers, _features, _bn_act_pool, _bn_act_pool_traffic),
+    Operator("bn_act_pool backward, means", subjects.averaged_layers, _features, _bn_act_pool_backward, _bn_act_pool_backward_traffic),
     Operator("batch_norm_act", subjects.distinct_layers, _trained, _batch_norm_act, _batch_norm_act_traffic),
     Operator("batch_norm_act backward", subjects.distinct_layers, _trained, _batch_norm_act_backward, _batch_norm_act_backward_traffic),
     Operator("mean_pool", subjects.pooled, _features, _mean_pool, _mean_pool_traffic),

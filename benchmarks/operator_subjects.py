@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import harness
@@ -127,6 +127,12 @@ def pooled_layers(network: Network) -> list[Subject]:
     return [layer for layer in layers(network) if layer.windows is not None]
 
 
+def averaged_layers(network: Network) -> list[Subject]:
+    """The first block of a ConvNet-128 on images of the network's size; the same for every depth."""
+    (layer,) = pooled(network)
+    return [replace(layer, activation="relu", windows=Windows(2, 2, 0, averages=True))]
+
+
 def joined_layers(network: Network) -> list[Subject]:
     found = dict.fromkeys(layer for layer in layers(network) if layer.joins)
     return sorted(found, key=lambda layer: math.prod(layer.shape[1:]), reverse=True)
@@ -138,7 +144,7 @@ def inputs_of_layers(network: Network) -> list[Subject]:
     return [Layer(shape, skip=False) for shape in sorted(shapes, key=lambda shape: math.prod(shape[1:]), reverse=True)]
 
 
-def pooled(network: Network) -> list[Subject]:
+def pooled(network: Network) -> list[Layer]:
     """What a ConvNet-128 pools between its blocks, on images of the network's size; the same for every depth."""
     return [Layer((network.batch(128 * network.workload.size**2), 128, *(network.workload.size,) * 2), skip=False)]
 

@@ -21,7 +21,7 @@ from dwa_fast.data.manifest import image_name
 from dwa_fast.data.pixels import denormalise, normalise
 from dwa_fast.data.teacher_check import check_predictions
 from dwa_fast.data.tensor_files import read_tensor, tensor_file
-from dwa_fast.engine.backend import resolve_device
+from dwa_fast.engine.backend import own_modes, resolve_device
 from dwa_fast.engine.refine import mean_norm, total_variation
 from dwa_fast.engine.synthesis import Batch, Replica, Synthesizer, memory_errors
 from dwa_fast.errors import InputError
@@ -88,7 +88,7 @@ def get_images(
     where = resolve_device(device or str(next(iter(model_teacher.parameters()), torch.empty(0)).device))
     recovery = read_namespace(args, model_teacher, recipe=recipe, backend=backend, precision=precision, device=str(where), ignore=ignore)
     _warn_of_devices(len(model_teacher.device_ids) if isinstance(model_teacher, nn.DataParallel) else 1)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(where.type, enabled=False):
+    with own_modes():
         return _recover(recovery, model_teacher, index, recovery.seed if seed is None else plain(seed), display, verified=verified)
 
 

@@ -7,10 +7,10 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +20,6 @@ from dwa_fast.config import BackendName, Precision, check_choice
 from dwa_fast.errors import InputError
 from dwa_fast.reference import graph_ops
 from dwa_fast.reference.ops import OPERATORS, Operators
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 log = logging.getLogger("dwa_fast")
 
@@ -83,12 +80,7 @@ class Execution:
 
         Gradients can be taken and no autocast is on, whatever the caller has set.
         """
-        with (
-            repeatable(self.precision == "tf32"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(self.device.type, enabled=False),
-        ):
+        with repeatable(self.precision == "tf32"), own_modes():
             yield
 
 
@@ -131,22 +123,25 @@ _lock = threading.Lock()
 _inside: list[_Products] = []  # the settings before the first that is within `repeatable`, of whatever thread, and what each has set
 
 
-def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
-    """A function inside which gradients can be taken, no autocast is on and new tensors are float32, whatever its caller has set."""
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Inside, gradients can be taken and no autocast is on, whatever the caller has set."""
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
-    @functools.wraps(function)
-    def shielded(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = torch.get_default_dtype()
-        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            torch.set_default_dtype(torch.float32)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                torch.set_default_dtype(before)
 
-    return shielded
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Inside, as within `own_modes`, and new tensors and networks are float32, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    with own_modes():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dwa_fast.config import Config, PositiveInt, Progress, check_integer
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.subsets import some_classes
-from dwa_fast.engine.backend import own_arithmetic
+from dwa_fast.engine.backend import own_defaults
 from dwa_fast.errors import InputError
 from dwa_fast.models.wrappers import KnownClasses
 from dwa_fast.processes import Task, processes
@@ -47,7 +47,7 @@ def class_order(classes: int, tasks: int, *, seed: int, index: int = 0) -> list[
     return [part.tolist() for part in np.array_split(generator(seed, "class order", index).permutation(classes), tasks)]
 
 
-@own_arithmetic
+@own_defaults()
 def learn(
     sets: Mapping[str, ImageSet],
     test: ImageSet,

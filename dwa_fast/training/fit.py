@@ -24,7 +24,7 @@ from dwa_fast.config import (
 from dwa_fast.data.images import ImageSet
 from dwa_fast.data.loader import TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
 from dwa_fast.data.pixels import normalise
-from dwa_fast.engine.backend import own_arithmetic, repeatable
+from dwa_fast.engine.backend import own_defaults, repeatable
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.engine.training_form import Forward, takes_channels_last, training_form
 from dwa_fast.errors import InputError
@@ -307,7 +307,7 @@ def mean_logits(
     return stacked.mean(0)
 
 
-@own_arithmetic
+@own_defaults()
 @torch.no_grad()
 def top1(model: nn.Module, data: ImageSet, normalisation: Normalisation, device: torch.device) -> float:
     """Top-1 accuracy on a set, percent. Leaves the model in eval mode.

@@ -15,7 +15,7 @@ from dwa_fast.config import FkdConfig, Progress, ValidationConfig, check_integer
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingLoader
-from dwa_fast.engine.backend import own_arithmetic, repeatable, resolve_device
+from dwa_fast.engine.backend import own_defaults, repeatable, resolve_device
 from dwa_fast.engine.memory import kept_memory
 from dwa_fast.errors import InputError
 from dwa_fast.models.finite import check_logits
@@ -52,7 +52,7 @@ def label_bytes(config: ValidationConfig, images: int, classes: int, pool: int =
     return fkd_bytes(config, fkd, images, classes) if fkd else stored_epochs(config, pool) * epoch_bytes(config, images, classes)
 
 
-@own_arithmetic
+@own_defaults()
 def relabel(
     distilled: ImageSet,
     teacher: nn.Module | Sequence[nn.Module],

@@ -15,7 +15,7 @@ from dwa_fast.config import Progress, SqueezeConfig, check_integer, plain
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_sizes
-from dwa_fast.engine.backend import own_arithmetic, resolve_device
+from dwa_fast.engine.backend import own_defaults, resolve_device
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.recipes import Recipe, check_recipe
 from dwa_fast.threads import THREADS, threads_of
@@ -25,7 +25,7 @@ from dwa_fast.training.state import TrainingState
 _FAST_SMOOTHING, _FAST_RISE = 0.1, 0.2  # label smoothing, and the share of the epochs in which the learning rate rises
 
 
-@own_arithmetic
+@own_defaults()
 def squeeze(
     data: ImageSet,
     recipe: Recipe,

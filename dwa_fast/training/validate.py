@@ -19,7 +19,7 @@ from dwa_fast.config import Progress, TrainingPrecision, ValidationConfig, check
 from dwa_fast.data.digest import image_digest
 from dwa_fast.data.images import ImageSet, check_image_set, check_shape
 from dwa_fast.data.loader import BatchSampler, ImageCache, RandomSampler, TrainingBatch, TrainingLoader, batch_size_of, batch_sizes, parts
-from dwa_fast.engine.backend import own_arithmetic, resolve_device
+from dwa_fast.engine.backend import own_defaults, resolve_device
 from dwa_fast.engine.training_form import training_form
 from dwa_fast.errors import InputError
 from dwa_fast.io.settings import refuse_change
@@ -74,7 +74,7 @@ class ValidationResult:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
-@own_arithmetic
+@own_defaults()
 def validate(
     distilled: ImageSet,
     test: ImageSet,
